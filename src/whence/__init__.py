@@ -1,0 +1,96 @@
+"""Which training samples made this model what it is, and when.
+
+>>> import whence
+>>> "Task" in dir(whence)
+True
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Importing whence stays instant: a name brings its module (and torch with it) when first used.
+_HOME = {
+    "WhenceError": "whence.errors",
+    "Task": "whence.task",
+    "ClipNorm": "whence.task",
+    "ClipValue": "whence.task",
+    "classification": "whence.task",
+    "regression": "whence.task",
+    "language_model": "whence.task",
+    "Loss": "whence.queries",
+    "Logit": "whence.queries",
+    "Margin": "whence.queries",
+    "Feature": "whence.queries",
+    "Parameter": "whence.queries",
+    "Custom": "whence.queries",
+    "Recorder": "whence.record.recorder",
+    "Every": "whence.record.policy",
+    "Epochs": "whence.record.policy",
+    "Geometric": "whence.record.policy",
+    "Only": "whence.record.policy",
+    "Last": "whence.record.policy",
+    "Run": "whence.run.run",
+    "open_run": "whence.run.run",
+    "DIT": "whence.methods.dit",
+    "leave_one_out": "whence.methods.retrain",
+    "retrain": "whence.methods.retrain",
+    "Influence": "whence.influence.influence",
+    "open_influence": "whence.influence.influence",
+    "patterns": "whence.influence.patterns",
+    "trust": "whence.apply.trust",
+}
+
+__all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are strings
+
+if TYPE_CHECKING:
+    from whence import plot as plot
+    from whence.apply.trust import trust as trust
+    from whence.errors import WhenceError as WhenceError
+    from whence.influence.influence import Influence as Influence
+    from whence.influence.influence import open_influence as open_influence
+    from whence.influence.patterns import patterns as patterns
+    from whence.methods.dit import DIT as DIT
+    from whence.methods.retrain import leave_one_out as leave_one_out
+    from whence.methods.retrain import retrain as retrain
+    from whence.queries import Custom as Custom
+    from whence.queries import Feature as Feature
+    from whence.queries import Logit as Logit
+    from whence.queries import Loss as Loss
+    from whence.queries import Margin as Margin
+    from whence.queries import Parameter as Parameter
+    from whence.record.policy import Epochs as Epochs
+    from whence.record.policy import Every as Every
+    from whence.record.policy import Geometric as Geometric
+    from whence.record.policy import Last as Last
+    from whence.record.policy import Only as Only
+    from whence.record.recorder import Recorder as Recorder
+    from whence.run.run import Run as Run
+    from whence.run.run import open_run as open_run
+    from whence.task import ClipNorm as ClipNorm
+    from whence.task import ClipValue as ClipValue
+    from whence.task import Task as Task
+    from whence.task import classification as classification
+    from whence.task import language_model as language_model
+    from whence.task import regression as regression
+
+
+def __getattr__(name: str) -> object:
+    """Import the module a public name lives in, and remember the name.
+
+    Raises:
+        AttributeError: There is no such public name.
+    """
+    if name == "plot":
+        return import_module("whence.plot")
+    if name not in _HOME:
+        raise AttributeError(f"module 'whence' has no attribute {name!r}; it has {sorted(__all__)}")
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)

@@ -1,0 +1,84 @@
+"""The arrays of an influence, read shard by shard: held is never more than one shard and the result."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import polars as pl
+import zarr
+from jaxtyping import Float64
+
+from whence.influence import layout, tables
+from whence.influence.layout import Description
+
+ALL = slice(None)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Reads the arrays of an influence."""
+
+    group: zarr.Group
+    description: Description
+
+    def add_up(
+        self,
+        into: Float64[np.ndarray, "query observed_at sample"],
+        *,
+        queries: slice,
+        states: Sequence[int],
+        between: tuple[int, int] | None = None,
+        only: int | None = None,
+    ) -> None:
+        """Add the influence of every slot to that of the sample in it.
+
+        Args:
+            into: Where to add; a row for each of `queries` and `states`.
+            queries: Which queries.
+            states: Which observed states.
+            between: The first step and the one after the last; all, if None.
+            only: Add up this sample alone, into rows of length one.
+        """
+        columns = [self.description.observed_at.index(state) for state in states]
+        # The steps from a state on have no influence on it.
+        start, stop = between or (0, self.description.steps)
+        for first, last in self._stretches(start, min(stop, max(states))):
+            sample = layout.read(self.group, "sample", slice(first, last))
+            if only is not None:
+                sample = np.where(sample == only, 0, -1)
+            if (sample >= 0).any():
+                steps = slice(first, last)
+                block = layout.read(self.group, "influence", queries, columns, steps, ALL)
+                tables.add_by_sample(into, block, sample)
+
+    def visits(self, sample: int, *, query: slice, state: int) -> Iterator[pl.DataFrame]:
+        """Yield the visits of one sample before a state, a table for each shard that has some."""
+        column = [self.description.observed_at.index(state)]
+        for first, last in self._stretches(0, state):
+            steps = slice(first, last)
+            step, slot = np.nonzero(layout.read(self.group, "sample", steps) == sample)
+            if len(step):
+                block = layout.read(self.group, "influence", query, column, steps, ALL)[0, 0]
+                loss = layout.read(self.group, "loss", steps)
+                numbers = {"influence": block[step, slot], "loss": loss[step, slot]}
+                yield pl.DataFrame({"step": step + first, "slot": slot, **numbers})
+
+    def long_tables(self) -> Iterator[pl.DataFrame]:
+        """Yield the long table of every shard."""
+        about = self.description
+        for first, last in about.shards:
+            yield tables.long_table(
+                layout.read(self.group, "influence", ALL, ALL, slice(first, last), ALL),
+                layout.read(self.group, "sample", slice(first, last)),
+                start=first,
+                queries=about.queries,
+                observed_at=about.observed_at,
+            )
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the part of every shard that lies within the steps [start, stop)."""
+        for first, last in self.description.shards:
+            if max(first, start) < min(last, stop):
+                yield max(first, start), min(last, stop)

@@ -1,0 +1,1 @@
+"""The mathematics of time: steps, plans and sweeps as pure functions of plain data."""

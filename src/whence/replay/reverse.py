@@ -1,0 +1,162 @@
+r"""The adjoint sweep: cotangents walk back through the recorded steps and leave a score at every slot.
+
+For the cotangent λ of the state after a step (METHODS: θ the parameters, m the moments, U the update)
+
+.. math::
+    (a_\theta, a_m, a_g) = U_t^\top(\lambda_\theta, \lambda_m) \qquad
+    I_{t,b} = -c_{t,b}\langle a_g, \nabla\ell_b\rangle \qquad
+    \lambda \leftarrow (a_\theta + \nabla^2 L_t\, a_g,\; a_m)
+
+All cotangents of a sweep are stacked along a first axis and share the primal pass.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from whence.replay.curvature import Curvature, Linearised
+from whence.replay.state import State, elementwise
+from whence.replay.transition import Transition, gathered
+from whence.tree import Tree, each
+
+
+@dataclass(frozen=True, slots=True)
+class Cotangent:
+    """Derivatives of queries with respect to a state, each tensor with a first axis `[query, ...]`.
+
+    Attributes:
+        params: of the trained parameters.
+        buffers: of the running BatchNorm statistics.
+        moments: of the optimizer's elementwise tensors.
+    """
+
+    params: Tree
+    buffers: Tree
+    moments: dict[str, Tree]
+
+    def __len__(self) -> int:
+        """Number of queries."""
+        return len(next(iter(self.params.values())))
+
+    def join(self, other: "Cotangent") -> "Cotangent":
+        """Both, one after the other along the query axis."""
+        return Cotangent(
+            _joined(self.params, other.params),
+            _joined(self.buffers, other.buffers),
+            {name: _joined(tree, other.moments[name]) for name, tree in self.moments.items()},
+        )
+
+    def norms(self) -> Float[Tensor, " query"]:
+        """Euclidean norm of the parameters' part, by query."""
+        squares = [tensor.flatten(1).double().square().sum(1) for tensor in self.params.values()]
+        return torch.stack(squares).sum(0).sqrt()
+
+
+def _joined(left: Tree, right: Tree) -> Tree:
+    return {name: torch.cat([tensor, right[name]]) for name, tensor in left.items()}
+
+
+def start(state: State, params: Tree, buffers: Tree) -> Cotangent:
+    """The cotangent at the state that queries read: their gradients, and zero for the optimizer's moments."""
+    count = len(next(iter(params.values())))
+    moments = {
+        name: each(
+            lambda moment: moment.new_zeros(count, *moment.shape),
+            {key: tree[key] for key in elementwise(tree, state.params[name])},
+        )
+        for name, tree in state.moments.items()
+    }
+    return Cotangent(params, buffers, moments)
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """One step of the sweep: the cotangent before the step, the influences `[query, slot]`, the losses `[slot]`."""
+
+    cotangent: Cotangent
+    influence: Tensor
+    losses: Tensor
+
+
+def pull_back(
+    transition: Transition, state: State, cotangent: Cotangent, *, curvature: Curvature, chunk: int
+) -> Pulled:
+    """Take the cotangents of the state after a step back to the state before it.
+
+    Args:
+        transition: the step.
+        state: the state before it.
+        cotangent: of the state after it, `[query, ...]`. It is used up: its memory becomes the result's.
+        curvature: how second derivatives are taken.
+        chunk: how many queries are pulled at once; more are faster on small models and take more memory.
+    """
+    with transition.replaying():
+        primal = _Primal.of(transition, state, curvature)
+        clipped, unclip = vjp(transition.clipped, primal.gradient)
+        jacobian = transition.update.jacobian(state, clipped)
+        params, moments, grads = jacobian.pull(cotangent.params, cotangent.moments)
+        if transition.task.clip is not None:
+            grads = vmap(lambda consumed: unclip(consumed)[0])(grads)
+        buffers, scores = dict(cotangent.buffers), []
+        for linear in primal.backwards():
+            scores.append(_add_pulled(linear, grads, params, buffers, chunk))
+    return Pulled(Cotangent(params, buffers, moments), -torch.cat(scores[::-1], 1), primal.losses)
+
+
+def _add_pulled(linear: Linearised, grads: Tree, params: Tree, buffers: Tree, chunk: int) -> Tensor:
+    """Add one piece's curvature products to the cotangents, in place; return its scores `[query, slot]`."""
+    count = len(next(iter(params.values())))
+    scores = []
+    for first in range(0, count, chunk):
+        rows = slice(first, first + chunk)
+        second, before, score = _pull_rows(linear, _rows(grads, rows), _rows(buffers, rows))
+        for name, product in second.items():
+            params[name][rows] += product
+        for name, product in before.items():
+            buffers[name][rows] = product
+        scores.append(score)
+    return torch.cat(scores)
+
+
+def _pull_rows(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
+    if len(next(iter(grads.values()))) > 1:
+        pulled: tuple[Tree, Tree, Tensor] = vmap(linear.pull)(grads, buffers)
+        return pulled
+    # One query needs no batching rule, and most kernels are faster without one.
+    second, before, score = linear.pull(each(lambda t: t[0], grads), each(lambda t: t[0], buffers))
+    return each(lambda t: t[None], second), each(lambda t: t[None], before), score[None]
+
+
+def _rows(tree: Tree, rows: slice) -> Tree:
+    return {name: tensor[rows] for name, tensor in tree.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Primal:
+    """The gradient of a step, and its pieces ready to be linearised from the last to the first."""
+
+    gradient: Tree
+    losses: Tensor
+    backwards: Callable[[], Iterator[Linearised]]
+
+    @staticmethod
+    def of(transition: Transition, state: State, curvature: Curvature) -> "_Primal":
+        pieces = transition.pieces()
+        ones = [torch.ones(len(piece.share)).to(next(iter(state.params.values()))) for piece in pieces]
+        if len(pieces) == 1:
+            linear = curvature.linearise(pieces[0], state.params, state.buffers, ones[0])
+            return _Primal(linear.gradient, linear.losses, lambda: iter([linear]))
+
+        # Accumulation exists to save memory, so only one micro-batch's graph is held at a time: gradients first, graphs after.
+        walked = list(transition.walk(state))
+        total, losses = gathered(walked)
+
+        def backwards() -> Iterator[Linearised]:
+            for piece, (before, _), w in reversed(list(zip(pieces, walked, ones, strict=True))):
+                yield curvature.linearise(piece, state.params, before, w)
+
+        return _Primal(total, losses, backwards)

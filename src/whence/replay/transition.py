@@ -1,0 +1,169 @@
+"""One training step as a function from state to state, and its pieces as functions that can be differentiated."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from whence.replay.state import State, Step
+from whence.replay.update import Update
+from whence.task import Batch, Task
+from whence.tree import Tree, add
+
+Weights = Float[Tensor, "*run slot"]
+Gradient = tuple[Tree, Tree, Tensor]  # gradient, buffers after, loss of every slot
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """Step t of a training: its batches and its update.
+
+    Attributes:
+        task: model, data and loss.
+        update: the optimizer with the step's hyperparameters.
+        step: what was recorded about the step.
+        batches: the content of its micro-batches, on the task's device and in the replay's precision.
+    """
+
+    task: Task
+    update: Update
+    step: Step
+    batches: tuple[Batch, ...]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Parameters that the optimizer may ever change."""
+        return tuple(name for group in self.update.groups for name in group)
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Parameters that this step changes."""
+        idle = frozenset(self.step.idle)
+        return tuple(name for name in self.trained if name not in idle)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of slots of every micro-batch."""
+        return tuple(len(fed.samples) for fed in self.step.fed)
+
+    def pieces(self) -> "list[Piece]":
+        """The terms of the step's loss, one per micro-batch, in order."""
+        shares = self.task.shares(self.batches, self.sizes)
+        return [Piece(self, index, share) for index, share in enumerate(shares)]
+
+    def walk(self, state: State, weights: Weights | None = None) -> "Iterator[tuple[Tree, Gradient]]":
+        """The micro-batches in order: the buffers before each, and its part of the gradient."""
+        buffers = state.buffers
+        for piece, part in zip(self.pieces(), self.split(weights), strict=True):
+            found = piece.gradient(state.params, buffers, part)
+            yield buffers, found
+            buffers = found[1]
+
+    def raw_gradient(self, state: State) -> Gradient:
+        """Gradient of L_t before clipping, the buffers it leaves, and the losses `[slot]`."""
+        with self.replaying():
+            walked = list(self.walk(state))
+        return gathered(walked)[0], walked[-1][1][1], gathered(walked)[1]
+
+    def clipped(self, grads: Tree) -> Tree:
+        """The gradient as the optimizer consumes it."""
+        return grads if self.task.clip is None else self.task.clip(grads)
+
+    def advance(self, state: State) -> State:
+        """The state after the step, as it happened."""
+        grads, buffers, _ = self.raw_gradient(state)
+        return self._moved(state, self.clipped(grads), buffers)
+
+    def advance_many(self, states: State, weights: Weights) -> State:
+        """A stack of states after the step, each with its own sample weights `[run, slot]`."""
+
+        def gradient(params: Tree, buffers: Tree, w: Tensor) -> tuple[Tree, Tree]:
+            walked = list(self.walk(State(params, buffers), w))
+            return self.clipped(gathered(walked)[0]), walked[-1][1][1]
+
+        with self.replaying():
+            grads, buffers = vmap(gradient, randomness="same")(states.params, states.buffers, weights)
+        return self._moved(states, grads, buffers)
+
+    def _moved(self, state: State, grads: Tree, buffers: Tree) -> State:
+        after = self.update(state, grads)
+        return State(after.params, buffers, after.moments)
+
+    def split(self, weights: Weights | None) -> Sequence[Tensor | None]:
+        """Cut the weights of a step's slots into those of its micro-batches."""
+        return [None] * len(self.sizes) if weights is None else weights.split(self.sizes, dim=-1)
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Recorded train/eval modes, and attention that can be differentiated twice."""
+        self.task.binding.set_modes(self.step.evaluating)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+
+
+def gathered(walked: "list[tuple[Tree, Gradient]]") -> tuple[Tree, Tensor]:
+    """The whole step's gradient and its losses `[slot]`, from those of its micro-batches."""
+    total: Tree = {}
+    for _, (gradient, _, _) in walked:
+        total = add(total, gradient)
+    return total, torch.cat([losses for _, (_, _, losses) in walked], -1)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The loss term of one micro-batch: sum over its slots of c w l, with the penalty in the first."""
+
+    transition: Transition
+    index: int
+    share: Float[Tensor, " slot"]
+
+    def gradient(self, params: Tree, buffers: Tree, weights: Tensor | None) -> Gradient:
+        """Gradient with respect to the moving parameters; traceable by torch.func in every argument."""
+        moving = {name: params[name] for name in self.transition.moving}
+        rest = {name: params[name] for name in params if name not in moving}
+
+        def loss(part: Tree) -> tuple[Tensor, tuple[Tree, Tensor]]:
+            return self._loss(rest | part, buffers, weights)
+
+        gradient, (after, losses) = grad(loss, has_aux=True)(moving)
+        return gradient, after, losses
+
+    def _loss(self, params: Tree, buffers: Tree, weights: Tensor | None) -> tuple[Tensor, tuple[Tree, Tensor]]:
+        task, fed = self.transition.task, self.transition.step.fed[self.index]
+        with replayed_randomness(fed.random):
+            losses, after = task.losses(params, buffers, self.transition.batches[self.index])
+        share = self.share.to(losses)
+        total = (losses * (share if weights is None else share * weights)).sum()
+        if self.index == 0 and task.penalty is not None:
+            total = total + task.penalty(params)
+        return total, (after, losses)
+
+
+@contextmanager
+def replayed_randomness(recorded: dict[str, bytes] | None) -> Iterator[None]:
+    """Run a forward pass with the generators as they were, and leave them as they are now."""
+    if recorded is None:
+        yield
+        return
+    devices = [device for device in recorded if device != "cpu"]
+    with torch.random.fork_rng(devices):
+        for device, state in recorded.items():
+            _set_generator(device, torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        yield
+
+
+def _set_generator(device: str, state: Tensor) -> None:
+    if device == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)
+
+

@@ -1,0 +1,259 @@
+"""A training problem as pure functions of a dict of tensors.
+
+Decisions: the user's model is copied once as a skeleton without weights, so nothing here can read or change the live
+model; tied parameters are one entry, under the first of their names; a batch is whatever the collate function returns.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Any, Literal, Protocol, TypeVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
+
+from whence.batchnorm import STATISTICS, RunningStatistics, tracking
+from whence.errors import BadLoss, BadReduction, SharedStorage
+from whence.tree import Tree, cast
+
+Batch = Any  # whatever the collate function returns
+Result = TypeVar("Result")
+Reduction = Literal["mean", "sum"] | Callable[[Sequence[Batch]], Tensor]
+
+
+class Rows(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Read one row."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ClipNorm:
+    """Gradient clipping by total norm, as `torch.nn.utils.clip_grad_norm_` does it.
+
+    >>> ClipNorm(1.0)({"w": torch.tensor([3.0, 4.0])})
+    {'w': tensor([0.6000, 0.8000])}
+    """
+
+    max_norm: float
+    norm_type: float = 2.0
+
+    def __call__(self, grads: Tree) -> Tree:
+        """Scale all gradients by min(1, max_norm / norm)."""
+        norms = [torch.linalg.vector_norm(g, self.norm_type) for g in grads.values()]
+        total = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
+        # torch adds 1e-6 to the norm; we must do as it does to replay the same update.
+        scale = torch.clamp(self.max_norm / (total + 1e-6), max=1.0)
+        return {name: g * scale for name, g in grads.items()}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ClipValue:
+    """Gradient clipping entry by entry, as `torch.nn.utils.clip_grad_value_` does it.
+
+    >>> ClipValue(1.0)({"w": torch.tensor([3.0, -0.5])})
+    {'w': tensor([ 1.0000, -0.5000])}
+    """
+
+    max_value: float
+
+    def __call__(self, grads: Tree) -> Tree:
+        """Clamp every entry to [-max_value, max_value]."""
+        return {name: g.clamp(-self.max_value, self.max_value) for name, g in grads.items()}
+
+
+def default_predict(model: nn.Module, batch: Batch) -> Any:
+    """Call the model on the first item of a tuple, on the keywords of a mapping, or on the batch itself."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = cast(batch, None, device)
+    if isinstance(batch, (tuple, list)):
+        return model(batch[0])
+    if isinstance(batch, dict) or hasattr(batch, "keys"):
+        return model(**batch)
+    return model(batch)
+
+
+@dataclass(frozen=True)
+class Task:
+    r"""Model, data and loss of a training: what is needed to replay it.
+
+    With c the reduction and w the sample weights (1 as it happened), the loss of step t is
+
+    .. math:: L_t(\theta; w) = \sum_b c_{t,b} w_{t,b} \ell(z_b; \theta) + R(\theta)
+
+    Args:
+        model: Gives structure only. Weights and modes are never read after `open_run` and never changed.
+        data: The training set, map-style; a *sample* is a row number of it.
+        loss: `loss(outputs, batch) -> [slot]`, one unreduced value per row of the batch.
+        predict: `predict(model, batch) -> outputs`. Default: `model(batch[0])` for a tuple, `model(**batch)` for a dict.
+        collate: Turns a list of rows into a batch; must be the loader's.
+        penalty: R, a function of the dict of parameters (a regulariser that the loop adds to its loss).
+        reduce: "mean" (each micro-batch's mean, averaged over the micro-batches of a step), "sum", or a function of the
+            batches of one step that returns c for all their slots, `[slot]`.
+        clip: `ClipNorm(x)` or `ClipValue(x)` where the loop clips the gradient before the optimizer's step.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> data = torch.utils.data.TensorDataset(torch.ones(4, 2), torch.zeros(4, 1))
+    >>> task = Task(model, data, loss=lambda outputs, batch: (outputs - batch[1]).square().mean(1))
+    >>> losses, _ = task.losses(task.parameters(), {}, task.batch([0, 1]))
+    >>> losses.shape
+    torch.Size([2])
+    """
+
+    model: nn.Module
+    data: Any
+    loss: Callable[[Any, Batch], Tensor]
+    predict: Callable[[nn.Module, Batch], Any] = field(default=default_predict, kw_only=True)
+    collate: Callable[[list[Any]], Batch] = field(default=default_collate, kw_only=True)
+    penalty: Callable[[Tree], Tensor] | None = field(default=None, kw_only=True)
+    reduce: Reduction = field(default="mean", kw_only=True)
+    clip: ClipNorm | ClipValue | None = field(default=None, kw_only=True)
+
+    @cached_property
+    def binding(self) -> "_Binding":
+        """The skeleton of the model, ready to be called with tensors from outside."""
+        return _Binding(skeleton(self.model))
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model lived when it was first asked."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def parameters(self) -> Tree:
+        """The live model's parameters under unique names (shared, not copied, detached)."""
+        refuse_shared_storage(self.model)
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    def buffers(self) -> Tree:
+        """The live model's buffers under unique names (shared, not copied)."""
+        return {name: b.detach() for name, b in self.model.named_buffers()}
+
+    @cached_property
+    def running(self) -> frozenset[str]:
+        """Names of the BatchNorm statistics, which training changes and evaluation reads."""
+        return frozenset(f"{name}.{key}".lstrip(".") for name in tracking(self.model) for key in STATISTICS)
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """Read rows from the data set and collate them, as a loader would."""
+        if hasattr(self.data, "__getitems__"):
+            return self.collate(self.data.__getitems__(list(samples)))
+        return self.collate([self.data[int(i)] for i in samples])
+
+    def bind(self, params: Tree, buffers: Tree, function: Callable[[nn.Module], Result]) -> Result:
+        """Evaluate `function(model)` with the given tensors in place of the model's own."""
+        tensors = {f"model.{name}": tensor for name, tensor in (params | buffers).items()}
+        result: Result = functional_call(self.binding, tensors, (function,))
+        return result
+
+    def losses(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Float[Tensor, " slot"], Tree]:
+        """Loss of every row of a batch, and the buffers as the forward pass leaves them."""
+        copies = {name: tensor.clone() for name, tensor in buffers.items()}  # a module may write to them in place
+        with self.binding.statistics.collected() as updates:
+            values = self.bind(params, copies, lambda model: self.loss(self.predict(model, batch), batch))
+        if not isinstance(values, Tensor) or values.dim() != 1:
+            raise BadLoss(tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__)
+        return values, copies | updates
+
+    def shares(self, batches: Sequence[Batch], sizes: Sequence[int]) -> list[Float[Tensor, " slot"]]:
+        """The factor c of every slot, for each micro-batch of one step."""
+        total = sum(sizes)
+        match self.reduce:
+            case "mean":
+                c = torch.cat([torch.full((n,), 1 / (n * len(sizes)), dtype=torch.float64) for n in sizes])
+            case "sum":
+                c = torch.ones(total, dtype=torch.float64)
+            case function:
+                c = function(batches).detach()
+        if c.shape != (total,):
+            raise BadReduction(tuple(c.shape), total)
+        return list(c.split(list(sizes)))
+
+
+class _Binding(nn.Module):
+    """Holds the skeleton, so that `functional_call` can reach any attribute of it, not only its forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.statistics = RunningStatistics(model)
+        self.modules_by_name = dict(model.named_modules())
+
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        """Hand the model, with the swapped tensors, to the function."""
+        return function(self.model)
+
+    def set_modes(self, evaluating: Sequence[str] | None) -> None:
+        """Put the named modules into eval mode and all others into train mode; None: all into eval mode."""
+        names = self.modules_by_name if evaluating is None else frozenset(evaluating)
+        for name, module in self.modules_by_name.items():
+            module.training = name not in names
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure that owns no weights (its tensors live on the meta device)."""
+    tensors = chain(model.parameters(), model.buffers())
+    memo = {id(tensor): _without_values(tensor) for tensor in tensors}
+    return copy.deepcopy(model, memo)
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def refuse_shared_storage(model: nn.Module) -> None:
+    """Two different parameters on one storage are updated twice a step: no replay can tell them apart."""
+    owner: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        address = parameter.untyped_storage().data_ptr()
+        if address and owner.setdefault(address, name) != name:
+            raise SharedStorage(owner[address], name)
+
+
+def size_of(batch: Batch) -> int:
+    """Number of rows of a batch: the length of its first tensor."""
+    return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+
+
+def classification(model: nn.Module, data: Rows, **options: Any) -> Task:
+    """Cross-entropy between `model(batch[0])` and the class numbers `batch[1]`, in nats."""
+
+    def loss(outputs: Tensor, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+
+    return Task(model, data, loss, **options)
+
+
+def regression(model: nn.Module, data: Rows, **options: Any) -> Task:
+    """Squared error between `model(batch[0])` and `batch[1]`, averaged over the outputs of a row."""
+
+    def loss(outputs: Tensor, batch: Batch) -> Tensor:
+        return (outputs.reshape(len(outputs), -1) - batch[1].reshape(len(outputs), -1)).square().mean(1)
+
+    return Task(model, data, loss, **options)
+
+
+def language_model(model: nn.Module, data: Rows, **options: Any) -> Task:
+    """Next-token cross-entropy, averaged over the tokens of a row: `batch = (tokens, targets)`; -100 is not counted."""
+
+    def loss(outputs: Tensor, batch: Batch) -> Tensor:
+        targets = batch[1]
+        nats = nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+        counted = (targets != -100).sum(1).clamp(min=1)
+        return nats.view(targets.shape).sum(1) / counted
+
+    return Task(model, data, loss, **options)

@@ -1,0 +1,1 @@
+"""Tests of whence; the folders mirror src/whence."""
