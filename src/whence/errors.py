@@ -70,10 +70,7 @@ class UnknownSample(WhenceError):
     """A sample was asked for that the training set does not have."""
 
     def __init__(self, sample: int, samples: int) -> None:
-        self.args = (
-            f"There is no sample {sample}: the training set has {samples} rows, "
-            f"numbered 0 to {samples - 1}.",
-        )
+        self.args = (f"There is no sample {sample}: the training set has {samples} rows, numbered 0 to {samples - 1}.",)
 
 
 class ImpossibleWindow(WhenceError):
@@ -124,9 +121,7 @@ class NotAnInfluence(WhenceError):
     """A folder does not hold an influence."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        self.args = (
-            f"{path} holds no influence: {reason}. Give the folder that attribute(out=...) wrote.",
-        )
+        self.args = (f"{path} holds no influence: {reason}. Give the folder that attribute(out=...) wrote.",)
 
 
 class DamagedInfluence(WhenceError):
@@ -134,9 +129,7 @@ class DamagedInfluence(WhenceError):
 
     def __init__(self, path: Path | None, reason: str) -> None:
         where = "in memory" if path is None else f"in {path}"
-        self.args = (
-            f"The influence {where} is damaged: {reason}. Delete the folder and attribute again.",
-        )
+        self.args = (f"The influence {where} is damaged: {reason}. Delete it and attribute again.",)
 
 
 class UnfinishedInfluence(WhenceError):
@@ -154,9 +147,7 @@ class DifferentInfluence(WhenceError):
     """An attribution cannot resume in a folder that was begun with other arguments."""
 
     def __init__(self, path: Path, differences: Mapping[str, tuple[object, object]]) -> None:
-        told = "; ".join(
-            f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items()
-        )
+        told = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items())
         self.args = (
             f"{path} holds another influence ({told}). "
             "Use the same arguments to resume it, or another folder, or delete this one.",
@@ -167,9 +158,7 @@ class FolderTaken(WhenceError):
     """A new influence was to be written where there already is something."""
 
     def __init__(self, path: Path) -> None:
-        self.args = (
-            f"{path} already exists and is not empty. Choose another folder, or delete this one.",
-        )
+        self.args = (f"{path} already exists and is not empty. Choose another folder, or delete this one.",)
 
 
 class IllFormedInfluence(WhenceError):
@@ -219,4 +208,194 @@ class UnsupportedOptimizer(WhenceError):
         self.args = (
             f"{name} cannot be attributed: {reason}. Supported: SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, "
             "Adadelta, Adamax, ASGD.",
+        )
+
+
+class BadQuery(WhenceError):
+    """A query asks for something that is not there."""
+
+    def __init__(self, asked: str, there: str) -> None:
+        self.args = (f"The query asks for {asked}, but {there}.",)
+
+
+# ---- run folders
+
+
+class NotARun(WhenceError):
+    """A folder holds no recording."""
+
+    def __init__(self, folder: Path) -> None:
+        self.args = (
+            f"{folder} holds no run (no manifest.json). Record one with whence.Recorder({str(folder)!r}, ...).",
+        )
+
+
+class RunExists(WhenceError):
+    """A recorder was pointed at a folder that already holds a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.args = (f"{folder} already holds a run, and nothing recorded is ever overwritten. Choose another folder.",)
+
+
+class WrongFormat(WhenceError):
+    """A folder was written in a layout that this version does not read."""
+
+    def __init__(self, path: Path, found: object, wanted: int) -> None:
+        self.args = (f"{path} has format {found}; this version of whence reads format {wanted}.",)
+
+
+class DamagedFile(WhenceError):
+    """A file of a run is missing or is not what was written."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.args = (f"{path} cannot be used: {what}. Restore the file from a copy, or record the run again.",)
+
+
+class EmptyRun(WhenceError):
+    """A run has no whole step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.args = (f"The run in {folder} has no whole step: the training ended before its first update.",)
+
+
+class WrongModel(WhenceError):
+    """The task's model is not the one that was recorded."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.args = ("The task's model is not the recorded one: " + "; ".join(problems) + ".",)
+
+
+class WrongData(WhenceError):
+    """The task's data set is not the one that was recorded."""
+
+    def __init__(self, what: str) -> None:
+        self.args = (
+            f"The task's data set is not the recorded one: {what}. Give the task the data set of the training, rows in "
+            "the same order; if rows are augmented at random, record with keep_batches=True.",
+        )
+
+
+class BadBatch(WhenceError):
+    """A batch cannot be stored."""
+
+    def __init__(self, kind: str) -> None:
+        self.args = (
+            f"keep_batches=True stores tuples, lists and dicts of tensors and plain values; this batch holds a {kind}. "
+            "Convert it in the collate function.",
+        )
+
+
+class NoSuchState(WhenceError):
+    """A state or step was asked for that the run does not have."""
+
+    def __init__(self, number: int, last: int, what: str) -> None:
+        self.args = (f"There is no {what} {number}: the run has {what}s 0 to {last}.",)
+
+
+class MissingState(WhenceError):
+    """No checkpoint was kept at a state."""
+
+    def __init__(self, number: int, kept: Sequence[int]) -> None:
+        before = max(state for state in kept if state <= number)
+        self.args = (
+            f"State {number} was not kept; kept: {listed(kept)}. "
+            f"run.state({number}, replay=True) replays it from state {before}.",
+        )
+
+
+class ReplayMismatch(WhenceError):
+    """A replayed step differs from the recorded one."""
+
+    def __init__(self, step: int, what: str, difference: float, tolerance: float) -> None:
+        self.args = (
+            f"Step {step} does not replay: {what} differs by {difference:.2g} (relative), tolerance {tolerance:.2g}. "
+            "Usual causes: another data set or data order, rows augmented at random (record with keep_batches=True), "
+            "another version or device of torch. run.verify(tolerance=...) sets the tolerance.",
+        )
+
+
+# ---- recording
+
+
+class UnwatchableLoader(WhenceError):
+    """A loader's batches could not be read again."""
+
+    def __init__(self, what: str, cure: str) -> None:
+        self.args = (f"recorder.watch() cannot follow this loader: {what}. To do: {cure}.",)
+
+
+class BadOptimizer(WhenceError):
+    """The optimizer is used in a way that a run cannot hold."""
+
+    def __init__(self, what: str) -> None:
+        self.args = (f"The optimizer cannot be recorded: {what}.",)
+
+
+class UnwatchedStep(WhenceError):
+    """The optimizer stepped and no watched batch led to it."""
+
+    def __init__(self, step: int) -> None:
+        self.args = (
+            f"Step {step} has no batch: the optimizer was called without a backward pass on a batch from "
+            "recorder.watch(loader). Loop over recorder.watch(loader) instead of the loader, and use one optimizer.",
+        )
+
+
+class StaleGradient(WhenceError):
+    """Gradients of an earlier step were not cleared."""
+
+    def __init__(self, step: int) -> None:
+        self.args = (
+            f"At step {step} the gradients of the step before were still there: they belong to other parameters, so "
+            "no replay can explain their sum. Call optimizer.zero_grad() once per step.",
+        )
+
+
+class ChangedOutside(WhenceError):
+    """Something besides the recorded optimizer changed a parameter."""
+
+    def __init__(self, name: str, step: int) -> None:
+        self.args = (
+            f"Parameter {name!r} was changed between steps {step - 1} and {step} by something other than the recorded "
+            "optimizer (a second optimizer, load_state_dict, an assignment). A run has one optimizer and nothing else.",
+        )
+
+
+class Diverged(WhenceError):
+    """A gradient is NaN or infinite."""
+
+    def __init__(self, step: int, norm: float) -> None:
+        self.args = (
+            f"The gradient of step {step} has norm {norm}: the training diverged, and what follows cannot be "
+            f"attributed. The run is whole up to step {step - 1}; look at its loss and learning rate.",
+        )
+
+
+class UnexplainedGradient(WhenceError):
+    """The recorder's own gradient differs from the loop's."""
+
+    def __init__(self, step: int, off: float, tolerance: float, ours: float, theirs: float) -> None:
+        self.args = (
+            f"Step {step}: the gradient computed from the task (norm {ours:.4g}) and the one that the loop gave the "
+            f"optimizer (norm {theirs:.4g}) differ by {off:.2g} (relative), tolerance {tolerance:.2g}. Usual causes: "
+            "Task(reduce=...) is not how the loop averages; clipping in the loop without Task(clip=...); a regulariser "
+            "without Task(penalty=...); rows augmented at random (record with keep_batches=True); a batch changed in "
+            "the loop (recorder.fed(batch)).",
+        )
+
+
+class CannotRenormalize(WhenceError):
+    """Renormalised denominators have no meaning for a run."""
+
+    def __init__(self, why: str) -> None:
+        self.args = (f"denominator='renormalize' does not fit this run: {why}. Use denominator='keep'.",)
+
+
+class TooLittleMemory(WhenceError):
+    """A sweep does not fit."""
+
+    def __init__(self, free: int, needed: int, rows: int) -> None:
+        self.args = (
+            f"A sweep with {rows} cotangents (queries x observed states) needs {needed / 2**20:.0f} MiB, and may use "
+            f"{free / 2**20:.0f} MiB. Ask fewer queries or states at once, or allow more: DIT(memory=bytes).",
         )

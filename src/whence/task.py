@@ -180,7 +180,7 @@ class Task:
                 c = function(batches).detach()
         if c.shape != (total,):
             raise BadReduction(tuple(c.shape), total)
-        return list(c.split(list(sizes)))
+        return list(torch.split(c, list(sizes)))
 
 
 class _Binding(nn.Module):

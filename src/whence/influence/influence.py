@@ -4,15 +4,13 @@ Nothing here holds the whole array: sums and tables walk over it shard by shard.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 import polars as pl
-import zarr
 from jaxtyping import Float, Float64, Int64
 from polars.io.plugins import register_io_source
 
@@ -23,10 +21,12 @@ from whence.errors import (
     UnfinishedInfluence,
     UnknownQuery,
     UnknownSample,
+    listed,
 )
 from whence.extras import need
 from whence.influence import layout, tables
 from whence.influence.layout import Description
+from whence.influence.stored import Stored
 from whence.influence.tables import Order
 
 if TYPE_CHECKING:
@@ -47,25 +47,303 @@ def open_influence(path: str | os.PathLike[str]) -> "Influence":
     if done < shards:
         raise UnfinishedInfluence(folder, done, shards)
     layout.check_files(folder)
-    return Influence(group, description)
+    return Influence(Stored(group, description))
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Influence:
-    r"""What each query gains when a sample is removed, by step of the removal and state of the query.
+    r"""What each query gains when a sample is removed, by step of the visit and state of the query.
 
     .. math:: I[q, \tau, t, b] = -\partial q(\theta_\tau) / \partial w_{t,b}
 
     for a query q that reads the state τ (`observed_at`) and the weight w of the sample in slot b of
-    step t. For a loss: positive = helpful, negative = harmful. Steps t >= τ have influence zero.
+    step t; zero at the steps t >= τ. For a loss: positive = helpful, negative = harmful. Wherever a
+    query is asked for, its index or its name will do.
 
     >>> from whence.influence.writer import example
     >>> example()
-    Influence by example: 2 queries [nats], seen from states 2, 4; 4 steps x 2 slots, 4 samples
-    sign: what the query gains when the sample is removed; for a loss, positive = helpful, negative = harmful
+    Influence by example (nats): 2 queries, 2 states (2, 4), 4 steps x 2 slots, 4 samples
+    = what the query gains when the sample is removed
+      for a loss, positive = helpful, negative = harmful
+
+    Attributes:
+        asked: The query object that it answers, where that is at hand.
     """
 
-    _group: zarr.Group
-    description: Description
+    _stored: Stored
     asked: object | None = None
+
+    @property
+    def description(self) -> Description:
+        """Everything about it but the numbers."""
+        return self._stored.description
+
+    def with_queries(self, query: object) -> "Influence":
+        """Give the same influence, knowing the query object that it answers."""
+        return replace(self, asked=query)
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """Name of each query."""
+        return self.description.queries
+
+    @property
+    def observed_at(self) -> tuple[int, ...]:
+        """States that the queries read, ascending; state t is the one before update t."""
+        return self.description.observed_at
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run has."""
+        return self.description.steps
+
+    @property
+    def slots(self) -> int:
+        """How many places its largest batch has."""
+        return self.description.slots
+
+    @property
+    def samples(self) -> int:
+        """How many rows the training set has."""
+        return self.description.samples
+
+    @property
+    def sign(self) -> str:
+        """What a positive number means, as a sentence."""
+        return str(self._stored.group.attrs["sign"])
+
+    @property
+    def unit(self) -> str:
+        """Unit of the queries, and so of the influence."""
+        return self.description.unit
+
+    @property
+    def method(self) -> str:
+        """What computed it."""
+        return self.description.method
+
+    @property
+    def denominator(self) -> str:
+        """What a removal does to the divisor of its batch: "keep" or "renormalize"."""
+        return self.description.denominator
+
+    @property
+    def run(self) -> str:
+        """Identity of the recorded run."""
+        return self.description.run
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What else the numbers depend on."""
+        return self.description.settings
+
+    @property
+    def path(self) -> Path | None:
+        """The folder it lies in; None in memory."""
+        return layout.folder(self._stored.group)
+
+    @property
+    def sample(self) -> Int64[np.ndarray, "step slot"]:
+        """Row of the training set in every slot; -1 pads a short batch."""
+        return layout.read(self._stored.group, "sample", slice(None))
+
+    @property
+    def loss(self) -> Float64[np.ndarray, "step slot"]:
+        """Training loss of every slot as the method saw it, NaN where unknown."""
+        return layout.read(self._stored.group, "loss", slice(None))
+
+    def values(self, start: int = 0, stop: int | None = None) -> Float[np.ndarray, "query observed_at step slot"]:
+        """Read the array itself, for the steps [start, stop)."""
+        return layout.read(self._stored.group, "influence", slice(None), slice(None), slice(start, stop), slice(None))
+
+    def total(
+        self, *, query: int | str | None = None, out: str | os.PathLike[str] | None = None
+    ) -> Float64[np.ndarray, "query observed_at sample"]:
+        r"""Sum over all visits of each sample: the influence of never having seen it.
+
+        .. math:: A_{q,\tau,j} = \sum_{t < \tau} \sum_{b:\, S_t[b]=j} I_{q,\tau,t,b}
+
+        A sample never visited has exactly zero.
+
+        >>> from whence.influence.writer import example
+        >>> example().total()[0].tolist()
+        [[-2.0, -2.0, 4.0, 0.0], [3.0, 2.0, -1.0, 0.0]]
+
+        Args:
+            query: Sum for this one only, which leaves an axis of length one.
+            out: A .npy file to sum into, where the result is too large for memory; it is then
+                mapped, not loaded.
+        """
+        queries = slice(None) if query is None else self._one(query)
+        shape = len(self.queries[queries]), len(self.observed_at), self.samples
+        if out is not None:
+            return self._stored.add_up_in_file(Path(out), queries, shape)
+        into = np.zeros(shape)
+        self._stored.add_up(into, queries=queries, states=self.observed_at)
+        return into
+
+    def window(self, a: int, b: int) -> Float64[np.ndarray, "query sample"]:
+        r"""Influence on the change of each query between two states, of never having seen a sample.
+
+        .. math:: A_{q,b,j} - A_{q,a,j}
+
+        Each term is seen from its own state. Not to be confused with `visits(a, b)`, which asks for
+        a removal during these steps only, seen from one state.
+
+        >>> from whence.influence.writer import example
+        >>> example().window(2, 4)[0].tolist()
+        [5.0, 4.0, -5.0, 0.0]
+
+        Args:
+            a: State at which the window begins; 0 or observed.
+            b: State at which it ends; 0 or observed.
+        """
+        return self._window(slice(None), a, b)
+
+    def visits(self, a: int, b: int, *, observed_at: State = "end") -> Float64[np.ndarray, "query sample"]:
+        r"""Influence of the visits in the steps [a, b) alone, seen from one state.
+
+        .. math:: \sum_{a \le t < b} \sum_{b':\, S_t[b']=j} I_{q,\tau,t,b'}
+
+        >>> from whence.influence.writer import example
+        >>> example().visits(2, 4)[0].tolist()
+        [4.0, 3.0, -3.0, 0.0]
+
+        Args:
+            a: First step.
+            b: The step after the last.
+            observed_at: State τ that the query reads; "end" is the last observed one.
+        """
+        self._check_stretch(a, b)
+        into = np.zeros((len(self.queries), 1, self.samples))
+        states = [self._state(observed_at)]
+        self._stored.add_up(into, queries=slice(None), states=states, between=(a, b))
+        return into[:, 0]
+
+    def curve(self, *, sample: int, query: int | str = 0) -> pl.DataFrame:
+        """Total influence of one sample by observed state: observed_at, influence; 0 at state 0.
+
+        >>> from whence.influence.writer import example
+        >>> example().curve(sample=0).rows()
+        [(0, 0.0), (2, -2.0), (4, 3.0)]
+        """
+        self._check_sample(sample)
+        into = np.zeros((1, len(self.observed_at), 1))
+        states = self.observed_at
+        self._stored.add_up(into, queries=self._one(query), states=states, only=sample)
+        return tables.curve_table(self.observed_at, into[0, :, 0])
+
+    def visits_curve(self, *, sample: int, query: int | str = 0, observed_at: State = "end") -> pl.DataFrame:
+        """Each visit of one sample before the observed state: step, slot, influence, loss.
+
+        >>> from whence.influence.writer import example
+        >>> example().visits_curve(sample=0).rows()
+        [(0, 0, 1.0, 1.0), (1, 1, -2.0, 2.0), (3, 0, 4.0, 4.0)]
+        """
+        self._check_sample(sample)
+        state = self._state(observed_at)
+        found = self._stored.visits(sample, query=self._one(query), state=state)
+        return pl.concat([tables.NO_VISITS, *found], how="vertical_relaxed")
+
+    def top(
+        self,
+        k: int = 10,
+        *,
+        query: int | str = 0,
+        order: Order = "harmful",
+        window: tuple[int, int] | None = None,
+        observed_at: State = "end",
+    ) -> pl.DataFrame:
+        """List the most influential samples: rank, sample, influence.
+
+        >>> from whence.influence.writer import example
+        >>> example().top(2).rows()
+        [(1, 2, -1.0), (2, 3, 0.0)]
+        >>> example().top(1, order="helpful", window=(2, 4)).rows()
+        [(1, 0, 5.0)]
+
+        Args:
+            k: How many.
+            query: Which query.
+            order: "harmful" (most negative first), "helpful" (most positive first) or "absolute".
+            window: Rank by `window(a, b)` instead of the total.
+            observed_at: State that the total is seen from; "end" is the last observed one.
+
+        Raises:
+            TwoViewpoints: If both a window and a state are given.
+        """
+        if window is not None and observed_at != "end":
+            raise TwoViewpoints(window, observed_at)
+        a, b = (0, self._state(observed_at)) if window is None else window
+        return tables.top_table(self._window(self._one(query), a, b)[0], k, order)
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """Open it in xarray: variables influence, sample, loss, read when used; needs xarray.
+
+        >>> from whence.influence.writer import example
+        >>> example().to_xarray()["influence"].sel(query="test loss", observed_at=4).sum().item()
+        4.0
+        """
+        dataset: xarray.Dataset = need("xarray", "xarray").open_dataset(
+            self._stored.group.store, engine="zarr", chunks=None
+        )
+        return dataset
+
+    def to_polars(self) -> pl.DataFrame:
+        """List every number: query, observed_at, step, slot, sample, influence.
+
+        Padding and the steps from the observed state on, which are zero, are left out.
+
+        >>> from whence.influence.writer import example
+        >>> example().to_polars().filter(query="test loss", observed_at=2)["influence"].to_list()
+        [2.0, -2.0, 4.0, -4.0]
+        """
+        return pl.concat(self._stored.long_tables())
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the table of `to_polars` to a Parquet file, never holding more than a shard of it."""
+        columns = self._stored.no_rows().schema
+        rows = register_io_source(lambda *_: self._stored.long_tables(), schema=columns)
+        scratch = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+        rows.sink_parquet(scratch)
+        scratch.replace(path)
+
+    def __repr__(self) -> str:
+        """Tell method, sizes, unit and sign in three lines."""
+        states = f"{len(self.observed_at)} states ({listed(self.observed_at, most=6)})"
+        return (
+            f"Influence by {self.method} ({self.unit}): {len(self.queries)} queries, {states}, "
+            f"{self.steps} steps x {self.slots} slots, {self.samples} samples\n= " + self.sign.replace("; ", "\n  ")
+        )
+
+    def _window(self, queries: slice, a: int, b: int) -> Float64[np.ndarray, "query sample"]:
+        self._check_stretch(a, b)
+        for state in {a, b} - {0, *self.observed_at}:
+            raise NotObserved(state, self.observed_at)
+        # State 0 is before all influence, whether it was observed or not.
+        unmoved = [a, b].count(0)
+        ends = np.zeros((len(self.queries[queries]), 2, self.samples))
+        self._stored.add_up(ends[:, unmoved:], queries=queries, states=[a, b][unmoved:])
+        return ends[:, 1] - ends[:, 0]
+
+    def _one(self, query: int | str) -> slice:
+        place = self.queries.index(query) if query in self.queries else query
+        if isinstance(place, str) or not 0 <= place < len(self.queries):
+            raise UnknownQuery(query, self.queries)
+        return slice(place, place + 1)
+
+    def _state(self, observed_at: State) -> int:
+        if observed_at == "end":
+            return self.observed_at[-1]
+        if observed_at not in self.observed_at:
+            raise NotObserved(observed_at, self.observed_at)
+        return observed_at
+
+    def _check_sample(self, sample: int) -> None:
+        if not 0 <= sample < self.samples:
+            raise UnknownSample(sample, self.samples)
+
+    def _check_stretch(self, a: int, b: int) -> None:
+        if not 0 <= a <= b <= self.steps:
+            raise ImpossibleWindow(a, b, self.steps)

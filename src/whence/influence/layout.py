@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast, final
+from typing import Any, Literal, cast, final
 
 import msgspec
 import numpy as np
@@ -28,10 +28,7 @@ from zarr.storage import LocalStore, MemoryStore
 from whence.errors import DamagedInfluence, IllFormedInfluence, NotAnInfluence, listed
 
 FORMAT, VERSION = "whence influence", 1
-SIGN = (
-    "what the query gains when the sample is removed; "
-    "for a loss, positive = helpful, negative = harmful"
-)
+SIGN = "what the query gains when the sample is removed; for a loss, positive = helpful, negative = harmful"
 AXES = ("query", "observed_at", "step", "slot")
 # Reading one query or one state should not unpack the others; a chunk costs about a millisecond.
 CHUNK_BYTES = 2**20
@@ -83,9 +80,7 @@ class Description:
         """Map each field or setting in which the two differ to its value here and there."""
         here, there = _flat(self), _flat(other)
         return {
-            name: (here.get(name), there.get(name))
-            for name in {**here, **there}
-            if here.get(name) != there.get(name)
+            name: (here.get(name), there.get(name)) for name in {**here, **there} if here.get(name) != there.get(name)
         }
 
 
@@ -169,14 +164,9 @@ def _attributes(about: Description) -> dict[str, object]:
     return {"format": FORMAT, "format_version": VERSION, "sign": SIGN, **fields}
 
 
-def _array(group: zarr.Group, axes: tuple[str, ...], name: str, **options: object) -> None:
-    # An absent file must mean damage, so chunks of zeros are written too.
-    always = {
-        "dimension_names": axes,
-        "compressors": (ZstdCodec(), Crc32cCodec()),
-        "config": {"write_empty_chunks": True},
-    }
-    group.create_array(name, **{"fill_value": None, **always, **options})
+def _array(group: zarr.Group, axes: tuple[str, ...], name: str, **options: Any) -> None:  # noqa: ANN401 - zarr's
+    checked = (ZstdCodec(), Crc32cCodec())
+    group.create_array(name, dimension_names=axes, compressors=checked, **options)
 
 
 def chunk_shape(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -200,10 +190,9 @@ def folder(group: zarr.Group) -> Path | None:
     return group.store.root if isinstance(group.store, LocalStore) else None
 
 
-def write(group: zarr.Group, name: str, values: np.ndarray, at: slice = slice(None)) -> None:
-    """Write into an array of the group, at some places of its step axis."""
-    where = (slice(None), slice(None), at) if name == "influence" else at
-    cast("zarr.Array", group[name])[where] = values
+def write(group: zarr.Group, name: str, values: np.ndarray, *at: slice) -> None:
+    """Write into an array of the group, at some places of each axis."""
+    cast("zarr.Array[Any]", group[name])[at or ...] = values
 
 
 def read(group: zarr.Group, name: str, *at: slice | list[int]) -> np.ndarray:
@@ -212,8 +201,9 @@ def read(group: zarr.Group, name: str, *at: slice | list[int]) -> np.ndarray:
     Raises:
         DamagedInfluence: If a chunk does not agree with its checksum.
     """
+    array = cast("zarr.Array[Any]", group[name])
     try:
-        return np.asarray(cast("zarr.Array", group[name]).oindex[at])
+        return np.asarray(array.oindex[cast("Any", at)])
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise DamagedInfluence(folder(group), f"{name!r} cannot be read ({error})") from error
 
@@ -240,7 +230,8 @@ def load(path: Path, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Group, Descri
 
 def mark_done(path: Path, shard: int) -> None:
     """Note that a shard is whole, with the sizes of its files."""
-    sizes = {name: (path / name).stat().st_size for name in shard_files(shard)}
+    # Zarr writes no file where all is zero, NaN or padding; that too must stay so.
+    sizes = {name: _size(path / name) for name in shard_files(shard)}
     mark = path / "done" / f"{shard:06d}.json"
     mark.parent.mkdir(exist_ok=True)
     # A kill leaves either no mark or a whole one.
@@ -260,17 +251,17 @@ def shard_files(shard: int) -> list[str]:
 
 
 def check_files(path: Path) -> None:
-    """Look whether every file of every finished shard is there, in its full size.
+    """Look whether every file of every finished shard is as large as when it was marked.
 
     Raises:
         DamagedInfluence: With the names of those that are not.
     """
     damaged: list[str] = []
     for mark in sorted(path.glob("done/*.json")):
-        sizes: dict[str, int] = json.loads(mark.read_text(encoding="utf-8"))
+        sizes: dict[str, int | None] = json.loads(mark.read_text(encoding="utf-8"))
         damaged += [name for name, size in sizes.items() if _size(path / name) != size]
     if damaged:
-        raise DamagedInfluence(path, f"missing or cut short: {listed(damaged)}")
+        raise DamagedInfluence(path, f"missing, or of another size: {listed(damaged)}")
 
 
 def _size(file: Path) -> int | None:

@@ -1,7 +1,9 @@
 """The arrays of an influence, read shard by shard: held is never more than one shard and the result."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -44,7 +46,7 @@ class Stored:
         columns = [self.description.observed_at.index(state) for state in states]
         # The steps from a state on have no influence on it.
         start, stop = between or (0, self.description.steps)
-        for first, last in self._stretches(start, min(stop, max(states))):
+        for first, last in self._stretches(start, min(stop, max(states, default=0))):
             sample = layout.read(self.group, "sample", slice(first, last))
             if only is not None:
                 sample = np.where(sample == only, 0, -1)
@@ -52,6 +54,19 @@ class Stored:
                 steps = slice(first, last)
                 block = layout.read(self.group, "influence", queries, columns, steps, ALL)
                 tables.add_by_sample(into, block, sample)
+
+    def add_up_in_file(
+        self, out: Path, queries: slice, shape: tuple[int, int, int]
+    ) -> Float64[np.ndarray, "query observed_at sample"]:
+        """Add up everything in a .npy file, and map it, read-only."""
+        # A kill leaves either no file or a whole one.
+        scratch = out.with_name(f".{out.name}.{os.getpid()}")
+        into = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.float64, shape=shape)
+        self.add_up(into, queries=queries, states=self.description.observed_at)
+        into.flush()
+        del into
+        scratch.replace(out)
+        return np.lib.format.open_memmap(out, mode="r")
 
     def visits(self, sample: int, *, query: slice, state: int) -> Iterator[pl.DataFrame]:
         """Yield the visits of one sample before a state, a table for each shard that has some."""
@@ -67,15 +82,22 @@ class Stored:
 
     def long_tables(self) -> Iterator[pl.DataFrame]:
         """Yield the long table of every shard."""
-        about = self.description
-        for first, last in about.shards:
-            yield tables.long_table(
-                layout.read(self.group, "influence", ALL, ALL, slice(first, last), ALL),
-                layout.read(self.group, "sample", slice(first, last)),
-                start=first,
-                queries=about.queries,
-                observed_at=about.observed_at,
-            )
+        for first, last in self.description.shards:
+            yield self._long_table(first, last)
+
+    def no_rows(self) -> pl.DataFrame:
+        """Give a long table without rows, for its columns and their types."""
+        return self._long_table(0, 0)
+
+    def _long_table(self, first: int, last: int) -> pl.DataFrame:
+        steps = slice(first, last)
+        return tables.long_table(
+            layout.read(self.group, "influence", ALL, ALL, steps, ALL),
+            layout.read(self.group, "sample", steps),
+            start=first,
+            queries=self.description.queries,
+            observed_at=self.description.observed_at,
+        )
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield the part of every shard that lies within the steps [start, stop)."""

@@ -9,9 +9,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 
 Order = Literal["harmful", "helpful", "absolute"]
-NO_VISITS = pl.DataFrame(
-    schema={"step": pl.Int64, "slot": pl.Int64, "influence": pl.Float64, "loss": pl.Float64}
-)
+NO_VISITS = pl.DataFrame(schema={"step": pl.Int64, "slot": pl.Int64, "influence": pl.Float64, "loss": pl.Float64})
 
 
 def add_by_sample(
@@ -86,11 +84,13 @@ def long_table(
     steps = np.arange(start, start + len(sample))
     real = (sample >= 0) & (steps[:, None] < states[:, None, None])
     query, state, step, slot = np.nonzero(np.broadcast_to(real, block.shape))
-    return pl.DataFrame({
-        "query": pl.Series(queries, dtype=pl.String).gather(query),
-        "observed_at": states[state],
-        "step": steps[step],
-        "slot": slot,
-        "sample": sample[step, slot],
-        "influence": block[query, state, step, slot],
-    })
+    return pl.DataFrame(
+        {
+            "query": pl.Series(queries, dtype=pl.String).gather(query),
+            "observed_at": states[state],
+            "step": steps[step],
+            "slot": slot,
+            "sample": sample[step, slot],
+            "influence": block[query, state, step, slot],
+        }
+    )

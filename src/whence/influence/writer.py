@@ -18,6 +18,7 @@ from whence.errors import (
 from whence.influence import layout
 from whence.influence.influence import Influence
 from whence.influence.layout import Description
+from whence.influence.stored import Stored
 
 
 @final
@@ -153,8 +154,9 @@ class InfluenceWriter:
             given = f"not {block.shape} with losses {loss.shape} from step {start}"
             raise IllFormedInfluence([f"{wanted}, {given}"])
         self._forget_attempt(shard)
-        layout.write(self._group, "influence", block, slice(start, start + size))
-        layout.write(self._group, "loss", loss, slice(start, start + size))
+        steps = slice(start, start + size)
+        layout.write(self._group, "influence", block, slice(None), slice(None), steps)
+        layout.write(self._group, "loss", loss, steps)
 
     def _forget_attempt(self, shard: int) -> None:
         # Zarr would read the old file first, and stop at the checksum of one that was cut short.
@@ -177,7 +179,7 @@ class InfluenceWriter:
         """
         if len(self.done) < len(self.shards):
             raise UnfinishedInfluence(self.path, len(self.done), len(self.shards))
-        return Influence(self._group, self.description)
+        return Influence(Stored(self._group, self.description))
 
 
 def from_arrays(
@@ -210,7 +212,8 @@ def example() -> Influence:
     sample = np.array([[0, 1], [2, 0], [1, 2], [0, -1]])
     sizes = np.array([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [4.0, 0.0]])
     before = np.arange(4)[:, None] < np.array([2, 4])[:, None, None]
-    values = np.array([1.0, 10.0])[:, None, None, None] * np.where(before, sizes, 0.0)
+    fading = np.where(before, sizes, 0.0) * np.array([2.0, 1.0])[:, None, None]
+    values = np.array([1.0, 10.0])[:, None, None, None] * fading
     about = Description(
         method="example",
         unit="nats",

@@ -10,6 +10,7 @@ For the cotangent λ of the state after a step (METHODS: θ the parameters, m th
 All cotangents of a sweep are stacked along a first axis and share the primal pass.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,9 +20,13 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from whence.replay.curvature import Curvature, Linearised
+from whence.replay.plan import Action, Advance, Restore, Reverse
 from whence.replay.state import State, elementwise
 from whence.replay.transition import Transition, gathered
 from whence.tree import Tree, each
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +129,23 @@ def _add_pulled(linear: Linearised, grads: Tree, params: Tree, buffers: Tree, ch
 
 def _pull_rows(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
     if len(next(iter(grads.values()))) > 1:
-        pulled: tuple[Tree, Tree, Tensor] = vmap(linear.pull)(grads, buffers)
-        return pulled
+        try:
+            pulled: tuple[Tree, Tree, Tensor] = vmap(linear.pull)(grads, buffers)
+            return pulled
+        except torch.OutOfMemoryError:
+            log.warning("memory ran out; queries are pulled in smaller chunks, which may change the last digits")
+        return _halved(linear, grads, buffers)
     # One query needs no batching rule, and most kernels are faster without one.
     second, before, score = linear.pull(each(lambda t: t[0], grads), each(lambda t: t[0], buffers))
     return each(lambda t: t[None], second), each(lambda t: t[None], before), score[None]
+
+
+def _halved(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
+    """The same product in two halves, each of which may be halved again: memory ran out."""
+    middle = len(next(iter(grads.values()))) // 2
+    parts = slice(0, middle), slice(middle, None)
+    first, last = (_pull_rows(linear, _rows(grads, part), _rows(buffers, part)) for part in parts)
+    return _joined(first[0], last[0]), _joined(first[1], last[1]), torch.cat([first[2], last[2]])
 
 
 def _rows(tree: Tree, rows: slice) -> Tree:
@@ -160,3 +177,65 @@ class _Primal:
                 yield curvature.linearise(piece, state.params, before, w)
 
         return _Primal(total, losses, backwards)
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep leaves at one step.
+
+    Attributes:
+        step: its index.
+        influence: `[query, slot]`, a row for every cotangent that is alive there.
+        losses: training loss of every slot, `[slot]`.
+        cotangent: of the state before the step, with those of the queries that read this very state.
+    """
+
+    step: int
+    influence: Tensor
+    losses: Tensor
+    cotangent: Cotangent | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Walks back through a training; knows no disk.
+
+    Attributes:
+        load: the kept state before a step.
+        transition: a step, by index.
+        begin: the cotangents of the queries that read a state, given its number; None where none do.
+        curvature: how second derivatives are taken.
+        chunk: how many cotangents are pulled at once.
+    """
+
+    load: Callable[[int], State]
+    transition: Callable[[int], Transition]
+    begin: Callable[[int, State], Cotangent | None]
+    curvature: Curvature
+    chunk: int
+
+    def __call__(self, actions: Iterator[Action], cotangent: Cotangent | None) -> Iterator[Swept]:
+        """Execute a plan, from the cotangents of the state after its last step; yields steps from last to first."""
+        held: dict[int, State] = {}
+        for action in actions:
+            match action:
+                case Restore(step):
+                    state = held[step] if step in held else self.load(step)
+                case Advance(first, last):
+                    for index in range(first, last):
+                        state = self.transition(index).advance(state)
+                    held[last] = state
+                case Reverse(step):
+                    swept = self._reverse(step, state, cotangent)
+                    yield swept
+                    cotangent = swept.cotangent
+                    held.pop(step, None)
+
+    def _reverse(self, step: int, state: State, cotangent: Cotangent | None) -> Swept:
+        transition = self.transition(step)
+        if cotangent is None:  # no query reads a later state, so this step moved none
+            influence, losses = torch.zeros(0, sum(transition.sizes)), torch.full((sum(transition.sizes),), torch.nan)
+            return Swept(step, influence, losses, self.begin(step, state))
+        pulled = pull_back(transition, state, cotangent, curvature=self.curvature, chunk=self.chunk)
+        here = self.begin(step, state)
+        return Swept(step, pulled.influence, pulled.losses, pulled.cotangent.join(here) if here else pulled.cotangent)

@@ -79,7 +79,7 @@ class Transition:
     def advance(self, state: State) -> State:
         """The state after the step, as it happened."""
         grads, buffers, _ = self.raw_gradient(state)
-        return self._moved(state, self.clipped(grads), buffers)
+        return self.moved(state, self.clipped(grads), buffers)
 
     def advance_many(self, states: State, weights: Weights) -> State:
         """A stack of states after the step, each with its own sample weights `[run, slot]`."""
@@ -90,15 +90,16 @@ class Transition:
 
         with self.replaying():
             grads, buffers = vmap(gradient, randomness="same")(states.params, states.buffers, weights)
-        return self._moved(states, grads, buffers)
+        return self.moved(states, grads, buffers)
 
-    def _moved(self, state: State, grads: Tree, buffers: Tree) -> State:
+    def moved(self, state: State, grads: Tree, buffers: Tree) -> State:
+        """The state after the update by a (clipped) gradient, with the buffers that the forward passes left."""
         after = self.update(state, grads)
         return State(after.params, buffers, after.moments)
 
     def split(self, weights: Weights | None) -> Sequence[Tensor | None]:
         """Cut the weights of a step's slots into those of its micro-batches."""
-        return [None] * len(self.sizes) if weights is None else weights.split(self.sizes, dim=-1)
+        return [None] * len(self.sizes) if weights is None else torch.split(weights, list(self.sizes), dim=-1)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -165,5 +166,3 @@ def _set_generator(device: str, state: Tensor) -> None:
         torch.set_rng_state(state)
     else:
         torch.cuda.set_rng_state(state, device)
-
-

@@ -153,7 +153,9 @@ class Update:
         moved = {name: params[name].clone() for name in grads}
         mode = {"differentiable": differentiable, "foreach": False, "capturable": False, "fused": None}
         groups = [
-            setting | {key: mode[key] for key in mode if key in setting} | {"params": [moved[n] for n in group if n in moved]}
+            setting
+            | {key: mode[key] for key in mode if key in setting}
+            | {"params": [moved[n] for n in group if n in moved]}
             for group, setting in zip(self.groups, self.settings, strict=True)
         ]
         optimizer = SUPPORTED[self.optimizer](groups, differentiable=differentiable)  # type: ignore[call-arg]
@@ -167,7 +169,11 @@ class Update:
 
 def tensors_of(state: dict[str, Any]) -> Tree:
     """The tensors of one parameter's optimizer state."""
-    return {key: value.detach() if not value.requires_grad else value for key, value in state.items() if isinstance(value, Tensor)}
+    return {
+        key: value.detach() if not value.requires_grad else value
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _leaves(state: State, grad: Tensor, name: str) -> Tree:

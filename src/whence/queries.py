@@ -1,0 +1,353 @@
+"""What can be asked of a model: scalar functions of its parameters.
+
+A query set is cut into pieces, each a function of the model that gives a few numbers, so that a thousand test samples
+never sit in one graph. The model that a piece receives has a state's tensors in place of its own.
+"""
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict, Unpack, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import grad, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import default_collate
+
+from whence.errors import BadQuery
+from whence.task import Batch, Rows, Task
+from whence.tree import Tree, cast, each
+
+Aggregate = Literal["mean", "sum"] | None
+Mode = Literal["eval", "train"]
+Score = Callable[[Task, nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A few numbers of the model, and how they add up to queries: `weights @ function(model)`.
+
+    Attributes:
+        queries: the rows that this part adds to.
+        weights: `[len(queries), number]`.
+        function: from the model to `[number]`.
+    """
+
+    queries: tuple[int, ...]
+    weights: Tensor
+    function: Callable[[nn.Module], Tensor]
+
+
+class Query(abc.ABC):
+    """One or more scalar functions of a model's parameters (and BatchNorm statistics)."""
+
+    mode: Mode
+    unit: str  # what one unit of the scalar is, e.g. nats
+
+    @property
+    @abc.abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """One name per query."""
+
+    @abc.abstractmethod
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """The parts, with batches on the device and in the precision of `like`; few large ones if together."""
+
+
+def values(query: Query, task: Task, params: Tree, buffers: Tree) -> Float[Tensor, " query"]:
+    """The queries' values at one state; traceable, so that many states can be read under `vmap`."""
+    like = next(iter(params.values()))
+    found = [like.new_zeros(())] * len(query.names)
+    with _asking(query, task):
+        for part in query.parts(task, like, together=True):
+            numbers = part.weights.to(like) @ task.bind(params, _copied(buffers), part.function)
+            for row, number in zip(part.queries, numbers, strict=True):
+                found[row] = found[row] + number
+    return torch.stack(found)
+
+
+def gradients(
+    query: Query, task: Task, params: Tree, buffers: Tree, *, trained: Sequence[str]
+) -> tuple[Float[Tensor, " query"], Tree, Tree]:
+    """Values `[query]` and gradients `[query, ...]`, by trained parameters and by running BatchNorm statistics."""
+    inputs = {name: params[name] for name in trained}, {n: buffers[n] for n in task.running if n in buffers}
+    like = next(iter(params.values()))
+    found = like.new_zeros(len(query.names))
+    sums = [each(lambda tensor: tensor.new_zeros(len(found), *tensor.shape), tree) for tree in inputs]
+    with _asking(query, task):
+        for part in query.parts(task, like, together=False):
+
+            def numbers(some: Tree, running: Tree, part: Part = part) -> Tensor:
+                return part.weights.to(like) @ task.bind(params | some, _copied(buffers) | running, part.function)
+
+            value, pull = vjp(numbers, *inputs)
+            found[list(part.queries)] += value
+            for row, unit in zip(part.queries, torch.eye(len(value)).to(value), strict=True):
+                for total, gradient in zip(sums, pull(unit), strict=True):
+                    for name, tensor in gradient.items():
+                        total[name][row] += tensor
+    return found, sums[0], sums[1]
+
+
+def _copied(buffers: Tree) -> Tree:
+    return each(torch.clone, buffers)
+
+
+def _asking(query: Query, task: Task) -> Any:
+    task.binding.set_modes(None if query.mode == "eval" else ())
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+class RowOptions(TypedDict, total=False):
+    """Options of every query that is read off rows of a data set.
+
+    Attributes:
+        aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
+        mode: train or eval mode of the model while it is asked.
+        collate: makes a batch of rows; default: the task's.
+        batch: how many rows go through the model at once.
+    """
+
+    aggregate: Aggregate
+    mode: Mode
+    collate: Callable[[list[Any]], Batch] | None
+    batch: int
+
+
+@final
+@dataclass(frozen=True)
+class RowQuery(Query):
+    """Scores of rows of a data set: `score(task, model, batch) -> [slot]` or `[slot, column]`."""
+
+    kind: str
+    unit: str
+    score: Score
+    data: Any
+    samples: Sequence[int] | None = None
+    columns: tuple[str, ...] = field(default=("",), kw_only=True)
+    aggregate: Aggregate = field(default=None, kw_only=True)
+    mode: Mode = field(default="eval", kw_only=True)
+    collate: Callable[[list[Any]], Batch] | None = field(default=None, kw_only=True)
+    batch: int = field(default=256, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse rows that are not there, before any work is done."""
+        missing = [row for row in self.rows if not 0 <= row < len(self.data)]
+        if missing or not self.rows:
+            raise BadQuery(f"samples={missing}" if missing else "no samples", f"the data set has {len(self.data)} rows")
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Row numbers that are asked about."""
+        return tuple(range(len(self.data))) if self.samples is None else tuple(int(row) for row in self.samples)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Like `loss[17]`, or `mean loss of 200`."""
+        if self.aggregate:
+            return tuple(f"{self.aggregate} {self.kind}{column} of {len(self.rows)}" for column in self.columns)
+        return tuple(f"{self.kind}{column}[{row}]" for row in self.rows for column in self.columns)
+
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """Blocks of rows; one row at a time where every row is a query that is differentiated on its own."""
+        size = self.batch if together or self.aggregate or self.mode == "train" else 1
+        wide = len(self.columns)
+        for first in range(0, len(self.rows), size):
+            rows = self.rows[first : first + size]
+            batch = cast((self.collate or task.collate)([self.data[row] for row in rows]), like.dtype, like.device)
+            eye = torch.eye(len(rows) * wide)
+            if self.aggregate:
+                mean = eye.view(len(rows), wide, -1).sum(0) / (len(self.rows) if self.aggregate == "mean" else 1)
+                yield Part(tuple(range(wide)), mean, self._numbers(task, batch))
+            else:
+                queries = range(first * wide, (first + len(rows)) * wide)
+                yield Part(tuple(queries), eye, self._numbers(task, batch))
+
+    def _numbers(self, task: Task, batch: Batch) -> Callable[[nn.Module], Tensor]:
+        return lambda model: self.score(task, model, batch).flatten()
+
+
+def Loss(
+    data: Rows, samples: Sequence[int] | None = None, *, unit: str = "loss", **options: Unpack[RowOptions]
+) -> RowQuery:
+    """The task's own loss on rows of a data set (any, not only the training set).
+
+    >>> Loss([(0.0, 0.0)] * 5, samples=[3, 4]).names
+    ('loss[3]', 'loss[4]')
+    >>> Loss([(0.0, 0.0)] * 5, aggregate="mean").names
+    ('mean loss of 5',)
+    """
+
+    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        return task.loss(task.predict(model, batch), batch)
+
+    return RowQuery("loss", unit, score, data, samples, **options)
+
+
+def Logit(
+    data: Rows, samples: Sequence[int] | None = None, *, target: int | None = None, **options: Unpack[RowOptions]
+) -> RowQuery:
+    """The output for one class: the row's own label, or `target`.
+
+    >>> Logit([(0.0, 1)] * 2, target=7).names
+    ('logit 7[0]', 'logit 7[1]')
+    """
+
+    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        outputs = logits_of(task.predict(model, batch))
+        wanted = labels_of(batch) if target is None else torch.full((len(outputs),), target, device=outputs.device)
+        return outputs.gather(1, wanted[:, None])[:, 0]
+
+    return RowQuery("logit" if target is None else f"logit {target}", "logit", score, data, samples, **options)
+
+
+def Margin(data: Rows, samples: Sequence[int] | None = None, **options: Unpack[RowOptions]) -> RowQuery:
+    r"""Log-odds of the row's label, :math:`\log p_y / (1 - p_y)`: its logit minus the log-sum-exp of the others.
+
+    This is the model output of TRAK (Park et al., 2023).
+
+    >>> Margin([(0.0, 1)] * 2).names
+    ('margin[0]', 'margin[1]')
+    """
+
+    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        outputs, labels = logits_of(task.predict(model, batch)), labels_of(batch)[:, None]
+        others = outputs.scatter(1, labels, -torch.inf).logsumexp(1)
+        return outputs.gather(1, labels)[:, 0] - others
+
+    return RowQuery("margin", "logit", score, data, samples, **options)
+
+
+def Feature(
+    data: Rows, samples: Sequence[int] | None = None, *, layer: str, unit: int, **options: Unpack[RowOptions]
+) -> RowQuery:
+    """One hidden unit: entry `unit` of the last axis of a module's output, averaged over the axes between.
+
+    For convolutional outputs `[slot, channel, ...]` ask about a module that puts channels last, or use `Custom`.
+
+    >>> Feature([(0.0, 1)], layer="encoder.0", unit=5).names
+    ('encoder.0[5][0]',)
+    """
+
+    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        seen: list[Tensor] = []
+        handle = _submodule(model, layer).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        try:
+            task.predict(model, batch)
+        finally:
+            handle.remove()
+        return seen[-1][..., unit].flatten(1).mean(1) if seen[-1].dim() > 2 else seen[-1][:, unit]
+
+    return RowQuery(f"{layer}[{unit}]", "activation", score, data, samples, **options)
+
+
+def Saliency(
+    data: Rows, samples: Sequence[int] | None = None, *, inputs: Sequence[int], **options: Unpack[RowOptions]
+) -> RowQuery:
+    """How the label's logit leans on chosen input features: its derivative with respect to entries of `batch[0]`.
+
+    Gives one query per row and feature; `inputs` counts the entries of a flattened row.
+
+    >>> Saliency([(0.0, 1)], inputs=[0, 9]).names
+    ('saliency 0[0]', 'saliency 9[0]')
+    """
+
+    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        def logit(x: Tensor) -> Tensor:
+            fed = (x, *batch[1:])
+            return logits_of(task.predict(model, fed)).gather(1, labels_of(batch)[:, None]).sum()
+
+        return grad(logit)(batch[0]).flatten(1)[:, list(inputs)]
+
+    columns = tuple(f" {entry}" for entry in inputs)
+    return RowQuery("saliency", "logit per input", score, data, samples, columns=columns, **options)
+
+
+@final
+@dataclass(frozen=True)
+class Parameter(Query):
+    """Chosen entries of one parameter.
+
+    >>> Parameter("0.weight", [(0, 3), (1, 2)]).names
+    ('0.weight[0, 3]', '0.weight[1, 2]')
+    """
+
+    name: str
+    entries: Sequence[tuple[int, ...]]
+    unit: str = "parameter"
+    mode: Mode = "eval"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name and index."""
+        return tuple(f"{self.name}[{', '.join(map(str, entry))}]" for entry in self.entries)
+
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """All entries at once."""
+        del like, together
+        known = [name for name, _ in task.model.named_parameters()]
+        if self.name not in known:
+            raise BadQuery(f"parameter {self.name!r}", f"the model has {known}")
+        count = len(self.entries)
+
+        def read(model: nn.Module) -> Tensor:
+            owner, _, leaf = self.name.rpartition(".")
+            tensor = getattr(model.get_submodule(owner), leaf)
+            return torch.stack([tensor[entry] for entry in self.entries])
+
+        yield Part(tuple(range(count)), torch.eye(count), read)
+
+
+@final
+@dataclass(frozen=True)
+class Custom(Query):
+    """Any differentiable function of the model: a scalar, or a tensor `[query]`.
+
+    >>> Custom(lambda model: model.weight.norm(), labels=["size of the weights"]).names
+    ('size of the weights',)
+    """
+
+    function: Callable[[nn.Module], Tensor]
+    labels: Sequence[str] = ("custom",)
+    unit: str = "custom"
+    mode: Mode = "eval"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The given labels."""
+        return tuple(self.labels)
+
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """All at once."""
+        del task, like, together
+        count = len(self.labels)
+
+        def read(model: nn.Module) -> Tensor:
+            numbers = self.function(model).reshape(-1)
+            if len(numbers) != count:
+                raise BadQuery(f"{count} labels", f"the function returns {len(numbers)} numbers")
+            return numbers
+
+        yield Part(tuple(range(count)), torch.eye(count), read)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The tensor of class scores `[slot, class]` in whatever the model returns."""
+    found: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits"]
+    return found
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """The class numbers `[slot]` in a batch: its second item, or its entry `labels`."""
+    found: Tensor = batch["labels"] if isinstance(batch, dict) else batch[1]
+    return found
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        known = [name for name, _ in model.named_modules() if name]
+        raise BadQuery(f"layer {name!r}", f"the model has {known}") from None

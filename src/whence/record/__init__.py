@@ -1,0 +1,1 @@
+"""Beside the training loop; write-only."""

@@ -1,0 +1,163 @@
+"""The files of a run folder.
+
+manifest.json                     written after every file that it names
+states/00000050.safetensors       state 50
+steps/00000000.parquet            the step log from step 0 on
+steps/00001000.journal            the steps since, one line each, written as they happen
+batches/00000012.safetensors      what step 12 was fed, where it cannot be read again
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import final
+
+import polars as pl
+
+from whence.errors import DamagedFile
+from whence.replay.state import State, Step
+from whence.run import journal
+from whence.run.files import checksum, read_checked, replacing
+from whence.run.manifest import Manifest, write_manifest
+from whence.run.tensors import pack_batches, pack_state, unpack_batches, unpack_state
+from whence.task import Batch
+
+SEGMENT = 1000  # steps of a journal before it becomes Parquet
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Reads the files of a run."""
+
+    folder: Path
+    manifest: Manifest
+
+    def states(self) -> list[int]:
+        """Numbers of the states on disk, in order."""
+        return sorted(int(Path(name).stem) for name in self.manifest.files if name.startswith("states/"))
+
+    def state(self, number: int) -> State:
+        """Read one state.
+
+        Raises:
+            DamagedFile: the file is missing or changed.
+        """
+        name = state_file(number)
+        return unpack_state(read_checked(self.folder, name, self.manifest.files[name]))
+
+    def batches(self, step: int) -> tuple[Batch, ...]:
+        """Read what one step was fed.
+
+        Raises:
+            DamagedFile: the file is missing or unreadable.
+        """
+        path = self.folder / batches_file(step)
+        try:
+            return unpack_batches(path.read_bytes())
+        except Exception as error:
+            raise DamagedFile(path, str(error)) from error
+
+    def log(self) -> Iterator[Step]:
+        """All whole steps, in order.
+
+        Raises:
+            DamagedFile: a segment is missing or changed, or the journal has a gap.
+        """
+        steps = [step for name in self._segments() for step in self._segment(name)]
+        yield from steps
+        path = self.folder / journal_file(len(steps))
+        tail = journal.read(path) if path.is_file() else []
+        for expected, step in enumerate(tail, len(steps)):
+            if step.index != expected:
+                raise DamagedFile(path, f"step {step.index} stands where step {expected} belongs")
+            yield step
+
+    def _segments(self) -> list[str]:
+        return sorted(name for name in self.manifest.files if name.startswith("steps/"))
+
+    def _segment(self, name: str) -> list[Step]:
+        content = read_checked(self.folder, name, self.manifest.files[name])
+        return journal.steps_of(pl.read_parquet(BytesIO(content)))
+
+
+@final
+class Writer:
+    """Writes the files of a run, each at once, the manifest after them."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._tail: list[Step] = []
+        self._first = 0
+        write_manifest(folder, manifest)
+        (folder / "steps").mkdir(exist_ok=True)
+
+    def keep_state(self, number: int, state: State) -> None:
+        """Keep one state."""
+        self._add(state_file(number), pack_state(state))
+
+    def drop_states(self, numbers: Iterable[int]) -> None:
+        """Forget states; the manifest forgets them first."""
+        names = frozenset(state_file(number) for number in numbers)
+        if names:
+            self.manifest = self.manifest.without_files(names)
+            write_manifest(self.folder, self.manifest)
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def keep_batches(self, step: int, batches: tuple[Batch, ...]) -> None:
+        """Keep what a step was fed; the step's log entry, written later, says that it is there."""
+        with replacing(self.folder / batches_file(step)) as scratch:
+            scratch.write_bytes(pack_batches(batches))
+
+    def log(self, step: Step) -> None:
+        """Add a whole step to the log."""
+        journal.append(self.folder / journal_file(self._first), step)
+        self._tail.append(step)
+        if len(self._tail) == SEGMENT:
+            self._seal()
+
+    def finish(self) -> None:
+        """Say that the recording ended in order."""
+        self._seal()
+        self.manifest = self.manifest.closed()
+        write_manifest(self.folder, self.manifest)
+
+    def _seal(self) -> None:
+        """Turn the journal into a segment; until the manifest names the segment, the journal counts."""
+        if not self._tail:
+            return
+        content = BytesIO()
+        journal.table(self._tail).write_parquet(content, compression="zstd")
+        self._add(segment_file(self._first), content.getvalue())
+        (self.folder / journal_file(self._first)).unlink()
+        self._first += len(self._tail)
+        self._tail = []
+
+    def _add(self, name: str, content: bytes) -> None:
+        with replacing(self.folder / name) as scratch:
+            scratch.write_bytes(content)
+        self.manifest = self.manifest.with_file(name, checksum(content))
+        write_manifest(self.folder, self.manifest)
+
+
+def state_file(number: int) -> str:
+    """Name of a state's file."""
+    return f"states/{number:08d}.safetensors"
+
+
+def segment_file(first: int) -> str:
+    """Name of a finished segment of the step log."""
+    return f"steps/{first:08d}.parquet"
+
+
+def journal_file(first: int) -> str:
+    """Name of the growing end of the step log."""
+    return f"steps/{first:08d}.journal"
+
+
+def batches_file(step: int) -> str:
+    """Name of the file with what a step was fed."""
+    return f"batches/{step:08d}.safetensors"

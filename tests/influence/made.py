@@ -1,0 +1,73 @@
+"""Random influences, and the slow obvious way to sum them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from whence.influence.influence import Influence
+from whence.influence.layout import Description
+from whence.influence.writer import from_arrays
+
+QUERIES, OBSERVED, STEPS, SLOTS, SAMPLES = ("loss a", "loss b", "größe"), (0, 3, 7, 10), 11, 4, 9
+
+
+def description(**changes: object) -> Description:
+    """Describe the influence that these tests use, with some fields changed."""
+    fields: dict[str, object] = {
+        "method": "made",
+        "unit": "nats",
+        "denominator": "keep",
+        "run": "run-1",
+        "queries": QUERIES,
+        "observed_at": OBSERVED,
+        "steps": STEPS,
+        "slots": SLOTS,
+        "samples": SAMPLES,
+        "shard": 4,
+        "settings": {"seed": 3, "curvature": "Hessian"},
+    }
+    return Description(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def slots(seed: int = 0) -> np.ndarray:
+    """Draw batches with a sample twice in one, short ones, and samples 7 and 8 never visited."""
+    sample = np.random.default_rng(seed).integers(0, 7, size=(STEPS, SLOTS))
+    sample[0, :2] = 5
+    sample[4, 2:] = -1
+    sample[10, 1:] = -1
+    return sample
+
+
+def numbers(seed: int = 0, about: Description | None = None) -> np.ndarray:
+    """Draw influence: zero at the steps from the observed state on, and in the padding."""
+    about = about or description()
+    values = np.random.default_rng(seed).normal(size=about.shape)
+    for column, state in enumerate(about.observed_at):
+        values[:, column, state:] = 0
+    return values * (slots() >= 0)
+
+
+def losses() -> np.ndarray:
+    """Give every slot a loss; that of the last slot is not known."""
+    loss = np.arange(STEPS * SLOTS, dtype=np.float64).reshape(STEPS, SLOTS)
+    loss[:, -1] = np.nan
+    return loss
+
+
+def made(path: Path | None = None, *, dtype: str = "float64") -> Influence:
+    """Make the influence of these tests, in memory or in a folder."""
+    values = numbers().astype(dtype)
+    return from_arrays(description(), values, sample=slots(), loss=losses(), path=path)
+
+
+def summed(start: int = 0, stop: int = STEPS) -> np.ndarray:
+    """Sum over the visits in some steps by four loops: [query, observed_at, sample]."""
+    values, sample = numbers(), slots()
+    result = np.zeros((len(QUERIES), len(OBSERVED), SAMPLES))
+    for q in range(len(QUERIES)):
+        for o, state in enumerate(OBSERVED):
+            for t in range(start, min(stop, state)):
+                for b in range(SLOTS):
+                    if sample[t, b] >= 0:
+                        result[q, o, sample[t, b]] += values[q, o, t, b]
+    return result

@@ -1,0 +1,142 @@
+"""Pictures: what is drawn is what the tables say, into the axes given, without side effects."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PathCollection, QuadMesh
+from matplotlib.colors import to_rgba
+
+from tests.influence.made import OBSERVED, made
+from whence import errors, plot
+from whence.influence.influence import Influence
+from whence.influence.patterns import patterns
+
+DRAWINGS = {
+    "curve": lambda i, ax: plot.curve(i, sample=5, ax=ax),
+    "visits": lambda i, ax: plot.visits(i, sample=5, ax=ax),
+    "heatmap": lambda i, ax: plot.heatmap(i, samples=[5, 0, 2], ax=ax),
+    "patterns": lambda i, ax: plot.patterns(i, ax=ax),
+    "scatter": lambda i, ax: plot.scatter(i.total()[:, 1], i.total()[:, 2], ax=ax),
+}
+
+
+@pytest.fixture(autouse=True)
+def agg() -> Iterator[None]:
+    """Draw without a screen, and close what was drawn."""
+    before = mpl.get_backend()
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
+    plt.switch_backend(before)
+
+
+@pytest.fixture(scope="module")
+def influence() -> Influence:
+    """The random influence that the tests of sums use."""
+    return made()
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_draws_into_the_axes_given(influence: Influence, name: str) -> None:
+    """Given axes are used and returned, without a new figure; settings stay as they were."""
+    settings = dict(mpl.rcParams)
+    ax = plt.figure().subplots()
+    assert DRAWINGS[name](influence, ax) is ax
+    assert len(plt.get_fignums()) == 1
+    assert dict(mpl.rcParams) == settings
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_makes_a_figure_of_its_own(influence: Influence, name: str) -> None:
+    """Without axes each picture gets a new figure, which can be drawn without a warning."""
+    ax = DRAWINGS[name](influence, None)
+    assert isinstance(ax, Axes)
+    ax.figure.canvas.draw()
+    assert len(plt.get_fignums()) == 1
+
+
+def words(ax: Axes) -> str:
+    """Collect everything that is written in a figure."""
+    ax.figure.canvas.draw()
+    texts = ax.figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    return " ".join(text.get_text() for text in texts)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["curve", "visits", "heatmap"])
+def test_directions_have_names(influence: Influence, name: str) -> None:
+    """Pictures of influence say which way is helpful, on which query and in which unit."""
+    written = words(DRAWINGS[name](influence, None))
+    for word in ("helpful →", "← harmful", "loss a", "nats"):
+        assert word in written
+
+
+def test_curve_draws_its_table(influence: Influence) -> None:
+    """The line goes through the table's points, and the axis names the query asked for."""
+    ax = plot.curve(influence, sample=5, query="loss b")
+    table = influence.curve(sample=5, query="loss b")
+    np.testing.assert_array_equal(ax.lines[0].get_xydata(), table.to_numpy())
+    assert "loss b" in ax.get_ylabel()
+
+
+def test_visits_are_coloured_by_sign(influence: Influence) -> None:
+    """Each visit is a stem from zero: blue where helpful, red where harmful."""
+    ax = plot.visits(influence, sample=5, observed_at=7)
+    table = influence.visits_curve(sample=5, observed_at=7)
+    stems = next(c for c in ax.collections if isinstance(c, LineCollection))
+    ends = [(segment[1, 0], segment[1, 1]) for segment in stems.get_segments()]
+    assert ends == list(zip(table["step"], table["influence"], strict=True))
+    signs = [plot.HELPFUL if y >= 0 else plot.HARMFUL for _, y in ends]
+    np.testing.assert_array_equal(stems.get_color(), [to_rgba(c) for c in signs])
+    assert f"{table.height} visits, seen from state 7" in ax.get_title(loc="left")
+
+
+def test_heatmap_is_centred_at_zero(influence: Influence) -> None:
+    """Cells are windowed influence, rows in the order asked for, and white is zero."""
+    ax = plot.heatmap(influence, samples=[5, 0, 2], query=1)
+    mesh = next(c for c in ax.collections if isinstance(c, QuadMesh))
+    windows = [influence.window(a, b)[1, [5, 0, 2]] for a, b in ((0, 3), (3, 7), (7, 10))]
+    np.testing.assert_allclose(np.asarray(mesh.get_array()), np.stack(windows, axis=1), atol=1e-15)
+    low, high = mesh.get_clim()
+    assert low == -high == -np.abs(windows).max()
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["5", "0", "2"]
+    assert ax.get_xticks().tolist() == list(OBSERVED)
+
+
+def test_heatmap_of_many_samples_stays_readable() -> None:
+    """Of many samples only some are labelled; one that is not there is an error."""
+    influence = made()
+    ax = plot.heatmap(influence, samples=[*range(9)] * 10)
+    assert len(ax.get_yticklabels()) <= 40
+    with pytest.raises(errors.UnknownSample, match="no sample -1"):
+        plot.heatmap(influence, samples=[-1])
+
+
+def test_patterns_takes_a_table_too(influence: Influence) -> None:
+    """Drawn from the table or from the influence, the picture is the same."""
+    table = patterns(influence, query=1)
+    texts = [[text.get_text() for text in ax.texts] for ax in (plot.patterns(table), plot.patterns(influence, query=1))]
+    assert texts[0] == texts[1]
+    assert sum(int(text.split("(")[1].rstrip(")")) for text in texts[0]) == table.height
+
+
+def test_scatter_tells_the_mean_correlation() -> None:
+    """One colour per query; the title has the correlations averaged over queries."""
+    predicted = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    ax = plot.scatter(predicted, np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
+    assert len([c for c in ax.collections if isinstance(c, PathCollection)]) == 2
+    assert ax.get_title(loc="left") == "Pearson 0.00, Spearman 0.00"
+    np.testing.assert_array_equal(np.asarray(ax.lines[0].get_xydata()), [[1.0, 1.0], [3.0, 3.0]])
+
+
+def test_missing_matplotlib_says_how_to_get_it() -> None:
+    """Without matplotlib, importing the module names the extra to install."""
+    code = "import sys; sys.modules['matplotlib.pyplot'] = None; import whence.plot"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "MissingExtra: This needs 'matplotlib': pip install 'whence[plot]'" in done.stderr
