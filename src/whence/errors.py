@@ -399,3 +399,13 @@ class TooLittleMemory(WhenceError):
             f"A sweep with {rows} cotangents (queries x observed states) needs {needed / 2**20:.0f} MiB, and may use "
             f"{free / 2**20:.0f} MiB. Ask fewer queries or states at once, or allow more: DIT(memory=bytes).",
         )
+
+
+class WithoutQueries(WhenceError):
+    """An influence is to be checked, and what was asked is not known."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.args = (
+            f"The checks ask the queries again, and this influence comes without them. Give the same queries: "
+            f"trust(run, influence, queries=...), with the names {listed(names, most=6)}.",
+        )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, Protocol, TypeVar, final
+from typing import Any, Literal, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 Reduction = Literal["mean", "sum"] | Callable[[Sequence[Batch]], Tensor]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """A map-style data set."""
 

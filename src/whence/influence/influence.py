@@ -14,15 +14,7 @@ import polars as pl
 from jaxtyping import Float, Float64, Int64
 from polars.io.plugins import register_io_source
 
-from whence.errors import (
-    ImpossibleWindow,
-    NotObserved,
-    TwoViewpoints,
-    UnfinishedInfluence,
-    UnknownQuery,
-    UnknownSample,
-    listed,
-)
+from whence import errors
 from whence.extras import need
 from whence.influence import layout, tables
 from whence.influence.layout import Description
@@ -45,7 +37,7 @@ def open_influence(path: str | os.PathLike[str]) -> "Influence":
     group, description = layout.load(folder)
     done, shards = len(layout.done_shards(folder)), len(description.shards)
     if done < shards:
-        raise UnfinishedInfluence(folder, done, shards)
+        raise errors.UnfinishedInfluence(folder, done, shards)
     layout.check_files(folder)
     return Influence(Stored(group, description))
 
@@ -180,7 +172,7 @@ class Influence:
         if out is not None:
             return self._stored.add_up_in_file(Path(out), queries, shape)
         into = np.zeros(shape)
-        self._stored.add_up(into, queries=queries, states=self.observed_at)
+        self._stored.add_up(into, queries=queries)
         return into
 
     def window(self, a: int, b: int) -> Float64[np.ndarray, "query sample"]:
@@ -216,10 +208,7 @@ class Influence:
             observed_at: State τ that the query reads; "end" is the last observed one.
         """
         self._check_stretch(a, b)
-        into = np.zeros((len(self.queries), 1, self.samples))
-        states = [self._state(observed_at)]
-        self._stored.add_up(into, queries=slice(None), states=states, between=(a, b))
-        return into[:, 0]
+        return self._seen_from(self._state(observed_at), slice(None), between=(a, b))
 
     def curve(self, *, sample: int, query: int | str = 0) -> pl.DataFrame:
         """Total influence of one sample by observed state: observed_at, influence; 0 at state 0.
@@ -230,8 +219,7 @@ class Influence:
         """
         self._check_sample(sample)
         into = np.zeros((1, len(self.observed_at), 1))
-        states = self.observed_at
-        self._stored.add_up(into, queries=self._one(query), states=states, only=sample)
+        self._stored.add_up(into, queries=self._one(query), only=sample)
         return tables.curve_table(self.observed_at, into[0, :, 0])
 
     def visits_curve(self, *, sample: int, query: int | str = 0, observed_at: State = "end") -> pl.DataFrame:
@@ -274,7 +262,7 @@ class Influence:
             TwoViewpoints: If both a window and a state are given.
         """
         if window is not None and observed_at != "end":
-            raise TwoViewpoints(window, observed_at)
+            raise errors.TwoViewpoints(window, observed_at)
         a, b = (0, self._state(observed_at)) if window is None else window
         return tables.top_table(self._window(self._one(query), a, b)[0], k, order)
 
@@ -311,7 +299,7 @@ class Influence:
 
     def __repr__(self) -> str:
         """Tell method, sizes, unit and sign in three lines."""
-        states = f"{len(self.observed_at)} states ({listed(self.observed_at, most=6)})"
+        states = f"{len(self.observed_at)} states ({errors.listed(self.observed_at, most=6)})"
         return (
             f"Influence by {self.method} ({self.unit}): {len(self.queries)} queries, {states}, "
             f"{self.steps} steps x {self.slots} slots, {self.samples} samples\n= " + self.sign.replace("; ", "\n  ")
@@ -320,30 +308,37 @@ class Influence:
     def _window(self, queries: slice, a: int, b: int) -> Float64[np.ndarray, "query sample"]:
         self._check_stretch(a, b)
         for state in {a, b} - {0, *self.observed_at}:
-            raise NotObserved(state, self.observed_at)
+            raise errors.NotObserved(state, self.observed_at)
+        gained: np.ndarray = self._seen_from(b, queries) - self._seen_from(a, queries)
+        return gained
+
+    def _seen_from(
+        self, state: int, queries: slice, between: tuple[int, int] | None = None
+    ) -> Float64[np.ndarray, "query sample"]:
+        into = np.zeros((len(self.queries[queries]), 1, self.samples))
         # State 0 is before all influence, whether it was observed or not.
-        unmoved = [a, b].count(0)
-        ends = np.zeros((len(self.queries[queries]), 2, self.samples))
-        self._stored.add_up(ends[:, unmoved:], queries=queries, states=[a, b][unmoved:])
-        return ends[:, 1] - ends[:, 0]
+        if state:
+            place = self.observed_at.index(state)
+            self._stored.add_up(into, queries=queries, states=slice(place, place + 1), between=between)
+        return into[:, 0]
 
     def _one(self, query: int | str) -> slice:
         place = self.queries.index(query) if query in self.queries else query
         if isinstance(place, str) or not 0 <= place < len(self.queries):
-            raise UnknownQuery(query, self.queries)
+            raise errors.UnknownQuery(query, self.queries)
         return slice(place, place + 1)
 
     def _state(self, observed_at: State) -> int:
         if observed_at == "end":
             return self.observed_at[-1]
         if observed_at not in self.observed_at:
-            raise NotObserved(observed_at, self.observed_at)
+            raise errors.NotObserved(observed_at, self.observed_at)
         return observed_at
 
     def _check_sample(self, sample: int) -> None:
         if not 0 <= sample < self.samples:
-            raise UnknownSample(sample, self.samples)
+            raise errors.UnknownSample(sample, self.samples)
 
     def _check_stretch(self, a: int, b: int) -> None:
         if not 0 <= a <= b <= self.steps:
-            raise ImpossibleWindow(a, b, self.steps)
+            raise errors.ImpossibleWindow(a, b, self.steps)

@@ -195,7 +195,7 @@ def write(group: zarr.Group, name: str, values: np.ndarray, *at: slice) -> None:
     cast("zarr.Array[Any]", group[name])[at or ...] = values
 
 
-def read(group: zarr.Group, name: str, *at: slice | list[int]) -> np.ndarray:
+def read(group: zarr.Group, name: str, *at: slice) -> np.ndarray:
     """Read from an array of the group, at some places of each axis.
 
     Raises:
@@ -203,7 +203,7 @@ def read(group: zarr.Group, name: str, *at: slice | list[int]) -> np.ndarray:
     """
     array = cast("zarr.Array[Any]", group[name])
     try:
-        return np.asarray(array.oindex[cast("Any", at)])
+        return np.asarray(array[at or ...])
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise DamagedInfluence(folder(group), f"{name!r} cannot be read ({error})") from error
 

@@ -1,7 +1,7 @@
 """The arrays of an influence, read shard by shard: held is never more than one shard and the result."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -30,7 +30,7 @@ class Stored:
         into: Float64[np.ndarray, "query observed_at sample"],
         *,
         queries: slice,
-        states: Sequence[int],
+        states: slice = ALL,
         between: tuple[int, int] | None = None,
         only: int | None = None,
     ) -> None:
@@ -38,21 +38,21 @@ class Stored:
 
         Args:
             into: Where to add; a row for each of `queries` and `states`.
-            queries: Which queries.
-            states: Which observed states.
+            queries: Places of the queries.
+            states: Places of the states among those observed.
             between: The first step and the one after the last; all, if None.
             only: Add up this sample alone, into rows of length one.
         """
-        columns = [self.description.observed_at.index(state) for state in states]
         # The steps from a state on have no influence on it.
+        seen_from = self.description.observed_at[states][-1]
         start, stop = between or (0, self.description.steps)
-        for first, last in self._stretches(start, min(stop, max(states, default=0))):
+        for first, last in self._stretches(start, min(stop, seen_from)):
             sample = layout.read(self.group, "sample", slice(first, last))
             if only is not None:
                 sample = np.where(sample == only, 0, -1)
             if (sample >= 0).any():
                 steps = slice(first, last)
-                block = layout.read(self.group, "influence", queries, columns, steps, ALL)
+                block = layout.read(self.group, "influence", queries, states, steps, ALL)
                 tables.add_by_sample(into, block, sample)
 
     def add_up_in_file(
@@ -62,7 +62,7 @@ class Stored:
         # A kill leaves either no file or a whole one.
         scratch = out.with_name(f".{out.name}.{os.getpid()}")
         into = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.float64, shape=shape)
-        self.add_up(into, queries=queries, states=self.description.observed_at)
+        self.add_up(into, queries=queries)
         into.flush()
         del into
         scratch.replace(out)
@@ -70,12 +70,12 @@ class Stored:
 
     def visits(self, sample: int, *, query: slice, state: int) -> Iterator[pl.DataFrame]:
         """Yield the visits of one sample before a state, a table for each shard that has some."""
-        column = [self.description.observed_at.index(state)]
+        column = self.description.observed_at.index(state)
         for first, last in self._stretches(0, state):
             steps = slice(first, last)
             step, slot = np.nonzero(layout.read(self.group, "sample", steps) == sample)
             if len(step):
-                block = layout.read(self.group, "influence", query, column, steps, ALL)[0, 0]
+                block = layout.read(self.group, "influence", query, slice(column, column + 1), steps, ALL)[0, 0]
                 loss = layout.read(self.group, "loss", steps)
                 numbers = {"influence": block[step, slot], "loss": loss[step, slot]}
                 yield pl.DataFrame({"step": step + first, "slot": slot, **numbers})

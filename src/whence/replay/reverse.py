@@ -52,7 +52,7 @@ class Cotangent:
         return Cotangent(
             _joined(self.params, other.params),
             _joined(self.buffers, other.buffers),
-            {name: _joined(tree, other.moments[name]) for name, tree in self.moments.items()},
+            {name: _joined(tree, other.moments[name]) for name, tree in self.moments.items() if tree},
         )
 
     def norms(self) -> Float[Tensor, " query"]:

@@ -6,11 +6,14 @@ computed once a step by `torch.optim` itself, built with `differentiable=True`, 
 cotangents by multiplication. No optimizer formula is written down in this file.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import (
     ASGD,
     SGD,
@@ -27,7 +30,7 @@ from torch.optim import (
 )
 
 from whence.errors import UnsupportedOptimizer
-from whence.replay.state import Setting, State, elementwise
+from whence.replay.state import COUNTS, Setting, State, elementwise
 from whence.tree import Tree
 
 SUPPORTED: dict[str, type[Optimizer]] = {
@@ -122,10 +125,13 @@ class Update:
         guarded = {name: _revive(tree, dead[name]) for name, tree in leaves.items()}
         params = {name: tree.pop(PARAMETER) for name, tree in guarded.items()}
         grads = {name: tree.pop(GRADIENT) for name, tree in guarded.items()}
-        moments = {name: state.moments.get(name, {}) | tree for name, tree in guarded.items()}
+        moments = {name: _exact_counts(state.moments.get(name, {})) | tree for name, tree in guarded.items()}
         for name in self._first_momentum(moments):
             moments[name] = {"momentum_buffer": self._momentum_before(name, params[name], grads[name])}
-        params, moments = self._run(params, moments, grads, differentiable=True)
+        # ASGD overwrites its own counts after using them, so what the graph keeps of them must be copies.
+        copies = saved_tensors_hooks(lambda t: t.clone() if t.dim() == 0 else t, lambda t: t)
+        with _default_dtype(torch.float64), copies:
+            params, moments = self._run(params, moments, grads, differentiable=True)
         return params, {name: _bury(tree, dead[name]) for name, tree in moments.items()}
 
     def _first_momentum(self, moments: dict[str, Tree]) -> list[str]:
@@ -174,6 +180,25 @@ def tensors_of(state: dict[str, Any]) -> Tree:
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let torch.optim make its step counts in this precision.
+
+    With differentiable=True it raises the decay rates to the power of the count as a tensor, and 1 - 0.999 ** t in
+    float32 is off by 1e-5.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _exact_counts(moments: Tree) -> Tree:
+    return {key: tensor.double() if key in COUNTS else tensor for key, tensor in moments.items()}
 
 
 def _leaves(state: State, grad: Tensor, name: str) -> Tree:

@@ -1,0 +1,207 @@
+"""Whether to believe an influence: three checks, each measured on the user's own run.
+
+Replay: the recording explains the training. Derivative: the sweep is the derivative of the retrained query. Removal: the
+derivative predicts what happens when samples are really left out. The second tests the arithmetic, the third also
+whether one sample is a small change for this training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from whence.errors import ReplayMismatch, WithoutQueries
+from whence.influence import agreement
+from whence.influence.agreement import Interval
+from whence.influence.influence import Influence
+from whence.methods.retrain import Nudge, perturb, retrain
+from whence.queries import Query
+from whence.run.run import Run, Verification
+
+SIZES = (1e-2, 1e-3, 1e-4)  # of the nudge; the two whose answers agree best are believed
+EXACT, GOOD = 1e-3, 0.9  # what counts as a passed derivative check (float32 sweep) and removal check
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class DerivativeCheck:
+    """A random nudge of all weights: what the influence says against what retraining says.
+
+    Attributes:
+        error: largest relative error over queries and observed states.
+        uncertainty: how far two sizes of the nudge disagree, relative; the error cannot be known better.
+        growth: how much the cotangents grew on the way back, largest over the queries; the error of any sweep grows so.
+    """
+
+    error: float
+    uncertainty: float
+    growth: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within float32 rounding, or within what retraining itself can tell."""
+        return self.error <= max(EXACT, 3 * self.uncertainty)
+
+    def __str__(self) -> str:
+        """One sentence."""
+        verdict = "passed" if self.passed else "FAILED"
+        return (
+            f"derivative  {verdict}: influence and retraining after a tiny nudge differ by {self.error:.1e} (relative); "
+            f"cotangents grew {self.growth:.3g}-fold on the way back"
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RemovalCheck:
+    """Samples really left out: predicted against actual change of the queries at the last observed state.
+
+    Attributes:
+        samples: which samples were left out, one at a time.
+        predicted: `[query, sample]`.
+        actual: `[query, sample]`.
+        pearson: mean over queries, with its bootstrap interval over samples.
+        spearman: likewise.
+        slope: of actual over predicted, mean over queries; 1 is right in size.
+        noise: largest difference of two unperturbed re-runs; what is smaller means nothing.
+    """
+
+    samples: tuple[int, ...]
+    predicted: Float[np.ndarray, "query sample"]
+    actual: Float[np.ndarray, "query sample"]
+    pearson: Interval
+    spearman: Interval
+    slope: float
+    noise: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the correlation is good."""
+        return self.pearson.estimate >= GOOD
+
+    def __str__(self) -> str:
+        """One sentence."""
+        verdict = "passed" if self.passed else "FAILED"
+        return (
+            f"removal     {verdict}: {len(self.samples)} samples left out one at a time: Pearson {self.pearson}, "
+            f"Spearman {self.spearman}, slope {self.slope:.2f}, noise floor {self.noise:.1e}"
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The three checks of an influence; `str()` is the statement.
+
+    Attributes:
+        replay: what the replay check found, or its failure in words.
+        derivative: the derivative check; None where it does not apply (renormalised denominators).
+        removal: the removal check.
+    """
+
+    replay: Verification | str
+    derivative: DerivativeCheck | None
+    removal: RemovalCheck
+
+    def __str__(self) -> str:
+        """The checks, a line each, and what to make of them."""
+        replayed = isinstance(self.replay, Verification)
+        lines = [f"replay      {'passed' if replayed else 'FAILED'}: {self.replay}"]
+        lines += [str(check) for check in (self.derivative, self.removal) if check is not None]
+        return "\n".join([*lines, self.advice])
+
+    @property
+    def advice(self) -> str:
+        """What the three checks mean together."""
+        if not isinstance(self.replay, Verification):
+            return "Do not use these numbers: the recording does not explain the training."
+        if self.derivative is not None and not self.derivative.passed:
+            return "Do not use these numbers: the sweep is not the derivative of this training."
+        if not self.removal.passed:
+            return (
+                "The derivative is right, and yet a poor guide to removals: at the scale of one sample this training is "
+                "not smooth (ReLU with Adam, a large learning rate). Trust ranks more than sizes, or attribute with "
+                "DIT(curvature=GaussNewton()) and compare."
+            )
+        return "Influence predicts removals on this run."
+
+
+def trust(
+    run: Run, influence: Influence, *, queries: Query | None = None, removals: int = 32, seed: int = 0
+) -> Trust:
+    """Check an influence against its own run.
+
+    Args:
+        run: the run that was attributed.
+        influence: the result to check.
+        queries: what was asked; needed where the influence was read from disk.
+        removals: how many samples are left out, drawn among those that the training visited.
+        seed: of the draw and of the nudge.
+
+    Raises:
+        WithoutQueries: the influence came from disk and no queries were given, or others than it was made from.
+    """
+    asked = queries or influence.asked
+    if not isinstance(asked, Query) or asked.names != influence.queries:
+        raise WithoutQueries(influence.queries)
+    try:
+        replay: Verification | str = run.verify()
+    except ReplayMismatch as mismatch:
+        replay = str(mismatch)
+    kept = influence.denominator == "keep"
+    derivative = derivative_check(run, influence, asked, seed=seed) if kept else None
+    samples = draw_visited(run, removals, seed=seed)
+    return Trust(replay, derivative, removal_check(run, influence, asked, samples))
+
+
+def derivative_check(run: Run, influence: Influence, queries: Query, *, seed: int = 0) -> DerivativeCheck:
+    """Nudge all sample weights along one random direction, both ways, in float64, and compare."""
+    drawn = np.random.default_rng(seed).standard_normal(influence.sample.shape)
+    direction = torch.from_numpy(drawn)
+    nudges = [Nudge(direction=direction, size=sign * size) for size in SIZES for sign in (1.0, -1.0)]
+    found = perturb(run, queries, nudges, observed_at=influence.observed_at).change
+    sizes = 2 * np.array(SIZES)
+    slopes = (found[:, :, 0::2] - found[:, :, 1::2]) / sizes  # [query, observed_at, size]
+    actual, uncertainty = steadiest(slopes)
+    predicted = -np.einsum("qotb,tb->qo", influence.values().astype(np.float64), drawn)
+    scale = np.abs(actual).max(axis=1, keepdims=True) + 1e-300
+    return DerivativeCheck(
+        float((np.abs(predicted - actual) / scale).max()), float((uncertainty / scale).max()), influence.growth
+    )
+
+
+def steadiest(slopes: Float[np.ndarray, "query observed_at size"]) -> tuple[np.ndarray, np.ndarray]:
+    """Of neighbouring sizes of the nudge, the pair that agrees best: its Richardson value, and its disagreement."""
+    gaps = np.abs(np.diff(slopes, axis=2))
+    best = gaps.argmin(axis=2)[..., None]
+    large, small = (np.take_along_axis(slopes, best + k, 2)[..., 0] for k in (0, 1))
+    ratio = (SIZES[0] / SIZES[1]) ** 2
+    return (ratio * small - large) / (ratio - 1), np.take_along_axis(gaps, best, 2)[..., 0]
+
+
+def removal_check(run: Run, influence: Influence, queries: Query, samples: Sequence[int]) -> RemovalCheck:
+    """Train again without each of the samples, and compare with the total at the last observed state."""
+    denominator = "keep" if influence.denominator == "keep" else "renormalize"
+    last = influence.observed_at[-1]
+    found = retrain(run, queries, [[s] for s in samples], observed_at=last, denominator=denominator)  # type: ignore[arg-type]
+    actual = found.change[:, 0]
+    predicted = influence.total()[:, -1][:, list(samples)]
+    return RemovalCheck(
+        tuple(samples),
+        predicted,
+        actual,
+        agreement.bootstrap(agreement.pearson, predicted, actual),
+        agreement.bootstrap(agreement.spearman, predicted, actual),
+        agreement.mean_over_queries(agreement.slope(predicted, actual)),
+        float(found.noise.max()),
+    )
+
+
+def draw_visited(run: Run, count: int, *, seed: int) -> tuple[int, ...]:
+    """Samples that the training visited, drawn without replacement."""
+    visited = np.unique(np.concatenate([np.asarray(step.samples) for step in run.log]))
+    drawn = np.random.default_rng(seed).choice(visited, size=min(count, len(visited)), replace=False)
+    return tuple(sorted(int(sample) for sample in drawn))

@@ -1,0 +1,132 @@
+"""Which watched batches the coming step consumes: a hook on every parameter sees each backward pass.
+
+Decisions: a backward pass on fresh gradients opens a new list of batches, any other joins it; so accumulation,
+`zero_grad` before or after, and steps that a GradScaler skips all come out right.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from whence.errors import OtherSlots, SparseGradient, StaleGradient, UnwatchedStep
+from whence.record.randomness import generators
+from whence.run.tensors import copied, digest
+from whence.task import Batch, Task, size_of
+from whence.tree import Tree
+
+SMALL = 2**16  # entries up to which a buffer is copied whether it changed or not
+
+
+@dataclass(frozen=True, slots=True)
+class Yielded:
+    """A batch as it left the loader, and the world at that moment.
+
+    Attributes:
+        samples: row numbers, in slot order.
+        epoch: which pass over the loader it came from.
+        digest: content hash.
+        content: a copy, where the rows cannot be read again.
+        random: states of the generators; none once it is known that the forward pass drew nothing.
+        buffers: the model's buffers.
+    """
+
+    samples: tuple[int, ...]
+    epoch: int
+    digest: str
+    content: Batch | None
+    random: dict[str, bytes]
+    buffers: Tree
+
+
+@final
+class Feeding:
+    """Listens to the backward passes of a training.
+
+    Attributes:
+        step: number of the coming step.
+        consumed: batches whose gradients the coming step consumes, in order.
+        evaluating: modules that were in eval mode at the last backward pass.
+    """
+
+    def __init__(self, task: Task, trained: Mapping[str, nn.Parameter]) -> None:
+        self._task, self._trained = task, trained
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._copies: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._now: Yielded | None = None
+        self.step = 0
+        self.consumed: list[Yielded] = []
+        self.evaluating: tuple[str, ...] = ()
+
+    def listen(self) -> None:
+        """Hook every parameter that receives gradients by now."""
+        for name, parameter in self._trained.items():
+            if parameter.requires_grad and name not in self._hooks:
+                hook = partial(self._on_gradient, name)
+                self._hooks[name] = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks.values():
+            hook.remove()
+
+    def yielded(self, samples: tuple[int, ...], batch: Batch, *, epoch: int, keep: bool) -> None:
+        """Note the batch that is about to be handed to the loop."""
+        self.listen()
+        content = copied(batch) if keep else None
+        self._now = Yielded(samples, epoch, digest(batch), content, generators(self._task.device), self.buffers())
+
+    def replaced(self, batch: Batch) -> None:
+        """Note that the model is fed this in place of the batch last yielded.
+
+        Raises:
+            UnwatchedStep: no batch was yielded yet.
+            OtherSlots: it has another number of rows.
+        """
+        if self._now is None:
+            raise UnwatchedStep(self.step)
+        if size_of(batch) != len(self._now.samples):
+            raise OtherSlots(size_of(batch), len(self._now.samples))
+        random = generators(self._task.device)
+        self._now = replace(self._now, content=copied(batch), digest=digest(batch), random=random)
+
+    def stepped(self) -> None:
+        """Go on to the next step; another one on the same batch has a forward pass of its own, from here."""
+        random = generators(self._task.device)
+        self._now = replace(self.consumed[-1], random=random, buffers=self.buffers())
+        self.consumed = []
+        self.step += 1
+        self.listen()
+
+    def buffers(self) -> Tree:
+        """The model's buffers as they are now, copied; large ones only where they changed."""
+        return {name: self._copy(name, buffer) for name, buffer in self._task.model.named_buffers()}
+
+    def _copy(self, name: str, buffer: Tensor) -> Tensor:
+        # torch's batch norm moves its statistics without counting a version, but they are small.
+        if buffer.numel() <= SMALL:
+            return buffer.detach().clone()
+        seen, version, copy = self._copies.get(name, (None, -1, buffer))
+        if seen is not buffer or version != buffer._version:
+            copy = buffer.detach().clone()
+            self._copies[name] = (buffer, buffer._version, copy)
+        return copy
+
+    def _on_gradient(self, name: str, grad: Tensor) -> None:
+        """The first gradient of a backward pass: its batch joins the step, or opens a new one if gradients are fresh."""
+        if grad.layout != torch.strided:
+            raise SparseGradient(name, self.step)
+        now = self._now
+        if now is None or (self.consumed and self.consumed[-1] is now):
+            return
+        if generators(self._task.device) == now.random:
+            now = self._now = replace(now, random={})
+        self.evaluating = tuple(name for name, module in self._task.model.named_modules() if not module.training)
+        fresh = not any(p.grad is not None and bool(p.grad.any()) for p in self._trained.values())
+        if not fresh and not self.consumed:
+            raise StaleGradient(self.step)
+        self.consumed = [now] if fresh else [*self.consumed, now]
