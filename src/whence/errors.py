@@ -341,6 +341,54 @@ class UnwatchedStep(WhenceError):
         )
 
 
+class BadPolicy(WhenceError):
+    """A checkpoint policy cannot be followed."""
+
+    def __init__(self, policy: str) -> None:
+        self.args = (f"checkpoints={policy} keeps nothing: period and window must be at least 1, ratio more than 1.",)
+
+
+class UnreadableData(WhenceError):
+    """The task's data set cannot be read by row number."""
+
+    def __init__(self, kind: str) -> None:
+        self.args = (
+            f"The task's data set is a {kind}, which has no rows that can be read again by number. "
+            "Give the task a map-style data set (with __len__ and __getitem__).",
+        )
+
+
+class UnrepeatableRows(WhenceError):
+    """Rows of the data set read differently the second time."""
+
+    def __init__(self, step: int, samples: Sequence[int]) -> None:
+        self.args = (
+            f"Step {step}: rows {listed(samples, most=6)} read again from the task's data set are not what the loop "
+            "was fed, so no replay could follow. Usual causes: rows augmented at random (record with "
+            "keep_batches=True); another data set than the loader's.",
+        )
+
+
+class OtherSlots(WhenceError):
+    """What is fed has other slots than the batch it stands for."""
+
+    def __init__(self, rows: int, samples: int) -> None:
+        self.args = (
+            f"recorder.fed() got {rows} rows for a batch of {samples} samples. It must have the same slots in the same "
+            "order: one row per sample of the batch last yielded.",
+        )
+
+
+class SparseGradient(WhenceError):
+    """A parameter receives gradients that are not dense tensors."""
+
+    def __init__(self, name: str, step: int) -> None:
+        self.args = (
+            f"Step {step}: parameter {name!r} receives a sparse gradient, which has no replay. "
+            "Create its layer with sparse=False (nn.Embedding, nn.EmbeddingBag).",
+        )
+
+
 class StaleGradient(WhenceError):
     """Gradients of an earlier step were not cleared."""
 
@@ -380,7 +428,7 @@ class UnexplainedGradient(WhenceError):
             f"optimizer (norm {theirs:.4g}) differ by {off:.2g} (relative), tolerance {tolerance:.2g}. Usual causes: "
             "Task(reduce=...) is not how the loop averages; clipping in the loop without Task(clip=...); a regulariser "
             "without Task(penalty=...); rows augmented at random (record with keep_batches=True); a batch changed in "
-            "the loop (recorder.fed(batch)).",
+            "the loop, or random numbers drawn in it before the forward pass (call recorder.fed(batch) right before it).",
         )
 
 
@@ -408,4 +456,46 @@ class WithoutQueries(WhenceError):
         self.args = (
             f"The checks ask the queries again, and this influence comes without them. Give the same queries: "
             f"trust(run, influence, queries=...), with the names {listed(names, most=6)}.",
+        )
+
+
+# ---- command line
+
+
+class BadReference(WhenceError):
+    """An object is not named as file and name, or its file is not there."""
+
+    def __init__(self, reference: str, missing: Path | None = None) -> None:
+        problem = f"{reference!r} does not name a Python file and something in it" if missing is None else ""
+        self.args = (f"{problem or f'There is no file {missing}'}. Write FILE.py:NAME, for example my_file.py:task.",)
+
+
+class BrokenFile(WhenceError):
+    """A file of the user's fails while it is read."""
+
+    def __init__(self, path: Path, line: int | None, error: Exception) -> None:
+        where = f"{path}" if line is None else f"{path}, line {line}"
+        self.args = (
+            f"{where}: {type(error).__name__}: {error}. The file is run to read it: keep the training itself under "
+            "if __name__ == '__main__'.",
+        )
+
+
+class NotInFile(WhenceError):
+    """A file does not hold what was named, or holds it as something else."""
+
+    def __init__(self, reference: str, wanted: str, found: str, there: Sequence[str]) -> None:
+        path, _, name = reference.rpartition(":")
+        problem = f"has no {name!r}" if found == "NoneType" else f"has {name!r}, which is a {found}, not a {wanted}"
+        others = f"It has these: {listed(there)}" if there else "It has no other"
+        self.args = (f"{path} {problem}. {others} of the kind whence.{wanted}.",)
+
+
+class OtherRun(WhenceError):
+    """An influence is to be checked against a run that it was not made from."""
+
+    def __init__(self, influence: Path, made_from: str, run: Path, given: str) -> None:
+        self.args = (
+            f"{influence} was made from the run {made_from}, and {run} is the run {given}. "
+            "Give the folder of its own run.",
         )

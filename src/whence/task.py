@@ -144,9 +144,9 @@ class Task:
         return {name: b.detach() for name, b in self.model.named_buffers()}
 
     @cached_property
-    def running(self) -> frozenset[str]:
+    def running(self) -> tuple[str, ...]:
         """Names of the BatchNorm statistics, which training changes and evaluation reads."""
-        return frozenset(f"{name}.{key}".lstrip(".") for name in tracking(self.model) for key in STATISTICS)
+        return tuple(f"{name}.{key}".lstrip(".") for name in tracking(self.model) for key in STATISTICS)
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """Read rows from the data set and collate them, as a loader would."""
@@ -164,10 +164,13 @@ class Task:
         """Loss of every row of a batch, and the buffers as the forward pass leaves them."""
         copies = {name: tensor.clone() for name, tensor in buffers.items()}  # a module may write to them in place
         with self.binding.statistics.collected() as updates:
-            values = self.bind(params, copies, lambda model: self.loss(self.predict(model, batch), batch))
+            values, left = self.bind(params, copies, lambda model: (self._losses(model, batch), _buffers(model)))
         if not isinstance(values, Tensor) or values.dim() != 1:
             raise BadLoss(tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__)
-        return values, copies | updates
+        return values, {name: left.get(name, copy) for name, copy in copies.items()} | updates
+
+    def _losses(self, model: nn.Module, batch: Batch) -> Any:
+        return self.loss(self.predict(model, batch), batch)
 
     def shares(self, batches: Sequence[Batch], sizes: Sequence[int]) -> list[Float[Tensor, " slot"]]:
         """The factor c of every slot, for each micro-batch of one step."""
@@ -202,6 +205,11 @@ class _Binding(nn.Module):
         names = self.modules_by_name if evaluating is None else frozenset(evaluating)
         for name, module in self.modules_by_name.items():
             module.training = name not in names
+
+
+def _buffers(model: nn.Module) -> Tree:
+    """A module may also assign new tensors to its buffers, which the given ones do not show."""
+    return dict(model.named_buffers(remove_duplicate=False))
 
 
 def skeleton(model: nn.Module) -> nn.Module:

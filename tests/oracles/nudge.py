@@ -45,7 +45,9 @@ def derivative(case: Case, read: Read, observed_at: Sequence[int], place: tuple[
     return best
 
 
-def observe(case: Case, read: Read, observed_at: Sequence[int], weights: Callable[[int], Tensor] | None = None) -> np.ndarray:
+def observe(
+    case: Case, read: Read, observed_at: Sequence[int], weights: Callable[[int], Tensor] | None = None
+) -> np.ndarray:
     """Train and read the queries at the observed states, [query, observed_at]."""
     model = case.built()
     model.train()

@@ -21,7 +21,7 @@ from whence.methods.retrain import Nudge, perturb, retrain
 from whence.queries import Query
 from whence.run.run import Run, Verification
 
-SIZES = (1e-2, 1e-3, 1e-4)  # of the nudge; the two whose answers agree best are believed
+SIZES = (1e-3, 1e-4, 1e-5, 1e-6)  # of the nudge; the two whose answers agree best are believed
 EXACT, GOOD = 1e-3, 0.9  # what counts as a passed derivative check (float32 sweep) and removal check
 
 
@@ -169,7 +169,7 @@ def derivative_check(run: Run, influence: Influence, queries: Query, *, seed: in
     predicted = -np.einsum("qotb,tb->qo", influence.values().astype(np.float64), drawn)
     scale = np.abs(actual).max(axis=1, keepdims=True) + 1e-300
     return DerivativeCheck(
-        float((np.abs(predicted - actual) / scale).max()), float((uncertainty / scale).max()), influence.growth
+        float((np.abs(predicted - actual) / scale).max()), float((uncertainty / scale).max()), float(influence.growth.max())
     )
 
 

@@ -145,6 +145,18 @@ class Influence:
         """Training loss of every slot as the method saw it, NaN where unknown."""
         return layout.read(self._stored.group, "loss", slice(None))
 
+    @property
+    def growth(self) -> Float64[np.ndarray, "query observed_at"]:
+        """How much the query's derivative by the state grew on the way back to the start, at its largest.
+
+        Rounding, and whatever else a sweep gets slightly wrong, grows with it. NaN where the method keeps no norms.
+        """
+        norms = layout.read(self._stored.group, "cotangent", slice(None), slice(None), slice(None))
+        last = np.array(self.observed_at) - 1
+        first = norms[:, np.arange(len(last)), last]
+        largest = np.where(np.isnan(norms), -np.inf, norms).max(axis=2)
+        return np.where(np.isnan(first), np.nan, largest / np.where(first > 0, first, 1.0))
+
     def values(self, start: int = 0, stop: int | None = None) -> Float[np.ndarray, "query observed_at step slot"]:
         """Read the array itself, for the steps [start, stop)."""
         return layout.read(self._stored.group, "influence", slice(None), slice(None), slice(start, stop), slice(None))

@@ -3,6 +3,7 @@
     influence  [query, observed_at, step, slot]   one zarr shard per `shard` steps
     sample     [step, slot]                       row of the training set, -1 pads a short batch
     loss       [step, slot]                       training loss of each slot, NaN where unknown
+    cotangent  [query, observed_at, step]         norm of the query's derivative by the state before the step, if known
     query, observed_at, step                      coordinates, so that xarray shows names
     done/000000.json                              the files of a finished shard and their sizes
 
@@ -139,6 +140,8 @@ def create(
     for name, kind, empty in (("sample", "int64", -1), ("loss", "float64", math.nan)):
         matrix = {"shape": sample.shape, "dtype": kind, "chunks": shard[2:], "fill_value": empty}
         _array(group, AXES[2:], name, **matrix)
+    norms = {"shape": about.shape[:3], "dtype": "float64", "chunks": shard[:3], "fill_value": math.nan}
+    _array(group, AXES[:3], "cotangent", **norms)
     write(group, "sample", sample)
     _coordinates(group, about)
     return zarr.open_group(group.store, mode="r+")
@@ -246,8 +249,13 @@ def done_shards(path: Path) -> frozenset[int]:
 
 
 def shard_files(shard: int) -> list[str]:
-    """Name the files that the numbers of one shard lie in, the first two rewritten on resume."""
-    return [f"influence/c/0/0/{shard}/0", f"loss/c/{shard}/0", f"sample/c/{shard}/0"]
+    """Name the files that the numbers of one shard lie in, the first three rewritten on resume."""
+    return [
+        f"influence/c/0/0/{shard}/0",
+        f"loss/c/{shard}/0",
+        f"cotangent/c/0/0/{shard}",
+        f"sample/c/{shard}/0",
+    ]
 
 
 def check_files(path: Path) -> None:

@@ -134,6 +134,7 @@ class InfluenceWriter:
         start: int,
         block: Float[np.ndarray, "query observed_at step slot"],
         loss: Float[np.ndarray, "step slot"],
+        cotangent: Float[np.ndarray, "query observed_at step"] | None = None,
     ) -> None:
         """Write one whole shard; again, if an earlier attempt was cut short.
 
@@ -141,6 +142,7 @@ class InfluenceWriter:
             start: Its first step.
             block: Influence at its steps.
             loss: Training loss of each slot, NaN where unknown.
+            cotangent: Norm of each query's derivative by the state before each step, where the method knows it.
 
         Raises:
             IllFormedInfluence: If this is not exactly a shard.
@@ -157,11 +159,13 @@ class InfluenceWriter:
         steps = slice(start, start + size)
         layout.write(self._group, "influence", block, slice(None), slice(None), steps)
         layout.write(self._group, "loss", loss, steps)
+        if cotangent is not None:
+            layout.write(self._group, "cotangent", cotangent, slice(None), slice(None), steps)
 
     def _forget_attempt(self, shard: int) -> None:
         # Zarr would read the old file first, and stop at the checksum of one that was cut short.
         if self.path is not None:
-            for name in layout.shard_files(shard)[:2]:
+            for name in layout.shard_files(shard)[:3]:
                 (self.path / name).unlink(missing_ok=True)
 
     def mark_done(self, shard: int) -> None:

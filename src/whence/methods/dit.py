@@ -105,14 +105,15 @@ def _fill_shard(
     """Write the steps of one shard; mark it done once the way on from there is safe."""
     about, (first, stop) = writer.description, writer.shards[shard]
     block = np.zeros((len(about.queries), len(about.observed_at), stop - first, about.slots))
-    loss = np.full(block.shape[2:], np.nan)
+    loss, norms = np.full(block.shape[2:], np.nan), np.full(block.shape[:3], np.nan)
     for step in range(stop - 1, first - 1, -1):
         found = next(swept)
         rows = renormalized(found.influence) if renormalize else found.influence
-        width = len(found.losses)
-        block[:, _alive(about, len(rows)), step - first, :width] = _by_state(rows, len(about.queries))
+        width, alive = len(found.losses), _alive(about, len(rows))
+        block[:, alive, step - first, :width] = _by_state(rows, len(about.queries))
+        norms[:, alive, step - first] = _by_state(found.norms[:, None], len(about.queries))[..., 0]
         loss[step - first, :width] = found.losses.cpu().numpy()
-    writer.write(first, block, loss)
+    writer.write(first, block, loss, norms)
     if first > 0:
         store.save(first, found.cotangent)
     writer.mark_done(shard)

@@ -15,7 +15,7 @@ from whence.replay.state import State, elementwise
 from whence.run.run import Run
 from whence.tree import each
 
-CACHE = 64 * 2**20  # bytes of activations that a processor handles well at once; more queries at once are no faster
+CACHE = 160 * 2**20  # bytes of activations up to which more queries at once are faster on a processor
 
 
 @final

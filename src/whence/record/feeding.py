@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from whence.errors import OtherSlots, SparseGradient, StaleGradient, UnwatchedStep
 from whence.record.randomness import generators
+from whence.replay.state import Fed
 from whence.run.tensors import copied, digest
 from whence.task import Batch, Task, size_of
 from whence.tree import Tree
@@ -41,6 +42,10 @@ class Yielded:
     content: Batch | None
     random: dict[str, bytes]
     buffers: Tree
+
+    def noted(self) -> Fed:
+        """What the log says of it."""
+        return Fed(self.samples, self.epoch, self.digest, self.random or None, self.content is not None)
 
 
 @final
@@ -117,7 +122,12 @@ class Feeding:
         return copy
 
     def _on_gradient(self, name: str, grad: Tensor) -> None:
-        """The first gradient of a backward pass: its batch joins the step, or opens a new one if gradients are fresh."""
+        """The first gradient of a backward pass: its batch joins the step, or opens one if gradients are fresh.
+
+        Raises:
+            SparseGradient: it is not a dense tensor.
+            StaleGradient: gradients of the step before are still there.
+        """
         if grad.layout != torch.strided:
             raise SparseGradient(name, self.step)
         now = self._now

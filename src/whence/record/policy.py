@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from whence.errors import BadPolicy
+
 
 class CheckpointPolicy(abc.ABC):
     """Says before which steps a run keeps its state. State 0 and the final state are kept whatever the policy."""
@@ -29,6 +31,10 @@ class Every(CheckpointPolicy):
 
     period: int
 
+    def __post_init__(self) -> None:
+        """Refuse a period that never comes round."""
+        _require(self, self.period >= 1)
+
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
         """Whether the step's number is a multiple of the period."""
         del opens_epoch
@@ -51,6 +57,10 @@ class Epochs(CheckpointPolicy):
 
     period: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse a period that never comes round."""
+        _require(self, self.period >= 1)
+
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
         """Whether the step opens an epoch whose number is a multiple of the period."""
         del step
@@ -67,11 +77,15 @@ class Epochs(CheckpointPolicy):
 class Geometric(CheckpointPolicy):
     """Keeps states at the rounded powers of `ratio`: dense early, where a model changes fastest.
 
-    >>> [step for step in range(40) if Geometric(2).keeps(step, opens_epoch=None)]
+    >>> [step for step in range(40) if Geometric(2.0).keeps(step, opens_epoch=None)]
     [0, 1, 2, 4, 8, 16, 32]
     """
 
     ratio: float = 1.2
+
+    def __post_init__(self) -> None:
+        """Refuse powers that do not grow."""
+        _require(self, self.ratio > 1)
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
         """Whether some power of the ratio rounds to the step's number."""
@@ -120,6 +134,10 @@ class Last(CheckpointPolicy):
 
     window: int
 
+    def __post_init__(self) -> None:
+        """Refuse an empty window."""
+        _require(self, self.window >= 1)
+
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
         """Every state is kept for a while."""
         del step, opens_epoch
@@ -128,3 +146,8 @@ class Last(CheckpointPolicy):
     def drops(self, kept: Sequence[int], step: int) -> list[int]:
         """What has left the window."""
         return [state for state in kept if 0 < state <= step - self.window]
+
+
+def _require(policy: CheckpointPolicy, possible: bool) -> None:  # noqa: FBT001
+    if not possible:
+        raise BadPolicy(str(policy))

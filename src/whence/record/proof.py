@@ -1,9 +1,12 @@
 """The recorder's proof: what it notes explains the gradient that the loop handed to the optimizer."""
 
-from whence.errors import UnexplainedGradient
-from whence.replay.state import State
+from whence.errors import BadLoss, UnexplainedGradient, UnrepeatableRows
+from whence.record.feeding import Yielded
+from whence.replay.state import State, Step
 from whence.replay.transition import Transition
-from whence.tree import Tree, norm
+from whence.run.tensors import digest
+from whence.task import Batch, Task
+from whence.tree import Tree, cast, norm
 
 MOST_NEW = 8  # shapes of step that are proved when first met
 
@@ -15,11 +18,14 @@ class Proof:
         self._tolerance = tolerance
         self._met: set[object] = set()
 
-    def due(self, step: int, shape: object) -> bool:
+    def due(self, step: Step) -> bool:
         """The first two steps, then at powers of four, and steps of a shape not met before (sizes, modes, idle)."""
+        shape = (tuple(len(fed.samples) for fed in step.fed), step.idle, step.evaluating)
         new = shape not in self._met and len(self._met) < MOST_NEW
-        self._met.add(shape) if new else None
-        return new or step < 2 or (step & (step - 1) == 0 and step.bit_length() % 2 == 1)
+        if new:
+            self._met.add(shape)
+        power_of_four = step.index.bit_count() == 1 and step.index.bit_length() % 2 == 1
+        return new or step.index < 2 or power_of_four
 
     def check(self, transition: Transition, state: State, consumed: Tree) -> None:
         """Compute the step's gradient as a replay will, and compare it with the one that the optimizer consumes.
@@ -27,9 +33,37 @@ class Proof:
         Raises:
             UnexplainedGradient: they differ.
         """
+        if transition.step.index == 0:
+            _check_losses(transition, state)
         grads, _, _ = transition.raw_gradient(state)
         ours = transition.clipped(grads)
         gap = norm({name: ours[name] - consumed[name] for name in ours})
         off = gap / max(norm(consumed), norm(ours), 1e-30)
         if not off <= self._tolerance:
             raise UnexplainedGradient(transition.step.index, off, self._tolerance, norm(ours), norm(consumed))
+
+
+def read_again(task: Task, step: int, fed: Yielded) -> Batch:
+    """What a replay will read where the loop was fed this batch.
+
+    Raises:
+        UnrepeatableRows: the rows do not read the same again.
+    """
+    if fed.content is not None:
+        return cast(fed.content, None, task.device)
+    batch = task.batch(fed.samples)
+    if digest(batch) != fed.digest:
+        raise UnrepeatableRows(step, fed.samples)
+    return cast(batch, None, task.device)
+
+
+def _check_losses(transition: Transition, state: State) -> None:
+    """One value per slot: said once, before the shapes of the user's tensors clash somewhere deep.
+
+    Raises:
+        BadLoss: another number of values.
+    """
+    with transition.replaying():
+        losses, _ = transition.task.losses(state.params, state.buffers, transition.batches[0])
+    if len(losses) != transition.sizes[0]:
+        raise BadLoss(f"{len(losses)} values for the {transition.sizes[0]} rows of a batch")

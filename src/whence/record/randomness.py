@@ -3,12 +3,16 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from types import CellType, FunctionType, ModuleType
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+State = TypeVar("State")
 MOST = 2000  # objects looked at in search of a data set's own generators
+LIBRARIES = frozenset({"torch", "numpy", "random", "whence"})  # their code refers to no generator of the user's
 
 
 def generators(device: torch.device) -> dict[str, bytes]:
@@ -20,12 +24,12 @@ def generators(device: torch.device) -> dict[str, bytes]:
 
 
 @contextmanager
-def preserved(data: object) -> Iterator[None]:
-    """Leave every generator as it was: torch's, numpy's, Python's, and those that the data set holds."""
-    restore: list[Callable[[], None]] = [restorer for found in _held_generators(data) if (restorer := _restorer(found))]
+def preserved(holder: object) -> Iterator[None]:
+    """Leave every generator as it was: torch's, numpy's, Python's, and those within reach of the holder."""
+    restore: list[Callable[[], None]] = [put for found in _held_generators(holder) if (put := _restorer(found))]
     restore += [
         _later(random.setstate, random.getstate()),
-        _later(np.random.set_state, np.random.get_state()),  # noqa: NPY002
+        _later(np.random.set_state, np.random.get_state()),
     ]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
@@ -36,8 +40,11 @@ def preserved(data: object) -> Iterator[None]:
                 put_back()
 
 
-def _later(function: Callable[[Any], Any], state: Any) -> Callable[[], None]:
-    return lambda: function(state)
+def _later(function: Callable[[State], object], state: State) -> Callable[[], None]:
+    def restore() -> None:
+        function(state)
+
+    return restore
 
 
 def _restorer(found: object) -> Callable[[], None] | None:
@@ -48,7 +55,7 @@ def _restorer(found: object) -> Callable[[], None] | None:
             return _later(found.setstate, found.getstate())
         case np.random.Generator():
             bits, state = found.bit_generator, found.bit_generator.state
-            return lambda: setattr(bits, "state", state)
+            return partial(setattr, bits, "state", state)
         case np.random.RandomState():
             return _later(found.set_state, found.get_state())
     return None
@@ -77,7 +84,35 @@ def _inside(value: object) -> list[object]:
             return list(value.values())[:MOST]
         case list() | tuple():
             return list(value[:50])  # a longer one is rows, not transforms
-        case torch.Tensor() | np.ndarray() | str() | bytes() | type():
+        case partial():
+            return [value.func, value.args, value.keywords]
+        case FunctionType():
+            return _named_in(value)
+        case torch.Tensor() | np.ndarray() | str() | bytes() | type() | ModuleType():
             return []
-    closure = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-    return [*closure, getattr(value, "__self__", None), getattr(value, "__dict__", {})]
+    methods = [member for kind in type(value).__mro__ for member in vars(kind).values() if _is_users(member)]
+    return [
+        *methods,
+        getattr(value, "__func__", None),
+        getattr(value, "__self__", None),
+        getattr(value, "__dict__", {}),
+    ]
+
+
+def _named_in(function: FunctionType) -> list[object]:
+    """What a function of the user's refers to: its closure, and the globals that its code names."""
+    if not _is_users(function):
+        return []
+    names = (name for name in function.__code__.co_names if name in function.__globals__)
+    return [*map(_contents, function.__closure__ or ()), *(function.__globals__[name] for name in names)]
+
+
+def _contents(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _is_users(member: object) -> bool:
+    return isinstance(member, FunctionType) and member.__module__.split(".")[0] not in LIBRARIES

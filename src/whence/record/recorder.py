@@ -1,13 +1,14 @@
 """Records a training beside its loop.
 
-Decisions: a gradient hook says which batches a step consumed; the optimizer's pre-hook notes the update as it is about
-to be made; the post-hook writes it down. So accumulation, `zero_grad` before or after, validation in between and steps
-that a GradScaler skips all come out right. Nothing here draws from a generator or writes to a tensor of the training.
+Decisions: the optimizer's pre-hook notes the update as it is about to be made, the post-hook writes it down; a step
+that a GradScaler skips is none. Nothing here draws from a generator or writes to a tensor of the training.
 """
 
+import logging
+import math
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -16,48 +17,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from whence.errors import (
-    BadOptimizer,
-    ChangedOutside,
-    Diverged,
-    RunExists,
-    StaleGradient,
-    UnwatchedStep,
-)
+from whence.errors import BadOptimizer, ChangedOutside, Diverged, RunExists, UnwatchedStep
+from whence.record.feeding import Feeding
 from whence.record.policy import CheckpointPolicy, Every
-from whence.record.proof import Proof
-from whence.record.randomness import generators, preserved
-from whence.record.watch import Overheard, check_loader
-from whence.replay.state import Fed, State, Step, settings_of
+from whence.record.proof import Proof, read_again
+from whence.record.randomness import preserved
+from whence.record.watch import Overheard, check_data, check_loader
+from whence.replay.state import State, Step, settings_of
 from whence.replay.transition import Transition
 from whence.replay.update import Update, supported, tensors_of
 from whence.run.check import layouts
 from whence.run.manifest import NAME, Manifest
 from whence.run.store import Writer
-from whence.run.tensors import copied, digest
 from whence.task import Batch, Task
-from whence.tree import Tree, each, norm
+from whence.tree import Tree, norm
 
-
-@dataclass(frozen=True, slots=True)
-class _Yielded:
-    """A batch as it left the loader, and the world at that moment."""
-
-    samples: tuple[int, ...]
-    epoch: int
-    digest: str
-    content: Batch | None
-    random: dict[str, bytes]
-    buffers: Tree | None
-    opens_epoch: bool
+log = logging.getLogger(__name__)
 
 
 @final
 class Recorder:
-    """Records a training: `with Recorder(folder, task, optimizer) as recorder: for batch in recorder.watch(loader): ...`.
+    """Records a training: loop over `recorder.watch(loader)` instead of the loader, and change nothing else.
 
     Args:
         path: folder of the run; it must not hold one yet.
@@ -71,7 +53,7 @@ class Recorder:
     Raises:
         UnsupportedOptimizer: the optimizer has no derivative.
         BadOptimizer: several optimizers, or one that holds tensors that are not the model's.
-        RunExists: the folder holds a run already.
+        UnreadableData: the task's data set cannot be read by row number.
     """
 
     def __init__(
@@ -85,59 +67,56 @@ class Recorder:
         tolerance: float | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
-            raise BadOptimizer(f"got {type(optimizer).__name__}; a run has one torch.optim optimizer")
+            raise BadOptimizer(f"got a {type(optimizer).__name__}; a run has one torch.optim optimizer")
+        check_data(task)
         self._kind = supported(type(optimizer))
         self._folder, self._task, self._optimizer = Path(path), task, optimizer
         self._policy = checkpoints or Every(50)
         self._keep_batches = keep_batches
         self._params = dict(task.model.named_parameters())
         self._groups = _group_names(self._params, optimizer)
-        self._trained = [self._params[name] for group in self._groups for name in group]
-        double = all(p.dtype == torch.float64 for p in self._trained)
+        self._trained = {name: self._params[name] for group in self._groups for name in group}
+        double = all(p.dtype == torch.float64 for p in self._trained.values())
         self._proof = Proof(tolerance or (1e-9 if double else 1e-3))
+        self._feeding = Feeding(task, self._trained)
         self._overheard: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._step, self._epoch = 0, -1
-        self._now: _Yielded | None = None
-        self._fed: list[_Yielded] = []
+        self._epoch = self._last_epoch = -1
         self._pending: Step | None = None
         self._versions: dict[str, int] = {}
-        self._evaluating: tuple[str, ...] = ()
-        self._hooks: dict[object, RemovableHandle] = {}
 
     def __enter__(self) -> "Recorder":
-        """Create the run's folder and start listening."""
+        """Create the run's folder and start listening.
+
+        Raises:
+            RunExists: the folder holds a run already.
+        """
         if (self._folder / NAME).exists():
             raise RunExists(self._folder)
-        params, buffers = self._task.parameters(), self._task.buffers()
-        self._writer = Writer(
-            self._folder,
-            Manifest(
-                id=uuid.uuid4().hex,
-                optimizer=self._kind,
-                groups=self._groups,
-                params=layouts(params),
-                buffers=layouts(buffers),
-                samples=len(self._task.data),
-                policy=str(self._policy),
-                device=str(self._task.device),
-                torch=str(torch.__version__),
-            ),
-        )
+        self._writer = Writer(self._folder, self._manifest())
         self._kept: list[int] = []
-        self._hooks["before"] = self._optimizer.register_step_pre_hook(self._before_step)
-        self._hooks["after"] = self._optimizer.register_step_post_hook(self._after_step)
-        self._listen()
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._feeding.listen()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop listening; keep the final state unless the loop failed."""
-        for hook in self._hooks.values():
+        self._feeding.stop()
+        for hook in self._hooks:
             hook.remove()
-        if error is None:
-            self._keep(State(self._live(), self._task.buffers(), self._moments()))
-            self._writer.finish()
+        if error is not None:
+            return
+        changed = self._changed_outside()
+        if changed:
+            # The run itself is whole, so a long training must not fail at its very end.
+            log.warning("%r changed after the last step; the run ends with the state that the step left", changed[0])
+        else:
+            self._keep(State(self._live(), self._feeding.buffers(), self._moments()))
+        self._writer.finish()
 
     def watch(self, loader: "DataLoader[Any]") -> "Watched":
         """The loader's batches, unchanged; the recorder notes which samples made each.
@@ -157,58 +136,28 @@ class Recorder:
 
         Raises:
             UnwatchedStep: no batch was yielded yet.
+            OtherSlots: it has another number of rows.
         """
-        if self._now is None:
-            raise UnwatchedStep(self._step)
-        content = copied(batch)
-        self._now = replace(self._now, content=content, digest=digest(content), random=generators(self._task.device))
+        self._feeding.replaced(batch)
 
     def yielded(self, samples: tuple[int, ...], batch: Batch, *, opens_epoch: bool) -> None:
         """Note the batch that is about to be handed to the loop."""
         self._epoch += opens_epoch
-        content = copied(batch) if self._keep_batches else None
-        world = generators(self._task.device), self._buffers_if_kept(opens_epoch)
-        self._now = _Yielded(samples, self._epoch, digest(batch), content, *world, opens_epoch)
-
-    def _buffers_if_kept(self, opens_epoch: bool) -> Tree | None:  # noqa: FBT001
-        """A copy of the buffers before the forward pass moves them, where the coming step's state is kept."""
-        keeps = self._keeps(self._step, opens_epoch)
-        return each(torch.clone, self._task.buffers()) if keeps else None
-
-    def _keeps(self, step: int, opens_epoch: bool) -> bool:  # noqa: FBT001
-        return step == 0 or self._policy.keeps(step, opens_epoch=self._epoch if opens_epoch else None)
-
-    def _listen(self) -> None:
-        """Hook every parameter that receives gradients by now."""
-        for parameter in self._trained:
-            if parameter.requires_grad and parameter not in self._hooks:
-                self._hooks[parameter] = parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
-
-    def _on_gradient(self, _: Tensor) -> None:
-        """The first gradient of a backward pass: its batch joins the step, or opens a new one if gradients are fresh."""
-        now = self._now
-        if now is None or (self._fed and self._fed[-1] is now):
-            return
-        if generators(self._task.device) == now.random:
-            now = self._now = replace(now, random={})
-        self._evaluating = tuple(name for name, module in self._task.model.named_modules() if not module.training)
-        fresh = not any(p.grad is not None and bool(p.grad.any()) for p in self._trained)
-        if not fresh and not self._fed:
-            raise StaleGradient(self._step)
-        self._fed = [now] if fresh else [*self._fed, now]
+        self._feeding.yielded(samples, batch, epoch=self._epoch, keep=self._keep_batches)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args[1:] or kwargs.get("closure") is not None:
             raise BadOptimizer("step(closure) evaluates the loss inside the step; call step() without one")
+        if bool(getattr(optimizer, "found_inf", None)):
+            return  # a fused optimizer is called even where its GradScaler skips the step
         self._refuse_surprises()
-        step = self._noted()
-        state = State(self._live(), self._fed[0].buffers or self._task.buffers(), self._moments())
-        if self._keeps(self._step, self._fed[0].opens_epoch):
+        step, consumed = self._noted(), self._feeding.consumed
+        state = State(self._live(), consumed[0].buffers, self._moments())
+        if self._keeps(step):
             self._keep(state)
-        if step.fed[0].stored:
-            self._writer.keep_batches(step.index, tuple(y.content for y in self._fed))
-        shape = (tuple(len(fed.samples) for fed in step.fed), step.idle, step.evaluating)
-        if self._proof.due(step.index, shape):
+        if any(fed.stored for fed in step.fed):
+            self._writer.keep_batches(step.index, tuple(y.content for y in consumed))
+        if self._proof.due(step):
             self._prove(step, state)
         self._pending = step
 
@@ -217,66 +166,83 @@ class Recorder:
         if self._pending is None:
             return
         self._writer.log(self._pending)
-        self._pending, last = None, self._fed[-1]
-        self._step += 1
-        self._fed = []
-        # A second step on the same batch has a forward pass of its own, from here.
-        world = generators(self._task.device), self._buffers_if_kept(opens_epoch=False)
-        self._now = replace(last, random=world[0], buffers=world[1], opens_epoch=False)
+        self._last_epoch = self._pending.fed[-1].epoch
+        self._pending = None
+        self._feeding.stepped()
         self._versions = {name: p._version for name, p in self._params.items()}
-        self._listen()
 
     def _refuse_surprises(self) -> None:
-        if not self._fed:
-            raise UnwatchedStep(self._step)
-        for name, version in self._versions.items():
-            if self._params[name]._version != version:
-                raise ChangedOutside(name, self._step)
+        step = self._feeding.step
+        if not self._feeding.consumed:
+            raise UnwatchedStep(step)
+        changed = self._changed_outside()
+        if changed:
+            raise ChangedOutside(changed[0], step)
         if _group_names(self._params, self._optimizer) != self._groups:
-            raise BadOptimizer(f"its parameter groups changed before step {self._step}; a run has fixed groups")
+            raise BadOptimizer(f"its parameter groups changed before step {step}; a run has fixed groups")
+
+    def _changed_outside(self) -> list[str]:
+        """Parameters that something has written to since the last step."""
+        return [name for name, version in self._versions.items() if self._params[name]._version != version]
 
     def _noted(self) -> Step:
-        grads = self._grads()
+        feeding, grads = self._feeding, self._grads()
         size = norm(grads)
-        if not torch.isfinite(torch.tensor(size)):
-            raise Diverged(self._step, size)
+        if not math.isfinite(size):
+            raise Diverged(feeding.step, size)
         return Step(
-            index=self._step,
-            fed=tuple(Fed(y.samples, y.epoch, y.digest, y.random or None, y.content is not None) for y in self._fed),
-            settings=tuple(settings_of(group) for group in self._optimizer.param_groups),
+            index=feeding.step,
+            fed=tuple(y.noted() for y in feeding.consumed),
+            settings=tuple(map(settings_of, _plain_groups(self._optimizer))),
             norm=size,
-            idle=tuple(name for group in self._groups for name in group if name not in grads),
-            evaluating=self._evaluating,
+            idle=tuple(name for name in self._trained if name not in grads),
+            evaluating=feeding.evaluating,
         )
 
-    def _prove(self, step: Step, state: State) -> None:
-        with preserved(self._task.data):
-            stored = [y.content for y in self._fed]
-            batches = tuple(
-                self._task.batch(y.samples) if content is None else content
-                for y, content in zip(self._fed, stored, strict=True)
-            )
-            update = Update(self._kind, self._groups, step.settings)
-            self._proof.check(Transition(self._task, update, step, batches), state, self._grads())
+    def _keeps(self, step: Step) -> bool:
+        epoch = step.fed[-1].epoch
+        opens_epoch = epoch if epoch != self._last_epoch else None
+        return step.index == 0 or self._policy.keeps(step.index, opens_epoch=opens_epoch)
 
     def _keep(self, state: State) -> None:
-        self._writer.keep_state(self._step, state)
-        self._kept.append(self._step)
-        dropped = self._policy.drops(self._kept, self._step)
+        number = self._feeding.step
+        self._writer.keep_state(number, state)
+        self._kept.append(number)
+        dropped = self._policy.drops(self._kept, number)
         self._writer.drop_states(dropped)
-        self._kept = [number for number in self._kept if number not in dropped]
+        self._kept = [kept for kept in self._kept if kept not in dropped]
+
+    def _prove(self, step: Step, state: State) -> None:
+        task, update = self._task, Update(self._kind, self._groups, step.settings)
+        with preserved((task.model, task.predict, task.loss, task.collate, task.data)):
+            batches = tuple(read_again(task, step.index, y) for y in self._feeding.consumed)
+            self._proof.check(Transition(task, update, step, batches), state, self._grads())
 
     def _live(self) -> Tree:
         return {name: parameter.detach() for name, parameter in self._params.items()}
 
     def _grads(self) -> Tree:
-        names = [name for group in self._groups for name in group]
-        return {name: grad for name in names if (grad := self._params[name].grad) is not None}
+        """What the optimizer is about to consume; a fused one divides by the loss's scale itself."""
+        found = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+        scale: Tensor | None = getattr(self._optimizer, "grad_scale", None)
+        return found if scale is None else {name: grad / scale for name, grad in found.items()}
 
     def _moments(self) -> dict[str, Tree]:
-        names = [name for group in self._groups for name in group]
-        states = {name: self._optimizer.state.get(self._params[name]) for name in names}
+        states = {name: self._optimizer.state.get(p) for name, p in self._trained.items()}
         return {name: tree for name, state in states.items() if state and (tree := tensors_of(state))}
+
+    def _manifest(self) -> Manifest:
+        return Manifest(
+            id=uuid.uuid4().hex,
+            optimizer=self._kind,
+            groups=self._groups,
+            params=layouts(self._task.parameters()),
+            buffers=layouts(self._task.buffers()),
+            samples=len(self._task.data),
+            policy=str(self._policy),
+            device=str(self._task.device),
+            torch=str(torch.__version__),
+        )
 
 
 @final
@@ -310,3 +276,8 @@ def _group_names(params: dict[str, nn.Parameter], optimizer: Optimizer) -> tuple
             "give the task the model whose parameters the optimizer was made of"
         )
     return tuple(tuple(names[key] for key, _ in group) for group in groups)
+
+
+def _plain_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The parameter groups without the names that torch keeps of their parameters; the manifest has our own."""
+    return [{key: value for key, value in group.items() if key != "param_names"} for group in optimizer.param_groups]

@@ -2,13 +2,13 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, final
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from whence.errors import UnwatchableLoader
-from whence.task import Batch, Task
+from whence.errors import UnreadableData, UnwatchableLoader
+from whence.task import Batch, Rows, Task
 
 
 @final
@@ -56,7 +56,7 @@ def check_loader(loader: object, task: Task) -> None:
     """
     if not isinstance(loader, DataLoader):
         raise UnwatchableLoader(f"it is a {type(loader).__name__}", "give watch() a torch.utils.data.DataLoader")
-    if loader.batch_sampler is None:
+    if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         raise UnwatchableLoader(
             "it has no batch sampler (an iterable data set, or batch_size=None)",
             "use a map-style data set with a batch_size or a batch_sampler",
@@ -69,7 +69,17 @@ def check_loader(loader: object, task: Task) -> None:
             f"it reads another data set ({there} rows) than the task ({ours} rows)",
             "give the task the loader's data set; validation loaders need no watch()",
         )
-    if loader.collate_fn is not task.collate:
+    if loader.collate_fn != task.collate:  # a bound method is a new object each time it is named
         raise UnwatchableLoader(
             "its collate_fn is not the task's", "create the task with Task(..., collate=loader.collate_fn)"
         )
+
+
+def check_data(task: Task) -> None:
+    """Refuse data sets that have no rows to read again.
+
+    Raises:
+        UnreadableData: names its type.
+    """
+    if isinstance(task.data, IterableDataset) or not isinstance(task.data, Rows):
+        raise UnreadableData(type(task.data).__name__)

@@ -57,8 +57,7 @@ class Cotangent:
 
     def norms(self) -> Float[Tensor, " query"]:
         """Euclidean norm of the parameters' part, by query."""
-        squares = [tensor.flatten(1).double().square().sum(1) for tensor in self.params.values()]
-        return torch.stack(squares).sum(0).sqrt()
+        return torch.stack([tensor.flatten(1).norm(dim=1) for tensor in self.params.values()]).norm(dim=0)
 
 
 def _joined(left: Tree, right: Tree) -> Tree:
@@ -187,12 +186,14 @@ class Swept:
         step: its index.
         influence: `[query, slot]`, a row for every cotangent that is alive there.
         losses: training loss of every slot, `[slot]`.
+        norms: of the same cotangents before the step, `[query]`.
         cotangent: of the state before the step, with those of the queries that read this very state.
     """
 
     step: int
     influence: Tensor
     losses: Tensor
+    norms: Tensor
     cotangent: Cotangent | None
 
 
@@ -235,7 +236,8 @@ class Sweep:
         transition = self.transition(step)
         if cotangent is None:  # no query reads a later state, so this step moved none
             influence, losses = torch.zeros(0, sum(transition.sizes)), torch.full((sum(transition.sizes),), torch.nan)
-            return Swept(step, influence, losses, self.begin(step, state))
+            return Swept(step, influence, losses, torch.zeros(0), self.begin(step, state))
         pulled = pull_back(transition, state, cotangent, curvature=self.curvature, chunk=self.chunk)
-        here = self.begin(step, state)
-        return Swept(step, pulled.influence, pulled.losses, pulled.cotangent.join(here) if here else pulled.cotangent)
+        norms, here = pulled.cotangent.norms(), self.begin(step, state)
+        joined = pulled.cotangent.join(here) if here else pulled.cotangent
+        return Swept(step, pulled.influence, pulled.losses, norms, joined)

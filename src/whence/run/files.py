@@ -25,7 +25,7 @@ def checksum(content: bytes) -> str:
     """Short content hash.
 
     >>> checksum(b"whence")
-    '35d4adc2ba1ca1be'
+    '14b55801de76c280'
     """
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 

@@ -95,10 +95,11 @@ class Run:
 
     def batches(self, index: int) -> tuple[Batch, ...]:
         """What the loop fed to the model in one step, as it was stored, or read again from the data set."""
-        step = self.step(index)
-        if step.fed[0].stored:
-            return self.store.batches(index)
-        return tuple(self.task.batch(fed.samples) for fed in step.fed)
+        fed = self.step(index).fed
+        stored = self.store.batches(index) if any(one.stored for one in fed) else [None] * len(fed)
+        return tuple(
+            content if one.stored else self.task.batch(one.samples) for one, content in zip(fed, stored, strict=True)
+        )
 
     def transition(self, index: int, dtype: Precision = None) -> Transition:
         """One step as a function from state to state, in the recorded precision or another."""
@@ -192,7 +193,8 @@ class Verification:
 
     def __str__(self) -> str:
         """One sentence."""
-        return f"{self.steps} steps replayed in {self.segments} segments; largest relative difference {self.difference:.1e}"
+        replayed = f"{self.steps} steps replayed in {self.segments} segments"
+        return f"{replayed}; largest relative difference {self.difference:.1e}"
 
 
 def open_run(path: str | Path, task: Task) -> Run:

@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import final
 
+import msgspec
 import polars as pl
 
 from whence.errors import DamagedFile
@@ -68,7 +69,10 @@ class Store:
         steps = [step for name in self._segments() for step in self._segment(name)]
         yield from steps
         path = self.folder / journal_file(len(steps))
-        tail = journal.read(path) if path.is_file() else []
+        try:
+            tail = journal.read(path) if path.is_file() else []
+        except msgspec.DecodeError as error:
+            raise DamagedFile(path, f"a line of it does not parse ({error})") from error
         for expected, step in enumerate(tail, len(steps)):
             if step.index != expected:
                 raise DamagedFile(path, f"step {step.index} stands where step {expected} belongs")

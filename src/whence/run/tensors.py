@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import torch
@@ -20,23 +21,42 @@ def pack_state(state: State) -> bytes:
     named = {f"param:{name}": tensor for name, tensor in state.params.items()}
     named |= {f"buffer:{name}": tensor for name, tensor in state.buffers.items()}
     named |= {f"moment:{key}:{name}": m for name, tree in state.moments.items() for key, m in tree.items()}
-    return save({name: tensor.detach().contiguous() for name, tensor in named.items()})
+    # A safetensors file is sorted by name; states come back in the model's order, which a sweep relies on.
+    return save(_apart(named), metadata={"order": json.dumps(list(named))})
+
+
+def _apart(tensors: Tree) -> Tree:
+    """Contiguous tensors, none on another's memory (a buffer may be a view of a parameter): safetensors wants it so."""
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().contiguous()
+        address = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if address in taken else plain
+        taken.add(address)
+    return found
 
 
 def unpack_state(content: bytes) -> State:
     """The state that `pack_state` wrote."""
-    state = State({}, {}, {})
-    for label, tensor in load(content).items():
+    state, tensors = State({}, {}, {}), load(content)
+    for label in _order(content):
         kind, _, name = label.partition(":")
         match kind:
             case "param":
-                state.params[name] = tensor
+                state.params[name] = tensors[label]
             case "buffer":
-                state.buffers[name] = tensor
+                state.buffers[name] = tensors[label]
             case _:
                 key, _, name = name.partition(":")
-                state.moments.setdefault(name, {})[key] = tensor
+                state.moments.setdefault(name, {})[key] = tensors[label]
     return state
+
+
+def _order(content: bytes) -> list[str]:
+    """The names in the order in which they were packed; the head of a safetensors file is JSON after its length."""
+    head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    order: list[str] = json.loads(head["__metadata__"]["order"])
+    return order
 
 
 def pack_batches(batches: tuple[Batch, ...]) -> bytes:
@@ -53,8 +73,8 @@ def pack_batches(batches: tuple[Batch, ...]) -> bytes:
                 tensors[str(len(tensors))] = value.detach().contiguous()
                 return {"tensor": len(tensors) - 1}
             case dict():
-                return {"dict": {key: describe(item) for key, item in value.items()}}
-            case tuple() | list():
+                return {"dict": [[describe(key), describe(item)] for key, item in value.items()]}
+            case tuple() | list() if type(value) in {tuple, list}:
                 return {type(value).__name__: [describe(item) for item in value]}
             case None | bool() | int() | float() | str():
                 return {"plain": value}
@@ -75,12 +95,15 @@ def unpack_batches(content: bytes) -> tuple[Batch, ...]:
             case "tensor":
                 return tensors[str(value)]
             case "dict":
-                return {key: build(item) for key, item in value.items()}
+                return {build(key): build(item) for key, item in value}
             case "plain":
                 return value
         return (tuple if kind == "tuple" else list)(build(item) for item in value)
 
     return tuple(build(described) for described in json.loads(structure))
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of objects that have none of their own
 
 
 def digest(batch: Batch) -> str:
@@ -96,7 +119,7 @@ def digest(batch: Batch) -> str:
             found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             found.update(_bytes(leaf))
         else:
-            found.update(repr(leaf).encode())
+            found.update(_ADDRESS.sub("", repr(leaf)).encode())
     return found.hexdigest()
 
 

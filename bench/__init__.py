@@ -1,0 +1,1 @@
+"""Measurements: ratios inside one run, never absolute times, because machines are shared and noisy."""

@@ -1,0 +1,52 @@
+"""The command line: one file per verb, each of them parse, call, show.
+
+Nothing here imports torch before a command runs, so that `whence --help` is instant.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from tyro.extras import SubcommandApp
+
+from whence.cli import attribute, curve, demo, info, patterns, show, top, trust, verify
+from whence.errors import WhenceError
+
+VERBS = (
+    demo.demo,
+    info.info,
+    verify.verify,
+    attribute.attribute,
+    top.top,
+    curve.curve,
+    patterns.patterns,
+    trust.trust,
+)
+DESCRIPTION = (
+    "Which training samples made a PyTorch model what it is, and when.\n\n"
+    "Begin with `whence demo`; `whence COMMAND --help` explains a command and shows an example."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 1 where a check of the trust statement failed; 2 after an error, told in one line; 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app().cli(args=given or ["--help"], prog="whence", description=DESCRIPTION)
+    except WhenceError as error:
+        show.failure(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def app() -> SubcommandApp:
+    """All commands."""
+    found = SubcommandApp()
+    for verb in VERBS:
+        found.command(verb)
+    return found

@@ -1,0 +1,45 @@
+"""`whence attribute`: the influence of every training sample on some queries."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from whence.cli import show
+from whence.cli.arguments import Reference, RunFolder
+from whence.cli.reference import queries_at, task_at
+
+States = Annotated[Literal["end", "epochs"] | tuple[int, ...], arg(metavar="end|epochs|STATE ...")]
+
+
+def attribute(
+    run: RunFolder,
+    *,
+    task: Reference,
+    queries: Reference,
+    out: Path,
+    observed_at: States = "end",
+    method: Literal["dit"] = "dit",
+) -> None:
+    """Compute how much every training sample moved the queries, at every step; resumes where it was interrupted.
+
+    Example: whence attribute runs/digits --task my_file.py:task --queries my_file.py:queries --observed-at epochs
+    --out runs/digits/dit
+
+    Args:
+        run: Folder of a recorded training.
+        task: The whence.Task of the training: a Python file and a name in it (the task, or a function that makes it).
+        queries: What is asked, such as a whence.Loss: a Python file and a name in it.
+        out: Folder for the influence.
+        observed_at: States that the queries read: the last, the end of every epoch, or numbers. Windows end at them.
+        method: How it is computed: dit (exact, one sweep back through the run).
+    """
+    from whence.methods.dit import DIT
+    from whence.run.run import open_run
+
+    methods = {"dit": DIT()}
+    found = methods[method].attribute(
+        open_run(run, task_at(task)), queries_at(queries), observed_at=observed_at, out=out
+    )
+    show.say(f"{found}\nin {out}")
+    show.next_command("top", out)

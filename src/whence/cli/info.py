@@ -1,0 +1,81 @@
+"""`whence info`: what a run folder holds."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whence.cli import show
+from whence.cli.arguments import Form, RunFolder
+
+if TYPE_CHECKING:
+    from whence.replay.state import Step
+    from whence.run.manifest import Manifest
+
+
+def info(run: RunFolder, *, form: Form = "table") -> None:
+    """Tell what a run holds: steps, epochs, optimizer, learning rate, batches, kept states, size on disk.
+
+    Example: whence info runs/digits
+
+    Needs no task: it reads the manifest and the step log alone.
+
+    Args:
+        run: Folder of a recorded training.
+        form: How to print.
+    """
+    from whence.errors import EmptyRun
+    from whence.run.manifest import read_manifest
+    from whence.run.store import Store
+
+    manifest = read_manifest(run)
+    store = Store(run, manifest)
+    steps = list(store.log())
+    if not steps:
+        raise EmptyRun(run)
+    kept = [state for state in store.states() if state <= len(steps)]
+    show.record(about(manifest) | over(steps) | {"states_kept": len(kept), "mebibytes_on_disk": mebibytes(run)}, form)
+    show.next_command("verify", run, "--task", "FILE.py:task", form=form)
+
+
+def about(manifest: "Manifest") -> dict[str, object]:
+    """What holds for the run as a whole."""
+    return {
+        "run": manifest.id,
+        "finished": manifest.finished,
+        "optimizer": manifest.optimizer,
+        "parameters": sum(_entries(layout.shape) for layout in manifest.params.values()),
+        "training_samples": manifest.samples,
+        "checkpoints": manifest.policy,
+        "device": manifest.device,
+        "torch": manifest.torch,
+    }
+
+
+def _entries(shape: Sequence[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def over(steps: Sequence["Step"]) -> dict[str, object]:
+    """What changes from step to step, as its range."""
+    rates = [rate for step in steps for group in step.settings if isinstance(rate := group.get("lr"), int | float)]
+    return {
+        "steps": len(steps),
+        "epochs": len({fed.epoch for step in steps for fed in step.fed}),
+        "learning_rate": _range(rates),
+        "samples_a_step": _range([len(step.samples) for step in steps]),
+        "batches_a_step": _range([len(step.fed) for step in steps]),
+        "gradient_norm": _range([step.norm for step in steps]),
+    }
+
+
+def _range(values: Iterable[float]) -> tuple[float, float] | None:
+    found = list(values)
+    return (min(found), max(found)) if found else None
+
+
+def mebibytes(folder: Path) -> float:
+    """Size of all files below a folder, in MiB."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20

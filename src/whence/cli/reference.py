@@ -1,0 +1,91 @@
+"""Objects named on the command line as `my_file.py:name`: the file is run, and the name looked up in it."""
+
+import sys
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from traceback import extract_tb
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from whence.errors import BadReference, BrokenFile, NotInFile, WhenceError
+
+if TYPE_CHECKING:
+    from whence.queries import Query
+    from whence.task import Task
+
+Kind = TypeVar("Kind")
+
+
+def task_at(reference: str) -> "Task":
+    """The task that a reference names."""
+    from whence.task import Task
+
+    return _find(reference, Task)
+
+
+def queries_at(reference: str) -> "Query":
+    """The queries that a reference names."""
+    from whence.queries import Query
+
+    return _find(reference, Query)
+
+
+def beside(reference: str, name: str) -> str:
+    """Another name in the same file.
+
+    >>> beside("my_file.py:task", "queries")
+    'my_file.py:queries'
+    """
+    return f"{reference.rpartition(':')[0]}:{name}"
+
+
+def _find(reference: str, kind: type[Kind]) -> Kind:
+    place, _, name = reference.rpartition(":")
+    if not place or not name:
+        raise BadReference(reference)
+    path = Path(place)
+    if not path.is_file():
+        raise BadReference(reference, path)
+    module = _load(path.resolve())
+    found = getattr(module, name, None)
+    # A function that makes the object is as good as the object.
+    if callable(found) and not isinstance(found, kind):
+        found = _running(path, found)
+    if not isinstance(found, kind):
+        raise NotInFile(reference, kind.__name__, type(found).__name__, _there(module, kind))
+    return found
+
+
+@cache  # the task and the queries of one file are made from one run of it
+def _load(path: Path) -> ModuleType:
+    name = f"whence_file_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look their module up by name
+    sys.path.insert(0, str(path.parent))
+    _running(path, spec.loader.exec_module, module)
+    return module
+
+
+def _running(path: Path, function: Any, *arguments: object) -> object:
+    """Call something of the user's file; what goes wrong in it is told with its line.
+
+    Raises:
+        BrokenFile: anything but an error of whence.
+    """
+    try:
+        return function(*arguments)
+    except WhenceError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if Path(frame.filename).name == path.name]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        raise BrokenFile(path, line, error) from error
+
+
+def _there(module: ModuleType, kind: type) -> list[str]:
+    """Names of a file that hold what is wanted."""
+    return [name for name, value in vars(module).items() if isinstance(value, kind)]

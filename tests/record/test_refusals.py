@@ -1,0 +1,363 @@
+"""What cannot be recorded is refused: the message says what, where, and what to do."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, IterableDataset
+
+import whence
+from tests.loops import CLASSES, Augmented, Loop, mlp, rows
+from tests.processes import apart
+from whence.errors import (
+    BadBatch,
+    BadLoss,
+    BadOptimizer,
+    BadPolicy,
+    BadReduction,
+    ChangedOutside,
+    Diverged,
+    OtherSlots,
+    RunExists,
+    SharedStorage,
+    SparseGradient,
+    StaleGradient,
+    UnexplainedGradient,
+    UnreadableData,
+    UnrepeatableRows,
+    UnsupportedOptimizer,
+    UnwatchableLoader,
+    UnwatchedStep,
+    WhenceError,
+)
+
+
+def refused(error: type[WhenceError], *words: str) -> Any:
+    """Expect an error whose message has all these words in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(word) for word in words))
+
+
+def record(loop: Loop, path: Path, **options: Any) -> None:
+    """The plain loop, recorded."""
+    with loop.recorder(path / "run", **options) as recorder:
+        loop.train(recorder.watch, loop.loader(collate_fn=loop.options.get("collate")))
+
+
+class MySGD(torch.optim.SGD):
+    """A user's own optimizer."""
+
+
+NEVER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "LBFGS": torch.optim.LBFGS,
+    "Rprop": torch.optim.Rprop,
+    "SparseAdam": torch.optim.SparseAdam,
+    "MySGD": MySGD,
+}
+LATER = {name: getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
+
+
+@pytest.mark.parametrize("name", [*NEVER, *LATER])
+def test_optimizers_without_a_derivative(name: str, tmp_path: Path) -> None:
+    """The optimizer is named, and those that can be used."""
+    layer = nn.Linear(3, 3, bias=False)
+    optimizer = (NEVER | LATER)[name](layer.parameters())
+    with refused(UnsupportedOptimizer, name, "Supported: SGD, Adam"):
+        whence.Recorder(tmp_path / "run", whence.classification(layer, rows()), optimizer)
+
+
+def test_the_optimizer_of_another_model(tmp_path: Path) -> None:
+    """Its tensors are counted, their shapes shown."""
+    loop = Loop(mlp(), Loop.of(mlp()).optimizer)
+    with refused(BadOptimizer, "4 tensors that are not the task model's", "(8, 3)", "give the task the model"):
+        record(loop, tmp_path)
+
+
+def test_several_optimizers(tmp_path: Path) -> None:
+    """A list of them is none."""
+    with refused(BadOptimizer, "got a list", "one torch.optim optimizer"):
+        apart(with_two_optimizers, tmp_path)  # the shape checks would be faster to refuse a list
+
+
+def with_two_optimizers(path: Path) -> None:
+    """A recorder that is given a list."""
+    loop = Loop.of(mlp())
+    loop.optimizer = [loop.optimizer, loop.optimizer]  # type: ignore[assignment]
+    record(loop, path)
+
+
+def test_a_second_optimizer_moves_a_parameter(tmp_path: Path) -> None:
+    """The parameter and the two steps are named."""
+    loop = Loop.of(mlp())
+    other = torch.optim.SGD(loop.model[2].parameters(), lr=0.1)  # type: ignore[index,union-attr,operator]
+    with (
+        refused(ChangedOutside, "'2.weight'", "between steps 0 and 1", "one optimizer"),
+        loop.recorder(tmp_path) as recorder,
+    ):
+        for batch in recorder.watch(loop.loader()):
+            loop.backward(batch)
+            loop.optimizer.step()
+            other.step()
+            loop.optimizer.zero_grad()
+
+
+def test_weights_loaded_between_steps(tmp_path: Path) -> None:
+    """load_state_dict in the middle of a training is noticed."""
+    loop = Loop.of(mlp())
+    with refused(ChangedOutside, "'0.weight'", "load_state_dict"), loop.recorder(tmp_path) as recorder:
+        for batch in recorder.watch(loop.loader()):
+            loop.backward(batch)
+            loop.step()
+            loop.model.load_state_dict(loop.model.state_dict())
+
+
+def test_groups_that_change(tmp_path: Path) -> None:
+    """A group added in the middle of a training is noticed."""
+    model = mlp()
+    loop = Loop(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
+    with refused(BadOptimizer, "parameter groups changed before step 1"), loop.recorder(tmp_path) as recorder:
+        for batch in recorder.watch(loop.loader()):
+            loop.backward(batch)
+            loop.optimizer.step()
+            model.zero_grad()
+            loop.optimizer.add_param_group({"params": model[2].parameters()})
+
+
+def test_a_step_without_a_watched_batch(tmp_path: Path) -> None:
+    """Looping over the loader itself is told to loop over watch(loader)."""
+    loop = Loop.of(mlp())
+    with refused(UnwatchedStep, "Step 0 has no batch", "recorder.watch(loader)"), loop.recorder(tmp_path):
+        loop.train(lambda loader: loader)
+
+
+def test_a_batch_fed_before_any_was_yielded(tmp_path: Path) -> None:
+    """recorder.fed() stands for a batch of the loader, so there must be one."""
+    loop = Loop.of(mlp())
+    with refused(UnwatchedStep, "Step 0"), loop.recorder(tmp_path) as recorder:
+        recorder.fed(loop.data[:4])
+
+
+def test_another_number_of_rows_is_fed(tmp_path: Path) -> None:
+    """Both numbers are told."""
+    loop = Loop.of(mlp())
+    with refused(OtherSlots, "3 rows for a batch of 4 samples"), loop.recorder(tmp_path) as recorder:
+        next(iter(recorder.watch(loop.loader())))
+        recorder.fed(loop.data[:3])
+
+
+def test_a_closure(tmp_path: Path) -> None:
+    """step(closure) is refused."""
+    loop = Loop.of(mlp())
+    with refused(BadOptimizer, "step(closure)", "without one"), loop.recorder(tmp_path) as recorder:
+        for batch in recorder.watch(loop.loader()):
+            loop.backward(batch)
+            loop.optimizer.step(lambda: 0.0)
+
+
+def test_gradients_never_cleared(tmp_path: Path) -> None:
+    """The step is named, and zero_grad."""
+    loop = Loop.of(mlp())
+    with refused(StaleGradient, "At step 1", "zero_grad()"), loop.recorder(tmp_path) as recorder:
+        for batch in recorder.watch(loop.loader()):
+            loop.backward(batch)
+            loop.optimizer.step()
+
+
+def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
+    """The step is named; the steps before it are in the run."""
+    loop = Loop.of(mlp())
+    with refused(Diverged, "gradient of step 3", "nan", "whole up to step 2"), loop.recorder(tmp_path) as recorder:
+        for number, batch in enumerate(recorder.watch(loop.loader())):
+            (cross_entropy(loop.model(batch[0]), batch[1]) * (float("nan") if number == 3 else 1)).backward()  # type: ignore[no-untyped-call]
+            loop.step()
+    assert whence.open_run(tmp_path, loop.task()).steps == 3
+
+
+def summed(loop: Loop, batch: Any) -> None:
+    """A loop that sums what the task averages."""
+    cross_entropy(loop.model(batch[0]), batch[1], reduction="sum").backward()  # type: ignore[no-untyped-call]
+
+
+def clipped(loop: Loop, batch: Any) -> None:
+    """A loop that clips."""
+    loop.backward(batch)
+    nn.utils.clip_grad_norm_(loop.model.parameters(), 0.1)
+
+
+def penalized(loop: Loop, batch: Any) -> None:
+    """A loop that adds a regulariser."""
+    loop.backward(batch)
+    sum(p.square().sum() for p in loop.model.parameters()).backward()  # type: ignore[union-attr,no-untyped-call]
+
+
+def mixed(loop: Loop, batch: Any) -> None:
+    """A loop that changes its batch."""
+    loop.backward((batch[0].flip(0), batch[1]))
+
+
+@pytest.mark.parametrize("backward", [summed, clipped, penalized, mixed])
+@pytest.mark.parametrize("cause", ["reduce", "clip", "penalty", "fed(batch)"])
+def test_a_loop_that_does_something_else(backward: Callable[[Loop, Any], None], cause: str, tmp_path: Path) -> None:
+    """The step, both norms, and every usual cause are told."""
+    loop = Loop.of(mlp())
+    with refused(UnexplainedGradient, "Step 0", "norm", cause), loop.recorder(tmp_path) as recorder:
+        for batch in recorder.watch(loop.loader()):
+            backward(loop, batch)
+            loop.step()
+
+
+def test_random_rows_that_are_not_stored(tmp_path: Path) -> None:
+    """The rows are named, and keep_batches=True."""
+    loop = Loop.of(mlp(), data=Augmented(lambda: float(torch.randn(()))))
+    with refused(UnrepeatableRows, "Step 0: rows", "keep_batches=True"):
+        record(loop, tmp_path)
+
+
+class Stream(IterableDataset[Any]):
+    """Rows without numbers."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rows."""
+        return iter(rows())
+
+
+def other_collate(items: list[Any]) -> Any:
+    """Another one."""
+    return torch.utils.data.default_collate(items)
+
+
+LOADERS: list[tuple[Callable[[Any], Any], str, str]] = [
+    (
+        lambda data: DataLoader(data, collate_fn=other_collate),
+        "collate_fn is not the task's",
+        "collate=loader.collate_fn",
+    ),
+    (lambda data: DataLoader(rows(7)), "another data set (7 rows) than the task (22 rows)", "validation loaders"),
+    (lambda data: DataLoader(Stream(), batch_size=4), "no batch sampler", "map-style"),
+    (lambda data: DataLoader(data, batch_size=None), "no batch sampler", "map-style"),
+    (lambda data: DataLoader(data, in_order=False, num_workers=1), "in_order=False", "in_order=True"),
+]
+
+
+@pytest.mark.parametrize(("make", "what", "cure"), LOADERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_loaders_that_cannot_be_followed(make: Callable[[Any], Any], what: str, cure: str, tmp_path: Path) -> None:
+    """What differs, and what to do."""
+    loop = Loop.of(mlp())
+    with refused(UnwatchableLoader, what, "To do:", cure), loop.recorder(tmp_path) as recorder:
+        recorder.watch(make(loop.data))
+
+
+def watched_list(path: Path) -> None:
+    """A recorder that watches a list of batches."""
+    with Loop.of(mlp()).recorder(path) as recorder:
+        recorder.watch([])  # type: ignore[arg-type]
+
+
+def test_what_is_no_loader(tmp_path: Path) -> None:
+    """What it is instead is told."""
+    with refused(UnwatchableLoader, "it is a list", "torch.utils.data.DataLoader"):
+        apart(watched_list, tmp_path)
+
+
+def test_a_loader_of_other_rows_of_the_same_number(tmp_path: Path) -> None:
+    """A data set of the same length with other rows is found out by reading the rows again."""
+    loop = Loop.of(mlp())
+    with refused(UnrepeatableRows, "another data set than the loader's"), loop.recorder(tmp_path) as recorder:
+        loop.train(recorder.watch, DataLoader(rows(seed=9), batch_size=4))
+
+
+def test_a_stream(tmp_path: Path) -> None:
+    """A data set without row numbers."""
+    loop = Loop.of(mlp())
+    task = whence.Task(loop.model, Stream(), cross_entropy)
+    with refused(UnreadableData, "Stream", "map-style"):
+        whence.Recorder(tmp_path, task, loop.optimizer)
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (lambda outputs, batch: cross_entropy(outputs, batch[1]), "returned ()"),
+        (lambda outputs, batch: outputs, "returned (4, 3)"),
+        (lambda outputs, batch: outputs.flatten(), "12 values for the 4 rows"),
+        (lambda outputs, batch: 3.0, "returned float"),
+    ],
+)
+def test_losses_that_are_not_one_value_per_slot(loss: Callable[[Any, Any], Any], got: str, tmp_path: Path) -> None:
+    """What the loss returned instead is shown."""
+    loop = Loop.of(mlp())
+    task = whence.Task(loop.model, loop.data, loss)
+    with refused(BadLoss, got, "reduction='none'"), whence.Recorder(tmp_path, task, loop.optimizer) as recorder:
+        loop.train(recorder.watch)
+
+
+def test_a_reduction_of_another_length(tmp_path: Path) -> None:
+    """Both lengths are told."""
+    loop = Loop.of(mlp(), options={"reduce": lambda batches: torch.ones(3)})
+    with refused(BadReduction, "4 slots", "[3]"):
+        record(loop, tmp_path)
+
+
+def test_a_folder_with_a_run(tmp_path: Path) -> None:
+    """Nothing recorded is overwritten."""
+    record(Loop.of(mlp()), tmp_path)
+    with refused(RunExists, str(tmp_path / "run"), "another folder"):
+        record(Loop.of(mlp()), tmp_path)
+
+
+def test_two_parameters_on_one_storage(tmp_path: Path) -> None:
+    """Both are named."""
+    model = mlp()
+    model.append(nn.Linear(CLASSES, CLASSES))
+    model.append(nn.Linear(CLASSES, CLASSES))
+    model[4].weight = nn.Parameter(model[3].weight.detach())
+    with refused(SharedStorage, "'3.weight' and '4.weight'", "module.weight = other.weight"):
+        record(Loop.of(model), tmp_path)
+
+
+class Bag(nn.Module):
+    """An embedding with sparse gradients."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.table = nn.Embedding(22, CLASSES, sparse=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Rows of the table."""
+        found: Tensor = self.table(inputs[:, 0].abs().long())
+        return found
+
+
+def test_sparse_gradients(tmp_path: Path) -> None:
+    """The parameter is named, and sparse=False."""
+    loop = Loop.of(Bag(), lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    with refused(SparseGradient, "Step 0", "'table.weight'", "sparse=False"):
+        record(loop, tmp_path)
+
+
+class Box:
+    """Something that is no tensor."""
+
+
+def boxed(items: list[Any]) -> Any:
+    """A batch with a box in it."""
+    return [*torch.utils.data.default_collate(items), Box()]
+
+
+def test_batches_that_cannot_be_stored(tmp_path: Path) -> None:
+    """The kind of the value is named."""
+    with refused(BadBatch, "holds a Box", "collate function"):
+        record(Loop.of(mlp(), options={"collate": boxed}), tmp_path, keep_batches=True)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: whence.Every(0), lambda: whence.Epochs(0), lambda: whence.Geometric(1.0), lambda: whence.Last(0)]
+)
+def test_policies_that_keep_nothing(make: Callable[[], object]) -> None:
+    """Periods and windows of nothing are refused at once."""
+    with refused(BadPolicy, "keeps nothing", "at least 1"):
+        make()

@@ -1,0 +1,170 @@
+"""The recorder never touches the training."""
+
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import whence
+from tests.loops import Augmented, Loop, adam, beside, bits, mlp, moody, rows, watching
+from tests.processes import apart
+from whence.replay.state import State
+
+LOADERS: dict[str, dict[str, Any]] = {
+    "shuffled": {},
+    "in order": {"shuffle": False},
+    "own generator": {"generator": torch.Generator()},
+    "workers": {"num_workers": 2},
+    # The workers of such a loader live on between epochs.
+    "persistent workers": {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 3},
+}
+SHARED = np.random.default_rng()
+
+
+def torch_global() -> float:
+    """Noise from torch's global generator."""
+    return float(torch.randn(()))
+
+
+def numpy_global() -> float:
+    """Noise from numpy's global generator."""
+    return float(np.random.normal())
+
+
+def python_global() -> float:
+    """Noise from Python's global generator."""
+    return random.gauss(0, 1)
+
+
+def module_global() -> float:
+    """Noise from a generator that is a global of the user's module."""
+    return float(SHARED.normal())
+
+
+class Private:
+    """Noise from generators of the data set's own."""
+
+    def __init__(self) -> None:
+        self.torch = torch.Generator().manual_seed(1)
+        self.numpy = {"deep": [np.random.default_rng(2)]}
+        self.old = np.random.RandomState(3)
+        self.python = random.Random(4)
+
+    def __call__(self) -> float:
+        """A sum of all of them."""
+        noise = float(self.numpy["deep"][0].normal() + self.old.normal())
+        return float(torch.randn((), generator=self.torch)) + noise + self.python.gauss(0, 1)
+
+
+def momentum(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer with one moment."""
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def world() -> tuple[Any, ...]:
+    """The states of the global generators."""
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+
+
+def final(loop: Loop, recorder: whence.Recorder | None, loader: dict[str, Any]) -> tuple[State, tuple[Any, ...]]:
+    """The training's last state, and the state that it leaves the generators in."""
+    SHARED.bit_generator.state = np.random.PCG64(3).state
+    torch.manual_seed(11), np.random.seed(12), random.seed(13)
+    with beside(recorder):
+        loop.train(watching(recorder), loop.loader(**loader), epochs=3)
+    return loop.now(), (*world(), SHARED.bit_generator.state["state"])
+
+
+def unchanged(make: Callable[[], Loop], path: Path, loader: dict[str, Any], **options: Any) -> None:
+    """Assert that the training ends in the same bits with and without a recorder."""
+    alone = final(make(), None, loader)
+    loop = make()
+    accompanied = final(loop, loop.recorder(path, **options), loader)
+    assert bits(alone[0]) == bits(accompanied[0])
+    assert alone[1] == accompanied[1]
+
+
+@pytest.mark.parametrize("make", [mlp, moody])
+@pytest.mark.parametrize("optimizer", [momentum, adam])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_weights_and_moments_keep_their_bits(
+    make: Callable[[], nn.Module], optimizer: Any, loader: str, *, tmp_path: Path
+) -> None:
+    """Dropout, batch norm, shuffling and workers: the recorder changes neither weights, moments, buffers nor draws."""
+    apart(partial(is_unchanged, make, optimizer, loader, path=tmp_path / "run"))
+
+
+def is_unchanged(make: Callable[[], nn.Module], optimizer: Any, named: str, *, path: Path) -> None:
+    """A training, alone and accompanied."""
+    loader = LOADERS[named]
+
+    def fresh() -> Loop:
+        for generator in loader.values():
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(3)
+        return Loop.of(make(), optimizer)
+
+    unchanged(fresh, path, loader)
+
+
+def augmented_is_unchanged(noise: Any, workers: int, path: Path) -> None:
+    """A training on random rows, alone and accompanied."""
+
+    def fresh() -> Loop:
+        return Loop.of(moody(), data=Augmented(noise() if noise is Private else noise))
+
+    unchanged(fresh, path, {"num_workers": workers}, keep_batches=True)
+
+
+@pytest.mark.parametrize("noise", [torch_global, numpy_global, python_global, module_global, Private])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_draws_as_without_a_recorder(noise: Any, workers: int, tmp_path: Path) -> None:
+    """Random rows stay the same rows, wherever their noise is drawn from."""
+    apart(augmented_is_unchanged, noise, workers, tmp_path / "run")
+
+
+def wasting_is_unchanged(noise: Any, path: Path) -> None:
+    """A training on rows that draw noise and add none of it, alone and accompanied."""
+    draw = noise() if noise is Private else noise
+
+    def fresh() -> Loop:
+        again = noise() if noise is Private else draw
+        return Loop.of(mlp(), data=Augmented(lambda: 0 * again()))
+
+    unchanged(fresh, path, {})
+
+
+@pytest.mark.parametrize("noise", [torch_global, numpy_global, python_global, module_global, Private])
+def test_the_proof_gives_back_what_it_draws(noise: Any, tmp_path: Path) -> None:
+    """A data set that draws and throws away is read again by the recorder, and draws on as if it had not been."""
+    apart(wasting_is_unchanged, noise, tmp_path / "run")
+
+
+def test_a_collate_function_with_its_own_generator_draws_on(tmp_path: Path) -> None:
+    """Generators are put back wherever the task keeps them, not only in its data set."""
+
+    def fresh() -> Loop:
+        draw = torch.Generator().manual_seed(8)
+
+        def collate(items: list[Any]) -> Any:
+            torch.randn((), generator=draw)
+            last.append(draw)
+            return torch.utils.data.default_collate(items)
+
+        return Loop.of(mlp(), data=rows(), options={"collate": collate})
+
+    last: list[torch.Generator] = []
+    ends = []
+    for record in (False, True):
+        loop = fresh()
+        recorder = loop.recorder(tmp_path / "run") if record else None
+        with beside(recorder):
+            loop.train(watching(recorder), loop.loader(collate_fn=loop.options["collate"]))
+        ends.append(last[-1].get_state().tolist())
+    assert ends[0] == ends[1]

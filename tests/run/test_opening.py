@@ -1,0 +1,211 @@
+"""Opening a run with the wrong model, the wrong data, or files that are missing or changed."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import whence
+from tests.loops import ROWS, Loop, mlp, moody, recorded, rows
+from whence.errors import (
+    BadQuery,
+    DamagedFile,
+    EmptyRun,
+    MissingState,
+    NoSuchState,
+    NotARun,
+    ReplayMismatch,
+    WhenceError,
+    WrongData,
+    WrongFormat,
+    WrongModel,
+)
+from whence.run.run import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run of twelve steps."""
+    return recorded(Loop.of(moody()), tmp_path / "run")
+
+
+def refused(error: type[WhenceError], *words: str) -> Any:
+    """Expect an error whose message has all these words in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(word) for word in words))
+
+
+def reopened(run: Run, model: nn.Module | None = None, data: Any = None) -> Run:
+    """The run, opened with another model or data set."""
+    return whence.open_run(run.path, whence.classification(model or moody(), run.task.data if data is None else data))
+
+
+def test_another_model(run: Run) -> None:
+    """Every tensor that differs is named, with both shapes."""
+    other = moody()
+    other[4] = nn.Linear(8, 5)
+    with refused(WrongModel, "'4.bias' has shape [5]", "[3]", "'4.weight' has shape [5, 8]", "recorded with [3, 8]"):
+        reopened(run, other)
+    with refused(WrongModel, "'1.running_mean' [8] was recorded and is not in the model", "'2.bias' was not recorded"):
+        reopened(run, mlp())
+    with refused(WrongModel, "'0.bias' is float64", "recorded as float32"):
+        reopened(run, moody().double())
+
+
+def test_data_of_another_length(run: Run) -> None:
+    """Both lengths are told."""
+    with refused(WrongData, "23 rows", f"had {ROWS}", "the data set of the training"):
+        reopened(run, data=rows(23))
+
+
+def test_other_rows_of_the_first_step(run: Run) -> None:
+    """Rows that read differently are found when the run is opened."""
+    with refused(WrongData, "rows [", "of step 0"):
+        reopened(run, data=rows(seed=1))
+
+
+def test_other_rows_of_a_later_step(run: Run) -> None:
+    """One changed row is found by verify(), with its step."""
+    changed = next(row for row in range(ROWS) if row not in run.log[0].samples)
+    inputs, labels = (tensor.clone() for tensor in run.task.data.tensors)
+    inputs[changed] += 1
+    step = next(step.index for step in run.log if changed in step.samples)
+    with refused(WrongData, f"batch 0 of step {step}", "and was"):
+        reopened(run, data=TensorDataset(inputs, labels)).verify()
+
+
+def test_another_loss(run: Run) -> None:
+    """A task whose loss is not the recorded one does not replay."""
+    task = whence.classification(moody(), run.task.data, reduce="sum")
+    with refused(ReplayMismatch, "Step 0", "norm of its gradient"):
+        whence.open_run(run.path, task).verify()
+
+
+def test_another_end_of_a_segment(run: Run) -> None:
+    """A kept state that the steps before do not lead to is named."""
+    store = run.store
+    path = run.path / "states" / "00000004.safetensors"
+    path.write_bytes((run.path / "states" / "00000000.safetensors").read_bytes())
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    manifest["files"]["states/00000004.safetensors"] = store.manifest.files["states/00000000.safetensors"]
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    with refused(ReplayMismatch, "Step 3", "the state after it (replayed from state 0)"):
+        reopened(run).verify()
+
+
+@pytest.mark.parametrize("name", ["states/00000004.safetensors", "steps/00000000.parquet"])
+def test_a_damaged_file(run: Run, name: str) -> None:
+    """The file is named with both checksums."""
+    path = run.path / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with refused(DamagedFile, str(path), "its checksum is", run.manifest.files[name], "record the run again"):
+        reopened(run).verify()
+
+
+@pytest.mark.parametrize("name", ["states/00000004.safetensors", "steps/00000000.parquet"])
+def test_a_missing_file(run: Run, name: str) -> None:
+    """The file is named."""
+    (run.path / name).unlink()
+    with refused(DamagedFile, str(run.path / name), "it is missing"):
+        reopened(run).verify()
+
+
+def test_missing_and_damaged_batches(tmp_path: Path) -> None:
+    """Stored batches are checked when they are read."""
+    run = recorded(Loop.of(mlp()), tmp_path / "run", keep_batches=True)
+    path = run.path / "batches" / "00000002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with refused(WrongData, "batch 0 of step 2"):
+        run.verify()
+    path.unlink()
+    with refused(DamagedFile, str(path), "No such file"):
+        run.verify()
+
+
+def test_a_damaged_journal(tmp_path: Path) -> None:
+    """A torn last line is no step; a damaged line in the middle is an error."""
+    loop = Loop.of(mlp())
+    with pytest.raises(KeyError), loop.recorder(tmp_path) as recorder:
+        loop.train(recorder.watch)
+        raise KeyError
+    path = tmp_path / "steps" / "00000000.journal"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
+    assert whence.open_run(tmp_path, loop.task()).steps == 11
+    path.write_bytes(b"".join(lines[:2]) + b"{]\n" + b"".join(lines[3:]))
+    with refused(DamagedFile, str(path), "does not parse"):
+        whence.open_run(tmp_path, loop.task())
+    path.write_bytes(b"".join(lines[:2]) + b"".join(lines[3:]))
+    with refused(DamagedFile, str(path), "step 3 stands where step 2 belongs"):
+        whence.open_run(tmp_path, loop.task())
+
+
+def test_no_manifest(run: Run) -> None:
+    """A folder without a manifest is no run, and how to make one is said."""
+    (run.path / "manifest.json").unlink()
+    with refused(NotARun, str(run.path), "whence.Recorder("):
+        reopened(run)
+
+
+def test_another_format(run: Run) -> None:
+    """Both formats are told."""
+    path = run.path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 7}))
+    with refused(WrongFormat, str(path), "format 7", "reads format 1"):
+        reopened(run)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])
+def test_a_manifest_that_does_not_parse(run: Run, text: str) -> None:
+    """The manifest is named."""
+    (run.path / "manifest.json").write_text(text)
+    with refused(DamagedFile, "manifest.json"):
+        reopened(run)
+
+
+def test_a_run_without_steps(tmp_path: Path) -> None:
+    """A recorder that saw no step leaves nothing to open."""
+    loop = Loop.of(mlp())
+    with loop.recorder(tmp_path):
+        pass
+    with refused(EmptyRun, str(tmp_path), "no whole step"):
+        whence.open_run(tmp_path, loop.task())
+
+
+def test_states_and_steps_that_are_not_there(run: Run) -> None:
+    """What there is instead is told."""
+    with refused(MissingState, "State 6 was not kept", "0, 4, 8, 12", "replay=True", "from state 4"):
+        run.state(6)
+    for number in (-1, 13):
+        with refused(NoSuchState, f"no state {number}", "0 to 12"):
+            run.state(number)
+        with refused(NoSuchState, f"no step {number}", "0 to 11"):
+            run.step(number)
+
+
+def test_queries_of_rows_that_are_not_there(run: Run) -> None:
+    """Samples out of range are named, with the length of the data set."""
+    for samples in ([3, 99], [-1]):
+        with refused(BadQuery, f"samples={[s for s in samples if s != 3]}", f"the data set has {ROWS} rows"):
+            whence.Loss(run.task.data, samples=samples)
+    with refused(BadQuery, "no samples"):
+        whence.Loss(run.task.data, samples=[])
+
+
+def test_opening_leaves_the_model_alone(run: Run) -> None:
+    """A run never reads or writes the weights and modes of the task's model."""
+    model = moody().eval()
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    again = reopened(run, model)
+    again.verify()
+    assert not model.training
+    assert bool(model[0].weight.isnan().all())

@@ -1,0 +1,122 @@
+"""A recording or an attribution that is killed at any instant loses nothing that was whole."""
+
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import whence
+from tests.loops import Loop, bits, moody, rows
+from tests.processes import apart, started
+from whence.errors import EmptyRun, NotARun
+from whence.run.run import Run
+
+KILLS, EPOCHS = 20, 15
+
+
+def loop() -> Loop:
+    """A training with everything that a run stores."""
+    return Loop.of(moody(), data=rows(40))
+
+
+def record(path: Path) -> None:
+    """Train and record, batches too."""
+    training = loop()
+    with training.recorder(path, checkpoints=whence.Last(9), keep_batches=True) as recorder:
+        training.train(recorder.watch, training.loader(), epochs=EPOCHS)
+
+
+def attribute(run: Path, out: Path) -> None:
+    """Attribute two queries at every epoch, or go on with that."""
+    opened = whence.open_run(run, loop().task())
+    queries = whence.Loss(opened.task.data, samples=[0, 3])
+    whence.DIT(chunk=1).attribute(opened, queries, observed_at="epochs", out=out)
+
+
+def seconds(work: object, *args: object) -> float:
+    """How long a process takes."""
+    begun = time.perf_counter()
+    process = started(work, *args)  # type: ignore[arg-type]
+    process.join()
+    assert process.exitcode == 0
+    return time.perf_counter() - begun
+
+
+def killed(work: object, *args: object, after: float) -> None:
+    """Start a process and kill it, unless it ended before."""
+    process = started(work, *args)  # type: ignore[arg-type]
+    process.join(after)
+    process.kill()
+    process.join()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A recording that nothing happened to, and how long it took."""
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    record_first = seconds(record, path.with_name("warm"))
+    return path, min(record_first, seconds(record, path))
+
+
+def instants(span: float) -> list[float]:
+    """Delays from almost nothing to about the whole span."""
+    draw = random.Random(6)
+    return [0.0, 0.01, *(draw.uniform(0, 1.05 * span) for _ in range(KILLS - 2))]
+
+
+def check_prefix(run: Run, whole: Run) -> None:
+    """Assert that the run is the beginning of the whole one, bit for bit."""
+    run.verify()
+    assert run.log == whole.log[: run.steps]
+    for number in set(run.kept) & set(whole.kept):
+        assert bits(run.state(number)) == bits(whole.state(number))
+    end = run.state(run.steps, replay=True)
+    assert bits(end) == bits(whole.state(0) if run.steps == 0 else replayed(whole, run))
+
+
+def replayed(whole: Run, run: Run) -> object:
+    """The state of the whole run at the cut run's end, replayed from the same kept state."""
+    state = run.store.state(max(run.kept))
+    for index in range(max(run.kept), run.steps):
+        state = whole.transition(index).advance(state)
+    return state
+
+
+def test_a_killed_recording_opens_at_its_last_whole_step(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    """Whatever the instant: log and states are those of the undisturbed run, up to where they go."""
+    reference, span = undisturbed
+    whole, ends = whence.open_run(reference, loop().task()), []
+    for number, delay in enumerate(instants(span)):
+        path = tmp_path / str(number)
+        killed(record, path, after=delay)
+        try:
+            run = whence.open_run(path, loop().task())
+        except (EmptyRun, NotARun):
+            ends.append(0)
+            continue
+        check_prefix(run, whole)
+        ends.append(run.steps)
+    assert ends[0] == 0
+    assert len(set(ends)) > KILLS // 3, f"the kills fell on too few steps: {ends}"
+
+
+def test_a_killed_attribution_resumes_to_the_same_bits(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    """Killed again and again, and resumed until done: the influence is that of one undisturbed sweep."""
+    reference, _ = undisturbed
+    span = seconds(attribute, reference, tmp_path / "whole")
+    whole = apart(influence, tmp_path / "whole")
+    delays = instants(span)
+    for number in range(4):
+        out = tmp_path / str(number)
+        for delay in delays[number::4]:
+            killed(attribute, reference, out, after=delay)
+        seconds(attribute, reference, out)
+        assert np.array_equal(apart(influence, out), whole)
+
+
+def influence(path: Path) -> np.ndarray:
+    """All numbers of an influence."""
+    found: np.ndarray = whence.open_influence(path).to_xarray()["influence"].values
+    return found
