@@ -1,4 +1,4 @@
-"""BatchNorm as a pure function: statistics come in as tensors and go out as tensors, and both ways can be differentiated.
+"""BatchNorm as a pure function: statistics come in and go out as tensors, and both ways can be differentiated.
 
 torch's own layer updates its running statistics in place and has no derivative with respect to them in eval mode. But
 training moves them and later eval-mode queries read them, so a derivative that ignores them is wrong.

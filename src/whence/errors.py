@@ -428,7 +428,7 @@ class UnexplainedGradient(WhenceError):
             f"optimizer (norm {theirs:.4g}) differ by {off:.2g} (relative), tolerance {tolerance:.2g}. Usual causes: "
             "Task(reduce=...) is not how the loop averages; clipping in the loop without Task(clip=...); a regulariser "
             "without Task(penalty=...); rows augmented at random (record with keep_batches=True); a batch changed in "
-            "the loop, or random numbers drawn in it before the forward pass (call recorder.fed(batch) right before it).",
+            "the loop, or random numbers drawn in it before the forward pass (recorder.fed(batch) right before it).",
         )
 
 

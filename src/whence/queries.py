@@ -157,7 +157,7 @@ class RowQuery(Query):
         for first in range(0, len(self.rows), size):
             rows = self.rows[first : first + size]
             batch = cast((self.collate or task.collate)([self.data[row] for row in rows]), like.dtype, like.device)
-            eye = torch.eye(len(rows) * wide)
+            eye = torch.eye(len(rows) * wide, dtype=torch.float64)
             if self.aggregate:
                 mean = eye.view(len(rows), wide, -1).sum(0) / (len(self.rows) if self.aggregate == "mean" else 1)
                 yield Part(tuple(range(wide)), mean, self._numbers(task, batch))

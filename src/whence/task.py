@@ -100,7 +100,7 @@ class Task:
         model: Gives structure only. Weights and modes are never read after `open_run` and never changed.
         data: The training set, map-style; a *sample* is a row number of it.
         loss: `loss(outputs, batch) -> [slot]`, one unreduced value per row of the batch.
-        predict: `predict(model, batch) -> outputs`. Default: `model(batch[0])` for a tuple, `model(**batch)` for a dict.
+        predict: `predict(model, batch) -> outputs`; default `model(batch[0])` for a tuple, `model(**batch)` for a dict.
         collate: Turns a list of rows into a batch; must be the loader's.
         penalty: R, a function of the dict of parameters (a regulariser that the loop adds to its loss).
         reduce: "mean" (each micro-batch's mean, averaged over the micro-batches of a step), "sum", or a function of the
@@ -161,7 +161,11 @@ class Task:
         return result
 
     def losses(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Float[Tensor, " slot"], Tree]:
-        """Loss of every row of a batch, and the buffers as the forward pass leaves them."""
+        """Loss of every row of a batch, and the buffers as the forward pass leaves them.
+
+        Raises:
+            BadLoss: the loss is not a tensor with one axis.
+        """
         copies = {name: tensor.clone() for name, tensor in buffers.items()}  # a module may write to them in place
         with self.binding.statistics.collected() as updates:
             values, left = self.bind(params, copies, lambda model: (self._losses(model, batch), _buffers(model)))
@@ -173,7 +177,11 @@ class Task:
         return self.loss(self.predict(model, batch), batch)
 
     def shares(self, batches: Sequence[Batch], sizes: Sequence[int]) -> list[Float[Tensor, " slot"]]:
-        """The factor c of every slot, for each micro-batch of one step."""
+        """The factor c of every slot, for each micro-batch of one step.
+
+        Raises:
+            BadReduction: the task's own reduction gives another number of factors.
+        """
         total = sum(sizes)
         match self.reduce:
             case "mean":
@@ -181,7 +189,7 @@ class Task:
             case "sum":
                 c = torch.ones(total, dtype=torch.float64)
             case function:
-                c = function(batches).detach()
+                c = torch.as_tensor(function(batches)).detach()
         if c.shape != (total,):
             raise BadReduction(tuple(c.shape), total)
         return list(torch.split(c, list(sizes)))
@@ -225,7 +233,11 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 
 def refuse_shared_storage(model: nn.Module) -> None:
-    """Two different parameters on one storage are updated twice a step: no replay can tell them apart."""
+    """Two different parameters on one storage are updated twice a step: no replay can tell them apart.
+
+    Raises:
+        SharedStorage: names both.
+    """
     owner: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         address = parameter.untyped_storage().data_ptr()
@@ -251,7 +263,8 @@ def regression(model: nn.Module, data: Rows, **options: Any) -> Task:
     """Squared error between `model(batch[0])` and `batch[1]`, averaged over the outputs of a row."""
 
     def loss(outputs: Tensor, batch: Batch) -> Tensor:
-        return (outputs.reshape(len(outputs), -1) - batch[1].reshape(len(outputs), -1)).square().mean(1)
+        gaps: Tensor = outputs.reshape(len(outputs), -1) - batch[1].reshape(len(outputs), -1)
+        return gaps.square().mean(1)
 
     return Task(model, data, loss, **options)
 
@@ -260,7 +273,7 @@ def language_model(model: nn.Module, data: Rows, **options: Any) -> Task:
     """Next-token cross-entropy, averaged over the tokens of a row: `batch = (tokens, targets)`; -100 is not counted."""
 
     def loss(outputs: Tensor, batch: Batch) -> Tensor:
-        targets = batch[1]
+        targets: Tensor = batch[1]
         nats = nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
         counted = (targets != -100).sum(1).clamp(min=1)
         return nats.view(targets.shape).sum(1) / counted

@@ -93,7 +93,7 @@ def with_two_optimizers(path: Path) -> None:
 def test_a_second_optimizer_moves_a_parameter(tmp_path: Path) -> None:
     """The parameter and the two steps are named."""
     loop = Loop.of(mlp())
-    other = torch.optim.SGD(loop.model[2].parameters(), lr=0.1)  # type: ignore[index,union-attr,operator]
+    other = torch.optim.SGD(loop.model[2].parameters(), lr=0.1)  # type: ignore[index]
     with (
         refused(ChangedOutside, "'2.weight'", "between steps 0 and 1", "one optimizer"),
         loop.recorder(tmp_path) as recorder,
@@ -191,7 +191,7 @@ def clipped(loop: Loop, batch: Any) -> None:
 def penalized(loop: Loop, batch: Any) -> None:
     """A loop that adds a regulariser."""
     loop.backward(batch)
-    sum(p.square().sum() for p in loop.model.parameters()).backward()  # type: ignore[union-attr,no-untyped-call]
+    sum(p.square().sum() for p in loop.model.parameters()).backward()  # type: ignore[union-attr]
 
 
 def mixed(loop: Loop, batch: Any) -> None:
@@ -236,15 +236,15 @@ LOADERS: list[tuple[Callable[[Any], Any], str, str]] = [
         "collate_fn is not the task's",
         "collate=loader.collate_fn",
     ),
-    (lambda data: DataLoader(rows(7)), "another data set (7 rows) than the task (22 rows)", "validation loaders"),
-    (lambda data: DataLoader(Stream(), batch_size=4), "no batch sampler", "map-style"),
+    (lambda _: DataLoader(rows(7)), "another data set (7 rows) than the task (22 rows)", "validation loaders"),
+    (lambda _: DataLoader(Stream(), batch_size=4), "no batch sampler", "map-style"),
     (lambda data: DataLoader(data, batch_size=None), "no batch sampler", "map-style"),
     (lambda data: DataLoader(data, in_order=False, num_workers=1), "in_order=False", "in_order=True"),
 ]
 
 
 @pytest.mark.parametrize(("make", "what", "cure"), LOADERS, ids=lambda value: value if isinstance(value, str) else "")
-def test_loaders_that_cannot_be_followed(make: Callable[[Any], Any], what: str, cure: str, tmp_path: Path) -> None:
+def test_loaders_that_cannot_be_followed(make: Callable[[Any], Any], what: str, cure: str, *, tmp_path: Path) -> None:
     """What differs, and what to do."""
     loop = Loop.of(mlp())
     with refused(UnwatchableLoader, what, "To do:", cure), loop.recorder(tmp_path) as recorder:
@@ -282,9 +282,9 @@ def test_a_stream(tmp_path: Path) -> None:
     ("loss", "got"),
     [
         (lambda outputs, batch: cross_entropy(outputs, batch[1]), "returned ()"),
-        (lambda outputs, batch: outputs, "returned (4, 3)"),
-        (lambda outputs, batch: outputs.flatten(), "12 values for the 4 rows"),
-        (lambda outputs, batch: 3.0, "returned float"),
+        (lambda outputs, _: outputs, "returned (4, 3)"),
+        (lambda outputs, _: outputs.flatten(), "12 values for the 4 rows"),
+        (lambda *_: 3.0, "returned float"),
     ],
 )
 def test_losses_that_are_not_one_value_per_slot(loss: Callable[[Any, Any], Any], got: str, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_losses_that_are_not_one_value_per_slot(loss: Callable[[Any, Any], Any],
 
 def test_a_reduction_of_another_length(tmp_path: Path) -> None:
     """Both lengths are told."""
-    loop = Loop.of(mlp(), options={"reduce": lambda batches: torch.ones(3)})
+    loop = Loop.of(mlp(), options={"reduce": lambda _: torch.ones(3)})
     with refused(BadReduction, "4 slots", "[3]"):
         record(loop, tmp_path)
 

@@ -206,7 +206,7 @@ def test_a_real_gradient_scaler_skips_and_scales(fused: bool, tmp_path: Path) ->
                 made.append(number)
             assert bool((loop.model[0].weight != before).any()) is (number in made)  # type: ignore[index]
 
-    loop.options["reduce"] = lambda batches: torch.full((4,), 5.0)
+    loop.options["reduce"] = lambda _: torch.full((4,), 5.0)
     run = recorded(loop, tmp_path / "run", train)
     assert samples(run) == [[batch] for number, batch in enumerate(in_order(40, 4)) if number in made]
     assert 0 < len(made) < 10

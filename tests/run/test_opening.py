@@ -121,9 +121,9 @@ def test_missing_and_damaged_batches(tmp_path: Path) -> None:
     run = recorded(Loop.of(mlp()), tmp_path / "run", keep_batches=True)
     path = run.path / "batches" / "00000002.safetensors"
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1  # the first byte after the head
     path.write_bytes(content)
-    with refused(WrongData, "batch 0 of step 2"):
+    with refused(DamagedFile, str(path), "batch 0 of it has checksum", run.log[2].fed[0].digest):
         run.verify()
     path.unlink()
     with refused(DamagedFile, str(path), "No such file"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from whence.errors import ReplayMismatch, WithoutQueries
+from whence.errors import ReplayMismatch, WithoutQueries, WrongData
 from whence.influence import agreement
 from whence.influence.agreement import Interval
 from whence.influence.influence import Influence
@@ -149,7 +149,7 @@ def trust(
         raise WithoutQueries(influence.queries)
     try:
         replay: Verification | str = run.verify()
-    except ReplayMismatch as mismatch:
+    except (ReplayMismatch, WrongData) as mismatch:
         replay = str(mismatch)
     kept = influence.denominator == "keep"
     derivative = derivative_check(run, influence, asked, seed=seed) if kept else None

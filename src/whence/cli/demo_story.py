@@ -83,10 +83,10 @@ def _who(run: Run, influence: Influence) -> None:
     show.table(table, indent=3)
     show.say()
     show.paragraph(
-        f"The test loss was {before:.3f}. Leaving out the samples that influence calls harmful and training again lowers "
-        "it, on digits that neither the training nor the query has seen. Plain loss, the obvious way to look for wrong "
-        "labels, is a strong rival at that one task; it cannot say whom a sample harms, by how much, or when. The last "
-        "epoch alone is a poor witness: harm is done all along the way."
+        f"The test loss was {before:.4f}. Training again without the samples that influence calls harmful lowers it, on "
+        "digits that neither the training nor the query has seen. Plain loss, the obvious way to look for wrong labels, "
+        "does that one task as well or better; it cannot say whom a sample harms, how much, or when. The last epoch "
+        "alone is a poor witness: harm is done all along the way."
     )
     show.say()
     show.table(most_harmful(influence), indent=3)
@@ -100,9 +100,10 @@ def _when(influence: Influence) -> None:
     show.say()
     show.paragraph(
         "Early = mostly in the first third of the training, late = in the last, stable = all along, fluctuating = now "
-        "for better and now for worse; largest = the sample that moved the query most."
+        "for better and now for worse; largest = the sample of that kind that moved the query most. Here the learning "
+        "rate falls to a tenth, and most is settled early."
     )
-    show.finding(f"Kendall's tau of the first epoch's ranking with the last one's: {early_late(influence):+.2f}")
+    show.finding(f"Kendall's tau between the first epoch's ranking and the last one's: {early_late(influence):+.2f}")
     show.paragraph("1 = the same order, 0 = unrelated. One number a sample for a whole training hides this.")
 
 
@@ -111,10 +112,11 @@ def _believe(run: Run, influence: Influence) -> Trust:
     statement = trust(run, influence)
     for line in str(statement).splitlines():
         show.finding(" ".join(line.split()))
+    show.say()
     show.paragraph(
-        "Replay: the files explain the training. Derivative: the sweep's arithmetic is right. Removal: samples drawn at "
-        "random were really left out, the network trained again each time, and what happened is what was predicted; in "
-        "brackets the 95 % interval."
+        "Replay: the files explain the training. Derivative: the arithmetic of the sweep is right. Removal: samples "
+        "drawn at random were really left out, each in a training of its own, and the query changed as predicted; "
+        "in brackets the 95 % interval."
     )
     return statement
 

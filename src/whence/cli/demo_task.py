@@ -4,7 +4,6 @@
 `task` and the `queries` there. Change the copy, and it is a first experiment of your own.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,10 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import whence
 from whence.extras import need
 from whence.queries import Query
+from whence.record.recorder import Watched
 
 TRAINING, VALIDATION, WRONG = 1000, 400, 100  # digits to learn, to ask about, and learned with a wrong label
-EPOCHS, BATCH, RATE = 12, 40, 1e-3
+EPOCHS, BATCH, RATE = 10, 50, 2e-3
 SEED = 0
+
+Batches = Watched | DataLoader[tuple[Tensor, ...]]
 
 
 @final
@@ -79,18 +81,22 @@ def fit(learner: whence.Task, folder: Path | None = None) -> float:
     loader = DataLoader(learner.data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(SEED))
     start = perf_counter()
     if folder is None:
-        _learn(learner.model, optimizer, loader)
+        _learn(learner.model, loader, optimizer)
     else:
         # The loop is the same with and without a recorder, but for what it loops over.
         with whence.Recorder(folder, learner, optimizer, checkpoints=whence.Epochs()) as recorder:
-            _learn(learner.model, optimizer, recorder.watch(loader))
+            _learn(learner.model, recorder.watch(loader), optimizer)
     return perf_counter() - start
 
 
-def _learn(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def _learn(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
+    """An ordinary training loop; the learning rate falls to a tenth."""
+    steps = EPOCHS * len(batches)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=steps)
     for _ in range(EPOCHS):
         for inputs, labels in batches:
             loss: Tensor = nn.functional.cross_entropy(model(inputs), labels)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()

@@ -22,6 +22,9 @@ def info(run: RunFolder, *, form: Form = "table") -> None:
     Args:
         run: Folder of a recorded training.
         form: How to print.
+
+    Raises:
+        EmptyRun: no step was completed.
     """
     from whence.errors import EmptyRun
     from whence.run.manifest import read_manifest

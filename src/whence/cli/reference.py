@@ -1,12 +1,13 @@
 """Objects named on the command line as `my_file.py:name`: the file is run, and the name looked up in it."""
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from whence.errors import BadReference, BrokenFile, NotInFile, WhenceError
 
@@ -28,7 +29,7 @@ def queries_at(reference: str) -> "Query":
     """The queries that a reference names."""
     from whence.queries import Query
 
-    return _find(reference, Query)
+    return _find(reference, Query)  # type: ignore[type-abstract]
 
 
 def beside(reference: str, name: str) -> str:
@@ -70,11 +71,12 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _running(path: Path, function: Any, *arguments: object) -> object:
+def _running(path: Path, function: Callable[..., object], *arguments: object) -> object:
     """Call something of the user's file; what goes wrong in it is told with its line.
 
     Raises:
-        BrokenFile: anything but an error of whence.
+        WhenceError: as it is.
+        BrokenFile: for anything else.
     """
     try:
         return function(*arguments)

@@ -73,7 +73,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str
     >>> aligned(["sample", "pattern"], [(7, "early"), (113, "stable")])
     ['sample  pattern', '     7  early', '   113  stable']
     """
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
+    columns: list[tuple[object, ...]] = list(zip(*rows, strict=True)) if rows else [()] * len(header)
     cells = [[name, *map(text, column)] for name, column in zip(header, columns, strict=True)]
     widths = [max(map(len, column)) for column in cells]
     numeric = [all(isinstance(value, int | float | None) for value in column) for column in columns]

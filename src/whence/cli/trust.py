@@ -32,6 +32,9 @@ def trust(
         queries: The queries of the influence: a Python file and a name in it.
         removals: How many samples are left out, one at a time.
         seed: Of their draw.
+
+    Raises:
+        OtherRun: the influence was made from another run.
     """
     from whence.apply.trust import trust as check
     from whence.errors import OtherRun

@@ -96,7 +96,7 @@ class Run:
     def batches(self, index: int) -> tuple[Batch, ...]:
         """What the loop fed to the model in one step, as it was stored, or read again from the data set."""
         fed = self.step(index).fed
-        stored = self.store.batches(index) if any(one.stored for one in fed) else [None] * len(fed)
+        stored = self.store.batches(index, fed) if any(one.stored for one in fed) else [None] * len(fed)
         return tuple(
             content if one.stored else self.task.batch(one.samples) for one, content in zip(fed, stored, strict=True)
         )

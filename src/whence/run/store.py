@@ -7,7 +7,7 @@ steps/00001000.journal            the steps since, one line each, written as the
 batches/00000012.safetensors      what step 12 was fed, where it cannot be read again
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,11 +17,11 @@ import msgspec
 import polars as pl
 
 from whence.errors import DamagedFile
-from whence.replay.state import State, Step
+from whence.replay.state import Fed, State, Step
 from whence.run import journal
 from whence.run.files import checksum, read_checked, replacing
 from whence.run.manifest import Manifest, write_manifest
-from whence.run.tensors import pack_batches, pack_state, unpack_batches, unpack_state
+from whence.run.tensors import digest, pack_batches, pack_state, unpack_batches, unpack_state
 from whence.task import Batch
 
 SEGMENT = 1000  # steps of a journal before it becomes Parquet
@@ -48,17 +48,21 @@ class Store:
         name = state_file(number)
         return unpack_state(read_checked(self.folder, name, self.manifest.files[name]))
 
-    def batches(self, step: int) -> tuple[Batch, ...]:
-        """Read what one step was fed.
+    def batches(self, step: int, fed: Sequence[Fed]) -> tuple[Batch, ...]:
+        """Read what one step was fed; None stands where a batch was not stored.
 
         Raises:
-            DamagedFile: the file is missing or unreadable.
+            DamagedFile: the file is missing, unreadable or changed.
         """
         path = self.folder / batches_file(step)
         try:
-            return unpack_batches(path.read_bytes())
+            batches = unpack_batches(path.read_bytes())
         except Exception as error:
             raise DamagedFile(path, str(error)) from error
+        for place, (one, batch) in enumerate(zip(fed, batches, strict=True)):
+            if one.stored and (found := digest(batch)) != one.digest:
+                raise DamagedFile(path, f"batch {place} of it has checksum {found}, and had {one.digest}")
+        return batches
 
     def log(self) -> Iterator[Step]:
         """All whole steps, in order.

@@ -1,0 +1,115 @@
+"""The trust statement: it passes where it should, and notices what is wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import whence
+from tests.methods.test_dit import recorded
+from tests.methods.test_exact import asked
+from whence.apply.trust import draw_visited, steadiest
+from whence.errors import WithoutQueries
+from whence.influence.writer import from_arrays
+from whence.run.run import Run
+
+
+def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
+    """And the statement says so, with its numbers."""
+    run = recorded("momentum", tmp_path)
+    influence = whence.DIT().attribute(run, asked(), observed_at="epochs")
+    trust = whence.trust(run, influence, removals=8)
+    assert trust.derivative is not None
+    assert trust.derivative.error <= 1e-6
+    assert trust.removal.pearson.estimate >= 0.9
+    assert trust.removal.noise <= 1e-14
+    assert [line.split()[1] for line in str(trust).splitlines()[:3]] == ["passed:"] * 3
+
+
+def test_a_wrong_influence_fails_the_derivative_check(tmp_path: Path) -> None:
+    """Scores of twice the size predict removals in the right order, and are not the derivative."""
+    run = recorded("momentum", tmp_path)
+    right = whence.DIT().attribute(run, asked())
+    wrong = from_arrays(right.description, 2 * right.values(), sample=right.sample).with_queries(asked())
+    trust = whence.trust(run, wrong, removals=8)
+    assert trust.derivative is not None
+    assert not trust.derivative.passed
+    assert trust.removal.slope == pytest.approx(whence.trust(run, right, removals=8).removal.slope / 2)
+    assert "not the derivative" in str(trust)
+
+
+def test_an_influence_from_disk_needs_its_queries(tmp_path: Path) -> None:
+    """The message names them; with them the checks run."""
+    run = recorded("sgd", tmp_path)
+    whence.DIT().attribute(run, asked(), out=tmp_path / "dit")
+    influence = whence.open_influence(tmp_path / "dit")
+    with pytest.raises(WithoutQueries, match="row 0"):
+        whence.trust(run, influence)
+    with pytest.raises(WithoutQueries):
+        whence.trust(run, influence, queries=whence.Custom(lambda m: m[0].weight.sum()))
+    assert whence.trust(run, influence, queries=asked(), removals=4).derivative is not None
+
+
+def test_a_broken_recording_is_said_first(tmp_path: Path) -> None:
+    """Another data set of the same length and the same first rows."""
+    run = recorded("sgd", tmp_path)
+    influence = whence.DIT().attribute(run, asked())
+    run.task.data.tensors[0][8] += 1.0
+    with pytest.raises(whence.WhenceError, match="data set"):
+        run.verify()
+    assert "FAILED" in str(whence.trust(run, influence, removals=4)).splitlines()[0]
+
+
+def test_renormalised_influence_is_checked_by_removals_alone(tmp_path: Path) -> None:
+    """The derivative check has no meaning there."""
+    run = recorded("momentum", tmp_path)
+    influence = whence.DIT(denominator="renormalize").attribute(run, asked())
+    trust = whence.trust(run, influence, removals=8)
+    assert trust.derivative is None
+    assert trust.removal.pearson.estimate >= 0.9
+
+
+def test_only_visited_samples_are_left_out(tmp_path: Path) -> None:
+    """Sample 8 is never seen in this run."""
+    run = recorded("twice in a batch", tmp_path)
+    assert draw_visited(run, 100, seed=0) == (0, 1, 2, 3, 4)
+
+
+def test_the_steadiest_pair_of_nudges_is_believed() -> None:
+    """Curved at large sizes, noisy at small ones, steady between."""
+    slopes = np.array([[[3.0, 1.0001, 1.0, 4.0]]])
+    value, gap = steadiest(slopes)
+    assert value[0, 0] == pytest.approx(1.0, abs=1e-4)
+    assert gap[0, 0] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_influence_predicts_leave_one_out_on_digits(kind: type[torch.optim.Optimizer], tmp_path: Path) -> None:
+    """A short training on real handwriting: Pearson with retraining is at least 0.99."""
+    run, test = digits_run(kind, tmp_path / "run")
+    influence = whence.DIT().attribute(run, whence.Loss(test, aggregate="mean"))
+    trust = whence.trust(run, influence, removals=24)
+    assert trust.removal.pearson.estimate >= 0.99
+    assert trust.derivative is not None
+    assert trust.derivative.passed
+
+
+def digits_run(kind: type[torch.optim.Optimizer], folder: Path) -> tuple[Run, torch.utils.data.TensorDataset]:
+    """Two hundred steps of a smooth network in float32."""
+    from bench.models import digits, mlp  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    model, (train, test) = mlp(), digits()
+    task = whence.classification(model, train)
+    lr = 0.1 if kind is torch.optim.SGD else 2e-3
+    optimizer = kind(model.parameters(), lr=lr)  # type: ignore[call-arg]
+    loader = DataLoader(train, batch_size=50, shuffle=True)
+    with whence.Recorder(folder, task, optimizer) as recorder:
+        for _ in range(7):
+            for batch in recorder.watch(loader):
+                torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return whence.open_run(folder, task), test
