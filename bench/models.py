@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.data import TensorDataset
 
-WORDS = "the a one some old new small bright river stone tree bird light sea wind road sings falls turns waits runs".split()
+WORDS = (
+    "the a one some old new small bright river stone tree bird light sea wind road sings falls turns waits runs".split()
+)
 LETTERS = string.ascii_letters + string.digits + " .\n"
 
 
@@ -56,9 +58,7 @@ def sentences(rows: int, context: int = 64) -> TensorDataset:
 
 def mlp(activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
     """64-128-128-10."""
-    return nn.Sequential(
-        nn.Linear(64, 128), activation(), nn.Linear(128, 128), activation(), nn.Linear(128, 10)
-    )
+    return nn.Sequential(nn.Linear(64, 128), activation(), nn.Linear(128, 128), activation(), nn.Linear(128, 10))
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

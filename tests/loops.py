@@ -1,22 +1,26 @@
 """A small training loop with and without a recorder beside it, and the states that the loop really went through."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import whence
+from whence.errors import WhenceError
 from whence.replay.state import State
 from whence.run.run import Run
 
 ROWS, FEATURES, CLASSES = 22, 3, 3
 Tensors = dict[str, Tensor]
+ORDER = {"shuffle": False}
 
 
 def rows(count: int = ROWS, seed: int = 0) -> TensorDataset:
@@ -39,6 +43,11 @@ def moody() -> nn.Sequential:
 def adam(model: nn.Module) -> torch.optim.Optimizer:
     """The usual optimizer."""
     return torch.optim.Adam(model.parameters(), lr=0.02)
+
+
+def backward(loss: Any) -> None:
+    """A backward pass, for which torch declares no types."""
+    loss.backward()
 
 
 def copied(tensors: Tensors) -> Tensors:
@@ -84,7 +93,7 @@ class Loop:
 
     def backward(self, batch: Sequence[Tensor]) -> None:
         """One forward and one backward pass."""
-        cross_entropy(self.model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+        backward(cross_entropy(self.model(batch[0]), batch[1]))
 
     def step(self) -> None:
         """Note the state before the step, then make it."""
@@ -152,3 +161,18 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
         """One noisy row."""
         inputs, label = self.rows[index]
         return inputs + self.noise(), label
+
+
+def samples(run: Run) -> list[list[tuple[int, ...]]]:
+    """Row numbers by step and batch."""
+    return [[fed.samples for fed in step.fed] for step in run.log]
+
+
+def in_order(count: int, size: int) -> list[tuple[int, ...]]:
+    """Row numbers of the batches of a loader that does not shuffle."""
+    return [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
+
+
+def refused(error: type[WhenceError], *words: str) -> Any:
+    """Expect an error whose message has all these words in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(word) for word in words))

@@ -108,13 +108,15 @@ def test_a_killed_attribution_resumes_to_the_same_bits(undisturbed: tuple[Path, 
     reference, _ = undisturbed
     span = seconds(attribute, reference, tmp_path / "whole")
     whole = apart(influence, tmp_path / "whole")
-    delays = instants(span)
+    delays, done = instants(span / 2), set[int]()  # five kills an attribution, which goes on between them
     for number in range(4):
         out = tmp_path / str(number)
         for delay in delays[number::4]:
             killed(attribute, reference, out, after=delay)
+            done.add(len(list((out / "done").glob("*"))))
         seconds(attribute, reference, out)
         assert np.array_equal(apart(influence, out), whole)
+    assert len(done) > KILLS // 4, f"the kills fell on too few shards: {done}"
 
 
 def influence(path: Path) -> np.ndarray:

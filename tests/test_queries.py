@@ -55,10 +55,10 @@ def test_values_and_gradients_are_those_of_plain_autograd(name: str) -> None:
     model = mlp().double()
     task = whence.classification(model, DATA)
     trained = [n for n, _ in model.named_parameters()]
-    found, by_params, _ = gradients(query, task, task.parameters(), {}, trained=trained)
+    found, by_params, _ = gradients(query, task, params=task.parameters(), buffers={}, trained=trained)
     truth = plain(model)
     torch.testing.assert_close(found, truth.detach(), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(values(query, task, task.parameters(), {}), found, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(values(query, task, params=task.parameters(), buffers={}), found, rtol=1e-12, atol=1e-14)
     assert len(query.names) == len(set(query.names)) == len(truth)
     for row, number in enumerate(truth):
         slopes = torch.autograd.grad(number, list(model.parameters()), retain_graph=True, allow_unused=True)
@@ -74,11 +74,13 @@ def test_queries_read_running_statistics_and_their_derivative() -> None:
     task, query = whence.classification(model, DATA), whence.Loss(DATA, aggregate="mean")
     params = task.parameters()
     buffers = {n: b + 0.3 if b.is_floating_point() else b for n, b in task.buffers().items()}
-    _, _, by_buffers = gradients(query, task, params, buffers, trained=list(params))
+    _, _, by_buffers = gradients(query, task, params=params, buffers=buffers, trained=list(params))
     for name in ("1.running_mean", "1.running_var"):
         step = torch.zeros(5, dtype=torch.float64)
         step[2] = 1e-6
-        up, down = (values(query, task, params, buffers | {name: buffers[name] + s * step}) for s in (1, -1))
+        up, down = (
+            values(query, task, params=params, buffers=buffers | {name: buffers[name] + s * step}) for s in (1, -1)
+        )
         torch.testing.assert_close(by_buffers[name][:, 2], (up - down) / 2e-6, rtol=1e-7, atol=1e-9)
 
 
@@ -90,9 +92,9 @@ def test_train_mode_queries_use_batch_statistics() -> None:
     params, buffers = task.parameters(), task.buffers()
     model.train()
     truth = cross_entropy(model(INPUTS), LABELS).detach()
-    found = values(whence.Loss(DATA, aggregate="mean", mode="train"), task, params, buffers)
+    found = values(whence.Loss(DATA, aggregate="mean", mode="train"), task, params=params, buffers=buffers)
     torch.testing.assert_close(found[0], truth, rtol=1e-12, atol=0)
-    assert not torch.allclose(found, values(whence.Loss(DATA, aggregate="mean"), task, params, buffers))
+    assert not torch.allclose(found, values(whence.Loss(DATA, aggregate="mean"), task, params=params, buffers=buffers))
 
 
 def test_asking_leaves_the_live_model_alone() -> None:
@@ -101,7 +103,9 @@ def test_asking_leaves_the_live_model_alone() -> None:
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     task = whence.classification(model, DATA)
-    gradients(whence.Margin(DATA), task, task.parameters(), task.buffers(), trained=list(task.parameters()))
+    gradients(
+        whence.Margin(DATA), task, params=task.parameters(), buffers=task.buffers(), trained=list(task.parameters())
+    )
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, tensor in model.state_dict().items():
@@ -120,7 +124,7 @@ def test_queries_for_what_is_not_there_say_what_is(query: Query, what: str) -> N
     """Names are checked against the model."""
     task = whence.classification(mlp().double(), DATA)
     with pytest.raises(BadQuery, match=what):
-        values(query, task, task.parameters(), {})
+        values(query, task, params=task.parameters(), buffers={})
 
 
 def test_rows_that_are_not_there_are_refused_at_once() -> None:

@@ -45,7 +45,7 @@ class RunningStatistics:
     def _forward(self, prefix: str, layer: _BatchNorm, inputs: Tensor) -> Tensor:
         mean, variance, seen = (self._current(prefix, layer, key) for key in (*STATISTICS, "num_batches_tracked"))
         if not layer.training:
-            return _normalise(inputs, layer, mean, variance)
+            return _normalise(inputs, layer, mean=mean, variance=variance)
         if self._updates is not None:
             momentum = 1.0 / (seen + 1) if layer.momentum is None else layer.momentum
             axes = [axis for axis in range(inputs.dim()) if axis != 1]
@@ -60,7 +60,7 @@ class RunningStatistics:
         return (self._updates or {}).get(prefix + key, stored)
 
 
-def _normalise(inputs: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
+def _normalise(inputs: Tensor, layer: _BatchNorm, *, mean: Tensor, variance: Tensor) -> Tensor:
     shape = [1, -1] + [1] * (inputs.dim() - 2)
     scale = (variance + layer.eps).rsqrt() * (1.0 if layer.weight is None else layer.weight)
     shift = -mean * scale + (0.0 if layer.bias is None else layer.bias)

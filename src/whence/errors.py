@@ -306,9 +306,9 @@ class MissingState(WhenceError):
 class ReplayMismatch(WhenceError):
     """A replayed step differs from the recorded one."""
 
-    def __init__(self, step: int, what: str, difference: float, tolerance: float) -> None:
+    def __init__(self, step: int, what: str, off: tuple[float, float]) -> None:
         self.args = (
-            f"Step {step} does not replay: {what} differs by {difference:.2g} (relative), tolerance {tolerance:.2g}. "
+            f"Step {step} does not replay: {what} differs by {off[0]:.2g} (relative), tolerance {off[1]:.2g}. "
             "Usual causes: another data set or data order, rows augmented at random (record with keep_batches=True), "
             "another version or device of torch. run.verify(tolerance=...) sets the tolerance.",
         )
@@ -422,7 +422,7 @@ class Diverged(WhenceError):
 class UnexplainedGradient(WhenceError):
     """The recorder's own gradient differs from the loop's."""
 
-    def __init__(self, step: int, off: float, tolerance: float, ours: float, theirs: float) -> None:
+    def __init__(self, step: int, off: float, tolerance: float, *, ours: float, theirs: float) -> None:
         self.args = (
             f"Step {step}: the gradient computed from the task (norm {ours:.4g}) and the one that the loop gave the "
             f"optimizer (norm {theirs:.4g}) differ by {off:.2g} (relative), tolerance {tolerance:.2g}. Usual causes: "
@@ -484,17 +484,17 @@ class BrokenFile(WhenceError):
 class NotInFile(WhenceError):
     """A file does not hold what was named, or holds it as something else."""
 
-    def __init__(self, reference: str, wanted: str, found: str, there: Sequence[str]) -> None:
+    def __init__(self, reference: str, wanted: str, *, found: str, there: Sequence[str]) -> None:
         path, _, name = reference.rpartition(":")
         problem = f"has no {name!r}" if found == "NoneType" else f"has {name!r}, which is a {found}, not a {wanted}"
-        others = f"It has these: {listed(there)}" if there else "It has no other"
-        self.args = (f"{path} {problem}. {others} of the kind whence.{wanted}.",)
+        others = f"A {wanted} there: {listed(there)}" if there else f"There is no {wanted} in it"
+        self.args = (f"{path} {problem}. {others}.",)
 
 
 class OtherRun(WhenceError):
     """An influence is to be checked against a run that it was not made from."""
 
-    def __init__(self, influence: Path, made_from: str, run: Path, given: str) -> None:
+    def __init__(self, influence: Path, made_from: str, *, run: Path, given: str) -> None:
         self.args = (
             f"{influence} was made from the run {made_from}, and {run} is the run {given}. "
             "Give the folder of its own run.",

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import default_collate
 
 from whence.errors import BadQuery
 from whence.task import Batch, Rows, Task
@@ -56,7 +55,7 @@ class Query(abc.ABC):
         """The parts, with batches on the device and in the precision of `like`; few large ones if together."""
 
 
-def values(query: Query, task: Task, params: Tree, buffers: Tree) -> Float[Tensor, " query"]:
+def values(query: Query, task: Task, *, params: Tree, buffers: Tree) -> Float[Tensor, " query"]:
     """The queries' values at one state; traceable, so that many states can be read under `vmap`."""
     like = next(iter(params.values()))
     found = [like.new_zeros(())] * len(query.names)
@@ -69,7 +68,7 @@ def values(query: Query, task: Task, params: Tree, buffers: Tree) -> Float[Tenso
 
 
 def gradients(
-    query: Query, task: Task, params: Tree, buffers: Tree, *, trained: Sequence[str]
+    query: Query, task: Task, *, params: Tree, buffers: Tree, trained: Sequence[str]
 ) -> tuple[Float[Tensor, " query"], Tree, Tree]:
     """Values `[query]` and gradients `[query, ...]`, by trained parameters and by running BatchNorm statistics."""
     inputs = {name: params[name] for name in trained}, {n: buffers[n] for n in task.running if n in buffers}

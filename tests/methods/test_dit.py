@@ -134,13 +134,11 @@ def test_an_interrupted_attribution_goes_on_to_the_same_bits(tmp_path: Path, mon
         assert not (out / "cotangents").exists()
 
 
-def test_a_finished_attribution_is_read_and_not_computed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_attribution_is_read_and_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking the same question of the same folder only opens it."""
     run = recorded("adamw", tmp_path)
     first = whence.DIT().attribute(run, asked(), out=tmp_path / "dit").values()
-    monkeypatch.setattr("whence.methods.dit._fill", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("whence.methods.dit._Filling.fill", lambda *_: pytest.fail("computed again"))
     again = whence.DIT().attribute(run, asked(), out=tmp_path / "dit")
     np.testing.assert_array_equal(again.values(), first)
     np.testing.assert_array_equal(whence.open_influence(tmp_path / "dit").values(), first)
@@ -192,7 +190,7 @@ def test_a_renormalised_removal_is_what_reweighting_a_batch_does(tmp_path: Path)
     grads = [next(transition.walk(state, w))[1][0] for w in (weights, without)]
     from whence.queries import gradients  # noqa: PLC0415
 
-    _, query, _ = gradients(asked(), run.task, end.params, end.buffers, trained=run.trained)
+    _, query, _ = gradients(asked(), run.task, params=end.params, buffers=end.buffers, trained=run.trained)
     assert isinstance(lr, float)
     truth = sum(-lr * (query[n] * (grads[1][n] - grads[0][n])).flatten(1).sum(1) for n in query)
     np.testing.assert_allclose(found.values()[:, 0, last, 0], np.asarray(truth), rtol=1e-10)
@@ -200,7 +198,11 @@ def test_a_renormalised_removal_is_what_reweighting_a_batch_does(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("twice in a batch", "a sample twice"), ("short batches", "a single sample"), ("batchnorm, sgd", "rest of its batch")],
+    [
+        ("twice in a batch", "a sample twice"),
+        ("short batches", "a single sample"),
+        ("batchnorm, sgd", "rest of its batch"),
+    ],
 )
 def test_renormalising_is_refused_where_it_means_nothing(name: str, why: str, tmp_path: Path) -> None:
     """The message says why and what to use."""

@@ -16,7 +16,16 @@ from whence.errors import ImpossibleWindow, UnknownSample
 from whence.methods.retrain import retrain
 from whence.replay.forward import advance_each, rerun
 
-CHOSEN = ["momentum", "adamw", "tied, adamw", "one cycle", "accumulation, batchnorm", "penalty", "clip norm", "twice in a batch"]
+CHOSEN = [
+    "momentum",
+    "adamw",
+    "tied, adamw",
+    "one cycle",
+    "accumulation, batchnorm",
+    "penalty",
+    "clip norm",
+    "twice in a batch",
+]
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -1,7 +1,6 @@
 """What cannot be recorded is refused: the message says what, where, and what to do."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, IterableDataset
 
 import whence
-from tests.loops import CLASSES, Augmented, Loop, mlp, rows
+from tests.loops import CLASSES, Augmented, Loop, backward, mlp, refused, rows
 from tests.processes import apart
 from whence.errors import (
     BadBatch,
@@ -28,18 +26,10 @@ from whence.errors import (
     SparseGradient,
     StaleGradient,
     UnexplainedGradient,
-    UnreadableData,
     UnrepeatableRows,
     UnsupportedOptimizer,
-    UnwatchableLoader,
     UnwatchedStep,
-    WhenceError,
 )
-
-
-def refused(error: type[WhenceError], *words: str) -> Any:
-    """Expect an error whose message has all these words in this order."""
-    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(word) for word in words))
 
 
 def record(loop: Loop, path: Path, **options: Any) -> None:
@@ -172,14 +162,14 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
     loop = Loop.of(mlp())
     with refused(Diverged, "gradient of step 3", "nan", "whole up to step 2"), loop.recorder(tmp_path) as recorder:
         for number, batch in enumerate(recorder.watch(loop.loader())):
-            (cross_entropy(loop.model(batch[0]), batch[1]) * (float("nan") if number == 3 else 1)).backward()  # type: ignore[no-untyped-call]
+            backward(cross_entropy(loop.model(batch[0]), batch[1]) * (float("nan") if number == 3 else 1))
             loop.step()
     assert whence.open_run(tmp_path, loop.task()).steps == 3
 
 
 def summed(loop: Loop, batch: Any) -> None:
     """A loop that sums what the task averages."""
-    cross_entropy(loop.model(batch[0]), batch[1], reduction="sum").backward()  # type: ignore[no-untyped-call]
+    backward(cross_entropy(loop.model(batch[0]), batch[1], reduction="sum"))
 
 
 def clipped(loop: Loop, batch: Any) -> None:
@@ -191,7 +181,7 @@ def clipped(loop: Loop, batch: Any) -> None:
 def penalized(loop: Loop, batch: Any) -> None:
     """A loop that adds a regulariser."""
     loop.backward(batch)
-    sum(p.square().sum() for p in loop.model.parameters()).backward()  # type: ignore[union-attr]
+    backward(sum(p.square().sum() for p in loop.model.parameters()))
 
 
 def mixed(loop: Loop, batch: Any) -> None:
@@ -199,14 +189,14 @@ def mixed(loop: Loop, batch: Any) -> None:
     loop.backward((batch[0].flip(0), batch[1]))
 
 
-@pytest.mark.parametrize("backward", [summed, clipped, penalized, mixed])
+@pytest.mark.parametrize("pull", [summed, clipped, penalized, mixed])
 @pytest.mark.parametrize("cause", ["reduce", "clip", "penalty", "fed(batch)"])
-def test_a_loop_that_does_something_else(backward: Callable[[Loop, Any], None], cause: str, tmp_path: Path) -> None:
+def test_a_loop_that_does_something_else(pull: Callable[[Loop, Any], None], cause: str, tmp_path: Path) -> None:
     """The step, both norms, and every usual cause are told."""
     loop = Loop.of(mlp())
     with refused(UnexplainedGradient, "Step 0", "norm", cause), loop.recorder(tmp_path) as recorder:
         for batch in recorder.watch(loop.loader()):
-            backward(loop, batch)
+            pull(loop, batch)
             loop.step()
 
 
@@ -215,67 +205,6 @@ def test_random_rows_that_are_not_stored(tmp_path: Path) -> None:
     loop = Loop.of(mlp(), data=Augmented(lambda: float(torch.randn(()))))
     with refused(UnrepeatableRows, "Step 0: rows", "keep_batches=True"):
         record(loop, tmp_path)
-
-
-class Stream(IterableDataset[Any]):
-    """Rows without numbers."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """The rows."""
-        return iter(rows())
-
-
-def other_collate(items: list[Any]) -> Any:
-    """Another one."""
-    return torch.utils.data.default_collate(items)
-
-
-LOADERS: list[tuple[Callable[[Any], Any], str, str]] = [
-    (
-        lambda data: DataLoader(data, collate_fn=other_collate),
-        "collate_fn is not the task's",
-        "collate=loader.collate_fn",
-    ),
-    (lambda _: DataLoader(rows(7)), "another data set (7 rows) than the task (22 rows)", "validation loaders"),
-    (lambda _: DataLoader(Stream(), batch_size=4), "no batch sampler", "map-style"),
-    (lambda data: DataLoader(data, batch_size=None), "no batch sampler", "map-style"),
-    (lambda data: DataLoader(data, in_order=False, num_workers=1), "in_order=False", "in_order=True"),
-]
-
-
-@pytest.mark.parametrize(("make", "what", "cure"), LOADERS, ids=lambda value: value if isinstance(value, str) else "")
-def test_loaders_that_cannot_be_followed(make: Callable[[Any], Any], what: str, cure: str, *, tmp_path: Path) -> None:
-    """What differs, and what to do."""
-    loop = Loop.of(mlp())
-    with refused(UnwatchableLoader, what, "To do:", cure), loop.recorder(tmp_path) as recorder:
-        recorder.watch(make(loop.data))
-
-
-def watched_list(path: Path) -> None:
-    """A recorder that watches a list of batches."""
-    with Loop.of(mlp()).recorder(path) as recorder:
-        recorder.watch([])  # type: ignore[arg-type]
-
-
-def test_what_is_no_loader(tmp_path: Path) -> None:
-    """What it is instead is told."""
-    with refused(UnwatchableLoader, "it is a list", "torch.utils.data.DataLoader"):
-        apart(watched_list, tmp_path)
-
-
-def test_a_loader_of_other_rows_of_the_same_number(tmp_path: Path) -> None:
-    """A data set of the same length with other rows is found out by reading the rows again."""
-    loop = Loop.of(mlp())
-    with refused(UnrepeatableRows, "another data set than the loader's"), loop.recorder(tmp_path) as recorder:
-        loop.train(recorder.watch, DataLoader(rows(seed=9), batch_size=4))
-
-
-def test_a_stream(tmp_path: Path) -> None:
-    """A data set without row numbers."""
-    loop = Loop.of(mlp())
-    task = whence.Task(loop.model, Stream(), cross_entropy)
-    with refused(UnreadableData, "Stream", "map-style"):
-        whence.Recorder(tmp_path, task, loop.optimizer)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +243,7 @@ def test_two_parameters_on_one_storage(tmp_path: Path) -> None:
     model = mlp()
     model.append(nn.Linear(CLASSES, CLASSES))
     model.append(nn.Linear(CLASSES, CLASSES))
-    model[4].weight = nn.Parameter(model[3].weight.detach())
+    model[4].weight = nn.Parameter(model.get_parameter("3.weight").detach())
     with refused(SharedStorage, "'3.weight' and '4.weight'", "module.weight = other.weight"):
         record(Loop.of(model), tmp_path)
 

@@ -28,7 +28,9 @@ def started(kind: str, steps: int) -> tuple[Update, State, Tensor]:
         optimizer.step()
     grad = torch.randn(6, generator=draw, dtype=torch.float64)
     moments = {"w": tensors_of(optimizer.state[parameter])} if steps else {}
-    state = State({"w": parameter.detach().clone()}, {}, {n: {k: t.clone() for k, t in m.items()} for n, m in moments.items()})
+    state = State(
+        {"w": parameter.detach().clone()}, {}, {n: {k: t.clone() for k, t in m.items()} for n, m in moments.items()}
+    )
     return Update(kind, (("w",),), (settings_of(optimizer.param_groups[0]),)), state, grad
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import whence
-from tests.loops import Augmented, Loop, bits, mlp, moody, recorded
+from tests.loops import Augmented, Loop, backward, bits, mlp, moody, recorded
 from whence.record.policy import CheckpointPolicy
 from whence.replay.state import State
 
@@ -30,7 +30,7 @@ def on_disk(path: Path) -> list[int]:
     return sorted(int(file.stem) for file in (path / "states").iterdir())
 
 
-@pytest.mark.parametrize(("policy", "kept"), POLICIES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("policy", "kept"), POLICIES, ids=str)
 def test_states_are_those_of_the_live_loop(policy: CheckpointPolicy, kept: tuple[int, ...], tmp_path: Path) -> None:
     """A policy keeps what it says; kept states equal the loop's bit for bit, and the others replay to them."""
     loop = Loop.of(moody())
@@ -56,7 +56,7 @@ def test_a_state_has_the_buffers_before_the_first_of_its_batches(tmp_path: Path)
 
     def train(watch: Any) -> None:
         for number, batch in enumerate(loop.noted(watch(loop.loader()))):
-            (cross_entropy(loop.model(batch[0]), batch[1]) / 2).backward()  # type: ignore[no-untyped-call]
+            backward(cross_entropy(loop.model(batch[0]), batch[1]) / 2)
             if number % 2:
                 loop.step()
 
@@ -149,7 +149,7 @@ def test_what_the_loop_made_of_a_batch_is_replayed(every: int, tmp_path: Path) -
             if number % every == 0:
                 batch = mixed(given)
                 recorder.fed(batch)
-            (cross_entropy(loop.model(batch[0]), batch[1]) / 2).backward()  # type: ignore[no-untyped-call]
+            backward(cross_entropy(loop.model(batch[0]), batch[1]) / 2)
             if number % 2:
                 loop.step()
 
@@ -172,7 +172,7 @@ def collated(items: list[Any]) -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_batches_may_be_nested(keep: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_batches_may_be_nested(tmp_path: Path, *, keep: bool) -> None:
     """Dicts, lists and plain values come back from disk as they were."""
     loop = Loop.of(mlp())
     task = whence.Task(

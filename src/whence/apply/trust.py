@@ -129,9 +129,7 @@ class Trust:
         return "Influence predicts removals on this run."
 
 
-def trust(
-    run: Run, influence: Influence, *, queries: Query | None = None, removals: int = 32, seed: int = 0
-) -> Trust:
+def trust(run: Run, influence: Influence, *, queries: Query | None = None, removals: int = 32, seed: int = 0) -> Trust:
     """Check an influence against its own run.
 
     Args:
@@ -154,7 +152,7 @@ def trust(
     kept = influence.denominator == "keep"
     derivative = derivative_check(run, influence, asked, seed=seed) if kept else None
     samples = draw_visited(run, removals, seed=seed)
-    return Trust(replay, derivative, removal_check(run, influence, asked, samples))
+    return Trust(replay, derivative, removal_check(run, influence, asked, samples=samples))
 
 
 def derivative_check(run: Run, influence: Influence, queries: Query, *, seed: int = 0) -> DerivativeCheck:
@@ -169,7 +167,9 @@ def derivative_check(run: Run, influence: Influence, queries: Query, *, seed: in
     predicted = -np.einsum("qotb,tb->qo", influence.values().astype(np.float64), drawn)
     scale = np.abs(actual).max(axis=1, keepdims=True) + 1e-300
     return DerivativeCheck(
-        float((np.abs(predicted - actual) / scale).max()), float((uncertainty / scale).max()), float(influence.growth.max())
+        float((np.abs(predicted - actual) / scale).max()),
+        float((uncertainty / scale).max()),
+        float(influence.growth.max()),
     )
 
 
@@ -182,7 +182,7 @@ def steadiest(slopes: Float[np.ndarray, "query observed_at size"]) -> tuple[np.n
     return (ratio * small - large) / (ratio - 1), np.take_along_axis(gaps, best, 2)[..., 0]
 
 
-def removal_check(run: Run, influence: Influence, queries: Query, samples: Sequence[int]) -> RemovalCheck:
+def removal_check(run: Run, influence: Influence, queries: Query, *, samples: Sequence[int]) -> RemovalCheck:
     """Train again without each of the samples, and compare with the total at the last observed state."""
     denominator = "keep" if influence.denominator == "keep" else "renormalize"
     last = influence.observed_at[-1]

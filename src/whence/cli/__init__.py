@@ -3,6 +3,7 @@
 Nothing here imports torch before a command runs, so that `whence --help` is instant.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,18 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app().cli(args=given or ["--help"], prog="whence", description=DESCRIPTION)
-    except WhenceError as error:
-        show.failure(error)
-        return 2
+        code = app(given).cli(args=given or ["--help"], prog="whence", description=DESCRIPTION)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (WhenceError, OSError) as error:
+        show.failure(error)
+        return 2
     return code if isinstance(code, int) else 0
 
 
-def app() -> SubcommandApp:
-    """All commands."""
+def app(given: Sequence[str]) -> SubcommandApp:
+    """All commands; where none is given, with one line of help each instead of the whole."""
     found = SubcommandApp()
+    listing = not given or given[0].startswith("-")
     for verb in VERBS:
-        found.command(verb)
+        found.command(help=(verb.__doc__ or "").partition("\n")[0] if listing else None)(verb)
     return found

@@ -20,5 +20,5 @@ def curve(influence: InfluenceFolder, *, sample: int, query: int | str = 0, form
     found = open_influence(influence)
     table = found.curve(sample=sample, query=query)
     name = query if isinstance(query, str) else found.queries[query]
-    show.table(table, form, caption=f"sample {sample} on {name}; influence = {found.sign} ({found.unit})")
+    show.table(table, form, caption=f"sample {sample} on {name}\ninfluence ({found.unit}) = {found.sign}")
     show.next_command("patterns", influence, form=form)

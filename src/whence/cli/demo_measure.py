@@ -13,7 +13,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 import whence
-from whence.cli.demo_task import EPOCHS, SEED, WRONG, digits, fit, task
+from whence.cli.demo_task import SEED, WRONG, digits, fit, task
 from whence.influence.agreement import kendall
 from whence.influence.influence import Influence
 from whence.queries import Query, values
@@ -93,7 +93,7 @@ def rankings(run: Run, influence: Influence) -> tuple[float, pl.DataFrame]:
 def _at_the_end(run: Run, query: Query) -> Scores:
     state = run.state(run.steps)
     with torch.no_grad():
-        found: np.ndarray = values(query, run.task, state.params, state.buffers).double().numpy()
+        found: np.ndarray = values(query, run.task, params=state.params, buffers=state.buffers).double().numpy()
     return found
 
 
@@ -118,4 +118,4 @@ def windows(influence: Influence) -> Float[np.ndarray, "epoch sample"]:
 def early_late(influence: Influence) -> float:
     """Kendall's tau between the samples' influence on the first epoch and on the last."""
     found = windows(influence)
-    return float(kendall(found[0], found[EPOCHS - 1]))
+    return float(kendall(found[0], found[-1]))

@@ -26,7 +26,7 @@ def _curve(influence: Influence, sample: int, ax: Axes) -> None:
     plot.curve(influence, sample=sample, ax=ax)
     pixels, label = digits().training[sample]
     corner = ax.inset_axes((0.02, 0.04, 0.3, 0.34))
-    corner.imshow(pixels.view(8, 8), cmap="gray_r")
+    corner.imshow(pixels.view(8, 8).numpy(), cmap="gray_r")
     corner.set(xticks=[], yticks=[])
     corner.set_title(f"labelled {label}, is a {digits().truth[sample]}", fontsize="small", pad=4)
 

@@ -82,11 +82,12 @@ def _who(run: Run, influence: Influence) -> None:
     show.say()
     show.table(table, indent=3)
     show.say()
+    by_influence, _, by_loss, *_ = table["wrong labels among them"]
     show.paragraph(
-        f"The test loss was {before:.4f}. Training again without the samples that influence calls harmful lowers it, on "
-        "digits that neither the training nor the query has seen. Plain loss, the obvious way to look for wrong labels, "
-        "does that one task as well or better; it cannot say whom a sample harms, how much, or when. The last epoch "
-        "alone is a poor witness: harm is done all along the way."
+        f"The test loss was {before:.4f}, on digits that neither the training nor the query has seen. Plain loss, the "
+        f"obvious way to look for wrong labels, finds {by_loss} of them, influence {by_influence}. But influence looks "
+        "for harm, not for labels: the last column is its measure. And it can say whom a sample harmed, and when; loss "
+        "cannot. The last epoch alone is a poor witness: harm is done all along the way."
     )
     show.say()
     show.table(most_harmful(influence), indent=3)

@@ -1,6 +1,6 @@
 """`whence info`: what a run folder holds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,9 +74,8 @@ def over(steps: Sequence["Step"]) -> dict[str, object]:
     }
 
 
-def _range(values: Iterable[float]) -> tuple[float, float] | None:
-    found = list(values)
-    return (min(found), max(found)) if found else None
+def _range(values: Sequence[float | int]) -> tuple[float | int, float | int] | None:
+    return (min(values), max(values)) if values else None
 
 
 def mebibytes(folder: Path) -> float:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import isfunction
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
@@ -54,7 +55,7 @@ def _find(reference: str, kind: type[Kind]) -> Kind:
     if callable(found) and not isinstance(found, kind):
         found = _running(path, found)
     if not isinstance(found, kind):
-        raise NotInFile(reference, kind.__name__, type(found).__name__, _there(module, kind))
+        raise NotInFile(reference, kind.__name__, found=type(found).__name__, there=_there(module, kind))
     return found
 
 
@@ -89,5 +90,9 @@ def _running(path: Path, function: Callable[..., object], *arguments: object) ->
 
 
 def _there(module: ModuleType, kind: type) -> list[str]:
-    """Names of a file that hold what is wanted."""
-    return [name for name, value in vars(module).items() if isinstance(value, kind)]
+    """Names of a file that hold what is wanted, or a function that says that it makes it."""
+    return [name for name, value in vars(module).items() if isinstance(value, kind) or _makes(value, kind)]
+
+
+def _makes(value: object, kind: type) -> bool:
+    return isfunction(value) and kind.__name__ in str(value.__annotations__.get("return"))

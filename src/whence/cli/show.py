@@ -6,6 +6,7 @@ What is asked for goes to stdout. With `--form json` or `csv` nothing else does,
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from math import floor, isfinite, log10
 from textwrap import fill
 from typing import TYPE_CHECKING, TextIO
 
@@ -74,7 +75,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str
     ['sample  pattern', '     7  early', '   113  stable']
     """
     columns: list[tuple[object, ...]] = list(zip(*rows, strict=True)) if rows else [()] * len(header)
-    cells = [[name, *map(text, column)] for name, column in zip(header, columns, strict=True)]
+    cells = [[name, *_texts(column)] for name, column in zip(header, columns, strict=True)]
     widths = [max(map(len, column)) for column in cells]
     numeric = [all(isinstance(value, int | float | None) for value in column) for column in columns]
 
@@ -85,11 +86,23 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str
     return [line(row) for row in zip(*cells, strict=True)]
 
 
+def _texts(column: Sequence[object]) -> list[str]:
+    """One column, its floats with equally many decimals: four digits of the largest.
+
+    >>> _texts([0.9231, 0.00512, 0.0]), _texts([1.5e-9, 0.0])
+    (['0.9231', '0.0051', '0.0000'], ['1.500e-09', '0.000e+00'])
+    """
+    largest = max((abs(value) for value in column if isinstance(value, float) and isfinite(value)), default=0.0)
+    size = floor(log10(largest)) if largest else 0
+    spelling = f".{max(3 - size, 0)}f" if -5 <= size <= 6 else ".3e"
+    return [f"{value:{spelling}}" if isinstance(value, float) else text(value) for value in column]
+
+
 def text(value: object) -> str:
     """One value for people: four digits of a number, a range as its two ends.
 
     >>> [text(value) for value in (0.123456, True, (1, 1), (0.5, 2.0), None)]
-    ['0.1235', 'yes', '1', '0.5000 to 2.000', '-']
+    ['0.1235', 'yes', '1', '0.5 to 2', '-']
     """
     match value:
         case bool():
@@ -97,7 +110,7 @@ def text(value: object) -> str:
         case None:
             return "-"
         case float():
-            return f"{value:#.4g}"
+            return f"{value:.4g}"
         case (low, high):
             return text(low) if low == high else f"{text(low)} to {text(high)}"
     return str(value)

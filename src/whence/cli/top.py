@@ -33,6 +33,6 @@ def top(
     table = found.top(k, query=query, order=order, window=window)
     a, b = window or (0, found.observed_at[-1])
     name = query if isinstance(query, str) else found.queries[query]
-    show.table(table, form, caption=f"{name}, states {a} to {b}; influence = {found.sign} ({found.unit})")
+    show.table(table, form, caption=f"{name}, states {a} to {b}\ninfluence ({found.unit}) = {found.sign}")
     sample = table["sample"][0] if len(table) else 0
-    show.next_command("curve", influence, "--sample", sample, "--query", query, form=form)
+    show.next_command("curve", influence, "--sample", sample, *(("--query", query) if query else ()), form=form)

@@ -43,7 +43,7 @@ def trust(
 
     recorded, found = open_run(run, task_at(task)), open_influence(influence)
     if found.run != recorded.id:
-        raise OtherRun(influence, found.run, run, recorded.id)
+        raise OtherRun(influence, found.run, run=run, given=recorded.id)
     statement = check(recorded, found, queries=queries_at(queries), removals=removals, seed=seed)
     show.say(statement)
     show.next_command("top", influence)

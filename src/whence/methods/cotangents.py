@@ -27,7 +27,11 @@ class CotangentStore:
             return
         with replacing(self._file(step)) as scratch:
             # A cotangent has a state's structure: a tensor for every parameter, buffer and moment.
-            parts = State({}, {}, {}) if cotangent is None else State(cotangent.params, cotangent.buffers, cotangent.moments)
+            parts = (
+                State({}, {}, {})
+                if cotangent is None
+                else State(cotangent.params, cotangent.buffers, cotangent.moments)
+            )
             scratch.write_bytes(pack_state(parts))
         for old in sorted(self._file(step).parent.glob("*.safetensors"))[KEPT:]:
             old.unlink()

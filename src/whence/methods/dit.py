@@ -8,7 +8,7 @@ which the paper approximates for plain SGD and recomputes for every window.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, final
 
@@ -66,80 +66,84 @@ class DIT:
             out: folder of the result. If it holds an unfinished attribution of the same question, that one is resumed,
                 to the same bits. None keeps the result in memory.
         """
-        states = observed_states(run, observed_at)
         path = None if out is None else Path(out)
+        states = observed_states(run, observed_at)
         if self.denominator == "renormalize":
             check_renormalizable(run)
-        found = budget(run, len(queries.names) * len(states), memory=self.memory, chunk=self.chunk or begun_chunk(path))
-        about = _description(run, queries, states, self.denominator, {"chunk": found.chunk, "curvature": repr(self.curvature)})
-        writer = InfluenceWriter.begin(path, about, sample=slots(run), dtype=_dtype(run))
+        cut = budget(run, len(queries.names) * len(states), memory=self.memory, chunk=self.chunk or begun_chunk(path))
+        settings: dict[str, object] = {"chunk": cut.chunk, "curvature": repr(self.curvature)}
+        about = replace(described(run, queries, states), denominator=self.denominator, settings=settings)
+        writer = InfluenceWriter.begin(path, about, sample=slots(run), dtype=precision(run))
         if len(writer.done) < len(writer.shards):
-            _fill(run, queries, writer, found, self)
+            _Filling(run, queries, writer, CotangentStore(writer.path)).fill(self.curvature, cut)
         return writer.finish().with_queries(queries)
 
 
-def _fill(run: Run, queries: Query, writer: InfluenceWriter, found: Budget, dit: DIT) -> None:
-    """Sweep over the shards that are not done, from the last to the first."""
-    about = writer.description
-    store = CotangentStore(writer.path)
-    missing = [shard for shard in range(len(writer.shards)) if shard not in writer.done]
-    stop = writer.shards[missing[-1]][1]
-    cotangent = store.load(stop) if stop < run.steps else _begin(run, queries, about, stop, None)
-    sweep = Sweep(
-        load=run.state,
-        transition=run.transition,
-        begin=lambda number, state: _begin(run, queries, about, number, state),
-        curvature=dit.curvature,
-        chunk=found.chunk,
-    )
-    swept = sweep(plan(run.kept, stop, held=found.held), cotangent)
-    bar = iter(tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False))
-    for shard in reversed(missing):
-        _fill_shard(shard, bar, writer, store, renormalize=dit.denominator == "renormalize")
-    store.clear()
+@final
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    """An attribution under way: sweeps over the shards that are not done, from the last to the first."""
+
+    run: Run
+    queries: Query
+    writer: InfluenceWriter
+    store: CotangentStore
+
+    @property
+    def about(self) -> Description:
+        return self.writer.description
+
+    def fill(self, curvature: Curvature, cut: Budget) -> None:
+        missing = [shard for shard in range(len(self.writer.shards)) if shard not in self.writer.done]
+        stop = self.writer.shards[missing[-1]][1]
+        cotangent = self.store.load(stop) if stop < self.run.steps else self.begin(stop, None)
+        sweep = Sweep(self.run.state, self.run.transition, self.begin, curvature=curvature, chunk=cut.chunk)
+        swept = sweep(plan(self.run.kept, stop, held=cut.held), cotangent)
+        bar = iter(tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False))
+        for shard in reversed(missing):
+            self.fill_shard(shard, bar)
+        self.store.clear()
+
+    def fill_shard(self, shard: int, swept: Iterator[Swept]) -> None:
+        """Write the steps of one shard; mark it done once the way on from there is safe."""
+        first, stop = self.writer.shards[shard]
+        block = np.zeros((*self.about.shape[:2], stop - first, self.about.slots))
+        loss, norms = np.full(block.shape[2:], np.nan), np.full(block.shape[:3], np.nan)
+        for step in range(stop - 1, first - 1, -1):
+            found, place = next(swept), step - first
+            width, alive = len(found.losses), self.alive(len(found.influence))
+            block[:, alive, place, :width] = self.by_state(found.influence)
+            norms[:, alive, place] = self.by_state(found.norms[:, None])[..., 0]
+            loss[place, :width] = found.losses.cpu().numpy()
+        self.writer.write(first, block, loss, norms)
+        if first > 0:
+            self.store.save(first, found.cotangent)
+        self.writer.mark_done(shard)
+
+    def begin(self, number: int, state: State | None) -> Cotangent | None:
+        """The cotangents of the queries that read this state; None if it is not observed."""
+        if number not in self.about.observed_at:
+            return None
+        state = state or self.run.state(number, replay=True)
+        _, params, buffers = gradients(
+            self.queries, self.run.task, params=state.params, buffers=state.buffers, trained=self.run.trained
+        )
+        return start(state, params, buffers)
+
+    def alive(self, rows: int) -> list[int]:
+        """Columns of the observed states whose cotangents are on their way, the latest state first."""
+        last = len(self.about.observed_at) - 1
+        return [last - block for block in range(rows // len(self.about.queries))]
+
+    def by_state(self, rows: Tensor) -> np.ndarray:
+        """From (state, query) x slot to [query, state, slot]."""
+        if rows.shape[1] > 1 and self.about.denominator == "renormalize":
+            rows = renormalized(rows)
+        return rows.cpu().reshape(-1, len(self.about.queries), rows.shape[1]).transpose(0, 1).numpy()
 
 
-def _fill_shard(
-    shard: int, swept: Iterator[Swept], writer: InfluenceWriter, store: CotangentStore, *, renormalize: bool
-) -> None:
-    """Write the steps of one shard; mark it done once the way on from there is safe."""
-    about, (first, stop) = writer.description, writer.shards[shard]
-    block = np.zeros((len(about.queries), len(about.observed_at), stop - first, about.slots))
-    loss, norms = np.full(block.shape[2:], np.nan), np.full(block.shape[:3], np.nan)
-    for step in range(stop - 1, first - 1, -1):
-        found = next(swept)
-        rows = renormalized(found.influence) if renormalize else found.influence
-        width, alive = len(found.losses), _alive(about, len(rows))
-        block[:, alive, step - first, :width] = _by_state(rows, len(about.queries))
-        norms[:, alive, step - first] = _by_state(found.norms[:, None], len(about.queries))[..., 0]
-        loss[step - first, :width] = found.losses.cpu().numpy()
-    writer.write(first, block, loss, norms)
-    if first > 0:
-        store.save(first, found.cotangent)
-    writer.mark_done(shard)
-
-
-def _begin(run: Run, queries: Query, about: Description, number: int, state: State | None) -> Cotangent | None:
-    """The cotangents of the queries that read this state; None if it is not observed."""
-    if number not in about.observed_at:
-        return None
-    state = state or run.state(number, replay=True)
-    _, params, buffers = gradients(queries, run.task, state.params, state.buffers, trained=run.trained)
-    return start(state, params, buffers)
-
-
-def _alive(about: Description, rows: int) -> list[int]:
-    """Columns of the observed states whose cotangents are on their way, the latest state first."""
-    last = len(about.observed_at) - 1
-    return [last - block for block in range(rows // len(about.queries))]
-
-
-def _by_state(rows: Tensor, queries: int) -> np.ndarray:
-    """From rows (state, query) x slot to [query, state, slot]."""
-    return rows.cpu().reshape(-1, queries, rows.shape[1]).transpose(0, 1).numpy()
-
-
-def _dtype(run: Run) -> str:
+def precision(run: Run) -> str:
+    """Precision of a run's influences: that of its parameters, at least float32."""
     double = all(layout.dtype == "float64" for layout in run.manifest.params.values())
     return "float64" if double else "float32"
 
@@ -153,13 +157,12 @@ def slots(run: Run) -> np.ndarray:
     return table
 
 
-def _description(
-    run: Run, queries: Query, states: tuple[int, ...], denominator: str, settings: dict[str, object]
-) -> Description:
+def described(run: Run, queries: Query, states: tuple[int, ...]) -> Description:
+    """What an influence of these queries on this run is about."""
     return Description(
         method="DIT",
         unit=queries.unit,
-        denominator=denominator,
+        denominator="keep",
         run=run.id,
         queries=queries.names,
         observed_at=states,
@@ -167,5 +170,4 @@ def _description(
         slots=max(len(step.samples) for step in run.log),
         samples=run.samples,
         shard=max(1, -(-run.steps // SHARDS)),
-        settings=settings,
     )

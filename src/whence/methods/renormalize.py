@@ -48,7 +48,5 @@ def coupled(run: Run) -> bool:
     step, state = run.step(0), run.state(0)
     run.task.binding.set_modes(step.evaluating)
     rows = step.fed[0].samples
-    whole, part = (
-        run.task.losses(state.params, state.buffers, run.task.batch(some))[0] for some in (rows, rows[:-1])
-    )
+    whole, part = (run.task.losses(state.params, state.buffers, run.task.batch(some))[0] for some in (rows, rows[:-1]))
     return not torch.allclose(whole[:-1], part, rtol=1e-4, atol=1e-6)

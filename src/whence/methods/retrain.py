@@ -174,7 +174,7 @@ class Removal:
         inside = self.steps[0] <= step < self.steps[1]
         weights = torch.tensor([not (inside and sample in self.samples) for sample in slots], dtype=torch.float64)
         left = float(weights.sum())
-        return weights * (len(slots) / left) if self.renormalize and 0 < left else weights
+        return weights * (len(slots) / left) if self.renormalize and left > 0 else weights
 
 
 def perturb(
@@ -192,7 +192,7 @@ def perturb(
     change, base, noise = np.zeros((*shape, len(changes))), np.full(shape, np.nan), np.zeros(shape)
     for begin in tqdm(range(0, len(order), batch), desc="re-running", unit="stack", disable=None, leave=False):
         some = order[begin : begin + batch]
-        found = _stack(run, queries, [changes[place] for place in some], observed_at, dtype)
+        found = _stack(run, queries, [changes[place] for place in some], observed_at=observed_at, dtype=dtype)
         change[:, :, some] = found[:, :, 1:-1] - found[:, :, :1]
         noise = np.maximum(noise, np.nan_to_num(np.abs(found[:, :, -1] - found[:, :, 0])))
         base = np.where(np.isnan(found[:, :, 0]), base, found[:, :, 0])
@@ -200,7 +200,12 @@ def perturb(
 
 
 def _stack(
-    run: Run, queries: Query, changes: Sequence[Removal | Nudge], observed_at: tuple[int, ...], dtype: torch.dtype | None
+    run: Run,
+    queries: Query,
+    changes: Sequence[Removal | Nudge],
+    *,
+    observed_at: tuple[int, ...],
+    dtype: torch.dtype | None,
 ) -> Float[np.ndarray, "query observed_at run"]:
     """Queries of one stack of runs: as it was, with each change, and as it was again; NaN before any change."""
     first = min(change.first(run) for change in changes)
@@ -218,6 +223,6 @@ def _stack(
     steps = rerun(lambda step: run.transition(step, dtype), stack, weights, start=start, stop=later)
     for number, states in steps:
         if number in observed_at:
-            read = each_run(states, lambda params, buffers: values(queries, run.task, params, buffers))
+            read = each_run(states, lambda params, buffers: values(queries, run.task, params=params, buffers=buffers))
             found[:, observed_at.index(number)] = read.T.double().cpu().numpy()
     return found

@@ -40,7 +40,8 @@ class Proof:
         gap = norm({name: ours[name] - consumed[name] for name in ours})
         off = gap / max(norm(consumed), norm(ours), 1e-30)
         if not off <= self._tolerance:
-            raise UnexplainedGradient(transition.step.index, off, self._tolerance, norm(ours), norm(consumed))
+            norms = {"ours": norm(ours), "theirs": norm(consumed)}
+            raise UnexplainedGradient(transition.step.index, off, self._tolerance, **norms)
 
 
 def read_again(task: Task, step: int, fed: Yielded) -> Batch:

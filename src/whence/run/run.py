@@ -138,10 +138,10 @@ class Run:
         worst, segments = 0.0, list(zip(self.kept, (*self.kept[1:], self.steps), strict=True))
         with tqdm(total=self.steps - self.kept[0], desc="replaying", unit="step", disable=None, leave=False) as bar:
             for start, stop in segments:
-                worst = max(worst, self._verify_segment(start, stop, tolerance, bar))
+                worst = max(worst, self._verify_segment(start, stop, tolerance=tolerance, bar=bar))
         return Verification(self.steps, len([1 for a, b in segments if b > a]), worst)
 
-    def _verify_segment(self, start: int, stop: int, tolerance: float | None, bar: "tqdm[object]") -> float:
+    def _verify_segment(self, start: int, stop: int, *, tolerance: float | None, bar: "tqdm[object]") -> float:
         state = self.state(start)
         allowed = (tolerance or default_tolerance(state)) * max(1.0, (stop - start) / 50)
         for index in range(start, stop):
@@ -151,7 +151,7 @@ class Run:
             return 0.0
         found = difference(state, self.state(stop))
         if not found <= allowed:
-            raise ReplayMismatch(stop - 1, f"the state after it (replayed from state {start})", found, allowed)
+            raise ReplayMismatch(stop - 1, f"the state after it (replayed from state {start})", (found, allowed))
         return found
 
     def _verify_step(self, index: int, state: State, allowed: float) -> State:
@@ -164,7 +164,7 @@ class Run:
         consumed = transition.clipped(grads)
         off = abs(norm(consumed) - step.norm) / max(step.norm, 1e-30)
         if not off <= allowed:
-            raise ReplayMismatch(index, "the norm of its gradient", off, allowed)
+            raise ReplayMismatch(index, "the norm of its gradient", (off, allowed))
         return transition.moved(state, consumed, buffers)
 
     def __repr__(self) -> str:

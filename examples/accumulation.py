@@ -1,0 +1,65 @@
+"""A loop with everything in it: gradient accumulation, clipping, a penalty, and a schedule.
+
+The recorder sees batches and steps by itself. What the loop does to the loss and the gradient is told to the task:
+how it averages (`reduce`), what it adds (`penalty`), how it clips (`clip`). If that is forgotten, the recorder notices
+at the first step, and says so instead of recording something that it cannot explain.
+"""
+
+import tempfile
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import whence
+from whence import WhenceError
+
+MICRO_BATCHES, STRENGTH, LARGEST = 4, 1e-3, 0.5
+
+torch.manual_seed(0)
+inputs = torch.randn(96, 6)
+train_set = TensorDataset(inputs, inputs[:, :1] * inputs[:, 1:2])
+loader = DataLoader(train_set, batch_size=8)
+
+
+def ridge(params: dict[str, Tensor]) -> Tensor:
+    """The regulariser that the loop adds to its loss."""
+    return STRENGTH * sum(tensor.square().sum() for tensor in params.values())
+
+
+def train(task: whence.Task, folder: str) -> None:
+    """An ordinary loop: four micro-batches to a step."""
+    model = task.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
+    with whence.Recorder(folder, task, optimizer) as recorder:
+        for _ in range(10):
+            for number, (x, y) in enumerate(recorder.watch(loader), 1):
+                loss = (model(x) - y).square().mean() / MICRO_BATCHES
+                loss.backward()
+                if number % MICRO_BATCHES == 0:
+                    ridge(dict(model.named_parameters())).backward()
+                    nn.utils.clip_grad_norm_(model.parameters(), LARGEST)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+
+
+def network() -> nn.Module:
+    """A small regression network."""
+    return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 1))
+
+
+try:
+    train(whence.regression(network(), train_set, penalty=ridge), tempfile.mkdtemp())
+except WhenceError as error:
+    print(f"Without clip=..., the recorder stops:\n  {error}\n")
+
+folder = tempfile.mkdtemp()
+task = whence.regression(network(), train_set, reduce="mean", penalty=ridge, clip=whence.ClipNorm(LARGEST))
+train(task, folder)
+run = whence.open_run(folder, task)
+print(run)
+print(run.verify())
+influence = whence.DIT().attribute(run, whence.Loss(train_set, aggregate="mean"))
+print(whence.trust(run, influence, removals=16))

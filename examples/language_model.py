@@ -1,0 +1,77 @@
+"""A tiny character model with tied embeddings: which lines of a text taught it a rare fact?
+
+The text is made here. Every line names an animal and its sound; one animal occurs in a handful of lines only. The
+query is the loss on a line about that animal.
+"""
+
+import tempfile
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import whence
+
+SOUNDS = {"cow": "moo", "dog": "woof", "cat": "meow", "owl": "hoot"}
+LENGTH, WIDTH, HEADS = 24, 32, 4
+
+torch.manual_seed(0)
+draws = torch.randint(3, (160,)).tolist()
+animals = ["owl" if number % 32 == 7 else ["cow", "dog", "cat"][draw] for number, draw in enumerate(draws)]
+lines = [f"{number:03d} the {animal} says {SOUNDS[animal]}" for number, animal in enumerate(animals)]
+letters = sorted({letter for line in lines for letter in line} | {" "})
+
+
+def encoded(some: list[str]) -> TensorDataset:
+    """Lines as letters and next letters; -100 where there is none."""
+    numbers = torch.full((len(some), LENGTH + 1), -100)
+    for row, line in zip(numbers, some, strict=True):
+        row[: len(line)] = torch.tensor([letters.index(letter) for letter in line])
+    return TensorDataset(numbers[:, :-1].clamp(min=0), numbers[:, 1:].contiguous())
+
+
+class TinyGPT(nn.Module):
+    """One block of causal attention; the output layer is the embedding, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.letters = nn.Embedding(len(letters), WIDTH)
+        self.places = nn.Embedding(LENGTH, WIDTH)
+        self.before, self.after = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.mix = nn.Linear(WIDTH, 3 * WIDTH)
+        self.feed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.head = nn.Linear(WIDTH, len(letters), bias=False)
+        self.head.weight = self.letters.weight
+        nn.init.normal_(self.letters.weight, std=0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of the next letter, `[row, place, letter]`."""
+        x = self.letters(tokens) + self.places.weight[: tokens.shape[1]]
+        # [row, place, 3 * width] -> three of [row, head, place, width / heads]
+        q, k, v = self.mix(self.before(x)).view(*tokens.shape, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + seen.transpose(1, 2).flatten(2)
+        scores: Tensor = self.head(x + self.feed(self.after(x)))
+        return scores
+
+
+train_set, model = encoded(lines), TinyGPT()
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+task = whence.language_model(model, train_set)
+folder = tempfile.mkdtemp()
+
+with whence.Recorder(folder, task, optimizer) as recorder:
+    for _ in range(12):
+        for batch in recorder.watch(DataLoader(train_set, batch_size=16, shuffle=True)):
+            task.loss(model(batch[0]), batch).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+run = whence.open_run(folder, task)
+asked = encoded(["555 the owl says hoot"])
+influence = whence.DIT().attribute(run, whence.Loss(asked, samples=[0], unit="nats"))
+print(run)
+print("the lines that helped most with '555 the owl says hoot':")
+for rank, sample, score in influence.top(8, order="helpful").iter_rows():
+    print(f"  {rank}. {score:+.4f} nats  {lines[sample]}")
+print(f"lines about owls: {animals.count('owl')} of {len(lines)}")

@@ -1,0 +1,81 @@
+"""One tiny recorded and attributed training, with the file that explains it, for all tests of the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from whence import cli
+from whence.cli.reference import _load
+
+TASK_FILE = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+import whence
+
+draw = torch.Generator().manual_seed(0)
+data = TensorDataset(torch.randn(12, 3, generator=draw), torch.randint(2, (12,), generator=draw))
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    layers = torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+    return whence.classification(torch.nn.Sequential(*layers), data)
+
+task = make()
+queries = whence.Loss(data, samples=[0, 3])
+number = 3
+
+def task_maker() -> whence.Task:
+    return make()
+
+def broken():
+    return 1 / 0
+
+def train(folder):
+    made = make()
+    optimizer = torch.optim.SGD(made.model.parameters(), lr=0.3)
+    with whence.Recorder(folder, made, optimizer, checkpoints=whence.Every(4)) as recorder:
+        for _ in range(3):
+            for inputs, labels in recorder.watch(DataLoader(data, 4)):
+                torch.nn.functional.cross_entropy(made.model(inputs), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Paths of a recorded training; the references are those that a user would type."""
+
+    folder: Path
+
+    @property
+    def run(self) -> str:
+        """The run's folder."""
+        return str(self.folder / "run")
+
+    @property
+    def influence(self) -> str:
+        """The influence's folder."""
+        return str(self.folder / "influence")
+
+    def at(self, name: str) -> str:
+        """A name in the task file."""
+        return f"{self.folder / 'my_file.py'}:{name}"
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The flags that name the task and the queries."""
+        return "--task", self.at("task"), "--queries", self.at("queries")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A run of nine steps in three epochs on twelve samples, and its influence on two losses."""
+    found = Place(tmp_path_factory.mktemp("cli"))
+    (found.folder / "my_file.py").write_text(TASK_FILE)
+    _load(found.folder / "my_file.py").train(found.run)
+    assert (
+        cli.main(["attribute", found.run, *found.references, "--observed-at", "epochs", "--out", found.influence]) == 0
+    )
+    return found

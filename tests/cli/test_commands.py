@@ -1,0 +1,142 @@
+"""Every command on a real run: what it prints, in every form, and what it says to type next."""
+
+import json
+import shlex
+from io import StringIO
+
+import polars as pl
+import pytest
+
+import whence
+from tests.cli.conftest import Place
+from whence import cli
+from whence.cli.reference import task_at
+
+Captured = pytest.CaptureFixture[str]
+
+
+def run(capsys: Captured, *arguments: str) -> tuple[str, str]:
+    """Run a command that must succeed, and give what it wrote to stdout and stderr."""
+    capsys.readouterr()
+    assert cli.main(arguments) == 0
+    return capsys.readouterr()
+
+
+def next_words(text: str) -> list[str]:
+    """The words of the command that the last line proposes."""
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("next: whence ")
+    return shlex.split(last)[2:]
+
+
+def test_info_tells_what_a_run_holds(place: Place, capsys: Captured) -> None:
+    """Steps, epochs, learning rate and batches are those of the training, and no task is needed."""
+    out, err = run(capsys, "info", place.run, "--form", "json")
+    told = json.loads(out)
+    assert (told["steps"], told["epochs"], told["training_samples"], told["states_kept"]) == (9, 3, 12, 4)
+    assert (told["optimizer"], told["learning_rate"], told["samples_a_step"]) == ("SGD", [0.3, 0.3], [4, 4])
+    assert told["finished"] is True
+    assert told["mebibytes_on_disk"] > 0
+    assert next_words(err)[:2] == ["verify", place.run]
+
+
+def test_info_as_table_and_csv(place: Place, capsys: Captured) -> None:
+    """For people the names have spaces and the values units of their own; CSV has a header."""
+    table, _ = run(capsys, "info", place.run)
+    assert "learning rate      0.3\n" in table
+    assert "finished           yes\n" in table
+    out, _ = run(capsys, "info", place.run, "--form", "csv")
+    assert dict(pl.read_csv(StringIO(out)).iter_rows())["steps"] == "9"
+
+
+def test_verify_replays(place: Place, capsys: Captured) -> None:
+    """A run replays with its task, given as an object or as a function that makes it."""
+    for name in ("task", "task_maker"):
+        out, _ = run(capsys, "verify", place.run, "--task", place.at(name))
+        assert out.startswith("passed: 9 steps replayed")
+    assert next_words(out)[0] == "attribute"
+
+
+def test_attribute_answers_as_the_library_does(place: Place) -> None:
+    """The influence on disk is the one that DIT gives for the same task and queries."""
+    recorded = whence.open_run(place.run, task_at(place.at("task")))
+    queries = whence.Loss(recorded.task.data, samples=[0, 3])
+    expected = whence.DIT().attribute(recorded, queries, observed_at="epochs")
+    found = whence.open_influence(place.influence)
+    assert found.observed_at == (3, 6, 9)
+    assert (found.values() == expected.values()).all()
+
+
+def test_attribute_at_given_states(place: Place, capsys: Captured) -> None:
+    """States can be numbers, and the result is told with the command to look at it."""
+    out_folder = str(place.folder / "two states")
+    out, _ = run(capsys, "attribute", place.run, *place.references, "--out", out_folder, "--observed-at", "2", "5")
+    assert whence.open_influence(out_folder).observed_at == (2, 5)
+    assert "positive = helpful" in out
+    assert next_words(out) == ["top", out_folder]
+
+
+@pytest.mark.parametrize("query", ["1", "loss[3]"])
+def test_top_lists_what_the_library_lists(place: Place, capsys: Captured, query: str) -> None:
+    """A query is found by number and by name, with order and window."""
+    flags = ("--k", "4", "--query", query, "--order", "helpful", "--window", "3", "9")
+    expected = whence.open_influence(place.influence).top(4, query=1, order="helpful", window=(3, 9))
+    out, err = run(capsys, "top", place.influence, *flags, "--form", "csv")
+    assert pl.read_csv(StringIO(out)).rows() == expected.rows()
+    assert next_words(err) == ["curve", place.influence, "--sample", str(expected["sample"][0]), "--query", query]
+    out, _ = run(capsys, "top", place.influence, *flags, "--form", "json")
+    assert [row["sample"] for row in json.loads(out)] == expected["sample"].to_list()
+
+
+def test_top_for_people_says_what_a_number_means(place: Place, capsys: Captured) -> None:
+    """The table has the query, the window and the sign above it."""
+    out, err = run(capsys, "top", place.influence)
+    lines = out.splitlines()
+    assert lines[0] == "loss[0], states 0 to 9"
+    assert "positive = helpful" in lines[1]
+    assert lines[3].split() == ["rank", "sample", "influence"]
+    assert len(lines) == 3 + 11 + 2
+    assert err == ""
+
+
+def test_curve_follows_one_sample(place: Place, capsys: Captured) -> None:
+    """The points are the library's, from zero at state 0."""
+    out, _ = run(capsys, "curve", place.influence, "--sample", "5", "--form", "csv")
+    assert pl.read_csv(StringIO(out)).rows() == whence.open_influence(place.influence).curve(sample=5).rows()
+
+
+def test_patterns_counts_every_sample_once(place: Place, capsys: Captured) -> None:
+    """The four patterns are listed in their order, and their shares sum to one."""
+    out, err = run(capsys, "patterns", place.influence, "--form", "json")
+    rows = json.loads(out)
+    assert [row["pattern"] for row in rows] == ["early", "late", "stable", "fluctuating"]
+    assert sum(row["samples"] for row in rows) == 12
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert next_words(err)[0] == "trust"
+
+
+def test_trust_states_three_checks(place: Place, capsys: Captured) -> None:
+    """The statement has a line for each check, and success is the exit code 0."""
+    out, _ = run(capsys, "trust", place.run, place.influence, *place.references, "--removals", "12")
+    assert [line.split()[:2] for line in out.splitlines()[:3]] == [
+        ["replay", "passed:"],
+        ["derivative", "passed:"],
+        ["removal", "passed:"],
+    ]
+
+
+def test_trust_fails_with_code_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed check is no error of the program: the statement is printed, and the exit code is 1."""
+    monkeypatch.setattr("whence.apply.trust.GOOD", 1.1)
+    assert cli.main(["trust", place.run, place.influence, *place.references, "--removals", "3"]) == 1
+
+
+def test_next_commands_work(place: Place, capsys: Captured) -> None:
+    """From a run to a curve by typing what the command before proposed, file names filled in."""
+    out, _ = run(capsys, "info", place.run)
+    out, _ = run(capsys, *(word.replace("FILE.py:task", place.at("task")) for word in next_words(out)))
+    for verb in ("attribute", "top", "curve", "patterns"):
+        words = next_words(out)
+        assert words[0] == verb
+        out, _ = run(capsys, *words)
+    assert next_words(out)[0] == "trust"

@@ -1,0 +1,110 @@
+"""Errors end in one line on stderr, say what to do, and exit with 2."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Place
+from whence import cli
+from whence.cli import show
+from whence.cli.reference import _load
+
+Captured = pytest.CaptureFixture[str]
+
+
+def failing(capsys: Captured, *arguments: str) -> str:
+    """Run a command that must fail, and give its one line."""
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("whence: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing", "has no 'nothing'. A Task there: task, task_maker."),
+        ("number", "has 'number', which is a int, not a Task"),
+        ("broken", "my_file.py, line 22: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_wrong_names_in_a_file(place: Place, capsys: Captured, *, name: str, said: str) -> None:
+    """A missing name, another kind of object and a failing function are told with what is there."""
+    assert said in failing(capsys, "verify", place.run, "--task", place.at(name))
+
+
+@pytest.mark.parametrize("reference", ["my_file.py", "nowhere.py:task", ":task", "my_file.py:"])
+def test_references_that_lead_nowhere(place: Place, capsys: Captured, reference: str) -> None:
+    """A reference without a file, or without a name, is told how to be written."""
+    assert "Write FILE.py:NAME, for example my_file.py:task." in failing(
+        capsys, "verify", place.run, "--task", reference
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("x = 1\ny = x +\n", "line 2: SyntaxError"),
+        ("\nimport no_such_module\n", "line 2: ModuleNotFoundError"),
+        ("import math\ntask = math.sqrt()\n", "line 2: TypeError"),
+    ],
+)
+def test_files_that_do_not_run(place: Place, capsys: Captured, tmp_path: Path, *, source: str, said: str) -> None:
+    """What goes wrong in the user's file is told with its line."""
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    assert said in failing(capsys, "verify", place.run, "--task", f"{path}:task")
+
+
+def test_no_queries_in_a_file(capsys: Captured, place: Place, tmp_path: Path) -> None:
+    """A file without what is wanted says so."""
+    path = tmp_path / "empty.py"
+    path.write_text("x = 1\n")
+    flags = ("--task", place.at("task"), "--queries", f"{path}:queries", "--out", str(tmp_path / "out"))
+    assert "There is no Query in it." in failing(capsys, "attribute", place.run, *flags)
+
+
+def test_errors_of_the_library_are_lines_too(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """A folder without a run or an influence, an unknown sample, query or window: no traceback."""
+    assert "holds no run" in failing(capsys, "info", str(tmp_path))
+    assert "holds no influence" in failing(capsys, "top", str(tmp_path))
+    assert "no sample 99" in failing(capsys, "curve", place.influence, "--sample", "99")
+    assert "no query 'accuracy'" in failing(capsys, "top", place.influence, "--query", "accuracy")
+    assert "was not observed" in failing(capsys, "top", place.influence, "--window", "0", "4")
+
+
+def test_trust_wants_the_influences_own_run(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """An influence is not checked against another recording, however alike."""
+    other = tmp_path / "other"
+    _load(place.folder / "my_file.py").train(str(other))
+    said = failing(capsys, "trust", str(other), place.influence, *place.references)
+    assert "Give the folder of its own run." in said
+
+
+def test_system_errors_are_lines_too(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """A folder that cannot be written is told as the system tells it."""
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out")
+    assert "file" in failing(capsys, "attribute", place.run, *place.references, "--out", out)
+
+
+def test_ctrl_c_ends_quietly(place: Place, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt is no error: nothing is printed, and the code is 130."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(show, "table", interrupt)
+    assert cli.main(["top", place.influence]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_wrong_flags_end_with_two(capsys: Captured) -> None:
+    """A flag that does not exist is refused with a pointer to the help."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["top", "somewhere", "--kk", "3"])
+    assert stopped.value.code == 2
+    assert "--help" in capsys.readouterr().err

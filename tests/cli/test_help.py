@@ -1,0 +1,99 @@
+"""The flags are few and frozen, every command explains itself, and asking for help is instant."""
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from whence import cli
+
+Captured = pytest.CaptureFixture[str]
+
+# Changing a line here breaks somebody's script.
+FLAGS = {
+    "demo": ["--out"],
+    "info": ["RUN", "--form"],
+    "verify": ["RUN", "--task", "--tolerance"],
+    "attribute": ["RUN", "--task", "--queries", "--out", "--observed-at", "--method"],
+    "top": ["INFLUENCE", "--k", "--query", "--order", "--window", "--form"],
+    "curve": ["INFLUENCE", "--sample", "--query", "--form"],
+    "patterns": ["INFLUENCE", "--query", "--form"],
+    "trust": ["RUN", "INFLUENCE", "--task", "--queries", "--removals", "--seed"],
+}
+
+Verb = Callable[..., object]
+
+
+def helped(capsys: Captured, *arguments: str) -> str:
+    """What a call for help prints."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def spelled(verb: Verb) -> list[str]:
+    """Arguments of a command as they are typed: positional ones in capitals."""
+    arguments = inspect.signature(verb).parameters.values()
+    dashed = [(a.name.upper(), "--" + a.name.replace("_", "-")) for a in arguments]
+    return [flag if a.kind is a.KEYWORD_ONLY else word for a, (word, flag) in zip(arguments, dashed, strict=True)]
+
+
+def test_flags_are_frozen() -> None:
+    """Commands and flags are exactly these, at most six flags each."""
+    assert {verb.__name__: spelled(verb) for verb in cli.VERBS} == FLAGS
+    assert all(len([word for word in words if word.startswith("--")]) <= 6 for words in FLAGS.values())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.__name__)
+def test_every_command_explains_itself(verb: Verb, capsys: Captured) -> None:
+    """The help has every argument, an explanation of each, and an example that begins like a command."""
+    told = helped(capsys, verb.__name__, "--help")
+    assert f"Example: whence {verb.__name__}" in told
+    assert (verb.__doc__ or "").splitlines()[0] in " ".join(told.split())
+    for word in FLAGS[verb.__name__]:
+        assert word in told
+        assert f"\n        {word.strip('-').lower().replace('-', '_')}: " in (verb.__doc__ or "")
+
+
+def test_examples_name_real_flags() -> None:
+    """Every flag in an example is one of the command's."""
+    for verb in cli.VERBS:
+        doc = verb.__doc__ or ""
+        example = doc[doc.index("Example:") :].split("\n\n")[0]
+        assert {word for word in example.split() if word.startswith("--")} <= set(FLAGS[verb.__name__])
+
+
+def test_help_lists_all_commands(capsys: Captured) -> None:
+    """`whence --help`, and `whence` alone, list every command with one line."""
+    told = helped(capsys, "--help")
+    assert all(f"• {name} " in told for name in FLAGS)
+    assert "Example" not in told
+    assert helped(capsys) == told
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Asking for help brings in no library that takes time."""
+    heavy = "{'torch', 'numpy', 'scipy', 'polars', 'zarr', 'matplotlib', 'sklearn'}"
+    code = (
+        "import sys\nfrom whence.cli import main\n"
+        f"try: main(['--help'])\nexcept SystemExit: print('HEAVY', *sorted({heavy} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
+
+
+def test_the_program_is_installed() -> None:
+    """The entry point runs, and a broken pipe is no error."""
+    program = Path(sys.executable).with_name("whence")
+    if not program.exists():
+        pytest.skip("whence is not installed in this environment")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([program, "--help"], stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert b"Traceback" not in done.stderr
