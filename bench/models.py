@@ -7,9 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.data import TensorDataset
 
-WORDS = (
-    "the a one some old new small bright river stone tree bird light sea wind road sings falls turns waits runs".split()
-)
+WORDS = "the a one some old new small bright river stone tree bird light sea wind road sings falls turns waits runs"
 LETTERS = string.ascii_letters + string.digits + " .\n"
 
 
@@ -35,7 +33,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A small causal language model; 818 k parameters by default."""
 
-    def __init__(self, tokens: int = 65, width: int = 128, layers: int = 4, context: int = 64) -> None:
+    def __init__(self, tokens: int = 65, width: int = 128, *, layers: int = 4, context: int = 64) -> None:
         nn.Module.__init__(self)
         self.token, self.place = nn.Embedding(tokens, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(layers)])
@@ -50,8 +48,9 @@ class GPT(nn.Module):
 def sentences(rows: int, context: int = 64) -> TensorDataset:
     """Sequences of letters of invented sentences, and the same shifted by one."""
     draw = torch.Generator().manual_seed(0)
-    picks = torch.randint(0, len(WORDS), (rows * context,), generator=draw).tolist()
-    letters = " ".join(WORDS[pick] for pick in picks)[: rows * context + 1]
+    words = WORDS.split()
+    picks = torch.randint(0, len(words), (rows * context,), generator=draw).tolist()
+    letters = " ".join(words[pick] for pick in picks)[: rows * context + 1]
     ids = torch.tensor([LETTERS.index(letter) for letter in letters])
     return TensorDataset(ids[:-1].view(rows, context), ids[1:].view(rows, context))
 

@@ -1,7 +1,7 @@
 """A tiny character model with tied embeddings: which lines of a text taught it a rare fact?
 
 The text is made here. Every line names an animal and its sound; one animal occurs in a handful of lines only. The
-query is the loss on a line about that animal.
+query is the loss on the letters of its sound.
 """
 
 import tempfile
@@ -34,7 +34,7 @@ class TinyGPT(nn.Module):
     """One block of causal attention; the output layer is the embedding, transposed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.letters = nn.Embedding(len(letters), WIDTH)
         self.places = nn.Embedding(LENGTH, WIDTH)
         self.before, self.after = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
@@ -68,10 +68,12 @@ with whence.Recorder(folder, task, optimizer) as recorder:
             optimizer.zero_grad()
 
 run = whence.open_run(folder, task)
-asked = encoded(["555 the owl says hoot"])
+prompt, answer = "555 the owl says ", "hoot"
+asked = encoded([prompt + answer])
+asked.tensors[1][:, : len(prompt) - 1] = -100  # only the letters of the answer count
 influence = whence.DIT().attribute(run, whence.Loss(asked, samples=[0], unit="nats"))
 print(run)
-print("the lines that helped most with '555 the owl says hoot':")
+print(f"the lines that helped most to go on from {prompt!r} with {answer!r}:")
 for rank, sample, score in influence.top(8, order="helpful").iter_rows():
     print(f"  {rank}. {score:+.4f} nats  {lines[sample]}")
 print(f"lines about owls: {animals.count('owl')} of {len(lines)}")

@@ -71,13 +71,13 @@ def normed() -> nn.Module:
 def frozen() -> nn.Module:
     """The first layer does not learn."""
     model = mlp()
-    model[0].requires_grad_(False)  # type: ignore[index]
+    model[0].requires_grad_(False)
     return model
 
 
 def one_group(kind: type[torch.optim.Optimizer], **settings: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """An optimizer over all parameters."""
-    return lambda model: kind(model.parameters(), **settings)  # type: ignore[call-arg]
+    return lambda model: kind(model.parameters(), **settings)
 
 
 def two_groups(model: nn.Module) -> torch.optim.Optimizer:

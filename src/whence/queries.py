@@ -81,7 +81,7 @@ def gradients(
             def numbers(some: Tree, running: Tree, part: Part = part) -> Tensor:
                 return part.weights.to(like) @ task.bind(params | some, _copied(buffers) | running, part.function)
 
-            value, pull = vjp(numbers, *inputs)
+            value, pull = vjp(numbers, *inputs)  # type: ignore[misc]
             found[list(part.queries)] += value
             for row, unit in zip(part.queries, torch.eye(len(value)).to(value), strict=True):
                 for total, gradient in zip(sums, pull(unit), strict=True):
@@ -132,7 +132,11 @@ class RowQuery(Query):
     batch: int = field(default=256, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse rows that are not there, before any work is done."""
+        """Refuse rows that are not there, before any work is done.
+
+        Raises:
+            BadQuery: names them.
+        """
         missing = [row for row in self.rows if not 0 <= row < len(self.data)]
         if missing or not self.rows:
             raise BadQuery(f"samples={missing}" if missing else "no samples", f"the data set has {len(self.data)} rows")
@@ -258,7 +262,8 @@ def Saliency(
             fed = (x, *batch[1:])
             return logits_of(task.predict(model, fed)).gather(1, labels_of(batch)[:, None]).sum()
 
-        return grad(logit)(batch[0]).flatten(1)[:, list(inputs)]
+        slopes: Tensor = grad(logit)(batch[0])
+        return slopes.flatten(1)[:, list(inputs)]
 
     columns = tuple(f" {entry}" for entry in inputs)
     return RowQuery("saliency", "logit per input", score, data, samples, columns=columns, **options)
@@ -284,7 +289,11 @@ class Parameter(Query):
         return tuple(f"{self.name}[{', '.join(map(str, entry))}]" for entry in self.entries)
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
-        """All entries at once."""
+        """All entries at once.
+
+        Raises:
+            BadQuery: the model has no such parameter.
+        """
         del like, together
         known = [name for name, _ in task.model.named_parameters()]
         if self.name not in known:

@@ -55,12 +55,11 @@ def change(run: Run, sample: int, size: float, steps: tuple[int, int], states: t
 
     direction = torch.zeros(run.steps, max(len(step.samples) for step in run.log))
     for step in run.log[steps[0] : steps[1]]:
-        for place, found in enumerate(step.samples):
-            direction[step.index, place] = -float(found == sample)
+        for place, row in enumerate(step.samples):
+            direction[step.index, place] = -float(row == sample)
     nudges = [Nudge(direction=direction, size=sign * size) for sign in (1.0, -1.0)]
     found = perturb(run, asked(), nudges, observed_at=states).change
-    slopes: np.ndarray = (found[:, :, 0] - found[:, :, 1]) / (2 * size)
-    return slopes
+    return (found[:, :, 0] - found[:, :, 1]) / (2 * size)
 
 
 def assert_close(found: np.ndarray, truth: np.ndarray) -> None:
@@ -179,7 +178,7 @@ def influences(run: Run) -> tuple[Influence, Influence]:
 
 
 def test_a_renormalised_removal_is_what_reweighting_a_batch_does(tmp_path: Path) -> None:
-    """At the last step of SGD the prediction is -gradient of the query times the change of the update, to first order."""
+    """At the last step of SGD it is the query's gradient times the change of the update."""
     run = recorded("sgd", tmp_path)
     _, found = influences(run)
     last, lr = run.steps - 1, run.step(run.steps - 1).settings[0]["lr"]

@@ -45,7 +45,7 @@ def test_frozen_and_unused_parameters_stay(tmp_path: Path) -> None:
     model = mlp()
     model.add_module("extra", nn.Identity())
     model.extra.register_parameter("unused", nn.Parameter(torch.ones(2)))  # type: ignore[union-attr]
-    model[0].requires_grad_(False)  # noqa: FBT003
+    model[0].requires_grad_(False)
     loop = Loop.of(model)
 
     def train(watch: Watch) -> None:
@@ -63,13 +63,13 @@ def test_frozen_and_unused_parameters_stay(tmp_path: Path) -> None:
 def test_everything_may_be_frozen_but_what_comes_later(tmp_path: Path) -> None:
     """A parameter that alone receives gradients is heard, though it was frozen when the recording began."""
     model = mlp()
-    model[0].requires_grad_(False)  # noqa: FBT003
+    model[0].requires_grad_(False)
     loop = Loop.of(model)
 
     def train(watch: Watch) -> None:
         loop.train(watch, epochs=1)
-        model.requires_grad_(False)  # noqa: FBT003
-        model[0].bias.requires_grad_(True)  # noqa: FBT003
+        model.requires_grad_(False)
+        model[0].bias.requires_grad_(True)
         loop.train(watch, epochs=1)
 
     assert recorded(loop, tmp_path / "run", train).steps == 12
@@ -127,7 +127,7 @@ def test_clipping_is_part_of_the_update(
     loop = Loop.of(model, options={"clip": clip})
     parameters = list(model.parameters())
     if unused:
-        model[0].bias.requires_grad_(False)  # noqa: FBT003
+        model[0].bias.requires_grad_(False)
 
     def train(watch: Watch) -> None:
         for batch in watch(loop.loader()):

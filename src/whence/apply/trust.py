@@ -1,7 +1,7 @@
 """Whether to believe an influence: three checks, each measured on the user's own run.
 
-Replay: the recording explains the training. Derivative: the sweep is the derivative of the retrained query. Removal: the
-derivative predicts what happens when samples are really left out. The second tests the arithmetic, the third also
+Replay: the recording explains the training. Derivative: the sweep is the derivative of the retrained query. Removal:
+the derivative predicts what happens when samples are really left out. The second tests the arithmetic, the third also
 whether one sample is a small change for this training.
 """
 
@@ -49,8 +49,8 @@ class DerivativeCheck:
         """One sentence."""
         verdict = "passed" if self.passed else "FAILED"
         return (
-            f"derivative  {verdict}: influence and retraining after a tiny nudge differ by {self.error:.1e} (relative); "
-            f"cotangents grew {self.growth:.3g}-fold on the way back"
+            f"derivative  {verdict}: influence and retraining after a tiny nudge differ by {self.error:.1e}, "
+            f"relative; cotangents grew {self.growth:.3g}-fold on the way back"
         )
 
 
@@ -122,9 +122,9 @@ class Trust:
             return "Do not use these numbers: the sweep is not the derivative of this training."
         if not self.removal.passed:
             return (
-                "The derivative is right, and yet a poor guide to removals: at the scale of one sample this training is "
-                "not smooth (ReLU with Adam, a large learning rate). Trust ranks more than sizes, or attribute with "
-                "DIT(curvature=GaussNewton()) and compare."
+                "The derivative is right, and yet a poor guide to removals: at the scale of one sample this training "
+                "is not smooth (ReLU with Adam, a large learning rate). "
+                "Trust ranks more than sizes, and look at groups of samples rather than single ones."
             )
         return "Influence predicts removals on this run."
 

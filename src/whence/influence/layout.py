@@ -167,7 +167,7 @@ def _attributes(about: Description) -> dict[str, object]:
     return {"format": FORMAT, "format_version": VERSION, "sign": SIGN, **fields}
 
 
-def _array(group: zarr.Group, axes: tuple[str, ...], name: str, **options: Any) -> None:  # noqa: ANN401 - zarr's
+def _array(group: zarr.Group, axes: tuple[str, ...], name: str, **options: Any) -> None:
     checked = (ZstdCodec(), Crc32cCodec())
     group.create_array(name, dimension_names=axes, compressors=checked, **options)
 

@@ -134,6 +134,7 @@ class InfluenceWriter:
         start: int,
         block: Float[np.ndarray, "query observed_at step slot"],
         loss: Float[np.ndarray, "step slot"],
+        *,
         cotangent: Float[np.ndarray, "query observed_at step"] | None = None,
     ) -> None:
         """Write one whole shard; again, if an earlier attempt was cut short.

@@ -115,7 +115,7 @@ class _Filling:
             block[:, alive, place, :width] = self.by_state(found.influence)
             norms[:, alive, place] = self.by_state(found.norms[:, None])[..., 0]
             loss[place, :width] = found.losses.cpu().numpy()
-        self.writer.write(first, block, loss, norms)
+        self.writer.write(first, block, loss, cotangent=norms)
         if first > 0:
             self.store.save(first, found.cotangent)
         self.writer.mark_done(shard)

@@ -51,7 +51,11 @@ def budget(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> Bud
 
 
 def cut(state: int, cotangent: int, activations: int, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:  # noqa: PLR0913
-    """The arithmetic of `budget`."""
+    """The arithmetic of `budget`.
+
+    Raises:
+        TooLittleMemory: not even one state and one query at a time fit.
+    """
     wanted = chunk or max(1, min(rows, CACHE // max(activations, 1)))
     fixed = rows * cotangent + 3 * cotangent + PRIMAL * activations
     while not chunk and wanted > 1 and fixed + wanted * (PULLED * activations + cotangent) + 2 * state > free:

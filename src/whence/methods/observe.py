@@ -25,7 +25,7 @@ def observed_states(run: Run, observed_at: ObservedAt) -> tuple[int, ...]:
         case int():
             states = [observed_at]
         case _:
-            states = observed_at  # type: ignore[assignment]
+            states = observed_at
     for state in states:
         if not 0 <= state <= run.steps:
             raise NoSuchState(state, run.steps, "state")

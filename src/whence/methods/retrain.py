@@ -93,7 +93,8 @@ def leave_one_out(
     found = retrain(run, queries, removals, observed_at=states, steps=steps, **options)
     at = {state: found.change[:, place] for place, state in enumerate(found.observed_at)}
     zero = np.zeros((len(queries.names), len(removals)))  # no removal changes state 0
-    return at.get(window[1], zero) - at.get(window[0], zero)
+    change: np.ndarray = at.get(window[1], zero) - at.get(window[0], zero)
+    return change
 
 
 def retrain(

@@ -37,7 +37,7 @@ class Curvature(abc.ABC):
     """Says how the loss's second derivative is taken in a reverse sweep."""
 
     @abc.abstractmethod
-    def linearise(self, piece: Piece, params: Tree, buffers: Tree, weights: Tensor) -> Linearised:
+    def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
         """Gradient of a piece and its transposed derivative at the given point."""
 
 
@@ -50,7 +50,7 @@ class Hessian(Curvature):
     scale of one sample (ReLU with Adam): the exact derivative is then right and yet a poor guide to a removal.
     """
 
-    def linearise(self, piece: Piece, params: Tree, buffers: Tree, weights: Tensor) -> Linearised:
+    def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
         """Gradient of a piece and its exact transposed derivative."""
         transition = piece.transition
         carried = {name: buffers[name] for name in transition.task.running if name in buffers}
@@ -60,5 +60,5 @@ class Hessian(Curvature):
             value, after, losses = piece.gradient(params | part, buffers | running, w)
             return (value, {name: after[name] for name in carried}), (after, losses)
 
-        (value, _), pull, (after, losses) = vjp(gradient, trained, carried, weights, has_aux=True)
+        (value, _), pull, (after, losses) = vjp(gradient, trained, carried, weights, has_aux=True)  # type: ignore[misc]
         return Linearised(value, after, losses, lambda a, b: pull((a, b)))

@@ -25,7 +25,6 @@ from whence.replay.state import State, elementwise
 from whence.replay.transition import Transition, gathered
 from whence.tree import Tree, each
 
-
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +56,9 @@ class Cotangent:
 
     def norms(self) -> Float[Tensor, " query"]:
         """Euclidean norm of the parameters' part, by query."""
-        return torch.stack([tensor.flatten(1).norm(dim=1) for tensor in self.params.values()]).norm(dim=0)
+        by_tensor = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in self.params.values()]
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(by_tensor), dim=0)
+        return whole
 
 
 def _joined(left: Tree, right: Tree) -> Tree:
@@ -100,20 +101,22 @@ def pull_back(
     """
     with transition.replaying():
         primal = _Primal.of(transition, state, curvature)
-        clipped, unclip = vjp(transition.clipped, primal.gradient)
+        clipped, unclip = vjp(transition.clipped, primal.gradient)  # type: ignore[misc]
         jacobian = transition.update.jacobian(state, clipped)
         params, moments, grads = jacobian.pull(cotangent.params, cotangent.moments)
         if transition.task.clip is not None:
             grads = vmap(lambda consumed: unclip(consumed)[0])(grads)
-        buffers, scores = dict(cotangent.buffers), []
-        for linear in primal.backwards():
-            scores.append(_add_pulled(linear, grads, params, buffers, chunk))
+        buffers = dict(cotangent.buffers)
+        scores = [
+            _add_pulled(linear, grads, into=Cotangent(params, buffers, {}), chunk=chunk)
+            for linear in primal.backwards()
+        ]
     return Pulled(Cotangent(params, buffers, moments), -torch.cat(scores[::-1], 1), primal.losses)
 
 
-def _add_pulled(linear: Linearised, grads: Tree, params: Tree, buffers: Tree, chunk: int) -> Tensor:
+def _add_pulled(linear: Linearised, grads: Tree, *, into: Cotangent, chunk: int) -> Tensor:
     """Add one piece's curvature products to the cotangents, in place; return its scores `[query, slot]`."""
-    count = len(next(iter(params.values())))
+    params, buffers, count = into.params, into.buffers, len(into)
     scores = []
     for first in range(0, count, chunk):
         rows = slice(first, first + chunk)
@@ -164,16 +167,16 @@ class _Primal:
         pieces = transition.pieces()
         ones = [torch.ones(len(piece.share)).to(next(iter(state.params.values()))) for piece in pieces]
         if len(pieces) == 1:
-            linear = curvature.linearise(pieces[0], state.params, state.buffers, ones[0])
+            linear = curvature.linearise(pieces[0], state.params, state.buffers, weights=ones[0])
             return _Primal(linear.gradient, linear.losses, lambda: iter([linear]))
 
-        # Accumulation exists to save memory, so only one micro-batch's graph is held at a time: gradients first, graphs after.
+        # Accumulation exists to save memory, so gradients come first, and then one micro-batch's graph at a time.
         walked = list(transition.walk(state))
         total, losses = gathered(walked)
 
         def backwards() -> Iterator[Linearised]:
             for piece, (before, _), w in reversed(list(zip(pieces, walked, ones, strict=True))):
-                yield curvature.linearise(piece, state.params, before, w)
+                yield curvature.linearise(piece, state.params, before, weights=w)
 
         return _Primal(total, losses, backwards)
 

@@ -41,7 +41,11 @@ PARAMETER, GRADIENT = "parameter", "gradient"  # beside the optimizer's own keys
 
 
 def supported(optimizer: type[Optimizer]) -> str:
-    """The name of a supported optimizer class, or a clear refusal."""
+    """The name of a supported optimizer class.
+
+    Raises:
+        UnsupportedOptimizer: with the reason.
+    """
     name = optimizer.__name__
     if SUPPORTED.get(name) is optimizer:
         return name
@@ -234,7 +238,7 @@ def _bury(outputs: Tree, dead: Tensor | None) -> Tree:
 
 
 def _diagonals(outputs: dict[str, Tree], leaves: dict[str, Tree]) -> dict[str, dict[tuple[str, str], Tensor]]:
-    """Diagonal derivatives by one backward pass per kind of output: the sum of an elementwise map has them as gradient."""
+    """Derivatives by one backward pass per kind of output: the gradient of an elementwise map's sum is its diagonal."""
     entries: dict[str, dict[tuple[str, str], Tensor]] = {name: {} for name in leaves}
     sources = [(name, key) for name, tree in leaves.items() for key in tree]
     for output in sorted({key for tree in outputs.values() for key in tree}):
