@@ -24,7 +24,7 @@ loader = DataLoader(train_set, batch_size=8)
 
 def ridge(params: dict[str, Tensor]) -> Tensor:
     """The regulariser that the loop adds to its loss."""
-    return STRENGTH * sum(tensor.square().sum() for tensor in params.values())
+    return STRENGTH * torch.stack([tensor.square().sum() for tensor in params.values()]).sum()
 
 
 def train(task: whence.Task, folder: str) -> None:

@@ -29,7 +29,7 @@ with whence.Recorder(folder, task, optimizer) as recorder:
 
 def unfairness(model: nn.Module) -> Tensor:
     """How far apart the model scores two groups that should be treated alike: a scalar of your own."""
-    scores = model(train_set.tensors[0]).softmax(1)[:, 1]
+    scores: Tensor = model(train_set.tensors[0]).softmax(1)[:, 1]
     group = train_set.tensors[0][:, 3] > 0
     return scores[group].mean() - scores[~group].mean()
 

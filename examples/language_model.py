@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import whence
 
 SOUNDS = {"cow": "moo", "dog": "woof", "cat": "meow", "owl": "hoot"}
-LENGTH, WIDTH, HEADS = 24, 32, 4
+LENGTH, WIDTH, HEADS = 22, 16, 2
 
 torch.manual_seed(0)
-draws = torch.randint(3, (160,)).tolist()
+draws = torch.randint(3, (128,)).tolist()
 animals = ["owl" if number % 32 == 7 else ["cow", "dog", "cat"][draw] for number, draw in enumerate(draws)]
 lines = [f"{number:03d} the {animal} says {SOUNDS[animal]}" for number, animal in enumerate(animals)]
 letters = sorted({letter for line in lines for letter in line} | {" "})
@@ -56,12 +56,14 @@ class TinyGPT(nn.Module):
 
 
 train_set, model = encoded(lines), TinyGPT()
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+# Adam's first update is g / (|g| + eps). With eps = 1e-8 it may hang on a gradient of 1e-8 (a rare letter): influence
+# of the first batch is then exact, huge, and no guide to what a removal does.
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6)
 task = whence.language_model(model, train_set)
 folder = tempfile.mkdtemp()
 
 with whence.Recorder(folder, task, optimizer) as recorder:
-    for _ in range(12):
+    for _ in range(10):
         for batch in recorder.watch(DataLoader(train_set, batch_size=16, shuffle=True)):
             task.loss(model(batch[0]), batch).mean().backward()
             optimizer.step()
@@ -71,9 +73,13 @@ run = whence.open_run(folder, task)
 prompt, answer = "555 the owl says ", "hoot"
 asked = encoded([prompt + answer])
 asked.tensors[1][:, : len(prompt) - 1] = -100  # only the letters of the answer count
-influence = whence.DIT().attribute(run, whence.Loss(asked, samples=[0], unit="nats"))
+queries = whence.Loss(asked, samples=[0], unit="nats")
+influence = whence.DIT().attribute(run, queries)
+top = influence.top(5, order="helpful")
+actual = whence.leave_one_out(run, queries, samples=top["sample"].to_list())[0]
+
 print(run)
-print(f"the lines that helped most to go on from {prompt!r} with {answer!r}:")
-for rank, sample, score in influence.top(8, order="helpful").iter_rows():
-    print(f"  {rank}. {score:+.4f} nats  {lines[sample]}")
+print(f"what helped most to go on from {prompt!r} with {answer!r}, in nats (in brackets: found by training without it)")
+for (rank, sample, score), truth in zip(top.iter_rows(), actual, strict=True):
+    print(f"  {rank}. {score:+.3f} ({truth:+.3f})  {lines[sample]}")
 print(f"lines about owls: {animals.count('owl')} of {len(lines)}")

@@ -1,5 +1,6 @@
 """Errors end in one line on stderr, say what to do, and exit with 2."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,13 @@ def test_system_errors_are_lines_too(place: Place, capsys: Captured, tmp_path: P
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "out")
     assert "file" in failing(capsys, "attribute", place.run, *place.references, "--out", out)
+
+
+def test_demo_without_its_extra(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is told with the command that installs it, before any file is written."""
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert "pip install 'whence[demo]'" in failing(capsys, "demo", "--out", str(tmp_path / "demo"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_ends_quietly(place: Place, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from whence.cli import show
+from whence.extras import need
 
 
 def demo(*, out: Path = Path("whence-demo")) -> None:
@@ -16,6 +17,8 @@ def demo(*, out: Path = Path("whence-demo")) -> None:
         out: Folder for the run, the influence, the pictures and the training as task.py. Where there is something
             already, a numbered one beside it is taken: nothing is overwritten.
     """
+    for module in ("sklearn", "matplotlib"):  # before any work is done
+        need(module, "demo")
     import torch
 
     from whence.cli import demo_story
