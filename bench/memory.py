@@ -8,11 +8,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 import whence
 from bench import sweep
 from bench.models import GPT, sentences
-from whence.methods.memory import budget
+from whence.methods.memory import sizes_of
 
 MIB = 2**20
 
@@ -33,19 +36,37 @@ def peak_of(run: whence.Run, count: int, chunk: int) -> int:
     return resident("VmHWM") - before
 
 
+def gpt(folder: Path) -> whence.Run:
+    """Activations weigh more than parameters."""
+    sweep.loop(folder)
+    return whence.open_run(folder, sweep.task_of(GPT(), sentences(sweep.STEPS * sweep.SLOTS)))
+
+
+def wide(folder: Path) -> whence.Run:
+    """Parameters weigh more than activations."""
+    data = TensorDataset(torch.randn(64, 256), torch.randint(0, 10, (64,)))
+    model = nn.Sequential(nn.Linear(256, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 10))
+    task, optimizer = whence.classification(model, data), torch.optim.SGD(model.parameters(), lr=0.01)
+    with whence.Recorder(folder, task, optimizer) as recorder:
+        for inputs, labels in recorder.watch(DataLoader(data, batch_size=16)):
+            cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return whence.open_run(folder, task)
+
+
 def main() -> None:
     """Print the table."""
-    path = Path(tempfile.mkdtemp()) / "run"
-    sweep.loop(path)
-    run = whence.open_run(path, sweep.task_of(GPT(), sentences(sweep.STEPS * sweep.SLOTS)))
-    peak_of(run, 1, 1)
-    print("queries  at once  measured MiB  formula MiB  ratio")
-    for count, chunk in ((1, 1), (4, 1), (4, 4), (16, 1), (16, 4), (64, 2)):
-        measured = peak_of(run, count, chunk)
-        stated = budget(run, count, memory=None, chunk=chunk).total(count, steps=run.steps)
-        print(f"{count:7}  {chunk:7}  {measured / MIB:12.0f}  {stated / MIB:11.0f}  {stated / measured:5.2f}", flush=True)
+    print("model  queries  at once  measured MiB  formula MiB  ratio")
+    for build in (gpt, wide):
+        run = build(Path(tempfile.mkdtemp()) / "run")
+        peak_of(run, 1, 1)
+        for count, chunk in ((1, 1), (4, 1), (4, 4), (16, 1), (16, 4)):
+            measured = peak_of(run, count, chunk)
+            stated = sizes_of(run).total(count, chunk=chunk, held=run.steps)
+            figures = f"{measured / MIB:12.0f}  {stated / MIB:11.0f}  {stated / measured:5.2f}"
+            print(f"{build.__name__:5}  {count:7}  {chunk:7}  {figures}", flush=True)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import whence
 from bench.models import GPT, sentences
 
-STEPS, SLOTS, REPEATS = 6, 32, 3
+STEPS, SLOTS, REPEATS = 4, 32, 3
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ from tests.cases import CASES, Case, record, rows
 from tests.methods.test_exact import asked
 from whence.errors import CannotRenormalize, DifferentInfluence, NoSuchState, NotObserved, TooLittleMemory
 from whence.influence.influence import Influence
-from whence.methods.memory import cut
+from whence.methods.memory import Budget, Sizes, cut
 from whence.run.run import Run
 
 BY_NAME = {case.name: case for case in CASES}
@@ -212,7 +212,7 @@ def test_renormalising_is_refused_where_it_means_nothing(name: str, why: str, tm
 def test_a_sweep_that_cannot_fit_says_how_much_it_needs() -> None:
     """Before any work."""
     with pytest.raises(TooLittleMemory, match="Ask fewer queries"):
-        cut(100, 300, 1000, rows=8, free=2000, chunk=None, steps=50)
+        cut(Sizes(100, 300, 100, 300, 1000), rows=8, free=2000, chunk=None, steps=50)
 
 
 @pytest.mark.parametrize("held", [1, 2, 50])
@@ -220,7 +220,7 @@ def test_holding_fewer_states_changes_nothing(held: int, tmp_path: Path, monkeyp
     """States are recomputed to the same bits."""
     run = recorded("amsgrad", tmp_path)
     whole = whence.DIT().attribute(run, asked()).values()
-    budget: Callable[..., object] = lambda *_, **__: cut(1, 1, 1, rows=1, free=10 * held + 1000, chunk=3, steps=held)  # noqa: E731
+    budget: Callable[..., object] = lambda *_, **__: Budget(held, 3)  # noqa: E731
     monkeypatch.setattr("whence.methods.dit.budget", budget)
     np.testing.assert_array_equal(whence.DIT(chunk=3).attribute(run, asked()).values(), whole)
 

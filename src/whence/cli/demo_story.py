@@ -49,8 +49,8 @@ def _cost(found: Overhead) -> None:
     show.finding(f"recording: {recorded:.2f} ms a step with it, {plain:.2f} ms without (+{recorded / plain - 1:.0%})")
     weights = "the same weights, bit for bit" if found.identical else "DIFFERENT weights, which should not be"
     show.paragraph(
-        f"Medians of {found.repeats} trainings each. Steps as short as these are the worst case: the recorder's share "
-        f"falls as steps get longer. With and without it the training ends in {weights}."
+        f"Medians of {found.repeats} trainings each. Steps this short are the worst case: the share falls as steps get "
+        f"longer. Both ways the training ends in {weights}."
     )
 
 
@@ -115,9 +115,9 @@ def _believe(run: Run, influence: Influence) -> Trust:
         show.finding(" ".join(line.split()))
     show.say()
     show.paragraph(
-        "Replay: the files explain the training. Derivative: the arithmetic of the sweep is right. Removal: samples "
-        "drawn at random were really left out, each in a training of its own, and the query changed as predicted; "
-        "in brackets the 95 % interval."
+        "Replay: do the files explain the training? Derivative: is the arithmetic of the sweep right? Removal: samples "
+        "drawn at random are really left out, each in a training of its own; does the query change as predicted? In "
+        "brackets the 95 % intervals."
     )
     return statement
 

@@ -1,6 +1,7 @@
 """How much memory a sweep takes, and how it is cut to fit a budget."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -12,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from whence.errors import TooLittleMemory
 from whence.influence import layout
 from whence.replay.state import State, elementwise
+from whence.replay.update import portions
 from whence.run.run import Run
 from whence.tree import each
 
@@ -20,22 +22,37 @@ CACHE = 160 * 2**20  # bytes of activations up to which more queries at once are
 
 @final
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """How a sweep is cut.
+class Sizes:
+    """What a sweep is made of, in bytes.
 
     Attributes:
-        held: states in memory at once.
-        chunk: queries pulled at once.
-        state: bytes of one state.
-        cotangent: bytes of one query's cotangent.
-        activations: bytes that the forward pass of the largest micro-batch keeps for its backward pass.
+        state: one state, S.
+        cotangent: one query's cotangent, C: trained parameters and their moments.
+        params: the trained parameters alone, P.
+        portion: cotangent of the parameters whose update is differentiated at once, U.
+        activations: what the forward pass of the largest micro-batch keeps for its backward pass, A.
     """
+
+    state: int
+    cotangent: int
+    params: int
+    portion: int
+    activations: int
+
+    def total(self, rows: int, *, chunk: int, held: int) -> int:
+        """Peak of a sweep with so many cotangents (queries x observed states): the formula of docs/memory.md."""
+        alive = rows * (self.cotangent + 2 * self.params)
+        pulled = chunk * (2 * self.params + 2.2 * self.activations)
+        return int(held * self.state + alive + pulled + 4.5 * self.activations + 8.5 * self.portion)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How a sweep is cut: states in memory at once, and queries pulled at once."""
 
     held: int
     chunk: int
-    state: int
-    cotangent: int
-    activations: int
 
 
 def budget(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> Budget:
@@ -44,29 +61,37 @@ def budget(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> Bud
     Raises:
         TooLittleMemory: not even one state and one query at a time fit.
     """
-    state = run.state(run.kept[-1])
-    sizes = bytes_of_state(state), bytes_of_cotangent(state, run.trained), bytes_of_activations(run)
     free = memory or free_memory(run.task.device) // 2
-    return cut(*sizes, rows=rows, free=free, chunk=chunk, steps=run.steps)
+    return cut(sizes_of(run), rows=rows, free=free, chunk=chunk, steps=run.steps)
 
 
-def cut(state: int, cotangent: int, activations: int, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:  # noqa: PLR0913
-    """The arithmetic of `budget`.
+def cut(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:
+    """The largest chunk that is of use, then as many states as fit beside it.
 
     Raises:
         TooLittleMemory: not even one state and one query at a time fit.
     """
-    wanted = chunk or max(1, min(rows, CACHE // max(activations, 1)))
-    fixed = rows * cotangent + 3 * cotangent + PRIMAL * activations
-    while not chunk and wanted > 1 and fixed + wanted * (PULLED * activations + cotangent) + 2 * state > free:
+    wanted = chunk or max(1, min(rows, CACHE // max(sizes.activations, 1)))
+    while not chunk and wanted > 1 and sizes.total(rows, chunk=wanted, held=2) > free:
         wanted //= 2
-    left = free - fixed - wanted * (PULLED * activations + cotangent)
-    if left < 2 * state:
-        raise TooLittleMemory(free, free - left + 2 * state, rows)
-    return Budget(min(left // state - 1, steps), wanted, state, cotangent, activations)
+    left = free - sizes.total(rows, chunk=wanted, held=1)
+    if left < 0:
+        raise TooLittleMemory(free, free - left, rows)
+    return Budget(min(1 + left // max(sizes.state, 1), steps), wanted)
 
 
-PRIMAL, PULLED = 3, 4  # activations kept for a gradient's own derivative, and in flight per query; see docs/memory.md
+def sizes_of(run: Run) -> Sizes:
+    """Sizes of a run's sweep, from its last kept state and one forward pass."""
+    state = run.state(run.kept[-1])
+    params = {name: state.params[name] for name in run.trained}
+    portion = max(bytes_of_cotangent(state, names) for names in portions(params))
+    return Sizes(
+        bytes_of_state(state),
+        bytes_of_cotangent(state, run.trained),
+        sum(tensor.nbytes for tensor in params.values()),
+        portion,
+        bytes_of_activations(run),
+    )
 
 
 def bytes_of_state(state: State) -> int:
@@ -75,7 +100,7 @@ def bytes_of_state(state: State) -> int:
     return sum(tensor.nbytes for tree in trees for tensor in tree.values())
 
 
-def bytes_of_cotangent(state: State, trained: tuple[str, ...]) -> int:
+def bytes_of_cotangent(state: State, trained: Sequence[str]) -> int:
     """Bytes of one query's cotangent: the trained parameters and their elementwise moments."""
     copies = {name: 1 + len(elementwise(state.moments.get(name, {}), state.params[name])) for name in trained}
     return sum(state.params[name].nbytes * number for name, number in copies.items())

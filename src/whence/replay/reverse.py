@@ -95,15 +95,16 @@ def pull_back(
     Args:
         transition: the step.
         state: the state before it.
-        cotangent: of the state after it, `[query, ...]`. It is used up: its memory becomes the result's.
+        cotangent: of the state after it, `[query, ...]`. It is overwritten: its memory becomes the result's.
         curvature: how second derivatives are taken.
         chunk: how many queries are pulled at once; more are faster on small models and take more memory.
     """
     with transition.replaying():
         primal = _Primal.of(transition, state, curvature)
         clipped, unclip = vjp(transition.clipped, primal.gradient)  # type: ignore[misc]
-        jacobian = transition.update.jacobian(state, clipped)
-        params, moments, grads = jacobian.pull(cotangent.params, cotangent.moments)
+        params, moments, grads = transition.update.pull(
+            state, clipped, params=cotangent.params, moments=cotangent.moments
+        )
         if transition.task.clip is not None:
             grads = vmap(lambda consumed: unclip(consumed)[0])(grads)
         buffers = dict(cotangent.buffers)

@@ -37,6 +37,8 @@ SUPPORTED: dict[str, type[Optimizer]] = {
     kind.__name__: kind for kind in (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Adadelta, Adamax, ASGD)
 }
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
+PORTION_BYTES = 16 * 2**20  # of parameters whose Jacobian exists at once
+ROWS_BYTES = 8 * 2**20  # of cotangents that exist twice
 PARAMETER, GRADIENT = "parameter", "gradient"  # beside the optimizer's own keys, which never have these names
 
 
@@ -61,24 +63,37 @@ class Jacobian:
 
     entries: dict[str, dict[tuple[str, str], Tensor]]
 
-    def pull(self, params: Tree, moments: dict[str, Tree]) -> tuple[Tree, dict[str, Tree], Tree]:
-        """Transposed product: cotangents after the update to cotangents before it, and of the gradient.
+    def pull(self, params: Tree, moments: dict[str, Tree]) -> tuple[dict[str, Tree], Tree]:
+        """Transposed product with the cotangents after the update, which may carry leading axes, `[query, *shape]`.
 
-        All trees may carry leading axes, e.g. `[query, *shape]`. Parameters without an entry pass unchanged. The given
-        trees are emptied on the way, so that never more than one parameter's cotangents exist twice.
+        The given tensors are overwritten with the cotangents before the update; their moments, and the cotangents of
+        the gradients, are returned. So never more than a few queries' cotangents exist twice.
         """
+        before: dict[str, Tree] = {}
         grads: Tree = {}
-        before = {name: params.pop(name) for name in list(params) if name not in self.entries}
-        before_moments = {name: moments.pop(name) for name in list(moments) if name not in self.entries}
         for name, entries in self.entries.items():
-            pulled = _pull(entries, {PARAMETER: params.pop(name)} | moments.pop(name, {}))
-            before[name] = pulled.pop(PARAMETER)
-            grads[name] = pulled.pop(GRADIENT)
-            before_moments[name] = pulled
-        return before, before_moments, grads
+            after = {PARAMETER: params[name]} | moments.get(name, {})
+            grads[name] = _pull(entries, after)
+            sources = {source for _, source in entries}
+            before[name] = {key: tensor for key, tensor in after.items() if key in sources and key != PARAMETER}
+        return before, grads
 
 
-def _pull(entries: dict[tuple[str, str], Tensor], after: Tree) -> Tree:
+def _pull(entries: dict[tuple[str, str], Tensor], after: Tree) -> Tensor:
+    """Overwrite the cotangents of one parameter's update by those before it; return that of its gradient."""
+    parameter = after[PARAMETER]
+    gradient = torch.empty_like(parameter)
+    rows = max(1, ROWS_BYTES // (parameter[0].nbytes + 1))
+    for first in range(0, len(parameter), rows):
+        part = {key: tensor[first : first + rows] for key, tensor in after.items()}
+        pulled = _pull_rows(entries, part)
+        gradient[first : first + rows] = pulled.pop(GRADIENT)
+        for key, tensor in pulled.items():
+            part[key].copy_(tensor)
+    return gradient
+
+
+def _pull_rows(entries: dict[tuple[str, str], Tensor], after: Tree) -> Tree:
     pulled: Tree = {}
     for (output, source), entry in entries.items():
         if output not in after:
@@ -112,6 +127,25 @@ class Update:
             state.buffers,
             state.moments | {name: moments[name] for name in names},
         )
+
+    def pull(
+        self, state: State, grads: Tree, *, params: Tree, moments: dict[str, Tree]
+    ) -> tuple[Tree, dict[str, Tree], Tree]:
+        """Take the cotangents of the state after the update back: of parameters, of moments, and of the gradient.
+
+        Args:
+            state: before the update.
+            grads: the gradient that the update consumed.
+            params: cotangents after the update, `[query, *shape]`; overwritten.
+            moments: likewise; parameters without gradient pass unchanged.
+        """
+        moments, pulled = dict(moments), {}
+        for names in portions(grads):
+            jacobian = self.jacobian(state, {name: grads[name] for name in names})
+            before, some = jacobian.pull(params, moments)
+            moments |= before
+            pulled |= some
+        return params, moments, pulled
 
     def jacobian(self, state: State, grads: Tree) -> Jacobian:
         """The derivative of every output entry with respect to every input entry, at unstacked tensors."""
@@ -175,6 +209,20 @@ class Update:
                 optimizer.state[parameter] = {key: tensor.clone() for key, tensor in moments[name].items()}
         optimizer.step()
         return moved, {name: tensors_of(optimizer.state[parameter]) for name, parameter in moved.items()}
+
+
+def portions(grads: Tree) -> Iterator[list[str]]:
+    """Parameters in groups of about equal size: a Jacobian takes some twenty times the memory of its parameters."""
+    names: list[str] = []
+    size = 0
+    for name, grad in grads.items():
+        if names and size + grad.nbytes > PORTION_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += grad.nbytes
+    if names:
+        yield names
 
 
 def tensors_of(state: dict[str, Any]) -> Tree:
