@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import whence
 from bench import sweep
-from bench.models import GPT, sentences
 from whence.methods.memory import sizes_of
 
 MIB = 2**20
@@ -38,8 +37,7 @@ def peak_of(run: whence.Run, count: int, chunk: int) -> int:
 
 def gpt(folder: Path) -> whence.Run:
     """Activations weigh more than parameters."""
-    sweep.loop(folder)
-    return whence.open_run(folder, sweep.task_of(GPT(), sentences(sweep.STEPS * sweep.SLOTS)))
+    return sweep.swept_run(folder)
 
 
 def wide(folder: Path) -> whence.Run:

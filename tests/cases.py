@@ -4,7 +4,7 @@ The loop below is plain PyTorch. It serves the recorder and the oracle alike: th
 of one slot nudged, and never touches a line of whence.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ class Case:
     batches: Sequence[Sequence[int]] = field(default_factory=lambda: BATCHES)
     penalty: Callable[[dict[str, Tensor]], Tensor] | None = None
     clip: whence.ClipNorm | whence.ClipValue | None = None
+    skipped: Mapping[int, Sequence[int]] = field(default_factory=dict)  # batches fed before a step and thrown away
 
     def __str__(self) -> str:
         """The name."""
@@ -169,6 +170,7 @@ CASES = [
     Case("short batches", one_group(ADAMW, lr=0.01), batches=[[0, 1, 2], [3], [4, 5]]),
     Case("batchnorm, sgd", one_group(SGD, lr=0.2, momentum=0.9), model=normed),
     Case("batchnorm, adamw", one_group(ADAMW, lr=0.003), model=normed),
+    Case("batchnorm, skipped", one_group(SGD, lr=0.2), model=normed, skipped={0: [5, 7, 8], 2: [0, 1, 4, 6]}),
 ]
 
 
@@ -188,7 +190,8 @@ def record(case: Case, model: nn.Module, data: TensorDataset, path: Path) -> Non
 
 def loader(case: Case, data: TensorDataset) -> "DataLoader[Any]":
     """The case's batches, in order."""
-    return DataLoader(data, batch_sampler=[list(batch) for batch in case.batches])
+    order = [batch for step, group in enumerate(case.groups) for batch in (case.skipped.get(step), *group) if batch]
+    return DataLoader(data, batch_sampler=[list(batch) for batch in order])
 
 
 def steps(
@@ -197,6 +200,8 @@ def steps(
     """Plain PyTorch, as users write it."""
     scheduler = case.scheduler(optimizer) if case.scheduler else None
     for step, group in enumerate(case.groups):
+        if step in case.skipped:
+            throw_away(model, optimizer, next(batches))
         for place, _ in enumerate(group):
             inputs, labels = next(batches)
             losses = cross_entropy(model(inputs), labels, reduction="none")
@@ -213,6 +218,12 @@ def steps(
         if scheduler:
             scheduler.step()
         yield step + 1
+
+
+def throw_away(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor]) -> None:
+    """As a GradScaler does with a gradient that overflowed: what stays is what the forward pass did."""
+    cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.zero_grad()
 
 
 def clip(case: Case, model: nn.Module) -> None:

@@ -23,6 +23,7 @@ _HOME = {
     "Logit": "whence.queries",
     "Margin": "whence.queries",
     "Feature": "whence.queries",
+    "Saliency": "whence.queries",
     "Parameter": "whence.queries",
     "Custom": "whence.queries",
     "Recorder": "whence.record.recorder",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from whence.queries import Loss as Loss
     from whence.queries import Margin as Margin
     from whence.queries import Parameter as Parameter
+    from whence.queries import Saliency as Saliency
     from whence.record.policy import Epochs as Epochs
     from whence.record.policy import Every as Every
     from whence.record.policy import Geometric as Geometric

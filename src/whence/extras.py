@@ -13,7 +13,7 @@ def need(module: str, extra: str) -> ModuleType:
     '[1]'
     >>> need("no_such_module", "demo")
     Traceback (most recent call last):
-    whence.errors.MissingExtra: This needs 'no_such_module': pip install 'whence[demo]'.
+    whence.errors.sentences.MissingExtra: This needs 'no_such_module': pip install 'whence[demo]'.
 
     Raises:
         MissingExtra: If it is not installed.

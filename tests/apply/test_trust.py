@@ -1,6 +1,8 @@
 """The trust statement: it passes where it should, and notices what is wrong."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 import whence
+from bench.models import digits, mlp
 from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked
 from whence.apply.trust import draw_visited, steadiest
-from whence.errors import WithoutQueries
+from whence.errors import OtherRun, WithoutQueries
+from whence.influence.agreement import Interval
 from whence.influence.writer import from_arrays
-from whence.run.run import Run
 
 
 def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
@@ -52,6 +55,22 @@ def test_an_influence_from_disk_needs_its_queries(tmp_path: Path) -> None:
     assert whence.trust(run, influence, queries=asked(), removals=4).derivative is not None
 
 
+def test_an_influence_of_another_run_is_refused(tmp_path: Path) -> None:
+    """Even of the same training recorded twice: its numbers may come from anywhere."""
+    influence = whence.DIT().attribute(recorded("sgd", tmp_path), asked())
+    with pytest.raises(OtherRun, match="was made from the run"):
+        whence.trust(recorded("sgd", tmp_path / "again"), influence)
+
+
+def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
+    """Where removals fail and most influence stems from the first update, the advice says so."""
+    run = recorded("momentum", tmp_path)
+    trust = whence.trust(run, whence.DIT().attribute(run, asked()), removals=8)
+    failed = replace(trust.removal, pearson=Interval(0.2, 0.0, 0.5))
+    assert "step 0" in replace(trust, removal=failed, early=0.8).advice
+    assert "not smooth" in replace(trust, removal=failed, early=0.1).advice
+
+
 def test_a_broken_recording_is_said_first(tmp_path: Path) -> None:
     """Another data set of the same length and the same first rows."""
     run = recorded("sgd", tmp_path)
@@ -85,31 +104,29 @@ def test_the_steadiest_pair_of_nudges_is_believed() -> None:
     assert gap[0, 0] == pytest.approx(1e-4)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_influence_predicts_leave_one_out_on_digits(kind: type[torch.optim.Optimizer], tmp_path: Path) -> None:
-    """A short training on real handwriting: Pearson with retraining is at least 0.99."""
-    run, test = digits_run(kind, tmp_path / "run")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda params: torch.optim.SGD(params, lr=0.03),
+        lambda params: torch.optim.AdamW(params, lr=5e-4, eps=1e-6),
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_influence_predicts_leave_one_out_on_digits(optimizer: Any, tmp_path: Path) -> None:
+    """A training on real handwriting: Pearson with retraining is at least 0.99."""
+    torch.manual_seed(0)
+    model, (train, test) = mlp(), digits()
+    task, moving = whence.classification(model, train), optimizer(model.parameters())
+    loader = DataLoader(train, batch_size=50, shuffle=True)
+    with whence.Recorder(tmp_path / "run", task, moving) as recorder:
+        for _ in range(7):
+            for batch in recorder.watch(loader):
+                torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+                moving.step()
+                moving.zero_grad()
+    run = whence.open_run(tmp_path / "run", task)
     influence = whence.DIT().attribute(run, whence.Loss(test, aggregate="mean"))
     trust = whence.trust(run, influence, removals=24)
     assert trust.removal.pearson.estimate >= 0.99
     assert trust.derivative is not None
     assert trust.derivative.passed
-
-
-def digits_run(kind: type[torch.optim.Optimizer], folder: Path) -> tuple[Run, torch.utils.data.TensorDataset]:
-    """Two hundred steps of a smooth network in float32."""
-    from bench.models import digits, mlp  # noqa: PLC0415
-
-    torch.manual_seed(0)
-    model, (train, test) = mlp(), digits()
-    task = whence.classification(model, train)
-    lr = 0.1 if kind is torch.optim.SGD else 2e-3
-    optimizer = kind(model.parameters(), lr=lr)  # type: ignore[call-arg]
-    loader = DataLoader(train, batch_size=50, shuffle=True)
-    with whence.Recorder(folder, task, optimizer) as recorder:
-        for _ in range(7):
-            for batch in recorder.watch(loader):
-                torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    return whence.open_run(folder, task), test

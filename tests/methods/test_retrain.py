@@ -25,6 +25,7 @@ CHOSEN = [
     "penalty",
     "clip norm",
     "twice in a batch",
+    "batchnorm, skipped",
 ]
 BY_NAME = {case.name: case for case in CASES}
 

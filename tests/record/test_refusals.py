@@ -83,7 +83,7 @@ def with_two_optimizers(path: Path) -> None:
 def test_a_second_optimizer_moves_a_parameter(tmp_path: Path) -> None:
     """The parameter and the two steps are named."""
     loop = Loop.of(mlp())
-    other = torch.optim.SGD(loop.model[2].parameters(), lr=0.1)  # type: ignore[index]
+    other = torch.optim.SGD(loop.model[2].parameters(), lr=0.1)
     with (
         refused(ChangedOutside, "'2.weight'", "between steps 0 and 1", "one optimizer"),
         loop.recorder(tmp_path) as recorder,

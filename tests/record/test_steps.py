@@ -198,3 +198,25 @@ def test_a_real_gradient_scaler_skips_and_scales(tmp_path: Path, *, fused: bool)
     run = recorded(loop, tmp_path / "run", train)
     assert samples(run) == [[batch] for number, batch in enumerate(in_order(40, 4)) if number in made]
     assert 0 < len(made) < 10
+
+
+@pytest.mark.parametrize("backwards", [True, False], ids=["gradient thrown away", "no gradient"])
+@pytest.mark.parametrize("skipped", [{0}, {2, 3}, {0, 5}], ids=str)
+def test_a_skipped_step_still_moves_batch_norm(skipped: set[int], tmp_path: Path, *, backwards: bool) -> None:
+    """The forward pass of a batch that led to no step moved the running statistics; replay moves them as well."""
+    loop = Loop.of(moody())
+
+    def train(watch: Watch) -> None:
+        for number, batch in enumerate(watch(loop.loader(**ORDER))):
+            loss = cross_entropy(loop.model(batch[0]), batch[1])
+            if number not in skipped or backwards:
+                backward(loss)
+            if number in skipped:
+                loop.optimizer.zero_grad()
+            else:
+                loop.step()
+
+    run = recorded(loop, tmp_path / "run", train, checkpoints=whence.Every(50))
+    made = [batch for number, batch in enumerate(in_order(22, 4)) if number not in skipped]
+    assert [step.samples for step in run.log] == made
+    assert whence.DIT().attribute(run, whence.Loss(loop.data)).slots == 4

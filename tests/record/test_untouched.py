@@ -69,7 +69,7 @@ def momentum(model: nn.Module) -> torch.optim.Optimizer:
 
 def world() -> tuple[Any, ...]:
     """The states of the global generators."""
-    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
 
 def final(loop: Loop, recorder: whence.Recorder | None, loader: dict[str, Any]) -> tuple[State, tuple[Any, ...]]:

@@ -69,7 +69,7 @@ def over(steps: Sequence["Step"]) -> dict[str, object]:
         "epochs": len({fed.epoch for step in steps for fed in step.fed}),
         "learning_rate": _range(rates),
         "samples_a_step": _range([len(step.samples) for step in steps]),
-        "batches_a_step": _range([len(step.fed) for step in steps]),
+        "batches_a_step": _range([sum(fed.counted for fed in step.fed) for step in steps]),
         "gradient_norm": _range([step.norm for step in steps]),
     }
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal, final
 import numpy as np
 import polars as pl
 from jaxtyping import Float, Float64, Int64
-from polars.io.plugins import register_io_source
 
 from whence import errors
 from whence.extras import need
@@ -151,11 +150,7 @@ class Influence:
 
         Rounding, and whatever else a sweep gets slightly wrong, grows with it. NaN where the method keeps no norms.
         """
-        norms = layout.read(self._stored.group, "cotangent", slice(None), slice(None), slice(None))
-        last = np.array(self.observed_at) - 1
-        first = norms[:, np.arange(len(last)), last]
-        largest = np.where(np.isnan(norms), -np.inf, norms).max(axis=2)
-        return np.where(np.isnan(first), np.nan, largest / np.where(first > 0, first, 1.0))
+        return self._stored.growth()
 
     def values(self, start: int = 0, stop: int | None = None) -> Float[np.ndarray, "query observed_at step slot"]:
         """Read the array itself, for the steps [start, stop)."""
@@ -303,11 +298,7 @@ class Influence:
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write the table of `to_polars` to a Parquet file, never holding more than a shard of it."""
-        columns = self._stored.no_rows().schema
-        rows = register_io_source(lambda *_: self._stored.long_tables(), schema=columns)
-        scratch = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-        rows.sink_parquet(scratch)
-        scratch.replace(path)
+        self._stored.write_long_table(Path(path))
 
     def __repr__(self) -> str:
         """Tell method, sizes, unit and sign in three lines."""

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import zarr
 from jaxtyping import Float64
+from polars.io.plugins import register_io_source
 
 from whence.influence import layout, tables
 from whence.influence.layout import Description
@@ -85,9 +86,21 @@ class Stored:
         for first, last in self.description.shards:
             yield self._long_table(first, last)
 
-    def no_rows(self) -> pl.DataFrame:
-        """Give a long table without rows, for its columns and their types."""
-        return self._long_table(0, 0)
+    def write_long_table(self, path: Path) -> None:
+        """Write the long table to a Parquet file, a shard at a time."""
+        columns = self._long_table(0, 0).schema
+        rows = register_io_source(lambda *_: self.long_tables(), schema=columns)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        rows.sink_parquet(scratch)
+        scratch.replace(path)
+
+    def growth(self) -> Float64[np.ndarray, "query observed_at"]:
+        """Divide the largest norm of each cotangent by its first, the one at its observed state."""
+        norms = layout.read(self.group, "cotangent", ALL, ALL, ALL)
+        last = np.array(self.description.observed_at) - 1
+        first = norms[:, np.arange(len(last)), last]
+        largest = np.where(np.isnan(norms), -np.inf, norms).max(axis=2)
+        return np.where(np.isnan(first), np.nan, largest / np.where(first > 0, first, 1.0))
 
     def _long_table(self, first: int, last: int) -> pl.DataFrame:
         steps = slice(first, last)

@@ -34,6 +34,8 @@ class Yielded:
         content: a copy, where the rows cannot be read again.
         random: states of the generators; none once it is known that the forward pass drew nothing.
         buffers: the model's buffers.
+        passes: how often batch norm had moved its statistics.
+        counted: whether the step consumes its gradient; if not, it only moved those statistics.
     """
 
     samples: tuple[int, ...]
@@ -42,10 +44,12 @@ class Yielded:
     content: Batch | None
     random: dict[str, bytes]
     buffers: Tree
+    passes: int
+    counted: bool = True
 
     def noted(self) -> Fed:
         """What the log says of it."""
-        return Fed(self.samples, self.epoch, self.digest, self.random or None, self.content is not None)
+        return Fed(self.samples, self.epoch, self.digest, self.random or None, self.content is not None, self.counted)
 
 
 @final
@@ -82,8 +86,16 @@ class Feeding:
     def yielded(self, samples: tuple[int, ...], batch: Batch, *, epoch: int, keep: bool) -> None:
         """Note the batch that is about to be handed to the loop."""
         self.listen()
-        content = copied(batch) if keep else None
-        self._now = Yielded(samples, epoch, digest(batch), content, generators(self._task.device), self.buffers())
+        self.let_pass()
+        world = generators(self._task.device), self.buffers(), self._passes()
+        self._now = Yielded(samples, epoch, digest(batch), copied(batch) if keep else None, *world)
+
+    def let_pass(self) -> None:
+        """A batch that moved batch norm and led to no gradient still belongs to the history of the statistics."""
+        now = self._now
+        if now is None or self._passes() == now.passes or (self.consumed and self.consumed[-1] is now):
+            return
+        self.consumed.append(replace(now, counted=False))
 
     def replaced(self, batch: Batch) -> None:
         """Note that the model is fed this in place of the batch last yielded.
@@ -102,10 +114,15 @@ class Feeding:
     def stepped(self) -> None:
         """Go on to the next step; another one on the same batch has a forward pass of its own, from here."""
         random = generators(self._task.device)
-        self._now = replace(self.consumed[-1], random=random, buffers=self.buffers())
+        self._now = replace(self.consumed[-1], random=random, buffers=self.buffers(), passes=self._passes())
         self.consumed = []
         self.step += 1
         self.listen()
+
+    def left(self) -> Tree:
+        """The model's buffers as the last step left them, whatever was fed since and led to no step."""
+        self.let_pass()
+        return self.consumed[0].buffers if self.consumed else self.buffers()
 
     def buffers(self) -> Tree:
         """The model's buffers as they are now, copied; large ones only where they changed."""
@@ -137,6 +154,17 @@ class Feeding:
             now = self._now = replace(now, random={})
         self.evaluating = tuple(name for name, module in self._task.model.named_modules() if not module.training)
         fresh = not any(p.grad is not None and bool(p.grad.any()) for p in self._trained.values())
-        if not fresh and not self.consumed:
+        if not fresh and not any(y.counted for y in self.consumed):
             raise StaleGradient(self.step)
-        self.consumed = [now] if fresh else [*self.consumed, now]
+        self.consumed = [*(self._passed(now) if fresh else self.consumed), now]
+
+    def _passed(self, now: Yielded) -> list[Yielded]:
+        """Batches whose gradients were thrown away, as far as their forward passes moved batch norm's statistics."""
+        following = [*self.consumed[1:], now]
+        moved = (a for a, b in zip(self.consumed, following, strict=False) if a.passes != b.passes)
+        return [replace(y, counted=False) for y in moved]
+
+    def _passes(self) -> int:
+        """Layers that keep running statistics count their passes in a buffer, whose version is read without waiting."""
+        counters = (b for name, b in self._task.model.named_buffers() if name.endswith("num_batches_tracked"))
+        return sum(counter._version for counter in counters)

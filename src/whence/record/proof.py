@@ -20,7 +20,7 @@ class Proof:
 
     def due(self, step: Step) -> bool:
         """The first two steps, then at powers of four, and steps of a shape not met before (sizes, modes, idle)."""
-        shape = (tuple(len(fed.samples) for fed in step.fed), step.idle, step.evaluating)
+        shape = (tuple((len(fed.samples), fed.counted) for fed in step.fed), step.idle, step.evaluating)
         new = shape not in self._met and len(self._met) < MOST_NEW
         if new:
             self._met.add(shape)
@@ -66,5 +66,6 @@ def _check_losses(transition: Transition, state: State) -> None:
     """
     with transition.replaying():
         losses, _ = transition.task.losses(state.params, state.buffers, transition.batches[0])
-    if len(losses) != transition.sizes[0]:
-        raise BadLoss(f"{len(losses)} values for the {transition.sizes[0]} rows of a batch")
+    rows = len(transition.step.fed[0].samples)
+    if len(losses) != rows:
+        raise BadLoss(f"{len(losses)} values for the {rows} rows of a batch")

@@ -115,7 +115,7 @@ class Recorder:
             # The run itself is whole, so a long training must not fail at its very end.
             log.warning("%r changed after the last step; the run ends with the state that the step left", changed[0])
         else:
-            self._keep(State(self._live(), self._feeding.buffers(), self._moments()))
+            self._keep(State(self._live(), self._feeding.left(), self._moments()))
         self._writer.finish()
 
     def watch(self, loader: "DataLoader[Any]") -> "Watched":
@@ -173,7 +173,7 @@ class Recorder:
 
     def _refuse_surprises(self) -> None:
         step = self._feeding.step
-        if not self._feeding.consumed:
+        if not any(y.counted for y in self._feeding.consumed):
             raise UnwatchedStep(step)
         changed = self._changed_outside()
         if changed:

@@ -61,6 +61,8 @@ class Fed(msgspec.Struct, frozen=True):
         digest: content hash of the batch as it was fed.
         random: the generators' states before the forward pass, if that pass drew from them, by device.
         stored: whether the content itself is kept on disk (otherwise the rows are read again).
+        counted: whether the update consumed its gradient; if not, its forward pass only moved batch norm's statistics
+            (a step that a GradScaler skipped).
     """
 
     samples: tuple[int, ...]
@@ -68,6 +70,7 @@ class Fed(msgspec.Struct, frozen=True):
     digest: str
     random: dict[str, bytes] | None = None
     stored: bool = False
+    counted: bool = True
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -75,7 +78,7 @@ class Step(msgspec.Struct, frozen=True):
 
     Attributes:
         index: its number, 0 … T-1.
-        fed: the batches whose gradients were accumulated.
+        fed: the batches whose gradients were accumulated, among those that only moved batch norm's statistics.
         settings: every hyperparameter of every parameter group, as the update used it.
         norm: Euclidean norm of the gradient that the optimizer consumed.
         idle: parameters of the optimizer that had no gradient.
@@ -91,8 +94,8 @@ class Step(msgspec.Struct, frozen=True):
 
     @property
     def samples(self) -> tuple[int, ...]:
-        """Row numbers of all slots of the step, over its micro-batches in order."""
-        return tuple(sample for fed in self.fed for sample in fed.samples)
+        """Row numbers of all slots of the step, over the micro-batches whose gradients it consumed, in order."""
+        return tuple(sample for fed in self.fed if fed.counted for sample in fed.samples)
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Setting]:

@@ -50,13 +50,15 @@ class Transition:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Number of slots of every micro-batch."""
-        return tuple(len(fed.samples) for fed in self.step.fed)
+        """Number of slots of every micro-batch: none where its gradient was thrown away."""
+        return tuple(len(fed.samples) if fed.counted else 0 for fed in self.step.fed)
 
     def pieces(self) -> "list[Piece]":
         """The terms of the step's loss, one per micro-batch, in order."""
-        shares = self.task.shares(self.batches, self.sizes)
-        return [Piece(self, index, share) for index, share in enumerate(shares)]
+        counted = [index for index, fed in enumerate(self.step.fed) if fed.counted]
+        found = self.task.shares([self.batches[i] for i in counted], [self.sizes[i] for i in counted])
+        shares = dict(zip(counted, found, strict=True))
+        return [Piece(self, index, shares.get(index, torch.zeros(0))) for index in range(len(self.batches))]
 
     def walk(self, state: State, weights: Weights | None = None) -> "Iterator[tuple[Tree, Gradient]]":
         """The micro-batches in order: the buffers before each, and its part of the gradient."""
@@ -141,6 +143,8 @@ class Piece:
         task, fed = self.transition.task, self.transition.step.fed[self.index]
         with replayed_randomness(fed.random):
             losses, after = task.losses(params, buffers, self.transition.batches[self.index])
+        if not fed.counted:
+            losses = losses.detach()[:0]  # cut off, not multiplied by zero: they may have been infinite
         share = self.share.to(losses)
         total = (losses * (share if weights is None else share * weights)).sum()
         if self.index == 0 and task.penalty is not None:

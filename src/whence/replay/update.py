@@ -139,7 +139,7 @@ class Update:
             params: cotangents after the update, `[query, *shape]`; overwritten.
             moments: likewise; parameters without gradient pass unchanged.
         """
-        moments, pulled = dict(moments), {}
+        moments, pulled = dict(moments), dict[str, Tensor]()
         for names in portions(grads):
             jacobian = self.jacobian(state, {name: grads[name] for name in names})
             before, some = jacobian.pull(params, moments)

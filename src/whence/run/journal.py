@@ -21,6 +21,7 @@ SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "digest": pl.List(pl.String),
     "random": pl.List(pl.Binary),
     "stored": pl.List(pl.Boolean),
+    "counted": pl.List(pl.Boolean),
     "settings": pl.String,
     "idle": pl.List(pl.String),
     "evaluating": pl.List(pl.String),
@@ -42,6 +43,7 @@ def _row(step: Step) -> dict[str, object]:
         "digest": [fed.digest for fed in step.fed],
         "random": [fed.random and msgspec.msgpack.encode(fed.random) for fed in step.fed],
         "stored": [fed.stored for fed in step.fed],
+        "counted": [fed.counted for fed in step.fed],
         "settings": msgspec.json.encode(step.settings).decode(),
         "idle": list(step.idle),
         "evaluating": list(step.evaluating),
@@ -54,10 +56,10 @@ def steps_of(frame: pl.DataFrame) -> list[Step]:
 
 
 def _step(row: dict[str, Any]) -> Step:
-    columns = (row["samples"], row["epoch"], row["digest"], row["random"], row["stored"])
+    columns = (row["samples"], row["epoch"], row["digest"], row["random"], row["stored"], row["counted"])
     fed = tuple(
-        Fed(tuple(samples), epoch, digest, msgspec.msgpack.decode(random) if random else None, stored)
-        for samples, epoch, digest, random, stored in zip(*columns, strict=True)
+        Fed(tuple(samples), epoch, digest, msgspec.msgpack.decode(random) if random else None, stored, counted)
+        for samples, epoch, digest, random, stored, counted in zip(*columns, strict=True)
     )
     settings = msgspec.json.decode(row["settings"], type=tuple[dict[str, Setting], ...])
     return Step(row["step"], fed, settings, row["norm"], tuple(row["idle"]), tuple(row["evaluating"]))

@@ -1,102 +1,20 @@
-"""What can be asked of a model: scalar functions of its parameters.
+"""Queries that are read off rows of a data set: losses, logits, margins, hidden units, saliencies."""
 
-A query set is cut into pieces, each a function of the model that gives a few numbers, so that a thousand test samples
-never sit in one graph. The model that a piece receives has a state's tensors in place of its own.
-"""
-
-import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import grad, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import grad
 
 from whence.errors import BadQuery
+from whence.queries.query import Mode, Part, Query
 from whence.task import Batch, Rows, Task
-from whence.tree import Tree, cast, each
+from whence.tree import cast
 
 Aggregate = Literal["mean", "sum"] | None
-Mode = Literal["eval", "train"]
 Score = Callable[[Task, nn.Module, Batch], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A few numbers of the model, and how they add up to queries: `weights @ function(model)`.
-
-    Attributes:
-        queries: the rows that this part adds to.
-        weights: `[len(queries), number]`.
-        function: from the model to `[number]`.
-    """
-
-    queries: tuple[int, ...]
-    weights: Tensor
-    function: Callable[[nn.Module], Tensor]
-
-
-class Query(abc.ABC):
-    """One or more scalar functions of a model's parameters (and BatchNorm statistics)."""
-
-    mode: Mode
-    unit: str  # what one unit of the scalar is, e.g. nats
-
-    @property
-    @abc.abstractmethod
-    def names(self) -> tuple[str, ...]:
-        """One name per query."""
-
-    @abc.abstractmethod
-    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
-        """The parts, with batches on the device and in the precision of `like`; few large ones if together."""
-
-
-def values(query: Query, task: Task, *, params: Tree, buffers: Tree) -> Float[Tensor, " query"]:
-    """The queries' values at one state; traceable, so that many states can be read under `vmap`."""
-    like = next(iter(params.values()))
-    found = [like.new_zeros(())] * len(query.names)
-    with _asking(query, task):
-        for part in query.parts(task, like, together=True):
-            numbers = part.weights.to(like) @ task.bind(params, _copied(buffers), part.function)
-            for row, number in zip(part.queries, numbers, strict=True):
-                found[row] = found[row] + number
-    return torch.stack(found)
-
-
-def gradients(
-    query: Query, task: Task, *, params: Tree, buffers: Tree, trained: Sequence[str]
-) -> tuple[Float[Tensor, " query"], Tree, Tree]:
-    """Values `[query]` and gradients `[query, ...]`, by trained parameters and by running BatchNorm statistics."""
-    inputs = {name: params[name] for name in trained}, {n: buffers[n] for n in task.running if n in buffers}
-    like = next(iter(params.values()))
-    found = like.new_zeros(len(query.names))
-    sums = [each(lambda tensor: tensor.new_zeros(len(found), *tensor.shape), tree) for tree in inputs]
-    with _asking(query, task):
-        for part in query.parts(task, like, together=False):
-
-            def numbers(some: Tree, running: Tree, part: Part = part) -> Tensor:
-                return part.weights.to(like) @ task.bind(params | some, _copied(buffers) | running, part.function)
-
-            value, pull = vjp(numbers, *inputs)  # type: ignore[misc]
-            found[list(part.queries)] += value
-            for row, unit in zip(part.queries, torch.eye(len(value)).to(value), strict=True):
-                for total, gradient in zip(sums, pull(unit), strict=True):
-                    for name, tensor in gradient.items():
-                        total[name][row] += tensor
-    return found, sums[0], sums[1]
-
-
-def _copied(buffers: Tree) -> Tree:
-    return each(torch.clone, buffers)
-
-
-def _asking(query: Query, task: Task) -> Any:
-    task.binding.set_modes(None if query.mode == "eval" else ())
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 class RowOptions(TypedDict, total=False):
@@ -267,78 +185,6 @@ def Saliency(
 
     columns = tuple(f" {entry}" for entry in inputs)
     return RowQuery("saliency", "logit per input", score, data, samples, columns=columns, **options)
-
-
-@final
-@dataclass(frozen=True)
-class Parameter(Query):
-    """Chosen entries of one parameter.
-
-    >>> Parameter("0.weight", [(0, 3), (1, 2)]).names
-    ('0.weight[0, 3]', '0.weight[1, 2]')
-    """
-
-    name: str
-    entries: Sequence[tuple[int, ...]]
-    unit: str = "parameter"
-    mode: Mode = "eval"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Name and index."""
-        return tuple(f"{self.name}[{', '.join(map(str, entry))}]" for entry in self.entries)
-
-    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
-        """All entries at once.
-
-        Raises:
-            BadQuery: the model has no such parameter.
-        """
-        del like, together
-        known = [name for name, _ in task.model.named_parameters()]
-        if self.name not in known:
-            raise BadQuery(f"parameter {self.name!r}", f"the model has {known}")
-        count = len(self.entries)
-
-        def read(model: nn.Module) -> Tensor:
-            owner, _, leaf = self.name.rpartition(".")
-            tensor = getattr(model.get_submodule(owner), leaf)
-            return torch.stack([tensor[entry] for entry in self.entries])
-
-        yield Part(tuple(range(count)), torch.eye(count), read)
-
-
-@final
-@dataclass(frozen=True)
-class Custom(Query):
-    """Any differentiable function of the model: a scalar, or a tensor `[query]`.
-
-    >>> Custom(lambda model: model.weight.norm(), labels=["size of the weights"]).names
-    ('size of the weights',)
-    """
-
-    function: Callable[[nn.Module], Tensor]
-    labels: Sequence[str] = ("custom",)
-    unit: str = "custom"
-    mode: Mode = "eval"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The given labels."""
-        return tuple(self.labels)
-
-    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
-        """All at once."""
-        del task, like, together
-        count = len(self.labels)
-
-        def read(model: nn.Module) -> Tensor:
-            numbers = self.function(model).reshape(-1)
-            if len(numbers) != count:
-                raise BadQuery(f"{count} labels", f"the function returns {len(numbers)} numbers")
-            return numbers
-
-        yield Part(tuple(range(count)), torch.eye(count), read)
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -1,0 +1,32 @@
+"""What can go wrong in an attribution, and in the check of one."""
+
+from collections.abc import Sequence
+
+from whence.errors.sentences import WhenceError, listed
+
+
+class CannotRenormalize(WhenceError):
+    """Renormalised denominators have no meaning for a run."""
+
+    def __init__(self, why: str) -> None:
+        self.args = (f"denominator='renormalize' does not fit this run: {why}. Use denominator='keep'.",)
+
+
+class TooLittleMemory(WhenceError):
+    """A sweep does not fit."""
+
+    def __init__(self, free: int, needed: int, rows: int) -> None:
+        self.args = (
+            f"A sweep with {rows} cotangents (queries x observed states) needs {needed / 2**20:.0f} MiB, and may use "
+            f"{free / 2**20:.0f} MiB. Ask fewer queries or states at once, or allow more: DIT(memory=bytes).",
+        )
+
+
+class WithoutQueries(WhenceError):
+    """An influence is to be checked, and what was asked is not known."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.args = (
+            f"The checks ask the queries again, and this influence comes without them. Give the same queries: "
+            f"trust(run, influence, queries=...), with the names {listed(names, most=6)}.",
+        )

@@ -1,0 +1,50 @@
+"""What can go wrong with a task: its loss, its model, its optimizer, and what is asked of the model."""
+
+from whence.errors.sentences import WhenceError
+
+
+class BadLoss(WhenceError):
+    """The task's loss is not one value per slot."""
+
+    def __init__(self, got: object) -> None:
+        self.args = (
+            f"loss(outputs, batch) must return a tensor [slot], one unreduced value per row; it returned {got}. "
+            "Use reduction='none' and average over every other axis.",
+        )
+
+
+class BadReduction(WhenceError):
+    """The task's reduction does not give one factor per slot."""
+
+    def __init__(self, got: tuple[int, ...], slots: int) -> None:
+        self.args = (
+            f"reduce(batches) must return a tensor [slot] with a factor for each of the step's {slots} slots; "
+            f"it returned shape {list(got)}.",
+        )
+
+
+class SharedStorage(WhenceError):
+    """Two parameters of the model share memory without being the same parameter."""
+
+    def __init__(self, first: str, second: str) -> None:
+        self.args = (
+            f"Parameters {first!r} and {second!r} are two objects on one storage: the optimizer moves that memory "
+            "twice a step, which no replay can follow. Tie them as one parameter: module.weight = other.weight.",
+        )
+
+
+class UnsupportedOptimizer(WhenceError):
+    """The optimizer has no derivative that a sweep could use."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.args = (
+            f"{name} cannot be attributed: {reason}. Supported: SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, "
+            "Adadelta, Adamax, ASGD.",
+        )
+
+
+class BadQuery(WhenceError):
+    """A query asks for something that is not there."""
+
+    def __init__(self, asked: str, there: str) -> None:
+        self.args = (f"The query asks for {asked}, but {there}.",)
