@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 project = "whence"
 author = "the authors of whence"
-copyright = author  # noqa: A001 - Sphinx wants this name
+copyright = author
 release = version = whence.__version__
 
 extensions = [
@@ -51,7 +51,9 @@ def titled_examples() -> str:
         copy = folder / source.name
         if not copy.is_file() or copy.read_text(encoding="utf-8") != text:
             copy.write_text(text, encoding="utf-8")
-    header = "Examples\n========\n\nWhole programs, run while this page was built; their output stands below them.\n"
+    header = (
+        "Examples\n========\n\nWhole programs, run while these pages were built; the output stands above the code.\n"
+    )
     (folder / "GALLERY_HEADER.rst").write_text(header, encoding="utf-8")
     return str(folder)
 
@@ -66,5 +68,5 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "show_signature": False,
     "download_all_examples": False,
-    "min_reported_time": 1e9,
+    "write_computation_times": False,
 }

@@ -130,9 +130,9 @@ class Trust:
             return "Do not use these numbers: the sweep is not the derivative of this training."
         if not self.removal.passed and self.early > EARLY:
             return (
-                f"{self.early:.0%} of the influence stems from step 0. Adam's first update is g / (|g| + eps): where a "
-                "gradient is near zero, its derivative is huge and says little. A warm-up or eps=1e-6 cures it; without "
-                "training again, read influence.visits(1, ...)."
+                f"{self.early:.0%} of the influence stems from step 0. Adam's first update is g / (|g| + eps): where "
+                "a gradient is near zero, its derivative is huge and says little. A warm-up or eps=1e-6 cures it; "
+                "without training again, read influence.visits(1, ...)."
             )
         if not self.removal.passed:
             return (

@@ -115,4 +115,4 @@ def _contents(cell: CellType) -> object:
 
 
 def _is_users(member: object) -> bool:
-    return isinstance(member, FunctionType) and member.__module__.split(".")[0] not in LIBRARIES
+    return isinstance(member, FunctionType) and (member.__module__ or "").split(".")[0] not in LIBRARIES

@@ -70,8 +70,8 @@ class Transition:
 
     def raw_gradient(self, state: State) -> Gradient:
         """Gradient of L_t before clipping, the buffers it leaves, and the losses `[slot]`."""
-        with self.replaying():
-            walked = list(self.walk(state))
+        self.set_modes()  # and training's own kernels, so that a replay meets the recording to the bit
+        walked = list(self.walk(state))
         return gathered(walked)[0], walked[-1][1][1], gathered(walked)[1]
 
     def clipped(self, grads: Tree) -> Tree:
@@ -103,10 +103,14 @@ class Transition:
         """Cut the weights of a step's slots into those of its micro-batches."""
         return [None] * len(self.sizes) if weights is None else torch.split(weights, list(self.sizes), dim=-1)
 
+    def set_modes(self) -> None:
+        """Put the skeleton's modules into the recorded train/eval modes."""
+        self.task.binding.set_modes(self.step.evaluating)
+
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Recorded train/eval modes, and attention that can be differentiated twice."""
-        self.task.binding.set_modes(self.step.evaluating)
+        self.set_modes()
         with sdpa_kernel(SDPBackend.MATH):
             yield
 
