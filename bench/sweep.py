@@ -20,8 +20,8 @@ import whence
 from bench.models import GPT, sentences
 from whence.record.policy import CheckpointPolicy
 
-SLOTS, REPEATS = 32, 4
-STEPS, RECORDED = 4, 150  # of the run that is swept, and of the one that is recorded with the default policy
+SLOTS, REPEATS = 32, 3
+STEPS, RECORDED = 8, 150  # of the run that is swept, and of the one that is recorded with the default policy
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -113,6 +113,7 @@ class Stopped(Exception):
 
 def test_an_interrupted_attribution_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before every possible step in turn, and resumed."""
+    monkeypatch.setattr("whence.methods.dit.SHORTEST", 1)
     run = recorded("adamw", tmp_path)
     whole = whence.DIT().attribute(run, asked(), observed_at=[3, 5], out=tmp_path / "whole").values()
     real = Run.transition

@@ -31,7 +31,7 @@ from whence.replay.state import State
 from whence.run.run import Run
 
 Denominator = Literal["keep", "renormalize"]
-SHARDS = 20  # an attribution can resume at this many points
+SHARDS, SHORTEST = 20, 8  # an attribution can resume at this many points, at least so many steps apart
 
 
 @final
@@ -169,5 +169,5 @@ def described(run: Run, queries: Query, states: tuple[int, ...]) -> Description:
         steps=run.steps,
         slots=max(len(step.samples) for step in run.log),
         samples=run.samples,
-        shard=max(1, -(-run.steps // SHARDS)),
+        shard=max(SHORTEST, -(-run.steps // SHARDS)),
     )

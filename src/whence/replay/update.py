@@ -149,8 +149,11 @@ class Update:
 
     def jacobian(self, state: State, grads: Tree) -> Jacobian:
         """The derivative of every output entry with respect to every input entry, at unstacked tensors."""
-        dead = {name: _never_moved(moments) for name, moments in self(state, grads).moments.items() if name in grads}
         leaves = {name: _leaves(state, grads[name], name) for name in grads}
+        # A fresh optimizer makes its moments in its first step, so it is asked for them.
+        fresh = {name: grad for name, grad in grads.items() if not state.moments.get(name)}
+        moments = state.moments | (self(state, fresh).moments if fresh else {})
+        dead = {name: _never_moved(moments[name], grad) for name, grad in grads.items() if name in moments}
         with torch.enable_grad():
             params, moments = self._traced(state, leaves, dead)
             outputs = {name: {PARAMETER: params[name]} | moments[name] for name in grads}
@@ -160,7 +163,7 @@ class Update:
         self, state: State, leaves: dict[str, Tree], dead: dict[str, Tensor | None]
     ) -> tuple[Tree, dict[str, Tree]]:
         """The update as a graph over the leaves, with the two guards where torch.optim has no derivative."""
-        guarded = {name: _revive(tree, dead[name]) for name, tree in leaves.items()}
+        guarded = {name: _revive(tree, dead.get(name)) for name, tree in leaves.items()}
         params = {name: tree.pop(PARAMETER) for name, tree in guarded.items()}
         grads = {name: tree.pop(GRADIENT) for name, tree in guarded.items()}
         moments = {name: _exact_counts(state.moments.get(name, {})) | tree for name, tree in guarded.items()}
@@ -170,7 +173,7 @@ class Update:
         copies = saved_tensors_hooks(lambda t: t.clone() if t.dim() == 0 else t, lambda t: t)
         with _default_dtype(torch.float64), copies:
             params, moments = self._run(params, moments, grads, differentiable=True)
-        return params, {name: _bury(tree, dead[name]) for name, tree in moments.items()}
+        return params, {name: _bury(tree, dead.get(name)) for name, tree in moments.items()}
 
     def _first_momentum(self, moments: dict[str, Tree]) -> list[str]:
         if self.optimizer != "SGD":
@@ -261,15 +264,19 @@ def _leaves(state: State, grad: Tensor, name: str) -> Tree:
     return {key: value.detach().clone().requires_grad_() for key, value in values.items()}
 
 
-def _never_moved(moments: Tree) -> Tensor | None:
-    """Entries whose second moment is still zero after the update; None where there are none.
+def _never_moved(moments: Tree, grad: Tensor) -> Tensor | None:
+    """Entries whose second moment is zero and stays so with this gradient; None where there are none.
 
     Adam divides by sqrt(v); at v = 0 autograd returns NaN. Such an entry never received a gradient (dead unit, unused
     embedding row), so its derivative is defined through v = 1, g = 0: see `_revive` and `_bury`.
     """
-    seconds = [moments[key] == 0 for key in moments if key in SECOND_MOMENTS]
-    dead = torch.stack(seconds).any(0) if seconds else None
-    return dead if dead is not None and bool(dead.any()) else None
+    seconds = [moments[key] for key in moments if key in SECOND_MOMENTS]
+    if not seconds:
+        return None
+    # A square below the smallest normal number counts as zero: it may vanish when it is added to the moment.
+    square = grad.square()
+    dead = torch.stack([(second == 0) & (square < torch.finfo(square.dtype).tiny) for second in seconds]).any(0)
+    return dead if bool(dead.any()) else None
 
 
 def _revive(inputs: Tree, dead: Tensor | None) -> Tree:
