@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import whence
@@ -17,21 +18,32 @@ from bench.models import digits, mlp
 from whence.apply.trust import draw_visited, removal_check
 
 STEPS, SLOTS, SAMPLES = 200, 50, 60
-TRAININGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
-    "SGD": (torch.optim.SGD, {"lr": 0.03}),
-    "SGD, momentum 0.9": (torch.optim.SGD, {"lr": 0.005, "momentum": 0.9}),
-    "AdamW, eps 1e-6": (torch.optim.AdamW, {"lr": 5e-4, "eps": 1e-6}),
-    "AdamW, eps 1e-8": (torch.optim.AdamW, {"lr": 5e-4}),
+TRAININGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float], bool]] = {  # the last: warm-up and decay
+    "SGD, momentum 0.9": (torch.optim.SGD, {"lr": 0.002, "momentum": 0.9}, False),
+    "AdamW, scheduled": (torch.optim.AdamW, {"lr": 1e-3}, True),
+    "AdamW, constant": (torch.optim.AdamW, {"lr": 1e-3}, False),
 }
+
+
+def warm_up_and_decay(step: int) -> float:
+    """Twenty steps up, then linearly down."""
+    return min(1.0, (step + 1) / 20) * (1 - step / STEPS)
+
+
+def constant(step: int) -> float:
+    """The same rate throughout."""
+    del step
+    return 1.0
 
 
 def train(name: str, seed: int) -> tuple[whence.Run, TensorDataset, float]:
     """Record one training; the run, the test set, and the accuracy on it."""
-    kind, settings = TRAININGS[name]
+    kind, settings, scheduled = TRAININGS[name]
     torch.manual_seed(seed)
     model, (data, test) = mlp(), digits()
     task = whence.classification(model, data)
     optimizer = kind(model.parameters(), **settings)  # type: ignore[arg-type]
+    scheduler = LambdaLR(optimizer, warm_up_and_decay if scheduled else constant)
     loader = DataLoader(data, batch_size=SLOTS, shuffle=True)
     folder = Path(tempfile.mkdtemp()) / "run"
     with whence.Recorder(folder, task, optimizer) as recorder:
@@ -40,6 +52,7 @@ def train(name: str, seed: int) -> tuple[whence.Run, TensorDataset, float]:
             for inputs, labels in recorder.watch(loader):
                 cross_entropy(model(inputs), labels).backward()
                 optimizer.step()
+                scheduler.step()
                 optimizer.zero_grad()
                 done += 1
                 if done == STEPS:

@@ -20,7 +20,7 @@ import whence
 from bench.models import GPT, sentences
 from whence.record.policy import CheckpointPolicy
 
-SLOTS, REPEATS = 32, 3
+SLOTS, REPEATS = 32, 2
 STEPS, RECORDED = 8, 150  # of the run that is swept, and of the one that is recorded with the default policy
 
 

@@ -17,7 +17,7 @@ from whence.replay.update import portions
 from whence.run.run import Run
 from whence.tree import each
 
-CACHE = 160 * 2**20  # bytes of activations up to which more queries at once are faster on a processor
+CACHE = 64 * 2**20  # bytes of activations up to which pulling more queries at once is faster on a processor
 
 
 @final
