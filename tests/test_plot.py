@@ -28,8 +28,9 @@ DRAWINGS = {
 
 @pytest.fixture(autouse=True)
 def agg() -> Iterator[None]:
-    """Draw without a screen, and close what was drawn."""
+    """Draw without a screen, with no figure open before or after."""
     before = mpl.get_backend()
+    plt.close("all")
     plt.switch_backend("agg")
     yield
     plt.close("all")

@@ -41,9 +41,9 @@ class Sizes:
 
     def total(self, rows: int, *, chunk: int, held: int) -> int:
         """Peak of a sweep with so many cotangents (queries x observed states): the formula of docs/memory.md."""
-        alive = rows * (self.cotangent + 2 * self.params)
+        alive = rows * (self.cotangent + 1.5 * self.params)
         pulled = chunk * (2 * self.params + 2.2 * self.activations)
-        return int(held * self.state + alive + pulled + 4.5 * self.activations + 8.5 * self.portion)
+        return int(held * self.state + alive + pulled + 4.5 * self.activations + 7 * self.portion)
 
 
 @final
