@@ -1,85 +1,11 @@
-"""The update as a function: same numbers as torch.optim, and a Jacobian that equals finite differences."""
-
-from typing import Any
+"""The update as a function: the same numbers as torch.optim, for stacks too, and only where there is a gradient."""
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from tests.replay.updates import started
 from whence.errors import UnsupportedOptimizer
-from whence.replay.state import State, settings_of
-from whence.replay.update import GRADIENT, PARAMETER, SUPPORTED, Update, supported, tensors_of
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1},
-    "Adam": {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1},
-    "RMSprop": {"lr": 0.1, "centered": True, "momentum": 0.5},
-    "ASGD": {"lr": 0.1, "t0": 1.0},
-}
-
-
-def started(kind: str, steps: int) -> tuple[Update, State, Tensor]:
-    """An optimizer after some steps on random gradients: its update, its state, and the next gradient."""
-    draw = torch.Generator().manual_seed(5)
-    parameter = nn.Parameter(torch.randn(6, generator=draw, dtype=torch.float64))
-    optimizer = SUPPORTED[kind]([parameter], **SETTINGS.get(kind, {"lr": 0.1}))
-    for _ in range(steps):
-        parameter.grad = torch.randn(6, generator=draw, dtype=torch.float64)
-        optimizer.step()
-    grad = torch.randn(6, generator=draw, dtype=torch.float64)
-    moments = {"w": tensors_of(optimizer.state[parameter])} if steps else {}
-    state = State(
-        {"w": parameter.detach().clone()}, {}, {n: {k: t.clone() for k, t in m.items()} for n, m in moments.items()}
-    )
-    return Update(kind, (("w",),), (settings_of(optimizer.param_groups[0]),)), state, grad
-
-
-@pytest.mark.parametrize("steps", [0, 1, 4])
-@pytest.mark.parametrize("kind", SUPPORTED)
-def test_the_jacobian_equals_finite_differences(kind: str, steps: int) -> None:
-    """Every output by every input, also at the first step of a fresh optimizer."""
-    update, state, grad = started(kind, steps)
-    entries = update.jacobian(state, {"w": grad}).entries["w"]
-    after = update(state, {"w": grad})
-    outputs = [PARAMETER, *(k for k, m in after.moments["w"].items() if m.shape == grad.shape)]
-    sources = {source for _, source in entries}
-    assert {PARAMETER, GRADIENT} <= sources
-    for source in sources:
-        numeric = differences(update, state, grad, source)
-        for output in outputs:
-            exact = entries.get((output, source), torch.zeros(6, dtype=torch.float64))
-            torch.testing.assert_close(exact, numeric[output], rtol=1e-5, atol=1e-7)
-
-
-def differences(update: Update, state: State, grad: Tensor, source: str) -> dict[str, Tensor]:
-    """Central differences of all outputs, moving every entry of one input by a millionth of itself."""
-    found = []
-    inputs = {PARAMETER: state.params["w"], GRADIENT: grad} | state.moments.get("w", {})
-    size = 1e-6 * inputs[source].abs() + 1e-12
-    for sign in (1.0, -1.0):
-        params, moments, moved = dict(state.params), {n: dict(t) for n, t in state.moments.items()}, grad
-        match source:
-            case "parameter":
-                params["w"] = params["w"] + sign * size
-            case "gradient":
-                moved = grad + sign * size
-            case key:
-                moments["w"][key] = moments["w"][key] + sign * size
-        after = update(State(params, {}, moments), {"w": moved})
-        found.append({PARAMETER: after.params["w"]} | after.moments["w"])
-    return {key: (found[0][key] - found[1][key]) / (2 * size) for key in found[0] if found[0][key].shape == grad.shape}
-
-
-@pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax"])
-def test_entries_that_never_moved_have_a_finite_derivative(kind: str) -> None:
-    """A dead unit's second moment stays zero, and no NaN reaches its neighbours."""
-    update, state, grad = started(kind, 0)
-    for _ in range(3):
-        dead = grad.clone()
-        dead[2] = 0.0
-        entries = update.jacobian(state, {"w": dead}).entries["w"]
-        assert all(torch.isfinite(entry).all() for entry in entries.values()), (kind, entries)
-        state = update(state, {"w": dead})
+from whence.replay.update import supported
 
 
 def test_a_stack_of_states_is_updated_like_each_alone() -> None:

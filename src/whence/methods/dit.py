@@ -25,6 +25,7 @@ from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.renormalize import check_renormalizable, renormalized
 from whence.queries import Query, gradients
 from whence.replay.curvature import Curvature, Hessian
+from whence.replay.heap import kept_heap
 from whence.replay.plan import plan
 from whence.replay.reverse import Cotangent, Sweep, Swept, start
 from whence.replay.state import State
@@ -100,8 +101,9 @@ class _Filling:
         sweep = Sweep(self.run.state, self.run.transition, self.begin, curvature=curvature, chunk=cut.chunk)
         swept = sweep(plan(self.run.kept, stop, held=cut.held), cotangent)
         bar = iter(tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False))
-        for shard in reversed(missing):
-            self.fill_shard(shard, bar)
+        with kept_heap():
+            for shard in reversed(missing):
+                self.fill_shard(shard, bar)
         self.store.clear()
 
     def fill_shard(self, shard: int, swept: Iterator[Swept]) -> None:

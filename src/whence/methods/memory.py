@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from whence.errors import TooLittleMemory
 from whence.influence import layout
 from whence.replay.state import State, elementwise
-from whence.replay.update import portions
+from whence.replay.strands import longest
 from whence.run.run import Run
 from whence.tree import each
 
@@ -29,21 +29,21 @@ class Sizes:
         state: one state, S.
         cotangent: one query's cotangent, C: trained parameters and their moments.
         params: the trained parameters alone, P.
-        portion: cotangent of the parameters whose update is differentiated at once, U.
+        strand: cotangent of the entries whose update is differentiated at once, U.
         activations: what the forward pass of the largest micro-batch keeps for its backward pass, A.
     """
 
     state: int
     cotangent: int
     params: int
-    portion: int
+    strand: int
     activations: int
 
     def total(self, rows: int, *, chunk: int, held: int) -> int:
         """Peak of a sweep with so many cotangents (queries x observed states): the formula of docs/memory.md."""
         alive = rows * (self.cotangent + 1.5 * self.params)
         pulled = chunk * (2 * self.params + 2.2 * self.activations)
-        return int(held * self.state + alive + pulled + 4.5 * self.activations + 7 * self.portion)
+        return int(held * self.state + alive + pulled + 4.5 * self.activations + 7 * self.strand)
 
 
 @final
@@ -84,12 +84,12 @@ def sizes_of(run: Run) -> Sizes:
     """Sizes of a run's sweep, from its last kept state and one forward pass."""
     state = run.state(run.kept[-1])
     params = {name: state.params[name] for name in run.trained}
-    portion = max(bytes_of_cotangent(state, names) for names in portions(params))
+    entries, cotangent = sum(tensor.numel() for tensor in params.values()), bytes_of_cotangent(state, run.trained)
     return Sizes(
         bytes_of_state(state),
-        bytes_of_cotangent(state, run.trained),
+        cotangent,
         sum(tensor.nbytes for tensor in params.values()),
-        portion,
+        cotangent * min(entries, longest(params[run.trained[0]])) // entries,
         bytes_of_activations(run),
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from whence.replay.curvature import Curvature, Linearised
+from whence.replay.jacobian import pull_update
 from whence.replay.plan import Action, Advance, Restore, Reverse
 from whence.replay.state import State, elementwise
 from whence.replay.transition import Transition, gathered
@@ -75,7 +76,8 @@ def start(state: State, params: Tree, buffers: Tree) -> Cotangent:
         )
         for name, tree in state.moments.items()
     }
-    return Cotangent(params, buffers, moments)
+    # Strands of the update are cut out of them as views.
+    return Cotangent(each(Tensor.contiguous, params), buffers, moments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +104,8 @@ def pull_back(
     with transition.replaying():
         primal = _Primal.of(transition, state, curvature)
         clipped, unclip = vjp(transition.clipped, primal.gradient)  # type: ignore[misc]
-        params, moments, grads = transition.update.pull(
-            state, clipped, params=cotangent.params, moments=cotangent.moments
-        )
+        params = cotangent.params
+        moments, grads = pull_update(transition.update, state, clipped, params=params, moments=cotangent.moments)
         if transition.task.clip is not None:
             grads = vmap(lambda consumed: unclip(consumed)[0])(grads)
         buffers = dict(cotangent.buffers)

@@ -25,9 +25,9 @@ def checksum(content: bytes) -> str:
     """Short content hash.
 
     >>> checksum(b"whence")
-    '14b55801de76c280'
+    'f109f448a636f197'
     """
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
+    return hashlib.sha256(content).hexdigest()[:16]  # processors have instructions for it
 
 
 def read_checked(folder: Path, name: str, expected: str) -> bytes:

@@ -112,7 +112,7 @@ def digest(batch: Batch) -> str:
     >>> digest((torch.zeros(2), 1)) == digest((torch.zeros(2), 1))
     True
     """
-    found = hashlib.blake2b(digest_size=8)
+    found = hashlib.sha256()
     for path, leaf in tree_flatten_with_path(batch)[0]:
         found.update(str(path).encode())
         if isinstance(leaf, Tensor):
@@ -120,7 +120,7 @@ def digest(batch: Batch) -> str:
             found.update(_bytes(leaf))
         else:
             found.update(_ADDRESS.sub("", repr(leaf)).encode())
-    return found.hexdigest()
+    return found.hexdigest()[:16]
 
 
 def _bytes(tensor: Tensor) -> bytes | memoryview:
