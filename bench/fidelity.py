@@ -20,7 +20,7 @@ from whence.apply.trust import draw_visited, removal_check
 STEPS, SLOTS, SAMPLES = 200, 50, 60
 TRAININGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float], bool]] = {  # the last: warm-up and decay
     "SGD, momentum 0.9": (torch.optim.SGD, {"lr": 0.002, "momentum": 0.9}, False),
-    "AdamW, warm-up, decay": (torch.optim.AdamW, {"lr": 1e-3}, True),
+    "AdamW, warm-up, decay": (torch.optim.AdamW, {"lr": 3.5e-4}, True),
 }
 
 

@@ -6,6 +6,7 @@ Peak resident memory of one attribution above that of the process before it, for
 import ctypes
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import whence
 from bench import sweep
+from bench.models import GPT, sentences
 from whence.methods.memory import sizes_of
 
 MIB = 2**20
@@ -37,7 +39,7 @@ def peak_of(run: whence.Run, count: int, chunk: int) -> int:
 
 def gpt(folder: Path) -> whence.Run:
     """Activations weigh more than parameters."""
-    return sweep.swept_run(folder)
+    return sweep.swept_run(folder, 4)
 
 
 def wide(folder: Path) -> whence.Run:
@@ -45,18 +47,47 @@ def wide(folder: Path) -> whence.Run:
     data = TensorDataset(torch.randn(64, 256), torch.randint(0, 10, (64,)))
     model = nn.Sequential(nn.Linear(256, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 10))
     task, optimizer = whence.classification(model, data), torch.optim.SGD(model.parameters(), lr=0.01)
+    return trained(task, optimizer, DataLoader(data, batch_size=16), folder=folder)
+
+
+def trained(
+    task: whence.Task, optimizer: torch.optim.Optimizer, loader: "DataLoader[Any]", *, folder: Path
+) -> whence.Run:
+    """Record one epoch."""
     with whence.Recorder(folder, task, optimizer) as recorder:
-        for inputs, labels in recorder.watch(DataLoader(data, batch_size=16)):
-            cross_entropy(model(inputs), labels).backward()
+        for inputs, labels in recorder.watch(loader):
+            cross_entropy(task.model(inputs), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
+    return whence.open_run(folder, task)
+
+
+def cnn(folder: Path) -> whence.Run:
+    """Convolutions and BatchNorm."""
+    data = TensorDataset(torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,)))
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.GELU(), nn.Conv2d(32, 64, 3, 2, padding=1)]
+    model = nn.Sequential(
+        *layers, nn.BatchNorm2d(64), nn.GELU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 10)
+    )
+    task, optimizer = whence.classification(model, data), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return trained(task, optimizer, DataLoader(data, batch_size=32), folder=folder)
+
+
+def broad(folder: Path) -> whence.Run:
+    """Another language model; its figures had no part in the choice of the formula's constants."""
+    torch.manual_seed(0)
+    data, model = sentences(64), GPT(width=256, layers=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    task, loader = whence.language_model(model, data), DataLoader(data, batch_size=16)
+    with whence.Recorder(folder, task, optimizer) as recorder:
+        sweep.train(task, optimizer, recorder.watch(loader))
     return whence.open_run(folder, task)
 
 
 def main() -> None:
     """Print the table."""
     print("model  queries  at once  measured MiB  formula MiB  ratio")
-    for build in (gpt, wide):
+    for build in (gpt, wide, cnn, broad):
         run = build(Path(tempfile.mkdtemp()) / "run")
         peak_of(run, 1, 1)
         for count, chunk in ((1, 1), (4, 1), (4, 4), (16, 1), (16, 4)):

@@ -20,8 +20,8 @@ import whence
 from bench.models import GPT, sentences
 from whence.record.policy import CheckpointPolicy
 
-SLOTS, REPEATS = 32, 2
-STEPS, RECORDED = 8, 150  # of the run that is swept, and of the one that is recorded with the default policy
+SLOTS, REPEATS = 32, 3
+STEPS, RECORDED = 24, 150  # of the run that is swept, and of the one that is recorded with the default policy
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -64,10 +64,10 @@ def record(steps: int, path: Path, policy: CheckpointPolicy | None = None) -> fl
     return seconds(recorded)
 
 
-def swept_run(folder: Path) -> whence.Run:
+def swept_run(folder: Path, steps: int = STEPS) -> whence.Run:
     """A short run with all states kept."""
-    record(STEPS, folder, whence.Every(1))
-    return whence.open_run(folder, prepared(STEPS)[0])
+    record(steps, folder, whence.Every(1))
+    return whence.open_run(folder, prepared(steps)[0])
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from whence import cli
+from whence.cli import show
 
 Captured = pytest.CaptureFixture[str]
 
@@ -97,3 +99,20 @@ def test_the_program_is_installed() -> None:
     done = subprocess.run([program, "--help"], stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("found", "started", "said"),
+    [
+        ("/bin/whence", ".venv/bin/whence", "whence"),
+        (None, ".venv/bin/whence", ".venv/bin/whence"),
+        (None, "pytest", "whence"),
+    ],
+)
+def test_suggested_commands_can_be_typed(
+    monkeypatch: pytest.MonkeyPatch, *, found: str | None, started: str, said: str
+) -> None:
+    """A program that the shell does not find is named by its place."""
+    monkeypatch.setattr(shutil, "which", {"whence": found}.get)
+    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / started)])
+    assert show.command("top", "run/dit") == f"{said} top run/dit"

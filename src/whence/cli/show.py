@@ -4,9 +4,11 @@ What is asked for goes to stdout. With `--form json` or `csv` nothing else does,
 """
 
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from math import floor, isfinite, log10
+from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, TextIO
 
@@ -128,7 +130,15 @@ def command(*words: object) -> str:
     >>> command("top", "my run/dit", "--k", 5)
     "whence top 'my run/dit' --k 5"
     """
-    return shlex.join(["whence", *map(str, words)])
+    return shlex.join([program(), *map(str, words)])
+
+
+def program() -> str:
+    """What to type for `whence`: its name where the shell finds it, else the place that it was started from."""
+    started = Path(sys.argv[0])
+    if started.name != "whence" or shutil.which("whence"):
+        return "whence"
+    return str(started.relative_to(Path.cwd()) if started.is_relative_to(Path.cwd()) else started)
 
 
 def failure(error: BaseException) -> None:

@@ -42,8 +42,11 @@ class Sizes:
     def total(self, rows: int, *, chunk: int, held: int) -> int:
         """Peak of a sweep with so many cotangents (queries x observed states): the formula of docs/memory.md."""
         alive = rows * (self.cotangent + 1.5 * self.params)
-        pulled = chunk * (2 * self.params + 2.2 * self.activations)
-        return int(held * self.state + alive + pulled + 4.5 * self.activations + 7 * self.strand)
+        # What one chunk frees is not all used again by the next.
+        graph = (3.4 if rows > chunk else 2.6) * self.activations
+        pulled = chunk * (2 * self.params + graph)
+        fixed = 4.7 * self.activations + 4 * self.params + 7 * self.strand
+        return int(held * self.state + alive + pulled + fixed)
 
 
 @final
