@@ -35,6 +35,10 @@ _HOME = {
     "Run": "whence.run.run",
     "open_run": "whence.run.run",
     "DIT": "whence.methods.dit",
+    "Hessian": "whence.replay.curvature",
+    "GaussNewton": "whence.replay.curvature",
+    "EmpiricalFisher": "whence.replay.curvature",
+    "Zero": "whence.replay.curvature",
     "leave_one_out": "whence.methods.retrain",
     "retrain": "whence.methods.retrain",
     "Influence": "whence.influence.influence",
@@ -68,6 +72,10 @@ if TYPE_CHECKING:
     from whence.record.policy import Last as Last
     from whence.record.policy import Only as Only
     from whence.record.recorder import Recorder as Recorder
+    from whence.replay.curvature import EmpiricalFisher as EmpiricalFisher
+    from whence.replay.curvature import GaussNewton as GaussNewton
+    from whence.replay.curvature import Hessian as Hessian
+    from whence.replay.curvature import Zero as Zero
     from whence.run.run import Run as Run
     from whence.run.run import open_run as open_run
     from whence.task import ClipNorm as ClipNorm

@@ -160,21 +160,32 @@ class Task:
         result: Result = functional_call(self.binding, tensors, (function,))
         return result
 
+    def outputs(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Any, Tree]:
+        """What `predict` returns for a batch, and the buffers as the forward pass leaves them."""
+        copies = {name: tensor.clone() for name, tensor in buffers.items()}  # a module may write to them in place
+        with self.binding.statistics.collected() as updates:
+            found, left = self.bind(params, copies, lambda model: (self.predict(model, batch), _buffers(model)))
+        return found, {name: left.get(name, copy) for name, copy in copies.items()} | updates
+
+    def losses_of(self, outputs: Any, batch: Batch) -> Float[Tensor, " slot"]:
+        """Loss of every row of a batch.
+
+        Raises:
+            BadLoss: the loss is not a tensor with one axis.
+        """
+        found = self.loss(outputs, batch)
+        if not isinstance(found, Tensor) or found.dim() != 1:
+            raise BadLoss(tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__)
+        return found
+
     def losses(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Float[Tensor, " slot"], Tree]:
         """Loss of every row of a batch, and the buffers as the forward pass leaves them.
 
         Raises:
             BadLoss: the loss is not a tensor with one axis.
         """
-        copies = {name: tensor.clone() for name, tensor in buffers.items()}  # a module may write to them in place
-        with self.binding.statistics.collected() as updates:
-            values, left = self.bind(params, copies, lambda model: (self._losses(model, batch), _buffers(model)))
-        if not isinstance(values, Tensor) or values.dim() != 1:
-            raise BadLoss(tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__)
-        return values, {name: left.get(name, copy) for name, copy in copies.items()} | updates
-
-    def _losses(self, model: nn.Module, batch: Batch) -> Any:
-        return self.loss(self.predict(model, batch), batch)
+        outputs, after = self.outputs(params, buffers, batch)
+        return self.losses_of(outputs, batch), after
 
     def shares(self, batches: Sequence[Batch], sizes: Sequence[int]) -> list[Float[Tensor, " slot"]]:
         """The factor c of every slot, for each micro-batch of one step.

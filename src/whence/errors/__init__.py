@@ -18,6 +18,7 @@ from whence.errors.influence import UnfinishedInfluence as UnfinishedInfluence
 from whence.errors.influence import UnknownQuery as UnknownQuery
 from whence.errors.influence import UnknownSample as UnknownSample
 from whence.errors.methods import CannotRenormalize as CannotRenormalize
+from whence.errors.methods import NoOutputs as NoOutputs
 from whence.errors.methods import TooLittleMemory as TooLittleMemory
 from whence.errors.methods import WithoutQueries as WithoutQueries
 from whence.errors.recording import BadOptimizer as BadOptimizer

@@ -22,6 +22,17 @@ class TooLittleMemory(WhenceError):
         )
 
 
+class NoOutputs(WhenceError):
+    """Gauss-Newton curvature needs the model's outputs."""
+
+    def __init__(self, kind: str) -> None:
+        self.args = (
+            f"GaussNewton bends the loss at the model's outputs, and finds no floating tensor in the {kind} that "
+            "predict returned. Let predict return tensors (nested in tuples, lists or dicts), or use "
+            "curvature=whence.Hessian().",
+        )
+
+
 class WithoutQueries(WhenceError):
     """An influence is to be checked, and what was asked is not known."""
 

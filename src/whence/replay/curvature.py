@@ -1,40 +1,25 @@
-r"""Products with the curvature of one step's loss.
+r"""Which second derivative of a step's loss a reverse sweep takes.
 
-The gradient of a step, as a function of parameters, buffers and sample weights, has one transposed derivative that
-holds everything a reverse sweep needs: with a the cotangent of the gradient and b that of the buffers,
-
-.. math:: (\nabla^2 L\, a + B_\theta^\top b,\quad \partial_B,\quad c_b \langle a, \nabla \ell_b \rangle)
-
-No per-sample gradient is formed, and losses that couple the samples of a batch (BatchNorm, contrastive) are exact.
+Every policy but `Hessian` puts another matrix in the place of :math:`\nabla^2 L`. The scores
+:math:`c_b \langle a, \nabla \ell_b \rangle` and the path through running statistics stay exact.
 """
 
 import abc
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
-from torch.func import vjp
 
+from whence.replay.chain import AtLosses, AtOutputs, through
+from whence.replay.linearised import Linearised, Product, differenced, differentiated
 from whence.replay.transition import Piece
 from whence.tree import Tree
-
-# (cotangent of the gradient, of the running buffers) -> (curvature product, of the running buffers, scores [slot])
-Pull = Callable[[Tree, Tree], tuple[Tree, Tree, Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class Linearised:
-    """A piece's gradient at one point, the losses `[slot]`, the buffers it leaves, and its transposed derivative."""
-
-    gradient: Tree
-    buffers: Tree
-    losses: Tensor
-    pull: Pull
 
 
 class Curvature(abc.ABC):
     """Says how the loss's second derivative is taken in a reverse sweep."""
+
+    product: Product
 
     @abc.abstractmethod
     def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
@@ -44,21 +29,75 @@ class Curvature(abc.ABC):
 @final
 @dataclass(frozen=True, slots=True)
 class Hessian(Curvature):
-    r"""The exact product :math:`\nabla^2 L\, a`, by reverse mode over reverse mode.
+    r"""The exact product :math:`\nabla^2 L\, a`.
 
     Right for smooth networks, early steps and long runs. Prefer another policy where the training is not smooth at the
     scale of one sample (ReLU with Adam): the exact derivative is then right and yet a poor guide to a removal.
+
+    Args:
+        product: "autograd" differentiates the gradient once more. "difference" takes two ordinary gradients per query,
+            :math:`(\nabla L(\theta + \epsilon a) - \nabla L(\theta - \epsilon a)) / 2 \epsilon`: in training's own
+            memory, with training's own attention kernels, and less exact.
     """
 
+    product: Product = "autograd"
+
     def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
-        """Gradient of a piece and its exact transposed derivative."""
-        transition = piece.transition
-        carried = {name: buffers[name] for name in transition.task.running if name in buffers}
-        trained = {name: params[name] for name in transition.trained}
+        """Gradient of a piece and its transposed derivative."""
+        if self.product == "difference":
+            return differenced(piece, params, buffers, weights=weights)
+        return differentiated(piece, params, buffers, weights=weights)
 
-        def gradient(part: Tree, running: Tree, w: Tensor) -> tuple[tuple[Tree, Tree], tuple[Tree, Tensor]]:
-            value, after, losses = piece.gradient(params | part, buffers | running, w)
-            return (value, {name: after[name] for name in carried}), (after, losses)
 
-        (value, _), pull, (after, losses) = vjp(gradient, trained, carried, weights, has_aux=True)  # type: ignore[misc]
-        return Linearised(value, after, losses, lambda a, b: pull((a, b)))
+@final
+@dataclass(frozen=True, slots=True)
+class GaussNewton(Curvature):
+    r"""The generalised Gauss-Newton product :math:`J^\top \nabla^2_f \ell\, J a`, with J that of the model's outputs f.
+
+    Positive semidefinite where the loss is convex in the outputs, so a sweep stays stable where the network is not
+    smooth (ReLU with Adam); and the cheapest with any curvature. It drops what bends the outputs themselves. The
+    curvature of a penalty is kept exact.
+
+    Args:
+        product: how J a is taken: "autograd", or as a "difference" of the outputs of two forward passes.
+    """
+
+    product: Product = "autograd"
+
+    def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
+        """Gradient of a piece and the product with its Gauss-Newton matrix."""
+        return through(piece, params, buffers, weights=weights, cut=AtOutputs(), product=self.product)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class EmpiricalFisher(Curvature):
+    r"""The product :math:`\sum_b c_b\, g_b \langle g_b, a \rangle` with the gradients g of the samples' losses.
+
+    What Data Value Embedding (arXiv 2412.09538) takes for the Gauss-Newton matrix; offered for comparison.
+
+    Args:
+        product: how :math:`\langle g_b, a \rangle` is taken: "autograd", or as a "difference" of losses.
+    """
+
+    product: Product = "autograd"
+
+    def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
+        """Gradient of a piece and the product with its empirical Fisher matrix."""
+        return through(piece, params, buffers, weights=weights, cut=AtLosses(bends=True), product=self.product)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Zero(Curvature):
+    """No curvature: every visit counts as if no later step felt it, as in TracIn, but through the real optimizer.
+
+    Args:
+        product: how the scores are taken: "autograd", or as a "difference" of losses.
+    """
+
+    product: Product = "autograd"
+
+    def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
+        """Gradient of a piece, and its scores alone."""
+        return through(piece, params, buffers, weights=weights, cut=AtLosses(bends=False), product=self.product)

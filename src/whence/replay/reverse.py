@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from whence.replay.curvature import Curvature, Linearised
+from whence.replay.curvature import Curvature
 from whence.replay.jacobian import pull_update
+from whence.replay.linearised import Linearised
 from whence.replay.plan import Action, Advance, Restore, Reverse
 from whence.replay.state import State, elementwise
 from whence.replay.transition import Transition, gathered
@@ -101,7 +102,7 @@ def pull_back(
         curvature: how second derivatives are taken.
         chunk: how many queries are pulled at once; more are faster on small models and take more memory.
     """
-    with transition.replaying():
+    with transition.replaying(twice=curvature.product == "autograd"):
         primal = _Primal.of(transition, state, curvature)
         clipped, unclip = vjp(transition.clipped, primal.gradient)  # type: ignore[misc]
         params = cotangent.params
@@ -134,7 +135,7 @@ def _add_pulled(linear: Linearised, grads: Tree, *, into: Cotangent, chunk: int)
 def _pull_rows(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
     if len(next(iter(grads.values()))) > 1:
         try:
-            pulled: tuple[Tree, Tree, Tensor] = vmap(linear.pull)(grads, buffers)
+            pulled: tuple[Tree, Tree, Tensor] = vmap(linear.pull, randomness="same")(grads, buffers)
             return pulled
         except torch.OutOfMemoryError:
             log.warning("memory ran out; queries are pulled in smaller chunks, which may change the last digits")

@@ -1,7 +1,7 @@
 """One training step as a function from state to state, and its pieces as functions that can be differentiated."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import final
 
@@ -108,10 +108,10 @@ class Transition:
         self.task.binding.set_modes(self.step.evaluating)
 
     @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Recorded train/eval modes, and attention that can be differentiated twice."""
+    def replaying(self, *, twice: bool = True) -> Iterator[None]:
+        """Recorded train/eval modes, and attention that can be differentiated twice, or training's own."""
         self.set_modes()
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
             yield
 
 
@@ -132,28 +132,47 @@ class Piece:
     index: int
     share: Float[Tensor, " slot"]
 
+    @property
+    def counted(self) -> bool:
+        """Whether the update consumed its gradient."""
+        return self.transition.step.fed[self.index].counted
+
+    @property
+    def batch(self) -> Batch:
+        """What was fed to the model."""
+        return self.transition.batches[self.index]
+
     def gradient(self, params: Tree, buffers: Tree, weights: Tensor | None) -> Gradient:
         """Gradient with respect to the moving parameters; traceable by torch.func in every argument."""
         moving = {name: params[name] for name in self.transition.moving}
         rest = {name: params[name] for name in params if name not in moving}
 
         def loss(part: Tree) -> tuple[Tensor, tuple[Tree, Tensor]]:
-            return self._loss(rest | part, buffers, weights)
+            return self.loss(rest | part, buffers, weights)
 
         gradient, (after, losses) = grad(loss, has_aux=True)(moving)
         return gradient, after, losses
 
-    def _loss(self, params: Tree, buffers: Tree, weights: Tensor | None) -> tuple[Tensor, tuple[Tree, Tensor]]:
-        task, fed = self.transition.task, self.transition.step.fed[self.index]
-        with replayed_randomness(fed.random):
-            losses, after = task.losses(params, buffers, self.transition.batches[self.index])
-        if not fed.counted:
+    def loss(self, params: Tree, buffers: Tree, weights: Tensor | None) -> tuple[Tensor, tuple[Tree, Tensor]]:
+        """The piece's loss, the buffers that its forward pass leaves, and the losses `[slot]`."""
+        task = self.transition.task
+        with self.randomness():
+            losses, after = task.losses(params, buffers, self.batch)
+        if not self.counted:
             losses = losses.detach()[:0]  # cut off, not multiplied by zero: they may have been infinite
-        share = self.share.to(losses)
-        total = (losses * (share if weights is None else share * weights)).sum()
+        total = self.weighted(losses, weights)
         if self.index == 0 and task.penalty is not None:
             total = total + task.penalty(params)
         return total, (after, losses)
+
+    def weighted(self, losses: Tensor, weights: Tensor | None) -> Tensor:
+        """Sum over the slots of c w l."""
+        share = self.share.to(losses)
+        return (losses * (share if weights is None else share * weights)).sum()
+
+    def randomness(self) -> AbstractContextManager[None]:
+        """The generators as they were before the forward pass."""
+        return replayed_randomness(self.transition.step.fed[self.index].random)
 
 
 @contextmanager

@@ -1,0 +1,86 @@
+"""Whole sweeps under every curvature policy."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import whence
+from tests.cases import ADAMW, CASES, CLASSES, FEATURES, Case, normed, one_group, record, rows
+from tests.methods.test_exact import asked
+from whence.replay.curvature import Curvature
+from whence.run.run import Run
+
+BY_NAME = {case.name: case for case in CASES}
+POLICIES = [whence.Hessian(), whence.GaussNewton(), whence.EmpiricalFisher(), whence.Zero()]
+PARTED = ["batchnorm, adamw", "accumulation, batchnorm", "penalty", "batchnorm, skipped", "frozen", "tied, adamw"]
+
+
+def dropping() -> nn.Module:
+    """With dropout, whose mask a replay draws again."""
+    return nn.Sequential(nn.Linear(FEATURES, 5), nn.GELU(), nn.Dropout(0.4), nn.Linear(5, CLASSES))
+
+
+def recorded(case: Case, folder: Path) -> Run:
+    """A run of a case."""
+    model, data = case.built(), rows()
+    record(case, model, data, folder / "run")
+    return whence.open_run(folder / "run", case.task(model, data))
+
+
+def scores(run: Run, curvature: Curvature, chunk: int = 1) -> np.ndarray:
+    """Influence of every slot."""
+    return whence.DIT(curvature=curvature, chunk=chunk).attribute(run, asked(), observed_at="epochs").values()
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("name", [*PARTED, "dropout"])
+def test_differences_and_chunks_change_only_digits(name: str, policy: Curvature, tmp_path: Path) -> None:
+    """Every policy gives the same by autograd and by differences, for one query at a time and for two."""
+    run = recorded(BY_NAME.get(name) or Case("dropout", one_group(ADAMW, lr=0.01), model=dropping), tmp_path)
+    exact = scores(run, policy)
+    scale = np.abs(exact).max()
+    assert scale > 0
+    np.testing.assert_allclose(scores(run, policy, chunk=2), exact, rtol=0, atol=1e-11 * scale)
+    by_difference: Curvature = replace(policy, product="difference")  # type: ignore[type-var]
+    for chunk in (1, 2):
+        np.testing.assert_allclose(scores(run, by_difference, chunk), exact, rtol=0, atol=1e-6 * scale)
+
+
+def test_gauss_newton_is_the_hessian_where_outputs_are_linear(tmp_path: Path) -> None:
+    """A linear classifier's outputs do not bend, so nothing is dropped; the other two policies drop something."""
+    run = recorded(Case("linear", one_group(ADAMW, lr=0.05), model=lambda: nn.Linear(FEATURES, CLASSES)), tmp_path)
+    exact = scores(run, whence.Hessian())
+    np.testing.assert_allclose(scores(run, whence.GaussNewton()), exact, rtol=0, atol=1e-12 * np.abs(exact).max())
+    for other in (whence.EmpiricalFisher(), whence.Zero()):
+        assert np.abs(scores(run, other) - exact).max() > 1e-3 * np.abs(exact).max()
+
+
+def test_the_last_step_feels_no_curvature(tmp_path: Path) -> None:
+    """All policies agree on the scores of the last step, and on no earlier one."""
+    run = recorded(Case("batchnorm", one_group(ADAMW, lr=0.01), model=normed), tmp_path)
+    exact = scores(run, whence.Hessian())[:, 0]
+    for other in POLICIES[1:]:
+        found = scores(run, other)[:, 0]
+        np.testing.assert_allclose(found[:, -1], exact[:, -1], rtol=1e-9, atol=1e-15)
+        assert not np.allclose(found[:, 0], exact[:, 0], rtol=1e-6)
+
+
+def test_a_policy_is_part_of_the_question(tmp_path: Path) -> None:
+    """The result says which curvature made it, and another one does not go on in its folder."""
+    run = recorded(BY_NAME["adamw"], tmp_path)
+    found = whence.DIT(curvature=whence.GaussNewton()).attribute(run, asked(), out=tmp_path / "dit")
+    assert found.description.settings["curvature"] == "GaussNewton(product='autograd')"
+    with pytest.raises(whence.WhenceError, match="curvature"):
+        whence.DIT(curvature=whence.Hessian()).attribute(run, asked(), out=tmp_path / "dit")
+
+
+def test_no_generator_is_moved(tmp_path: Path) -> None:
+    """Differences draw dropout's masks again, and leave the generator as it was."""
+    run = recorded(Case("dropout", one_group(ADAMW, lr=0.01), model=dropping), tmp_path)
+    before = torch.get_rng_state()
+    scores(run, whence.GaussNewton(product="difference"))
+    assert torch.equal(torch.get_rng_state(), before)
