@@ -63,18 +63,19 @@ def train(name: str, seed: int) -> tuple[whence.Run, TensorDataset, float]:
 def main() -> None:
     """Print the table."""
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    print("training              seed  accuracy  Pearson  interval            Spearman            slope")
+    print("training              seed  accuracy  update   Pearson  interval            Spearman            slope")
     for name in TRAININGS:
         for seed in range(seeds):
             run, test, accuracy = train(name, seed)
             queries = whence.Loss(test, aggregate="mean")
-            influence = whence.DIT().attribute(run, queries)
-            check = removal_check(run, influence, queries, samples=draw_visited(run, SAMPLES, seed=seed))
-            print(
-                f"{name:21} {seed:4}  {accuracy:8.3f}  {check.pearson.estimate:.4f}   {check.pearson}   "
-                f"{check.spearman}   {check.slope:.2f}",
-                flush=True,
-            )
+            for slope in (whence.Tangent(), whence.Secant()):
+                influence = whence.DIT(slope=slope).attribute(run, queries)
+                check = removal_check(run, influence, queries, samples=draw_visited(run, SAMPLES, seed=seed))
+                print(
+                    f"{name:21} {seed:4}  {accuracy:8.3f}  {type(slope).__name__:7}  {check.pearson.estimate:.4f}   "
+                    f"{check.pearson}   {check.spearman}   {check.slope:.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

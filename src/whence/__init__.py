@@ -39,6 +39,8 @@ _HOME = {
     "GaussNewton": "whence.replay.curvature",
     "EmpiricalFisher": "whence.replay.curvature",
     "Zero": "whence.replay.curvature",
+    "Tangent": "whence.replay.slope",
+    "Secant": "whence.replay.slope",
     "leave_one_out": "whence.methods.retrain",
     "retrain": "whence.methods.retrain",
     "Influence": "whence.influence.influence",
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
     from whence.replay.curvature import GaussNewton as GaussNewton
     from whence.replay.curvature import Hessian as Hessian
     from whence.replay.curvature import Zero as Zero
+    from whence.replay.slope import Secant as Secant
+    from whence.replay.slope import Tangent as Tangent
     from whence.run.run import Run as Run
     from whence.run.run import open_run as open_run
     from whence.task import ClipNorm as ClipNorm

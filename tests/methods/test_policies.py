@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 import whence
+from bench.models import digits
 from tests.cases import ADAMW, CASES, CLASSES, FEATURES, Case, normed, one_group, record, rows
 from tests.methods.test_exact import asked
+from whence.influence import agreement
 from whence.replay.curvature import Curvature
 from whence.run.run import Run
 
@@ -84,3 +88,43 @@ def test_no_generator_is_moved(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     scores(run, whence.GaussNewton(product="difference"))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_secant_changes_nothing_for_sgd_and_something_for_adam(tmp_path: Path) -> None:
+    """SGD is linear in its gradient."""
+    for name, same in (("nesterov with decay", True), ("adamw", False)):
+        run = recorded(BY_NAME[name], tmp_path / name)
+        exact = scores(run, whence.Hessian())
+        found = whence.DIT(slope=whence.Secant()).attribute(run, asked(), observed_at="epochs").values()
+        assert np.allclose(found, exact, rtol=0, atol=1e-9 * np.abs(exact).max()) == same
+
+
+def test_a_secant_survives_adams_first_step(tmp_path: Path) -> None:
+    """Entries that start with a gradient near zero decide the derivative, and no removal."""
+    data, _ = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 10))
+    task, optimizer = whence.classification(model, data), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with whence.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        for inputs, labels in recorder.watch(DataLoader(data, batch_size=50, shuffle=True)):
+            cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run = whence.open_run(tmp_path / "run", task)
+    query, samples = whence.Loss(data, samples=range(200), aggregate="mean"), run.step(0).samples[:24]
+    truth = whence.leave_one_out(run, query, samples=samples)
+    found = [
+        float(agreement.pearson(whence.DIT(slope=slope).attribute(run, query).total()[:, 0, list(samples)], truth)[0])
+        for slope in (whence.Tangent(), whence.Secant())
+    ]
+    assert found[1] > max(0.95, found[0])
+
+
+def test_trust_leaves_the_derivative_check_out_where_there_is_no_derivative(tmp_path: Path) -> None:
+    """Such an influence is judged by removals."""
+    run = recorded(BY_NAME["adamw"], tmp_path)
+    for dit, checked in ((whence.DIT(), True), (whence.DIT(slope=whence.Secant()), False)):
+        statement = whence.trust(run, dit.attribute(run, asked()), removals=4)
+        assert (statement.derivative is not None) == checked
+    statement = whence.trust(run, whence.DIT(curvature=whence.Zero()).attribute(run, asked()), removals=4)
+    assert statement.derivative is None

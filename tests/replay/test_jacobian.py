@@ -84,7 +84,8 @@ def test_how_parameters_are_cut_into_strands_changes_no_cotangent(monkeypatch: p
     def pulled() -> tuple[Tree, dict[str, Tree], Tree]:
         params = each(torch.clone, after)
         moments = {name: {"exp_avg": first[name].clone(), "exp_avg_sq": second[name].clone()} for name in after}
-        return params, *pull_update(update, state, grads, params=params, moments=moments)
+        slopes = ((strand, jacobian(update, state, grads, strand=strand)) for strand in strands(update, state, grads))
+        return params, *pull_update(slopes, grads, params=params, moments=moments)
 
     whole = pulled()
     assert len(list(strands(update, state, grads))) == 3  # b is a step younger than a; c and d have another rate

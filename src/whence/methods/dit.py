@@ -27,7 +27,8 @@ from whence.queries import Query, gradients
 from whence.replay.curvature import Curvature, Hessian
 from whence.replay.heap import kept_heap
 from whence.replay.plan import plan
-from whence.replay.reverse import Cotangent, Sweep, Swept, start
+from whence.replay.reverse import Cotangent, Rules, Sweep, Swept, start
+from whence.replay.slope import Slope, Tangent
 from whence.replay.state import State
 from whence.run.run import Run
 
@@ -42,6 +43,7 @@ class DIT:
 
     Args:
         curvature: how the loss's second derivative is taken.
+        slope: how the optimizer's answer to a change is taken: the derivative, or over the width of one removal.
         denominator: "keep" leaves a removed sample's place in the batch's mean; "renormalize" divides by one less.
         memory: bytes that a sweep may use beside the model; default half of what is free. It decides how many states
             are held and how many queries are pulled at once.
@@ -49,6 +51,7 @@ class DIT:
     """
 
     curvature: Curvature = field(default_factory=Hessian)
+    slope: Slope = field(default_factory=Tangent)
     denominator: Denominator = "keep"
     memory: int | None = None
     chunk: int | None = None
@@ -72,11 +75,13 @@ class DIT:
         if self.denominator == "renormalize":
             check_renormalizable(run)
         cut = budget(run, len(queries.names) * len(states), memory=self.memory, chunk=self.chunk or begun_chunk(path))
-        settings: dict[str, object] = {"chunk": cut.chunk, "curvature": repr(self.curvature)}
+        rules = Rules(self.curvature, self.slope)
+        settings: dict[str, object] = {"curvature": repr(self.curvature), "slope": repr(self.slope)}
+        settings |= {"chunk": cut.chunk, "exact": rules.exact}
         about = replace(described(run, queries, states), denominator=self.denominator, settings=settings)
         writer = InfluenceWriter.begin(path, about, sample=slots(run), dtype=precision(run))
         if len(writer.done) < len(writer.shards):
-            _Filling(run, queries, writer, CotangentStore(writer.path)).fill(self.curvature, cut)
+            _Filling(run, queries, writer, CotangentStore(writer.path)).fill(rules, cut)
         return writer.finish().with_queries(queries)
 
 
@@ -94,11 +99,11 @@ class _Filling:
     def about(self) -> Description:
         return self.writer.description
 
-    def fill(self, curvature: Curvature, cut: Budget) -> None:
+    def fill(self, rules: Rules, cut: Budget) -> None:
         missing = [shard for shard in range(len(self.writer.shards)) if shard not in self.writer.done]
         stop = self.writer.shards[missing[-1]][1]
         cotangent = self.store.load(stop) if stop < self.run.steps else self.begin(stop, None)
-        sweep = Sweep(self.run.state, self.run.transition, self.begin, curvature=curvature, chunk=cut.chunk)
+        sweep = Sweep(self.run.state, self.run.transition, self.begin, rules=rules, chunk=cut.chunk)
         swept = sweep(plan(self.run.kept, stop, held=cut.held), cotangent)
         bar = iter(tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False))
         with kept_heap():

@@ -4,7 +4,7 @@ The update is elementwise, so its Jacobian is diagonal: one number per entry for
 computed once a step, strand by strand, and then applied to any number of cotangents by multiplication.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from whence.replay.state import COUNTS, State, elementwise
-from whence.replay.strands import Strand, strands
+from whence.replay.strands import Strand
 from whence.replay.update import Update
 from whence.tree import Tree
 
@@ -24,21 +24,19 @@ PARAMETER, GRADIENT = "parameter", "gradient"  # beside the optimizer's own keys
 
 
 def pull_update(
-    update: Update, state: State, grads: Tree, *, params: Tree, moments: dict[str, Tree]
+    slopes: Iterable[tuple[Strand, Entries]], names: Iterable[str], *, params: Tree, moments: dict[str, Tree]
 ) -> tuple[dict[str, Tree], Tree]:
     """Take the cotangents of the state after an update back: of the moments, and of the gradient.
 
     Args:
-        update: the step's update.
-        state: before it.
-        grads: the gradient that it consumed.
+        slopes: the update's derivative, strand by strand.
+        names: the parameters that it moves.
         params: contiguous cotangents after it, `[query, *shape]`; overwritten with those before it.
         moments: likewise; those of parameters without gradient pass unchanged.
     """
     before: dict[str, Tree] = {}
-    pulled = {name: torch.empty_like(params[name]) for name in grads}
-    for strand in strands(update, state, grads):
-        entries = jacobian(update, state, grads, strand=strand)
+    pulled = {name: torch.empty_like(params[name]) for name in names}
+    for strand, entries in slopes:
         read = {source for _, source in entries}
         for span, place in strand.parts():
             after = moments.get(span.name, {})
@@ -77,18 +75,23 @@ def jacobian(update: Update, state: State, grads: Tree, *, strand: Strand) -> En
     Outputs are `PARAMETER` and the optimizer's elementwise moments, inputs the same and `GRADIENT`. Pairs that are
     zero everywhere may be missing.
     """
-    first = strand.spans[0].name
-    old = state.moments.get(first, {})
-    keys = elementwise(old, state.params[first])
-    leaves = {key: strand.gather({span.name: state.moments[span.name][key] for span in strand.spans}) for key in keys}
-    leaves |= {PARAMETER: strand.gather(state.params), GRADIENT: strand.gather(grads)}
-    # In float32, 1 - 0.999 ** t is off by 1e-5.
-    counts = {key: tensor.double() for key, tensor in old.items() if key in COUNTS}
-    alone = Update(update.optimizer, ((PARAMETER,),), (update.settings[strand.group],))
+    alone, leaves, counts = alone_at(update, state, grads, strand=strand)
     dead = _never_moved(alone, leaves, counts)
     with torch.enable_grad():
         leaves = {key: leaf.requires_grad_() for key, leaf in leaves.items()}
         return _diagonals(_bury(_traced(alone, _revive(leaves, dead), counts), dead), leaves)
+
+
+def alone_at(update: Update, state: State, grads: Tree, *, strand: Strand) -> tuple[Update, Tree, Tree]:
+    """A strand as the one parameter of an optimizer: its update, the inputs `[entry]`, and the step counts."""
+    first = strand.spans[0].name
+    old = state.moments.get(first, {})
+    keys = elementwise(old, state.params[first])
+    inputs = {key: strand.gather({span.name: state.moments[span.name][key] for span in strand.spans}) for key in keys}
+    inputs |= {PARAMETER: strand.gather(state.params), GRADIENT: strand.gather(grads)}
+    # In float32, 1 - 0.999 ** t is off by 1e-5.
+    counts = {key: tensor.double() for key, tensor in old.items() if key in COUNTS}
+    return Update(update.optimizer, ((PARAMETER,),), (update.settings[strand.group],)), inputs, counts
 
 
 def _traced(alone: Update, inputs: Tree, counts: Tree) -> Tree:
@@ -101,6 +104,12 @@ def _traced(alone: Update, inputs: Tree, counts: Tree) -> Tree:
     copies = saved_tensors_hooks(lambda t: t.clone() if t.dim() == 0 else t, lambda t: t)
     with _default_dtype(torch.float64), copies:  # for the counts that a fresh optimizer makes
         return _step(alone, inputs, moments, differentiable=True)
+
+
+def moved(alone: Update, inputs: Tree, counts: Tree) -> Tree:
+    """Parameter and moments after the update, as numbers."""
+    with torch.no_grad():
+        return _step(alone, inputs, _moments(inputs, counts), differentiable=False)
 
 
 def _step(alone: Update, inputs: Tree, moments: Tree, *, differentiable: bool) -> Tree:
@@ -146,8 +155,7 @@ def _never_moved(alone: Update, leaves: Tree, counts: Tree) -> Tensor | None:
     """
     moments = _moments(leaves, counts)
     if not moments:  # a fresh optimizer makes them in its first step, so it is asked for them
-        with torch.no_grad():
-            moments = _step(alone, leaves, moments, differentiable=False)
+        moments = moved(alone, leaves, counts)
     seconds = [moments[key] for key in moments if key in SECOND_MOMENTS]
     if not seconds:
         return None

@@ -19,11 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from whence.replay.curvature import Curvature
+from whence.replay.curvature import Curvature, Hessian
 from whence.replay.jacobian import pull_update
 from whence.replay.linearised import Linearised
 from whence.replay.plan import Action, Advance, Restore, Reverse
+from whence.replay.slope import Slope, Tangent
 from whence.replay.state import State, elementwise
+from whence.replay.strands import strands
 from whence.replay.transition import Transition, gathered
 from whence.tree import Tree, each
 
@@ -90,23 +92,38 @@ class Pulled:
     losses: Tensor
 
 
-def pull_back(
-    transition: Transition, state: State, cotangent: Cotangent, *, curvature: Curvature, chunk: int
-) -> Pulled:
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a sweep takes derivatives: of the loss twice, and of the optimizer's update."""
+
+    curvature: Curvature
+    slope: Slope
+
+    @property
+    def exact(self) -> bool:
+        """Whether the sweep is the derivative of the training."""
+        return isinstance(self.curvature, Hessian) and isinstance(self.slope, Tangent)
+
+
+def pull_back(transition: Transition, state: State, cotangent: Cotangent, *, rules: Rules, chunk: int) -> Pulled:
     """Take the cotangents of the state after a step back to the state before it.
 
     Args:
         transition: the step.
         state: the state before it.
         cotangent: of the state after it, `[query, ...]`. It is overwritten: its memory becomes the result's.
-        curvature: how second derivatives are taken.
+        rules: how derivatives are taken.
         chunk: how many queries are pulled at once; more are faster on small models and take more memory.
     """
-    with transition.replaying(twice=curvature.product == "autograd"):
-        primal = _Primal.of(transition, state, curvature)
+    with transition.replaying(twice=rules.curvature.product == "autograd"):
+        update, primal = transition.update, _Primal.of(transition, state, rules.curvature)
         clipped, unclip = vjp(transition.clipped, primal.gradient)  # type: ignore[misc]
         params = cotangent.params
-        moments, grads = pull_update(transition.update, state, clipped, params=params, moments=cotangent.moments)
+        slopes = (
+            (strand, rules.slope.entries(update, state, clipped, strand=strand, slots=sum(transition.sizes)))
+            for strand in strands(update, state, clipped)
+        )
+        moments, grads = pull_update(slopes, clipped, params=params, moments=cotangent.moments)
         if transition.task.clip is not None:
             grads = vmap(lambda consumed: unclip(consumed)[0])(grads)
         buffers = dict(cotangent.buffers)
@@ -211,14 +228,14 @@ class Sweep:
         load: the kept state before a step.
         transition: a step, by index.
         begin: the cotangents of the queries that read a state, given its number; None where none do.
-        curvature: how second derivatives are taken.
+        rules: how derivatives are taken.
         chunk: how many cotangents are pulled at once.
     """
 
     load: Callable[[int], State]
     transition: Callable[[int], Transition]
     begin: Callable[[int, State], Cotangent | None]
-    curvature: Curvature
+    rules: Rules
     chunk: int
 
     def __call__(self, actions: Iterator[Action], cotangent: Cotangent | None) -> Iterator[Swept]:
@@ -243,7 +260,7 @@ class Sweep:
         if cotangent is None:  # no query reads a later state, so this step moved none
             influence, losses = torch.zeros(0, sum(transition.sizes)), torch.full((sum(transition.sizes),), torch.nan)
             return Swept(step, influence, losses, torch.zeros(0), self.begin(step, state))
-        pulled = pull_back(transition, state, cotangent, curvature=self.curvature, chunk=self.chunk)
+        pulled = pull_back(transition, state, cotangent, rules=self.rules, chunk=self.chunk)
         norms, here = pulled.cotangent.norms(), self.begin(step, state)
         joined = pulled.cotangent.join(here) if here else pulled.cotangent
         return Swept(step, pulled.influence, pulled.losses, norms, joined)

@@ -1,0 +1,97 @@
+"""What each curvature policy costs, and how well each predicts, smooth or not: python -m bench.policies [seeds].
+
+Cost: the GPT of bench.sweep, in units of plain training. Fidelity: digits, 64-128-128-10, AdamW, 200 steps of 50, with
+GELU and with ReLU; Pearson with 60 single removals, and the linear datamodelling score (LDS: Spearman of predicted and
+actual change) of 60 random groups of 5 %; retrained in float64; mean test loss.
+"""
+
+import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import whence
+from bench.models import digits, mlp
+from bench.sweep import plain, seconds, swept_run
+from whence.influence import agreement
+
+POLICIES = (whence.Hessian(), whence.GaussNewton(), whence.EmpiricalFisher(), whence.Zero())
+SWEEPS = {
+    **{type(policy).__name__: whence.DIT(curvature=policy) for policy in POLICIES},
+    "Hessian, secant": whence.DIT(slope=whence.Secant()),
+    "GaussN., secant": whence.DIT(curvature=whence.GaussNewton(), slope=whence.Secant()),
+}
+STEPS, REPEATS, QUERIES = 8, 2, (1, 16)
+EPOCHS, SLOTS, REMOVALS = 7, 50, 60
+
+
+def costs() -> None:
+    """Print the time of a sweep for every policy and product."""
+    run = swept_run(Path(tempfile.mkdtemp()) / "run", STEPS)
+    queries = {count: whence.Loss(run.task.data, samples=range(count)) for count in QUERIES}
+    print("policy           product     1 query  16 queries   (units of plain training)")
+    for policy, way in product(POLICIES, ("autograd", "difference")):
+        dit = whence.DIT(curvature=replace(policy, product=way))  # type: ignore[type-var]
+        unit = min(plain(STEPS) for _ in range(REPEATS + 1))
+        one, many = (
+            min(seconds(partial(dit.attribute, run, query)) for _ in range(REPEATS)) / unit
+            for query in queries.values()
+        )
+        print(f"{type(policy).__name__:16} {way:10} {one:8.2f}  {many:10.1f}", flush=True)
+
+
+def train(activation: type[nn.Module], seed: int) -> tuple[whence.Run, TensorDataset]:
+    """Record one training."""
+    torch.manual_seed(seed)
+    model, (data, test) = mlp(activation), digits()
+    task = whence.classification(model, data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    folder = Path(tempfile.mkdtemp()) / "run"
+    with whence.Recorder(folder, task, optimizer) as recorder:
+        loader = DataLoader(data, batch_size=SLOTS, shuffle=True)
+        for _ in range(EPOCHS):
+            for inputs, labels in recorder.watch(loader):
+                cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return whence.open_run(folder, task), test
+
+
+def fidelity(activation: type[nn.Module], seed: int) -> list[tuple[float, float]]:
+    """Pearson with single removals and LDS of groups, for every kind of sweep."""
+    run, test = train(activation, seed)
+    query = whence.Loss(test, aggregate="mean")
+    draw = np.random.default_rng(seed)
+    ones = draw.choice(run.samples, REMOVALS, replace=False)
+    groups = [draw.choice(run.samples, run.samples // 20, replace=False) for _ in range(REMOVALS)]
+    actual = whence.retrain(run, query, [[int(one)] for one in ones] + [group.tolist() for group in groups]).change[0]
+    found = []
+    for dit in SWEEPS.values():
+        total = dit.attribute(run, query).total()[0]
+        single = agreement.pearson(total[:, ones], actual[:, :REMOVALS])
+        found.append((float(single.item()), float(agreement.lds(total, groups, actual[:, REMOVALS:]).item())))
+    return found
+
+
+def main() -> None:
+    """Print both tables."""
+    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    print("network  seed  " + "  ".join(f"{name:>15}" for name in SWEEPS) + "   (Pearson, LDS)")
+    for activation in (nn.ReLU, nn.GELU):
+        rows = np.array([fidelity(activation, seed) for seed in range(seeds)])  # [seed, policy, figure]
+        for name, row in [*enumerate(rows), ("mean", rows.mean(0))]:
+            cells = "  ".join(f"{pearson:7.2f} {lds:7.2f}" for pearson, lds in row)
+            print(f"{activation.__name__:7}  {name!s:>4}  {cells}", flush=True)
+    costs()
+
+
+if __name__ == "__main__":
+    main()
