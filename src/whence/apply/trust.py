@@ -136,11 +136,12 @@ class Trust:
                 "DIT(slope=whence.Secant()); for the next training, a warm-up or eps=1e-6 cures it."
             )
         if not self.removal.passed:
+            what = "The influence is" if self.derivative is None else "The derivative is right, and yet"
             return (
-                "The derivative is right, and yet a poor guide to removals: at the scale of one sample this training "
-                "is not smooth (ReLU with Adam, a large learning rate). "
-                "Try DIT(curvature=whence.GaussNewton(), slope=whence.Secant()), and check again; trust ranks more "
-                "than sizes, and groups of samples more than single ones."
+                f"{what} a poor guide to removals: at the scale of one sample this training is not smooth "
+                "(ReLU with Adam, a large learning rate). Try DIT(curvature=whence.GaussNewton(), "
+                "slope=whence.Secant()), and check again; trust ranks more than sizes, and groups of samples more "
+                "than single ones."
             )
         return "Influence predicts removals on this run."
 
