@@ -1,5 +1,7 @@
 """Whole sweeps under every curvature policy."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import whence
 from bench.models import digits
 from tests.cases import ADAMW, CASES, CLASSES, FEATURES, Case, normed, one_group, record, rows
 from tests.methods.test_exact import asked
+from whence.errors import BadSetting
 from whence.influence import agreement
 from whence.replay.curvature import Curvature
 from whence.run.run import Run
@@ -78,8 +81,32 @@ def test_a_policy_is_part_of_the_question(tmp_path: Path) -> None:
     run = recorded(BY_NAME["adamw"], tmp_path)
     found = whence.DIT(curvature=whence.GaussNewton()).attribute(run, asked(), out=tmp_path / "dit")
     assert found.description.settings["curvature"] == "GaussNewton(product='autograd')"
+    assert repr(found).startswith("Influence by DIT with GaussNewton(product='autograd'), Tangent() (")
     with pytest.raises(whence.WhenceError, match="curvature"):
         whence.DIT(curvature=whence.Hessian()).attribute(run, asked(), out=tmp_path / "dit")
+
+
+WRONG = {
+    "DIT(curvature='hessian')": "curvature='hessian' is no setting; give whence.Hessian(), GaussNewton(), ",
+    "DIT(curvature=whence.GaussNewton('finite'))": "product='finite' is no setting; give 'autograd' or 'difference'",
+    "DIT(slope='secant')": "slope='secant' is no setting; give whence.Tangent() or whence.Secant()",
+    "DIT(denominator='drop')": "denominator='drop' is no setting; give 'keep' or 'renormalize'",
+    "DIT(chunk=0)": "chunk=0 is no setting; give a positive number, or None",
+}
+
+
+def test_settings_that_are_none_are_refused() -> None:
+    """At once, not in the middle of a sweep. In a process without the tests' own type checks."""
+    code = "import whence\nfor made in {!r}:\n try: eval('whence.' + made)\n except whence.WhenceError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code.format(list(WRONG))], capture_output=True, text=True, check=True)
+    for said, wanted in zip(done.stdout.splitlines(), WRONG.values(), strict=True):
+        assert said.startswith(wanted)
+
+
+def test_a_secant_has_a_width() -> None:
+    """Zero and less are no width."""
+    with pytest.raises(BadSetting, match="a positive number of samples"):
+        whence.Secant(-1)
 
 
 def test_no_generator_is_moved(tmp_path: Path) -> None:

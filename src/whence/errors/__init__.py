@@ -17,6 +17,7 @@ from whence.errors.influence import TwoViewpoints as TwoViewpoints
 from whence.errors.influence import UnfinishedInfluence as UnfinishedInfluence
 from whence.errors.influence import UnknownQuery as UnknownQuery
 from whence.errors.influence import UnknownSample as UnknownSample
+from whence.errors.methods import BadSetting as BadSetting
 from whence.errors.methods import CannotRenormalize as CannotRenormalize
 from whence.errors.methods import NoOutputs as NoOutputs
 from whence.errors.methods import TooLittleMemory as TooLittleMemory

@@ -5,6 +5,13 @@ from collections.abc import Sequence
 from whence.errors.sentences import WhenceError, listed
 
 
+class BadSetting(WhenceError):
+    """A method was given a setting that it does not have."""
+
+    def __init__(self, name: str, value: object, wanted: str) -> None:
+        self.args = (f"{name}={value!r} is no setting; give {wanted}.",)
+
+
 class CannotRenormalize(WhenceError):
     """Renormalised denominators have no meaning for a run."""
 

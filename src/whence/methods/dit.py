@@ -10,12 +10,13 @@ which the paper approximates for plain SGD and recomputes for every window.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from whence.errors import BadSetting
 from whence.influence.influence import Influence
 from whence.influence.layout import Description
 from whence.influence.writer import InfluenceWriter
@@ -26,6 +27,7 @@ from whence.methods.renormalize import check_renormalizable, renormalized
 from whence.queries import Query, gradients
 from whence.replay.curvature import Curvature, Hessian
 from whence.replay.heap import kept_heap
+from whence.replay.linearised import Product
 from whence.replay.plan import plan
 from whence.replay.reverse import Cotangent, Rules, Sweep, Swept, start
 from whence.replay.slope import Slope, Tangent
@@ -48,6 +50,9 @@ class DIT:
         memory: bytes that a sweep may use beside the model; default half of what is free. It decides how many states
             are held and how many queries are pulled at once.
         chunk: how many queries are pulled at once, if you know better.
+
+    Raises:
+        BadSetting: names the setting, and what it may be.
     """
 
     curvature: Curvature = field(default_factory=Hessian)
@@ -55,6 +60,25 @@ class DIT:
     denominator: Denominator = "keep"
     memory: int | None = None
     chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what a sweep would stumble over much later.
+
+        Raises:
+            BadSetting: names the setting, and what it may be.
+        """
+        if not isinstance(self.curvature, Curvature):
+            policies = "whence.Hessian(), GaussNewton(), EmpiricalFisher() or Zero()"
+            raise BadSetting("curvature", self.curvature, policies)
+        if self.curvature.product not in get_args(Product):
+            raise BadSetting("product", self.curvature.product, "'autograd' or 'difference'")
+        if not isinstance(self.slope, Slope):
+            raise BadSetting("slope", self.slope, "whence.Tangent() or whence.Secant()")
+        if self.denominator not in get_args(Denominator):
+            raise BadSetting("denominator", self.denominator, "'keep' or 'renormalize'")
+        for name, number in (("memory", self.memory), ("chunk", self.chunk)):
+            if number is not None and number < 1:
+                raise BadSetting(name, number, "a positive number, or None")
 
     def attribute(
         self, run: Run, queries: Query, *, observed_at: ObservedAt = "end", out: str | Path | None = None

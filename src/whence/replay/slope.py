@@ -13,6 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from whence.errors import BadSetting
 from whence.replay.jacobian import GRADIENT, Entries, alone_at, jacobian, moved
 from whence.replay.state import State
 from whence.replay.strands import Strand
@@ -53,9 +54,21 @@ class Secant(Slope):
 
     Args:
         width: how many samples wide.
+
+    Raises:
+        BadSetting: the width is not positive.
     """
 
     width: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a width of nothing.
+
+        Raises:
+            BadSetting: the width is not positive.
+        """
+        if not self.width > 0:
+            raise BadSetting("width", self.width, "a positive number of samples")
 
     def entries(self, update: Update, state: State, grads: Tree, *, strand: Strand, slots: int) -> Entries:
         """The derivative, with the column of the gradient replaced."""
