@@ -106,7 +106,7 @@ def test_settings_that_are_none_are_refused() -> None:
 def test_a_secant_has_a_width() -> None:
     """Zero and less are no width."""
     with pytest.raises(BadSetting, match="a positive number of samples"):
-        whence.Secant(-1)
+        whence.Secant(-1.0)
 
 
 def test_no_generator_is_moved(tmp_path: Path) -> None:
