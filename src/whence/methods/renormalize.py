@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from whence.errors import CannotRenormalize
+from whence.replay.state import Step
 from whence.run.run import Run
+from whence.tree import cast
 
 
 def renormalized(kept: Float[Tensor, "query slot"]) -> Float[Tensor, "query slot"]:
@@ -43,10 +45,17 @@ def check_renormalizable(run: Run) -> None:
         raise CannotRenormalize("the loss of a sample depends on the rest of its batch (BatchNorm, contrastive)")
 
 
-def coupled(run: Run) -> bool:
-    """Whether the first batch's losses change when its last row is left out."""
-    step, state = run.step(0), run.state(0)
-    run.task.binding.set_modes(step.evaluating)
+def coupled(run: Run, index: int = 0) -> bool:
+    """Whether the losses of a step's first batch change when its last row is left out."""
+    step = run.step(index)
     rows = step.fed[0].samples
-    whole, part = (run.task.losses(state.params, state.buffers, run.task.batch(some))[0] for some in (rows, rows[:-1]))
+    # At two states: a head that starts at zero gives any batch the same losses, a finished training next to none.
+    return len(rows) > 1 and any(_lean_on_the_last(run, step, state) for state in {0, run.kept[-1]})
+
+
+def _lean_on_the_last(run: Run, step: Step, number: int) -> bool:
+    state, rows = run.state(number), step.fed[0].samples
+    run.task.binding.set_modes(step.evaluating)
+    batches = [cast(run.task.batch(some), None, run.task.device) for some in (rows, rows[:-1])]
+    whole, part = (run.task.losses(state.params, state.buffers, batch)[0] for batch in batches)
     return not torch.allclose(whole[:-1], part, rtol=1e-4, atol=1e-6)
