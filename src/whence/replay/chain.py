@@ -167,12 +167,12 @@ class _Beginning:
         return {name: tensor.detach() for name, tensor in gradient.items()}, push
 
     def pull(self, curved: Tensors, b: Tree) -> tuple[Tree, Tree]:
-        """From cotangents of the ends (or none) and of the statistics left to those of the leaves."""
+        """From cotangents of the ends (or none) and of the statistics left (or none) to those of the leaves."""
         sources = (*self.trained.values(), *self.running.values())
-        outputs = (*self.ends[: len(curved)], *(self.after[name] for name in self.running))
+        outputs = (*self.ends[: len(curved)], *(self.after[name] for name in b))
         if not outputs:
             return {}, {}
-        found = _grad(outputs, sources, (*curved, *(b[name] for name in self.running)))
+        found = _grad(outputs, sources, (*curved, *b.values()))
         split = len(self.trained)
         return dict(zip(self.trained, found[:split], strict=True)), dict(zip(self.running, found[split:], strict=True))
 

@@ -140,7 +140,7 @@ def _add_pulled(linear: Linearised, grads: Tree, *, into: Cotangent, chunk: int)
     scores = []
     for first in range(0, count, chunk):
         rows = slice(first, first + chunk)
-        second, before, score = _pull_rows(linear, _rows(grads, rows), _rows(buffers, rows))
+        second, before, score = pull_rows(linear, rows_of(grads, rows), rows_of(buffers, rows))
         for name, product in second.items():
             params[name][rows] += product
         for name, product in before.items():
@@ -149,7 +149,8 @@ def _add_pulled(linear: Linearised, grads: Tree, *, into: Cotangent, chunk: int)
     return torch.cat(scores)
 
 
-def _pull_rows(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
+def pull_rows(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
+    """The transposed derivative of a piece for several queries at once: `Linearised.pull` with a first axis."""
     if len(next(iter(grads.values()))) > 1:
         try:
             pulled: tuple[Tree, Tree, Tensor] = vmap(linear.pull, randomness="same")(grads, buffers)
@@ -166,11 +167,12 @@ def _halved(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree,
     """The same product in two halves, each of which may be halved again: memory ran out."""
     middle = len(next(iter(grads.values()))) // 2
     parts = slice(0, middle), slice(middle, None)
-    first, last = (_pull_rows(linear, _rows(grads, part), _rows(buffers, part)) for part in parts)
+    first, last = (pull_rows(linear, rows_of(grads, part), rows_of(buffers, part)) for part in parts)
     return _joined(first[0], last[0]), _joined(first[1], last[1]), torch.cat([first[2], last[2]])
 
 
-def _rows(tree: Tree, rows: slice) -> Tree:
+def rows_of(tree: Tree, rows: slice) -> Tree:
+    """Some queries of a stack."""
     return {name: tensor[rows] for name, tensor in tree.items()}
 
 
