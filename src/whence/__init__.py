@@ -35,6 +35,8 @@ _HOME = {
     "Run": "whence.run.run",
     "open_run": "whence.run.run",
     "DIT": "whence.methods.dit",
+    "TracIn": "whence.methods.tracin",
+    "GradientDot": "whence.methods.tracin",
     "Hessian": "whence.replay.curvature",
     "GaussNewton": "whence.replay.curvature",
     "EmpiricalFisher": "whence.replay.curvature",
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
     from whence.methods.dit import DIT as DIT
     from whence.methods.retrain import leave_one_out as leave_one_out
     from whence.methods.retrain import retrain as retrain
+    from whence.methods.tracin import GradientDot as GradientDot
+    from whence.methods.tracin import TracIn as TracIn
     from whence.queries import Custom as Custom
     from whence.queries import Feature as Feature
     from whence.queries import Logit as Logit

@@ -90,6 +90,23 @@ def test_renormalised_influence_is_checked_by_removals_alone(tmp_path: Path) -> 
     assert trust.removal.pearson.estimate >= 0.9
 
 
+def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) -> None:
+    """No derivative check, no talk of smoothness: what such a method leaves out is the first suspect."""
+    run = recorded("adamw", tmp_path)
+    for made in (whence.TracIn(), whence.GradientDot()):
+        trust = whence.trust(run, made.attribute(run, asked()), removals=8)
+        assert trust.derivative is None
+        assert "derivative" not in str(trust)
+        sure = replace(trust.removal, pearson=Interval(0.95, 0.9, 0.99), slope=1.0)
+        name = type(made).__name__
+        assert replace(trust, removal=sure).advice == f"{name} predicts removals on this run."
+        assert "7 times what it says" in replace(trust, removal=replace(sure, slope=7.0)).advice
+        poor = replace(trust.removal, pearson=Interval(0.2, 0.0, 0.5))
+        advice = replace(trust, removal=poor, early=0.9).advice
+        assert advice.startswith(f"{name} is a poor guide")
+        assert "whence.DIT()" in advice
+
+
 def test_only_visited_samples_are_left_out(tmp_path: Path) -> None:
     """Sample 8 is never seen in this run."""
     run = recorded("twice in a batch", tmp_path)

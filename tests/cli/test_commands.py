@@ -3,6 +3,7 @@
 import json
 import shlex
 from io import StringIO
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -74,6 +75,20 @@ def test_attribute_at_given_states(place: Place, capsys: Captured) -> None:
     assert whence.open_influence(out_folder).observed_at == (2, 5)
     assert "positive = helpful" in out
     assert next_words(out) == ["top", out_folder]
+
+
+@pytest.mark.parametrize(
+    ("method", "made"), [("tracin", whence.TracIn()), ("gradient-dot", whence.GradientDot())], ids=["tracin", "dot"]
+)
+def test_attribute_by_a_baseline(
+    method: str, made: whence.TracIn | whence.GradientDot, place: Place, capsys: Captured, tmp_path: Path
+) -> None:
+    """The influence on disk is the method's own, and says so."""
+    out, _ = run(capsys, "attribute", place.run, *place.references, "--out", str(tmp_path / "out"), "--method", method)
+    recorded = whence.open_run(place.run, task_at(place.at("task")))
+    expected = made.attribute(recorded, whence.Loss(recorded.task.data, samples=[0, 3]))
+    assert out.startswith(f"Influence by {type(made).__name__}")
+    assert (whence.open_influence(tmp_path / "out").values() == expected.values()).all()
 
 
 @pytest.mark.parametrize("query", ["1", "loss[3]"])

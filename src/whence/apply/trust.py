@@ -26,6 +26,7 @@ SIZES = (1e-3, 1e-4, 1e-5, 1e-6)  # of the nudge; the two whose answers agree be
 EXACT = {"float32": 5e-3, "float64": 1e-5}  # error of a passed derivative check, by precision of the sweep
 KNOWN = 1e-2  # a derivative that retraining cannot tell better than this decides nothing
 GOOD = 0.9  # Pearson of a passed removal check
+RIGHT_SIZE = 1.5  # factor by which an approximation may miss the size of removals without a word
 EARLY = 0.5  # share of the influence in step 0 that is worth a word
 
 
@@ -105,15 +106,18 @@ class Trust:
     Attributes:
         replay: what the replay check found, or its failure in words.
         derivative: the derivative check; None where the influence is meant to be
-            no derivative (renormalised denominators, another curvature than the Hessian, a secant).
+            no derivative (another method than DIT, renormalised denominators, another curvature than the Hessian, a
+            secant).
         removal: the removal check.
         early: share of all influence that stems from step 0.
+        method: what computed the influence.
     """
 
     replay: Verification | str
     derivative: DerivativeCheck | None
     removal: RemovalCheck
     early: float
+    method: str = "DIT"
 
     def __str__(self) -> str:
         """The checks, a line each, and what to make of them."""
@@ -129,6 +133,8 @@ class Trust:
             return "Do not use these numbers: the recording does not explain the training."
         if self.derivative is not None and not self.derivative.passed:
             return "Do not use these numbers: the sweep is not the derivative of this training."
+        if self.method != "DIT":
+            return self._advice_on_an_approximation()
         if not self.removal.passed and self.early > EARLY:
             return (
                 f"{self.early:.0%} of the influence stems from step 0. Adam's first update is g / (|g| + eps): where "
@@ -144,6 +150,18 @@ class Trust:
                 "than single ones."
             )
         return "Influence predicts removals on this run."
+
+    def _advice_on_an_approximation(self) -> str:
+        if not self.removal.passed:
+            return (
+                f"{self.method} is a poor guide to removals on this run. It leaves out a part of the training that "
+                "counts here (its documentation says which). Ask again with whence.DIT(), which leaves out nothing, "
+                "and check that too."
+            )
+        size = self.removal.slope
+        if not 1 / RIGHT_SIZE <= size <= RIGHT_SIZE:
+            return f"{self.method} ranks removals well on this run; their sizes are {size:.3g} times what it says."
+        return f"{self.method} predicts removals on this run."
 
 
 def trust(run: Run, influence: Influence, *, queries: Query | None = None, removals: int = 32, seed: int = 0) -> Trust:
@@ -173,7 +191,7 @@ def trust(run: Run, influence: Influence, *, queries: Query | None = None, remov
     derivative = derivative_check(run, influence, asked, seed=seed) if exact else None
     samples = draw_visited(run, removals, seed=seed)
     removal = removal_check(run, influence, asked, samples=samples)
-    return Trust(replay, derivative, removal, early_share(influence))
+    return Trust(replay, derivative, removal, early_share(influence), influence.method)
 
 
 def derivative_check(run: Run, influence: Influence, queries: Query, *, seed: int = 0) -> DerivativeCheck:

@@ -25,7 +25,7 @@ class TooLittleMemory(WhenceError):
     def __init__(self, free: int, needed: int, rows: int) -> None:
         self.args = (
             f"A sweep with {rows} cotangents (queries x observed states) needs {needed / 2**20:.0f} MiB, and may use "
-            f"{free / 2**20:.0f} MiB. Ask fewer queries or states at once, or allow more: DIT(memory=bytes).",
+            f"{free / 2**20:.0f} MiB. Ask fewer queries or states at once, or allow more: memory=bytes.",
         )
 
 

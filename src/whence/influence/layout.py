@@ -92,6 +92,19 @@ def _flat(description: Description) -> dict[str, object]:
     return {**fields, **{f"settings[{name!r}]": value for name, value in settings.items()}}
 
 
+def told(settings: Mapping[str, object]) -> str:
+    """Tell the settings that make one method's answers differ; policies speak for themselves.
+
+    >>> told({"curvature": "Zero()", "states": "kept", "chunk": 8, "exact": False})
+    " with Zero(), states='kept'"
+    >>> told({"chunk": 8, "exact": False})
+    ''
+    """
+    shown = {name: value for name, value in settings.items() if name not in {"chunk", "exact"}}
+    words = [str(value) if name in {"curvature", "slope"} else f"{name}={value!r}" for name, value in shown.items()]
+    return f" with {', '.join(words)}" if words else ""
+
+
 def validate(description: Description, sample: Int[np.ndarray, "step slot"]) -> None:
     """Refuse a description that does not fit itself or its samples.
 

@@ -21,7 +21,7 @@ from whence.influence.influence import Influence
 from whence.influence.layout import Description
 from whence.influence.writer import InfluenceWriter
 from whence.methods.cotangents import CotangentStore
-from whence.methods.memory import Budget, begun_chunk, budget
+from whence.methods.memory import Budget, begun_chunk, budget, check_limits
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.renormalize import check_renormalizable, renormalized
 from whence.queries import Query, gradients
@@ -76,9 +76,7 @@ class DIT:
             raise BadSetting("slope", self.slope, "whence.Tangent() or whence.Secant()")
         if self.denominator not in get_args(Denominator):
             raise BadSetting("denominator", self.denominator, "'keep' or 'renormalize'")
-        for name, number in (("memory", self.memory), ("chunk", self.chunk)):
-            if number is not None and number < 1:
-                raise BadSetting(name, number, "a positive number, or None")
+        check_limits(memory=self.memory, chunk=self.chunk)
 
     def attribute(
         self, run: Run, queries: Query, *, observed_at: ObservedAt = "end", out: str | Path | None = None

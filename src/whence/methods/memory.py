@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from whence.errors import TooLittleMemory
+from whence.errors import BadSetting, TooLittleMemory
 from whence.influence import layout
 from whence.replay.state import State, elementwise
 from whence.replay.strands import longest
@@ -66,6 +66,28 @@ def budget(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> Bud
     """
     free = memory or free_memory(run.task.device) // 2
     return cut(sizes_of(run), rows=rows, free=free, chunk=chunk, steps=run.steps)
+
+
+def gradients_at_once(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> int:
+    """How many queries are pulled at once where their gradients are all there is: no moments, no update.
+
+    Raises:
+        TooLittleMemory: not even one query at a time fits.
+    """
+    free = memory or free_memory(run.task.device) // 2
+    sizes = replace(sizes_of(run), cotangent=0, strand=0)
+    return cut(sizes, rows=rows, free=free, chunk=chunk, steps=run.steps).chunk
+
+
+def check_limits(*, memory: int | None, chunk: int | None) -> None:
+    """Refuse limits that nothing fits into.
+
+    Raises:
+        BadSetting: names the setting, and what it may be.
+    """
+    for name, number in (("memory", memory), ("chunk", chunk)):
+        if number is not None and number < 1:
+            raise BadSetting(name, number, "a positive number, or None")
 
 
 def cut(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:
