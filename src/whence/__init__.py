@@ -19,6 +19,7 @@ _HOME = {
     "classification": "whence.task",
     "regression": "whence.task",
     "language_model": "whence.task",
+    "Averaged": "whence.queries",
     "Loss": "whence.queries",
     "Logit": "whence.queries",
     "Margin": "whence.queries",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from whence.methods.dit import DIT as DIT
     from whence.methods.retrain import leave_one_out as leave_one_out
     from whence.methods.retrain import retrain as retrain
+    from whence.queries import Averaged as Averaged
     from whence.queries import Custom as Custom
     from whence.queries import Feature as Feature
     from whence.queries import Logit as Logit

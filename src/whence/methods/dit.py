@@ -23,15 +23,15 @@ from whence.influence.writer import InfluenceWriter
 from whence.methods.cotangents import CotangentStore
 from whence.methods.memory import Budget, begun_chunk, budget
 from whence.methods.observe import ObservedAt, observed_states
+from whence.methods.reading import Reading, reading
 from whence.methods.renormalize import check_renormalizable, renormalized
-from whence.queries import Query, gradients
+from whence.queries import Averaged, Query
 from whence.replay.curvature import Curvature, Hessian
 from whence.replay.heap import kept_heap
 from whence.replay.linearised import Product
 from whence.replay.plan import plan
-from whence.replay.reverse import Cotangent, Rules, Sweep, Swept, start
+from whence.replay.reverse import Cotangent, Rules, Sweep, Swept
 from whence.replay.slope import Slope, Tangent
-from whence.replay.state import State
 from whence.run.run import Run
 
 Denominator = Literal["keep", "renormalize"]
@@ -98,14 +98,16 @@ class DIT:
         states = observed_states(run, observed_at)
         if self.denominator == "renormalize":
             check_renormalizable(run)
-        cut = budget(run, len(queries.names) * len(states), memory=self.memory, chunk=self.chunk or begun_chunk(path))
+        cut = budget(run, queries, len(states), memory=self.memory, chunk=self.chunk or begun_chunk(path))
         rules = Rules(self.curvature, self.slope)
         settings: dict[str, object] = {"curvature": repr(self.curvature), "slope": repr(self.slope)}
         settings |= {"chunk": cut.chunk, "exact": rules.exact}
+        if isinstance(queries, Averaged):
+            settings["average"] = queries.about
         about = replace(described(run, queries, states), denominator=self.denominator, settings=settings)
         writer = InfluenceWriter.begin(path, about, sample=slots(run), dtype=precision(run))
         if len(writer.done) < len(writer.shards):
-            _Filling(run, queries, writer, CotangentStore(writer.path)).fill(rules, cut)
+            _Filling(run, reading(run, queries, states), writer, CotangentStore(writer.path)).fill(rules, cut)
         return writer.finish().with_queries(queries)
 
 
@@ -115,7 +117,7 @@ class _Filling:
     """An attribution under way: sweeps over the shards that are not done, from the last to the first."""
 
     run: Run
-    queries: Query
+    reading: Reading
     writer: InfluenceWriter
     store: CotangentStore
 
@@ -126,8 +128,8 @@ class _Filling:
     def fill(self, rules: Rules, cut: Budget) -> None:
         missing = [shard for shard in range(len(self.writer.shards)) if shard not in self.writer.done]
         stop = self.writer.shards[missing[-1]][1]
-        cotangent = self.store.load(stop) if stop < self.run.steps else self.begin(stop, None)
-        sweep = Sweep(self.run.state, self.run.transition, self.begin, rules=rules, chunk=cut.chunk)
+        cotangent = self.store.load(stop) if stop < self.run.steps else self.met_at_the_end()
+        sweep = Sweep(self.run.state, self.run.transition, self.reading.meet, rules=rules, chunk=cut.chunk)
         swept = sweep(plan(self.run.kept, stop, held=cut.held), cotangent)
         bar = iter(tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False))
         with kept_heap():
@@ -151,15 +153,12 @@ class _Filling:
             self.store.save(first, found.cotangent)
         self.writer.mark_done(shard)
 
-    def begin(self, number: int, state: State | None) -> Cotangent | None:
-        """The cotangents of the queries that read this state; None if it is not observed."""
-        if number not in self.about.observed_at:
+    def met_at_the_end(self) -> Cotangent | None:
+        """The cotangents of the queries that read the final state; None if it is not observed."""
+        last = self.run.steps
+        if last not in self.about.observed_at:
             return None
-        state = state or self.run.state(number, replay=True)
-        _, params, buffers = gradients(
-            self.queries, self.run.task, params=state.params, buffers=state.buffers, trained=self.run.trained
-        )
-        return start(state, params, buffers)
+        return self.reading.meet(last, self.run.state(last, replay=True), None)
 
     def alive(self, rows: int) -> list[int]:
         """Columns of the observed states whose cotangents are on their way, the latest state first."""

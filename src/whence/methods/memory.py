@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from whence.errors import TooLittleMemory
 from whence.influence import layout
+from whence.queries import Averaged, Query
 from whence.replay.state import State, elementwise
 from whence.replay.strands import longest
 from whence.run.run import Run
@@ -58,14 +59,16 @@ class Budget:
     chunk: int
 
 
-def budget(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> Budget:
-    """Cut a sweep with so many cotangents to fit the memory.
+def budget(run: Run, queries: Query, states: int, *, memory: int | None, chunk: int | None) -> Budget:
+    """Cut a sweep for queries at so many observed states to fit the memory.
 
     Raises:
         TooLittleMemory: not even one state and one query at a time fit.
     """
-    free = memory or free_memory(run.task.device) // 2
-    return cut(sizes_of(run), rows=rows, free=free, chunk=chunk, steps=run.steps)
+    free, sizes = memory or free_memory(run.task.device) // 2, sizes_of(run)
+    if isinstance(queries, Averaged):  # a gradient waits beside every cotangent
+        sizes = replace(sizes, cotangent=sizes.cotangent + sizes.params)
+    return cut(sizes, rows=len(queries.names) * states, free=free, chunk=chunk, steps=run.steps)
 
 
 def cut(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:

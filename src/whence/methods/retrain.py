@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 from whence.errors import ImpossibleWindow, UnknownSample
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.renormalize import check_renormalizable
-from whence.queries import Query, values
+from whence.queries import Averaged, Query, values
+from whence.replay.average import as_read
 from whence.replay.forward import each_run, rerun
+from whence.replay.state import State
 from whence.run.run import Run
 
 Steps = tuple[int, int]
@@ -218,12 +220,20 @@ def _stack(
         rows = [change.weights(run, step) for change in changes]
         return torch.stack([torch.ones_like(rows[0]), *rows, torch.ones_like(rows[0])]).to(like)
 
-    found = np.full((len(queries.names), len(observed_at), len(changes) + 2), np.nan)
-    stack = alike.repeat(len(changes) + 2)
-    later = max(observed_at)
-    steps = rerun(lambda step: run.transition(step, dtype), stack, weights, start=start, stop=later)
-    for number, states in steps:
+    runs, later = len(changes) + 2, max(observed_at)
+    found = np.full((len(queries.names), len(observed_at), runs), np.nan)
+    before = _read_at(run, queries, start, dtype=dtype)
+    steps = rerun(lambda step: run.transition(step, dtype), alike.repeat(runs), weights, start=start, stop=later)
+    for number, states in as_read(queries, steps, before and before.repeat(runs)):
         if number in observed_at:
             read = each_run(states, lambda params, buffers: values(queries, run.task, params=params, buffers=buffers))
             found[:, observed_at.index(number)] = read.T.double().cpu().numpy()
     return found
+
+
+def _read_at(run: Run, queries: Query, number: int, *, dtype: torch.dtype | None) -> State | None:
+    """The average as it was at a state, which the re-runs go on with; None where queries need none."""
+    if not isinstance(queries, Averaged):
+        return None
+    *_, (_, average) = as_read(queries, run.walk(min(queries.start, number), number, dtype))
+    return average

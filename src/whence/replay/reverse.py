@@ -227,14 +227,15 @@ class Sweep:
     Attributes:
         load: the kept state before a step.
         transition: a step, by index.
-        begin: the cotangents of the queries that read a state, given its number; None where none do.
+        meet: the cotangents of a state, given its number, the state, and what later states passed on to it, which
+            is overwritten; None where no query is on its way.
         rules: how derivatives are taken.
         chunk: how many cotangents are pulled at once.
     """
 
     load: Callable[[int], State]
     transition: Callable[[int], Transition]
-    begin: Callable[[int, State], Cotangent | None]
+    meet: Callable[[int, State, Cotangent | None], Cotangent | None]
     rules: Rules
     chunk: int
 
@@ -259,8 +260,7 @@ class Sweep:
         transition = self.transition(step)
         if cotangent is None:  # no query reads a later state, so this step moved none
             influence, losses = torch.zeros(0, sum(transition.sizes)), torch.full((sum(transition.sizes),), torch.nan)
-            return Swept(step, influence, losses, torch.zeros(0), self.begin(step, state))
+            return Swept(step, influence, losses, torch.zeros(0), self.meet(step, state, None))
         pulled = pull_back(transition, state, cotangent, rules=self.rules, chunk=self.chunk)
-        norms, here = pulled.cotangent.norms(), self.begin(step, state)
-        joined = pulled.cotangent.join(here) if here else pulled.cotangent
-        return Swept(step, pulled.influence, pulled.losses, norms, joined)
+        norms = pulled.cotangent.norms()
+        return Swept(step, pulled.influence, pulled.losses, norms, self.meet(step, state, pulled.cotangent))

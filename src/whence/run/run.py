@@ -1,6 +1,7 @@
 """A recorded training, joined with the task that explains it."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,6 +124,19 @@ class Run:
         for index in range(nearest, number):
             state = self.transition(index, dtype).advance(state)
         return state
+
+    def walk(self, first: int, last: int, dtype: Precision = None) -> Iterator[tuple[int, State]]:
+        """The states first ... last with their numbers, in order: from disk where they were kept, else replayed.
+
+        Raises:
+            NoSuchState: the run has no such state.
+        """
+        state = self.state(first, replay=True, dtype=dtype)
+        yield first, state
+        for number in range(first + 1, last + 1):
+            kept = number in self.kept
+            state = self.state(number, dtype=dtype) if kept else self.transition(number - 1, dtype).advance(state)
+            yield number, state
 
     def verify(self, *, tolerance: float | None = None) -> "Verification":
         """Replay every segment between kept states and compare it with what was recorded.
