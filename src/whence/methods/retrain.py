@@ -4,7 +4,7 @@ A removed sample keeps its place in the batch and loses its loss term (weight 0)
 two runs of this same engine, the unperturbed one riding along in every stack, never against the recorded weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack, final
 
@@ -22,6 +22,7 @@ from whence.replay.average import as_read
 from whence.replay.forward import each_run, rerun
 from whence.replay.state import State
 from whence.run.run import Run
+from whence.tree import Tree
 
 Steps = tuple[int, int]
 Changes = Float[np.ndarray, "query observed_at removal"]
@@ -223,7 +224,14 @@ def _stack(
     runs, later = len(changes) + 2, max(observed_at)
     found = np.full((len(queries.names), len(observed_at), runs), np.nan)
     before = _read_at(run, queries, start, dtype=dtype)
-    steps = rerun(lambda step: run.transition(step, dtype), alike.repeat(runs), weights, start=start, stop=later)
+    steps = rerun(
+        lambda step: run.transition(step, dtype),
+        alike.repeat(runs),
+        weights,
+        start=start,
+        stop=later,
+        trained=_as_trained(run, start) if any(step.autocast for step in run.log) else None,
+    )
     for number, states in as_read(queries, steps, before and before.repeat(runs)):
         if number in observed_at:
             read = each_run(states, lambda params, buffers: values(queries, run.task, params=params, buffers=buffers))
@@ -237,3 +245,14 @@ def _read_at(run: Run, queries: Query, number: int, *, dtype: torch.dtype | None
         return None
     *_, (_, average) = as_read(queries, run.walk(min(queries.start, number), number, dtype))
     return average
+
+
+def _as_trained(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
+    """The gradient before clipping, and the buffers left, of every step from `start` on, in the recorded precision."""
+    state = run.state(start)
+    for index in range(start, run.steps):
+        transition = run.transition(index)
+        grads, buffers, _ = transition.raw_gradient(state)
+        yield grads, buffers
+        kept = index + 1 in run.kept
+        state = run.state(index + 1) if kept else transition.moved(state, transition.clipped(grads), buffers)
