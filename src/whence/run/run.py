@@ -233,6 +233,8 @@ class Verification:
         found = f"{replayed}; largest relative difference {self.difference:.1e}"
         if not self.autocast:
             return found
+        if not self.gap:
+            return f"{found}. Trained under autocast {self.autocast}; replayed and attributed without it"
         return (
             f"{found}. Trained, and replayed, under autocast {self.autocast}; the influence is taken without it, where "
             f"gradients differ by up to {self.gap:.1e}"
