@@ -19,6 +19,7 @@ _HOME = {
     "classification": "whence.task",
     "regression": "whence.task",
     "language_model": "whence.task",
+    "Averaged": "whence.queries",
     "Loss": "whence.queries",
     "Logit": "whence.queries",
     "Margin": "whence.queries",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from whence.methods.retrain import retrain as retrain
     from whence.methods.tracin import GradientDot as GradientDot
     from whence.methods.tracin import TracIn as TracIn
+    from whence.queries import Averaged as Averaged
     from whence.queries import Custom as Custom
     from whence.queries import Feature as Feature
     from whence.queries import Logit as Logit

@@ -49,8 +49,11 @@ class RunningStatistics:
         if self._updates is not None:
             momentum = 1.0 / (seen + 1) if layer.momentum is None else layer.momentum
             axes = [axis for axis in range(inputs.dim()) if axis != 1]
-            self._updates[f"{prefix}running_mean"] = (1 - momentum) * mean + momentum * inputs.mean(axes)
-            self._updates[f"{prefix}running_var"] = (1 - momentum) * variance + momentum * inputs.var(axes)
+            read = inputs.to(
+                mean.dtype
+            )  # under autocast inputs are coarser than the statistics that torch makes of them
+            self._updates[f"{prefix}running_mean"] = (1 - momentum) * mean + momentum * read.mean(axes)
+            self._updates[f"{prefix}running_var"] = (1 - momentum) * variance + momentum * read.var(axes)
             self._updates[f"{prefix}num_batches_tracked"] = seen + 1
         return batch_norm(inputs, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
 

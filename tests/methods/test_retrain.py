@@ -14,7 +14,7 @@ from tests.methods.test_exact import asked, read
 from tests.oracles.nudge import observe
 from whence.errors import ImpossibleWindow, UnknownSample
 from whence.methods.retrain import retrain
-from whence.replay.forward import advance_each, rerun
+from whence.replay.forward import gradients_of_each, rerun
 
 CHOSEN = [
     "momentum",
@@ -120,7 +120,8 @@ def test_one_by_one_equals_stacked(tmp_path: Path) -> None:
     stacked = dict(rerun(run.transition, run.state(0).repeat(3), lambda _: weights, start=0, stop=2))[2]
     alone = run.state(0).repeat(3)
     for index in range(2):
-        alone = advance_each(run.transition(index), alone, weights)
+        step = run.transition(index)
+        alone = step.moved_many(alone, *gradients_of_each(step, alone, weights))
     for name, tensor in stacked.params.items():
         torch.testing.assert_close(tensor, alone.params[name], rtol=1e-12, atol=1e-14)
 

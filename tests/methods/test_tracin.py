@@ -241,6 +241,12 @@ def test_memory_that_cannot_hold_a_gradient_is_refused(tmp_path: Path) -> None:
         whence.TracIn(memory=1).attribute(recorded("sgd", tmp_path), asked())
 
 
+def test_averaged_weights_are_left_to_dit(tmp_path: Path) -> None:
+    """A product of gradients knows no average of states."""
+    with pytest.raises(whence.WhenceError, match=r"whence\.DIT answers for averages"):
+        whence.TracIn().attribute(recorded("sgd", tmp_path), whence.Averaged(asked(), decay=0.5))
+
+
 def test_a_result_says_how_it_was_made(tmp_path: Path) -> None:
     """Method and states, in its own words; other states do not go on in its folder."""
     run = recorded("sgd", tmp_path)

@@ -303,7 +303,8 @@ class Influence:
     def __repr__(self) -> str:
         """Tell method, sizes, unit and sign in three lines."""
         states = f"{len(self.observed_at)} states ({errors.listed(self.observed_at, most=6)})"
-        how = "" if self.settings.get("exact", True) else layout.told(self.settings)
+        plain = self.settings.get("exact", True) and "chosen" not in self.settings
+        how = "" if plain else layout.told(self.settings)
         return (
             f"Influence by {self.method}{how} ({self.unit}): {len(self.queries)} queries, {states}, "
             f"{self.steps} steps x {self.slots} slots, {self.samples} samples\n= " + self.sign.replace("; ", "\n  ")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, final, get_args
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,21 +21,23 @@ from whence.errors import BadSetting
 from whence.influence.influence import Influence
 from whence.influence.layout import Description
 from whence.influence.writer import InfluenceWriter
+from whence.methods.choose import candidates, choose
 from whence.methods.cotangents import CotangentStore
-from whence.methods.memory import Budget, begun_chunk, budget, check_limits
+from whence.methods.memory import Budget, begun_chunk, begun_settings, budget, check_limits
 from whence.methods.observe import ObservedAt, observed_states
+from whence.methods.reading import Reading, reading
 from whence.methods.renormalize import check_renormalizable, renormalized
-from whence.queries import Query, gradients
+from whence.methods.retrain import Denominator
+from whence.queries import Averaged, Query
 from whence.replay.curvature import Curvature, Hessian
 from whence.replay.heap import kept_heap
 from whence.replay.linearised import Product
 from whence.replay.plan import plan
-from whence.replay.reverse import Cotangent, Rules, Sweep, Swept, start
+from whence.replay.reverse import Cotangent, Rules, Sweep, Swept
 from whence.replay.slope import Slope, Tangent
-from whence.replay.state import State
 from whence.run.run import Run
 
-Denominator = Literal["keep", "renormalize"]
+Policy = Curvature | Literal["auto"]
 SHARDS, SHORTEST = 20, 8  # an attribution can resume at this many points, at least so many steps apart
 
 
@@ -44,7 +47,9 @@ class DIT:
     """Exact influence of every slot of every step, by one reverse sweep for all queries.
 
     Args:
-        curvature: how the loss's second derivative is taken.
+        curvature: how the loss's second derivative is taken. "auto" leaves out some samples first and takes what
+            predicts that best on this run, `Hessian` or `GaussNewton`, and for optimizers that bend also with `Secant`;
+            `influence.settings["chosen"]` says why.
         slope: how the optimizer's answer to a change is taken: the derivative, or over the width of one removal.
         denominator: "keep" leaves a removed sample's place in the batch's mean; "renormalize" divides by one less.
         memory: bytes that a sweep may use beside the model; default half of what is free. It decides how many states
@@ -55,7 +60,7 @@ class DIT:
         BadSetting: names the setting, and what it may be.
     """
 
-    curvature: Curvature = field(default_factory=Hessian)
+    curvature: Policy = field(default_factory=Hessian)
     slope: Slope = field(default_factory=Tangent)
     denominator: Denominator = "keep"
     memory: int | None = None
@@ -67,10 +72,10 @@ class DIT:
         Raises:
             BadSetting: names the setting, and what it may be.
         """
-        if not isinstance(self.curvature, Curvature):
-            policies = "whence.Hessian(), GaussNewton(), EmpiricalFisher() or Zero()"
+        if not isinstance(self.curvature, Curvature) and self.curvature != "auto":
+            policies = "whence.Hessian(), GaussNewton(), EmpiricalFisher(), Zero() or 'auto'"
             raise BadSetting("curvature", self.curvature, policies)
-        if self.curvature.product not in get_args(Product):
+        if isinstance(self.curvature, Curvature) and self.curvature.product not in get_args(Product):
             raise BadSetting("product", self.curvature.product, "'autograd' or 'difference'")
         if not isinstance(self.slope, Slope):
             raise BadSetting("slope", self.slope, "whence.Tangent() or whence.Secant()")
@@ -96,15 +101,35 @@ class DIT:
         states = observed_states(run, observed_at)
         if self.denominator == "renormalize":
             check_renormalizable(run)
-        cut = budget(run, len(queries.names) * len(states), memory=self.memory, chunk=self.chunk or begun_chunk(path))
-        rules = Rules(self.curvature, self.slope)
-        settings: dict[str, object] = {"curvature": repr(self.curvature), "slope": repr(self.slope)}
-        settings |= {"chunk": cut.chunk, "exact": rules.exact}
+        cut = budget(run, queries, len(states), memory=self.memory, chunk=self.chunk or begun_chunk(path))
+        rules, why = self._decided(run, queries, state=states[-1], begun=begun_settings(path))
+        settings: dict[str, object] = {"curvature": repr(rules.curvature), "slope": repr(rules.slope)}
+        settings |= {"chunk": cut.chunk, "exact": rules.exact} | why
+        if isinstance(queries, Averaged):
+            settings["average"] = queries.about
         about = replace(described(run, queries, states), denominator=self.denominator, settings=settings)
         writer = InfluenceWriter.begin(path, about, sample=slots(run), dtype=precision(run))
         if len(writer.done) < len(writer.shards):
-            _Filling(run, queries, writer, CotangentStore(writer.path)).fill(rules, cut)
+            _Filling(run, reading(run, queries, states), writer, CotangentStore(writer.path)).fill(rules, cut)
         return writer.finish().with_queries(queries)
+
+    def _decided(
+        self, run: Run, queries: Query, *, state: int, begun: dict[str, object]
+    ) -> tuple[Rules, dict[str, object]]:
+        """The rules of the sweep, and why they were chosen, where they were; an attribution that was begun goes on."""
+        if isinstance(self.curvature, Curvature):
+            return Rules(self.curvature, self.slope), {}
+        found = candidates(run, self.slope)
+        if "chosen" in begun:
+            made = (begun["curvature"], begun["slope"])
+            return next(r for r in found if (repr(r.curvature), repr(r.slope)) == made), {"chosen": begun["chosen"]}
+
+        def predict(rules: Rules, some: Query) -> Float[np.ndarray, "query sample"]:
+            alone = replace(self, curvature=rules.curvature, slope=rules.slope, chunk=None)
+            return alone.attribute(run, some, observed_at=state).total()[:, 0]
+
+        choice = choose(run, queries, found, predict=predict, state=state, denominator=self.denominator)
+        return choice.rules, {"chosen": choice.why}
 
 
 @final
@@ -113,7 +138,7 @@ class _Filling:
     """An attribution under way: sweeps over the shards that are not done, from the last to the first."""
 
     run: Run
-    queries: Query
+    reading: Reading
     writer: InfluenceWriter
     store: CotangentStore
 
@@ -124,8 +149,8 @@ class _Filling:
     def fill(self, rules: Rules, cut: Budget) -> None:
         missing = [shard for shard in range(len(self.writer.shards)) if shard not in self.writer.done]
         stop = self.writer.shards[missing[-1]][1]
-        cotangent = self.store.load(stop) if stop < self.run.steps else self.begin(stop, None)
-        sweep = Sweep(self.run.state, self.run.transition, self.begin, rules=rules, chunk=cut.chunk)
+        cotangent = self.store.load(stop) if stop < self.run.steps else self.met_at_the_end()
+        sweep = Sweep(self.run.state, self.run.transition, self.reading.meet, rules=rules, chunk=cut.chunk)
         swept = sweep(plan(self.run.kept, stop, held=cut.held), cotangent)
         bar = iter(tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False))
         with kept_heap():
@@ -149,15 +174,12 @@ class _Filling:
             self.store.save(first, found.cotangent)
         self.writer.mark_done(shard)
 
-    def begin(self, number: int, state: State | None) -> Cotangent | None:
-        """The cotangents of the queries that read this state; None if it is not observed."""
-        if number not in self.about.observed_at:
+    def met_at_the_end(self) -> Cotangent | None:
+        """The cotangents of the queries that read the final state; None if it is not observed."""
+        last = self.run.steps
+        if last not in self.about.observed_at:
             return None
-        state = state or self.run.state(number, replay=True)
-        _, params, buffers = gradients(
-            self.queries, self.run.task, params=state.params, buffers=state.buffers, trained=self.run.trained
-        )
-        return start(state, params, buffers)
+        return self.reading.meet(last, self.run.state(last, replay=True), None)
 
     def alive(self, rows: int) -> list[int]:
         """Columns of the observed states whose cotangents are on their way, the latest state first."""

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from whence.errors import BadSetting, TooLittleMemory
 from whence.influence import layout
+from whence.queries import Averaged, Query
 from whence.replay.state import State, elementwise
 from whence.replay.strands import longest
 from whence.run.run import Run
@@ -58,14 +59,16 @@ class Budget:
     chunk: int
 
 
-def budget(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> Budget:
-    """Cut a sweep with so many cotangents to fit the memory.
+def budget(run: Run, queries: Query, states: int, *, memory: int | None, chunk: int | None) -> Budget:
+    """Cut a sweep for queries at so many observed states to fit the memory.
 
     Raises:
         TooLittleMemory: not even one state and one query at a time fit.
     """
-    free = memory or free_memory(run.task.device) // 2
-    return cut(sizes_of(run), rows=rows, free=free, chunk=chunk, steps=run.steps)
+    free, sizes = memory or free_memory(run.task.device) // 2, sizes_of(run)
+    if isinstance(queries, Averaged):  # a gradient waits beside every cotangent
+        sizes = replace(sizes, cotangent=sizes.cotangent + sizes.params)
+    return cut(sizes, rows=len(queries.names) * states, free=free, chunk=chunk, steps=run.steps)
 
 
 def gradients_at_once(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> int:
@@ -163,7 +166,12 @@ def free_memory(device: torch.device) -> int:
 
 def begun_chunk(path: Path | None) -> int | None:
     """The chunk of an attribution that was begun in a folder: going on with it gives the same bits."""
-    if path is None or not (path / "zarr.json").is_file():
-        return None
-    chunk = layout.load(path)[1].settings.get("chunk")
+    chunk = begun_settings(path).get("chunk")
     return chunk if isinstance(chunk, int) else None
+
+
+def begun_settings(path: Path | None) -> dict[str, object]:
+    """The settings of an attribution that was begun in a folder; none where there is none."""
+    if path is None or not (path / "zarr.json").is_file():
+        return {}
+    return dict(layout.load(path)[1].settings)

@@ -4,7 +4,7 @@ A removed sample keeps its place in the batch and loses its loss term (weight 0)
 two runs of this same engine, the unperturbed one riding along in every stack, never against the recorded weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack, final
 
@@ -17,11 +17,15 @@ from tqdm.auto import tqdm
 from whence.errors import ImpossibleWindow, UnknownSample
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.renormalize import check_renormalizable
-from whence.queries import Query, values
+from whence.queries import Averaged, Query, values
+from whence.replay.average import as_read
 from whence.replay.forward import each_run, rerun
+from whence.replay.state import State
 from whence.run.run import Run
+from whence.tree import Tree
 
 Steps = tuple[int, int]
+Denominator = Literal["keep", "renormalize"]
 Changes = Float[np.ndarray, "query observed_at removal"]
 
 
@@ -34,7 +38,7 @@ class RerunOptions(TypedDict, total=False):
         batch: how many trainings run at once; default 64.
     """
 
-    denominator: Literal["keep", "renormalize"]
+    denominator: Denominator
     dtype: torch.dtype | None
     batch: int
 
@@ -218,12 +222,38 @@ def _stack(
         rows = [change.weights(run, step) for change in changes]
         return torch.stack([torch.ones_like(rows[0]), *rows, torch.ones_like(rows[0])]).to(like)
 
-    found = np.full((len(queries.names), len(observed_at), len(changes) + 2), np.nan)
-    stack = alike.repeat(len(changes) + 2)
-    later = max(observed_at)
-    steps = rerun(lambda step: run.transition(step, dtype), stack, weights, start=start, stop=later)
-    for number, states in steps:
+    runs, later = len(changes) + 2, max(observed_at)
+    found = np.full((len(queries.names), len(observed_at), runs), np.nan)
+    before = _read_at(run, queries, start, dtype=dtype)
+    steps = rerun(
+        lambda step: run.transition(step, dtype),
+        alike.repeat(runs),
+        weights,
+        start=start,
+        stop=later,
+        trained=_as_trained(run, start) if any(step.autocast for step in run.log) else None,
+    )
+    for number, states in as_read(queries, steps, before and before.repeat(runs)):
         if number in observed_at:
             read = each_run(states, lambda params, buffers: values(queries, run.task, params=params, buffers=buffers))
             found[:, observed_at.index(number)] = read.T.double().cpu().numpy()
     return found
+
+
+def _read_at(run: Run, queries: Query, number: int, *, dtype: torch.dtype | None) -> State | None:
+    """The average as it was at a state, which the re-runs go on with; None where queries need none."""
+    if not isinstance(queries, Averaged):
+        return None
+    *_, (_, average) = as_read(queries, run.walk(min(queries.start, number), number, dtype))
+    return average
+
+
+def _as_trained(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
+    """The gradient before clipping, and the buffers left, of every step from `start` on, in the recorded precision."""
+    state = run.state(start)
+    for index in range(start, run.steps):
+        transition = run.transition(index)
+        grads, buffers, _ = transition.raw_gradient(state)
+        yield grads, buffers
+        kept = index + 1 in run.kept
+        state = run.state(index + 1) if kept else transition.moved(state, transition.clipped(grads), buffers)

@@ -22,7 +22,7 @@ from whence.methods.dit import described, precision, slots
 from whence.methods.memory import begun_chunk, check_limits, gradients_at_once
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.viewpoint import Scores, Tables, Viewpoint, alike
-from whence.queries import Query
+from whence.queries import Averaged, Query
 from whence.replay.state import State
 from whence.run.run import Run
 
@@ -162,6 +162,8 @@ class _Question:
     chunk: int | None
 
     def answered(self, run: Run, queries: Query, *, observed_at: ObservedAt, out: str | Path | None) -> Influence:
+        if isinstance(queries, Averaged):
+            raise BadSetting("queries", queries, "queries of the weights themselves; whence.DIT answers for averages")
         path = None if out is None else Path(out)
         states, begun = observed_states(run, observed_at), self.chunk or begun_chunk(path)
         looked_at = {self.look(run, 0, observed) for observed in states}

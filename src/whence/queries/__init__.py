@@ -1,5 +1,6 @@
 """What can be asked of a model: scalar functions of its parameters."""
 
+from whence.queries.averaged import Averaged as Averaged
 from whence.queries.parameters import Custom as Custom
 from whence.queries.parameters import Parameter as Parameter
 from whence.queries.query import Query as Query

@@ -60,6 +60,7 @@ class Feeding:
         step: number of the coming step.
         consumed: batches whose gradients the coming step consumes, in order.
         evaluating: modules that were in eval mode at the last backward pass.
+        autocast: the precision that the model was last called under; empty without autocast.
     """
 
     def __init__(self, task: Task, trained: Mapping[str, nn.Parameter]) -> None:
@@ -70,13 +71,28 @@ class Feeding:
         self.step = 0
         self.consumed: list[Yielded] = []
         self.evaluating: tuple[str, ...] = ()
+        self.autocast = ""
 
     def listen(self) -> None:
-        """Hook every parameter that receives gradients by now."""
+        """Hook every parameter that receives gradients by now, and every module that has parameters of its own."""
+        if not self._hooks:
+            self._listen_to_calls()
         for name, parameter in self._trained.items():
             if parameter.requires_grad and name not in self._hooks:
                 hook = partial(self._on_gradient, name)
                 self._hooks[name] = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _listen_to_calls(self) -> None:
+        kind = self._task.device.type
+        self._task.binding  # noqa: B018 - the skeleton is copied before there are hooks that it would copy
+
+        def note(module: nn.Module, args: object) -> None:
+            del module, args
+            self.autocast = str(torch.get_autocast_dtype(kind))[6:] if torch.is_autocast_enabled(kind) else ""
+
+        for name, module in self._task.model.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                self._hooks[f"call:{name}"] = module.register_forward_pre_hook(note)
 
     def stop(self) -> None:
         """Take the hooks away."""

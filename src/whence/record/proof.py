@@ -1,9 +1,12 @@
 """The recorder's proof: what it notes explains the gradient that the loop handed to the optimizer."""
 
+import torch
+
 from whence.errors import BadLoss, UnexplainedGradient, UnrepeatableRows
 from whence.record.feeding import Yielded
 from whence.replay.state import State, Step
 from whence.replay.transition import Transition
+from whence.run.run import AUTOCAST
 from whence.run.tensors import digest
 from whence.task import Batch, Task
 from whence.tree import Tree, cast, norm
@@ -14,13 +17,13 @@ MOST_NEW = 8  # shapes of step that are proved when first met
 class Proof:
     """Decides when to prove a step, and proves it."""
 
-    def __init__(self, tolerance: float) -> None:
+    def __init__(self, tolerance: float | None) -> None:
         self._tolerance = tolerance
         self._met: set[object] = set()
 
     def due(self, step: Step) -> bool:
         """The first two steps, then at powers of four, and steps of a shape not met before (sizes, modes, idle)."""
-        shape = (tuple((len(fed.samples), fed.counted) for fed in step.fed), step.idle, step.evaluating)
+        shape = (tuple((len(fed.samples), fed.counted) for fed in step.fed), step.idle, step.evaluating, step.autocast)
         new = shape not in self._met and len(self._met) < MOST_NEW
         if new:
             self._met.add(shape)
@@ -39,9 +42,17 @@ class Proof:
         ours = transition.clipped(grads)
         gap = norm({name: ours[name] - consumed[name] for name in ours})
         off = gap / max(norm(consumed), norm(ours), 1e-30)
-        if not off <= self._tolerance:
+        allowed = self._tolerance or default_tolerance(transition.step, consumed)
+        if not off <= allowed:
             norms = {"ours": norm(ours), "theirs": norm(consumed)}
-            raise UnexplainedGradient(transition.step.index, off, self._tolerance, **norms)
+            raise UnexplainedGradient(transition.step.index, off, allowed, **norms)
+
+
+def default_tolerance(step: Step, consumed: Tree) -> float:
+    """How far a gradient may be off: an eager model's is met to the bit, and other kernels round in other places."""
+    if all(gradient.dtype == torch.float64 for gradient in consumed.values()):
+        return 1e-9
+    return AUTOCAST if step.autocast else 1e-3
 
 
 def read_again(task: Task, step: int, fed: Yielded) -> Batch:

@@ -48,7 +48,7 @@ class Recorder:
         checkpoints: which states are kept.
         keep_batches: store what was fed, for rows that cannot be read again (random augmentation).
         tolerance: relative difference up to which a replayed gradient counts as the loop's; default 1e-9 in float64,
-            else 1e-3.
+            5e-2 under autocast, else 1e-3.
 
     Raises:
         UnsupportedOptimizer: the optimizer has no derivative.
@@ -76,8 +76,7 @@ class Recorder:
         self._params = dict(task.model.named_parameters())
         self._groups = _group_names(self._params, optimizer)
         self._trained = {name: self._params[name] for group in self._groups for name in group}
-        double = all(p.dtype == torch.float64 for p in self._trained.values())
-        self._proof = Proof(tolerance or (1e-9 if double else 1e-3))
+        self._proof = Proof(tolerance)
         self._feeding = Feeding(task, self._trained)
         self._overheard: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._epoch = self._last_epoch = -1
@@ -197,6 +196,7 @@ class Recorder:
             norm=size,
             idle=tuple(name for name in self._trained if name not in grads),
             evaluating=feeding.evaluating,
+            autocast=feeding.autocast,
         )
 
     def _keeps(self, step: Step) -> bool:

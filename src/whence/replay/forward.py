@@ -17,7 +17,13 @@ Weights = Callable[[int], Float[Tensor, "run slot"]]
 
 
 def rerun(
-    transition: Callable[[int], Transition], states: State, weights: Weights, *, start: int, stop: int
+    transition: Callable[[int], Transition],
+    states: State,
+    weights: Weights,
+    *,
+    start: int,
+    stop: int,
+    trained: Iterator[tuple[Tree, Tree]] | None = None,
 ) -> Iterator[tuple[int, State]]:
     """Advance a stack of equal states through the steps [start, stop), each run with its own sample weights.
 
@@ -29,6 +35,8 @@ def rerun(
         weights: weights of a step's slots, `[run, slot]`; 1 as it happened, 0 removed.
         start: first step.
         stop: the step after the last.
+        trained: gradients before clipping, and buffers after the step, that the first run of the stack must have, step
+            by step; the others keep their distance from it. So what a training's low precision added stays as it was.
 
     Yields:
         The number of every state from start + 1 to stop, and the stack of states there.
@@ -38,24 +46,32 @@ def rerun(
         step, w = transition(index), weights(index)
         if not one_by_one:
             try:
-                states = step.advance_many(states, w)
+                grads, buffers = step.gradients_of_many(states, w)
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 log.warning("this model cannot be re-run in batches (%s); re-running one by one", _first_line(error))
                 one_by_one = True
         if one_by_one:
-            states = advance_each(step, states, w)
+            grads, buffers = gradients_of_each(step, states, w)
+        if trained is not None:
+            grads, buffers = (_beside(s, first) for s, first in zip((grads, buffers), next(trained), strict=True))
+        states = step.moved_many(states, grads, buffers)
         yield index + 1, states
 
 
-def advance_each(step: Transition, states: State, weights: Tensor) -> State:
-    """The same as `Transition.advance_many`, one run after the other."""
+def _beside(stacked: Tree, first: Tree) -> Tree:
+    """Move a whole stack by what its first member lacks to the given one."""
+    return {name: tensor + (first[name].to(tensor) - tensor[0]) for name, tensor in stacked.items()}
+
+
+def gradients_of_each(step: Transition, states: State, weights: Tensor) -> tuple[Tree, Tree]:
+    """The same as `Transition.gradients_of_many`, one run after the other."""
     grads, buffers = [], []
     for run, w in enumerate(weights):
         with step.replaying():
             walked = list(step.walk(State(select(states.params, run), select(states.buffers, run)), w))
-        grads.append(step.clipped(gathered(walked)[0]))
+        grads.append(gathered(walked)[0])
         buffers.append(walked[-1][1][1])
-    return step.moved(states, stack(grads), stack(buffers))
+    return stack(grads), stack(buffers)
 
 
 def select(tree: Tree, run: int) -> Tree:

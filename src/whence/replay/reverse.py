@@ -117,7 +117,7 @@ def pull_back(transition: Transition, state: State, cotangent: Cotangent, *, rul
     """
     with transition.replaying(twice=rules.curvature.product == "autograd"):
         update, primal = transition.update, _Primal.of(transition, state, rules.curvature)
-        clipped, unclip = vjp(transition.clipped, primal.gradient)  # type: ignore[misc]
+        clipped, unclip = vjp(transition.clipped, primal.consumed)  # type: ignore[misc]
         params = cotangent.params
         slopes = (
             (strand, rules.slope.entries(update, state, clipped, strand=strand, slots=sum(transition.sizes)))
@@ -178,19 +178,21 @@ def rows_of(tree: Tree, rows: slice) -> Tree:
 
 @dataclass(frozen=True, slots=True)
 class _Primal:
-    """The gradient of a step, and its pieces ready to be linearised from the last to the first."""
+    """The gradient that a step consumed, and its pieces ready to be linearised from the last to the first."""
 
-    gradient: Tree
+    consumed: Tree
     losses: Tensor
     backwards: Callable[[], Iterator[Linearised]]
 
     @staticmethod
     def of(transition: Transition, state: State, curvature: Curvature) -> "_Primal":
+        # Under autocast the update was made from another gradient than the one that is differentiated.
+        trained = transition.raw_gradient(state)[0] if transition.step.autocast else None
         pieces = transition.pieces()
         ones = [torch.ones(len(piece.share)).to(next(iter(state.params.values()))) for piece in pieces]
         if len(pieces) == 1:
             linear = curvature.linearise(pieces[0], state.params, state.buffers, weights=ones[0])
-            return _Primal(linear.gradient, linear.losses, lambda: iter([linear]))
+            return _Primal(trained or linear.gradient, linear.losses, lambda: iter([linear]))
 
         # Accumulation exists to save memory, so gradients come first, and then one micro-batch's graph at a time.
         walked = list(transition.walk(state))
@@ -200,7 +202,7 @@ class _Primal:
             for piece, (before, _), w in reversed(list(zip(pieces, walked, ones, strict=True))):
                 yield curvature.linearise(piece, state.params, before, weights=w)
 
-        return _Primal(total, losses, backwards)
+        return _Primal(trained or total, losses, backwards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,14 +231,15 @@ class Sweep:
     Attributes:
         load: the kept state before a step.
         transition: a step, by index.
-        begin: the cotangents of the queries that read a state, given its number; None where none do.
+        meet: the cotangents of a state, given its number, the state, and what later states passed on to it, which
+            is overwritten; None where no query is on its way.
         rules: how derivatives are taken.
         chunk: how many cotangents are pulled at once.
     """
 
     load: Callable[[int], State]
     transition: Callable[[int], Transition]
-    begin: Callable[[int, State], Cotangent | None]
+    meet: Callable[[int, State, Cotangent | None], Cotangent | None]
     rules: Rules
     chunk: int
 
@@ -261,8 +264,7 @@ class Sweep:
         transition = self.transition(step)
         if cotangent is None:  # no query reads a later state, so this step moved none
             influence, losses = torch.zeros(0, sum(transition.sizes)), torch.full((sum(transition.sizes),), torch.nan)
-            return Swept(step, influence, losses, torch.zeros(0), self.begin(step, state))
+            return Swept(step, influence, losses, torch.zeros(0), self.meet(step, state, None))
         pulled = pull_back(transition, state, cotangent, rules=self.rules, chunk=self.chunk)
-        norms, here = pulled.cotangent.norms(), self.begin(step, state)
-        joined = pulled.cotangent.join(here) if here else pulled.cotangent
-        return Swept(step, pulled.influence, pulled.losses, norms, joined)
+        norms = pulled.cotangent.norms()
+        return Swept(step, pulled.influence, pulled.losses, norms, self.meet(step, state, pulled.cotangent))

@@ -83,6 +83,7 @@ class Step(msgspec.Struct, frozen=True):
         norm: Euclidean norm of the gradient that the optimizer consumed.
         idle: parameters of the optimizer that had no gradient.
         evaluating: modules that were in eval mode.
+        autocast: the precision that the forward passes were under, like "bfloat16"; empty where there was no autocast.
     """
 
     index: int
@@ -91,6 +92,7 @@ class Step(msgspec.Struct, frozen=True):
     norm: float
     idle: tuple[str, ...] = ()
     evaluating: tuple[str, ...] = ()
+    autocast: str = ""
 
     @property
     def samples(self) -> tuple[int, ...]:

@@ -68,10 +68,16 @@ class Transition:
             yield buffers, found
             buffers = found[1]
 
-    def raw_gradient(self, state: State) -> Gradient:
-        """Gradient of L_t before clipping, the buffers it leaves, and the losses `[slot]`."""
+    def raw_gradient(self, state: State, *, autocast: bool = True) -> Gradient:
+        """Gradient of L_t before clipping, the buffers it leaves, and the losses `[slot]`.
+
+        Args:
+            state: the state before the step.
+            autocast: in the precision of the training, rather than in that of the derivatives.
+        """
         self.set_modes()  # and training's own kernels, so that a replay meets the recording to the bit
-        walked = list(self.walk(state))
+        with self.precision() if autocast else nullcontext():
+            walked = list(self.walk(state))
         return gathered(walked)[0], walked[-1][1][1], gathered(walked)[1]
 
     def clipped(self, grads: Tree) -> Tree:
@@ -83,16 +89,21 @@ class Transition:
         grads, buffers, _ = self.raw_gradient(state)
         return self.moved(state, self.clipped(grads), buffers)
 
-    def advance_many(self, states: State, weights: Weights) -> State:
-        """A stack of states after the step, each with its own sample weights `[run, slot]`."""
+    def gradients_of_many(self, states: State, weights: Weights) -> tuple[Tree, Tree]:
+        """Gradients of a stack of states before clipping, each with its own sample weights, and the buffers left."""
 
         def gradient(params: Tree, buffers: Tree, w: Tensor) -> tuple[Tree, Tree]:
             walked = list(self.walk(State(params, buffers), w))
-            return self.clipped(gathered(walked)[0]), walked[-1][1][1]
+            return gathered(walked)[0], walked[-1][1][1]
 
         with self.replaying():
-            grads, buffers = vmap(gradient, randomness="same")(states.params, states.buffers, weights)
-        return self.moved(states, grads, buffers)
+            found: tuple[Tree, Tree] = vmap(gradient, randomness="same")(states.params, states.buffers, weights)
+        return found
+
+    def moved_many(self, states: State, grads: Tree, buffers: Tree) -> State:
+        """The stack after the update by gradients that are still to be clipped."""
+        clipped = grads if self.task.clip is None else vmap(self.clipped)(grads)
+        return self.moved(states, clipped, buffers)
 
     def moved(self, state: State, grads: Tree, buffers: Tree) -> State:
         """The state after the update by a (clipped) gradient, with the buffers that the forward passes left."""
@@ -106,6 +117,16 @@ class Transition:
     def set_modes(self) -> None:
         """Put the skeleton's modules into the recorded train/eval modes."""
         self.task.binding.set_modes(self.step.evaluating)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The autocast that the training was under; it leaves tensors in float64 alone.
+
+        Not float16: small gradients vanish in it but for the scale of a GradScaler, which changes from step to step.
+        """
+        if self.step.autocast != "bfloat16":
+            return nullcontext()
+        # The cache keeps casts of parameters, which under torch.func would outlive their transform.
+        return torch.autocast(self.task.device.type, getattr(torch, self.step.autocast), cache_enabled=False)
 
     @contextmanager
     def replaying(self, *, twice: bool = True) -> Iterator[None]:

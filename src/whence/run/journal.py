@@ -25,6 +25,7 @@ SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "settings": pl.String,
     "idle": pl.List(pl.String),
     "evaluating": pl.List(pl.String),
+    "autocast": pl.String,
 }
 
 
@@ -47,6 +48,7 @@ def _row(step: Step) -> dict[str, object]:
         "settings": msgspec.json.encode(step.settings).decode(),
         "idle": list(step.idle),
         "evaluating": list(step.evaluating),
+        "autocast": step.autocast,
     }
 
 
@@ -62,7 +64,8 @@ def _step(row: dict[str, Any]) -> Step:
         for samples, epoch, digest, random, stored, counted in zip(*columns, strict=True)
     )
     settings = msgspec.json.decode(row["settings"], type=tuple[dict[str, Setting], ...])
-    return Step(row["step"], fed, settings, row["norm"], tuple(row["idle"]), tuple(row["evaluating"]))
+    modes = tuple(row["idle"]), tuple(row["evaluating"]), row.get("autocast") or ""  # younger than the format
+    return Step(row["step"], fed, settings, row["norm"], *modes)
 
 
 def append(path: Path, step: Step) -> None:

@@ -1,7 +1,8 @@
 """A recorded training, joined with the task that explains it."""
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import final
@@ -23,6 +24,7 @@ from whence.task import Batch, Task
 from whence.tree import cast, norm
 
 Precision = torch.dtype | None
+AUTOCAST = 5e-2  # relative rounding of a gradient in bfloat16
 
 
 @final
@@ -124,35 +126,60 @@ class Run:
             state = self.transition(index, dtype).advance(state)
         return state
 
+    def walk(self, first: int, last: int, dtype: Precision = None) -> Iterator[tuple[int, State]]:
+        """The states first ... last with their numbers, in order: from disk where they were kept, else replayed.
+
+        Raises:
+            NoSuchState: the run has no such state.
+        """
+        state = self.state(first, replay=True, dtype=dtype)
+        yield first, state
+        for number in range(first + 1, last + 1):
+            kept = number in self.kept
+            state = self.state(number, dtype=dtype) if kept else self.transition(number - 1, dtype).advance(state)
+            yield number, state
+
     def verify(self, *, tolerance: float | None = None) -> "Verification":
         """Replay every segment between kept states and compare it with what was recorded.
 
         Args:
             tolerance: relative difference allowed at the end of a segment of up to 50 steps (more in proportion);
-                default 1e-9 in float64, else 1e-4.
+                default 1e-9 in float64, 5e-2 for a training under autocast, else 1e-4.
 
         Raises:
             ReplayMismatch: the first step that differs, or the segment that does not meet the next kept state.
             WrongData: a batch whose content is not what was fed.
         """
-        worst, segments = 0.0, list(zip(self.kept, (*self.kept[1:], self.steps), strict=True))
+        segments = list(zip(self.kept, (*self.kept[1:], self.steps), strict=True))
+        worst = Verification(self.steps, len([1 for a, b in segments if b > a]), 0.0)
         with tqdm(total=self.steps - self.kept[0], desc="replaying", unit="step", disable=None, leave=False) as bar:
             for start, stop in segments:
-                worst = max(worst, self._verify_segment(start, stop, tolerance=tolerance, bar=bar))
-        return Verification(self.steps, len([1 for a, b in segments if b > a]), worst)
+                worst = self._verify_segment(start, stop, tolerance=tolerance, worst=worst, bar=bar)
+        return worst
 
-    def _verify_segment(self, start: int, stop: int, *, tolerance: float | None, bar: "tqdm[object]") -> float:
-        state = self.state(start)
-        allowed = (tolerance or default_tolerance(state)) * max(1.0, (stop - start) / 50)
+    def _verify_segment(
+        self, start: int, stop: int, *, tolerance: float | None, worst: "Verification", bar: "tqdm[object]"
+    ) -> "Verification":
+        state, autocast = self.state(start), any(step.autocast for step in self.log[start:stop])
+        allowed = (tolerance or default_tolerance(state, autocast=autocast)) * max(1.0, (stop - start) / 50)
         for index in range(start, stop):
+            worst = worst.under(self.step(index).autocast, self._gap(index, state))
             state = self._verify_step(index, state, allowed)
             bar.update()
         if stop not in self.kept:
-            return 0.0
+            return worst
         found = difference(state, self.state(stop))
         if not found <= allowed:
             raise ReplayMismatch(stop - 1, f"the state after it (replayed from state {start})", (found, allowed))
-        return found
+        return replace(worst, difference=max(worst.difference, found))
+
+    def _gap(self, index: int, state: State) -> float:
+        """How far the gradient under autocast, which trained the model, is from the one that the influence is of."""
+        if not self.step(index).autocast:
+            return 0.0
+        transition = self.transition(index)
+        trained, plain = (transition.raw_gradient(state, autocast=autocast)[0] for autocast in (True, False))
+        return norm({name: plain[name] - trained[name] for name in plain}) / max(norm(plain), 1e-30)
 
     def _verify_step(self, index: int, state: State, allowed: float) -> State:
         step = self.step(index)
@@ -185,16 +212,33 @@ class Verification:
         steps: steps replayed.
         segments: stretches between kept states.
         difference: largest relative difference where a segment met the next kept state.
+        autocast: the precision that the training was under, like "bfloat16"; empty without autocast.
+        gap: largest relative difference, over the steps, of the gradient under autocast from the one in the parameters'
+            own precision, of which the influence is the derivative.
     """
 
     steps: int
     segments: int
     difference: float
+    autocast: str = ""
+    gap: float = 0.0
+
+    def under(self, autocast: str, gap: float) -> "Verification":
+        """The same, after a step under autocast."""
+        return replace(self, autocast=autocast or self.autocast, gap=max(self.gap, gap))
 
     def __str__(self) -> str:
-        """One sentence."""
+        """One sentence, or two."""
         replayed = f"{self.steps} steps replayed in {self.segments} segments"
-        return f"{replayed}; largest relative difference {self.difference:.1e}"
+        found = f"{replayed}; largest relative difference {self.difference:.1e}"
+        if not self.autocast:
+            return found
+        if not self.gap:
+            return f"{found}. Trained under autocast {self.autocast}; replayed and attributed without it"
+        return (
+            f"{found}. Trained, and replayed, under autocast {self.autocast}; the influence is taken without it, where "
+            f"gradients differ by up to {self.gap:.1e}"
+        )
 
 
 def open_run(path: str | Path, task: Task) -> Run:
@@ -217,10 +261,11 @@ def open_run(path: str | Path, task: Task) -> Run:
     return run
 
 
-def default_tolerance(state: State) -> float:
-    """How far a replay may be off after 50 steps: METHODS of the replay check, by precision."""
-    double = all(tensor.dtype == torch.float64 for tensor in state.params.values())
-    return 1e-9 if double else 1e-4
+def default_tolerance(state: State, *, autocast: bool = False) -> float:
+    """How far a replay may be off after 50 steps, by precision: under autocast, other kernels round much coarser."""
+    if all(tensor.dtype == torch.float64 for tensor in state.params.values()):
+        return 1e-9
+    return AUTOCAST if autocast else 1e-4
 
 
 def difference(left: State, right: State) -> float:

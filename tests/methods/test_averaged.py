@@ -1,0 +1,210 @@
+"""Queries of averaged weights, against averages kept by torch beside plain trainings."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import whence
+from tests.cases import ADAMW, SGD, Case, normed, one_group, record, rows, train
+from tests.methods.test_dit import Stopped
+from tests.methods.test_exact import asked, assert_exact, read
+from tests.oracles import nudge
+from whence.errors import BadSetting, DifferentInfluence, TooLittleMemory
+from whence.methods.memory import budget
+from whence.methods.retrain import retrain
+from whence.queries import Query
+from whence.replay.reverse import pull_back
+from whence.replay.transition import Transition
+from whence.run.run import Run
+
+CASES = [
+    Case("momentum", one_group(SGD, lr=0.3, momentum=0.9)),
+    Case("adamw", one_group(ADAMW, lr=0.01)),
+    Case("batchnorm, momentum", one_group(SGD, lr=0.2, momentum=0.9), model=normed),
+    Case("batchnorm, adamw", one_group(ADAMW, lr=0.003), model=normed),
+]
+EMA: dict[str, Any] = {"decay": 0.7}
+AVERAGES: dict[str, dict[str, Any]] = {
+    "timm": EMA | {"use_buffers": True},
+    "torch": EMA | {"start": 1},
+    "every second": EMA | {"every": 2},
+    "swa": {"decay": None, "start": 3, "use_buffers": True},
+}
+STATES = [2, 4, 5]
+
+
+def averaged(name: str) -> whence.Averaged:
+    """The queries of the other tests, of an average."""
+    return whence.Averaged(asked(), **AVERAGES[name])
+
+
+def observed(name: str) -> Callable[..., np.ndarray]:
+    """Train in plain PyTorch with torch's own AveragedModel beside it, and read that at the observed states."""
+    query = averaged(name)
+
+    def observe(
+        case: Case, read: Callable[[nn.Module], Tensor], states: Sequence[int], weights: object = None
+    ) -> object:
+        model = case.built()
+        model.train()
+        update = None if query.decay is None else get_ema_multi_avg_fn(query.decay)
+        average = AveragedModel(model, multi_avg_fn=update, use_buffers=query.use_buffers)
+        found = {}
+        if query.start == 0:
+            average.update_parameters(model)
+        for number in train(case, model, rows(), weights):  # type: ignore[arg-type]
+            if number >= query.start and (number - query.start) % query.every == 0:
+                average.update_parameters(model)
+            if number in states:
+                found[number] = read_in_eval_mode(average if number >= query.start else model, model, read, query)
+        return np.stack([found[number] for number in states], axis=1)
+
+    return observe  # type: ignore[return-value]
+
+
+def read_in_eval_mode(
+    average: nn.Module, model: nn.Module, read: Callable[[nn.Module], Tensor], query: whence.Averaged
+) -> np.ndarray:
+    """On a copy, with the live buffers where they are not averaged (AveragedModel copies them at updates only)."""
+    copy = deepcopy(average.module if isinstance(average, AveragedModel) else average)
+    if not query.use_buffers:
+        for ours, live in zip(copy.buffers(), model.buffers(), strict=True):
+            ours.copy_(live)
+    copy.eval()
+    with torch.no_grad():
+        return read(copy).numpy()
+
+
+def recorded(case: Case, folder: Path) -> Run:
+    """A run of a case."""
+    model, data = case.built(), rows()
+    record(case, model, data, folder / "run")
+    return whence.open_run(folder / "run", case.task(model, data))
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_sweep_of_an_average_equals_nudging_each_weight(
+    case: Case, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At several observed states, before and after the average's start."""
+    monkeypatch.setattr(nudge, "observe", observed(name))
+    truth = nudge.nudge_every_weight(case, read, STATES)
+    influence = whence.DIT(chunk=2).attribute(recorded(case, tmp_path), averaged(name), observed_at=STATES)
+    assert_exact(influence.values(), truth)
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_leaving_out_reads_the_same_average(case: Case, name: str, tmp_path: Path) -> None:
+    """Also where the re-run starts in the middle, and in small stacks."""
+    run, observe, samples = recorded(case, tmp_path), observed(name), [0, 4, 8]
+    base = observe(case, read, STATES)
+    found = retrain(run, averaged(name), [[sample] for sample in samples], observed_at=STATES, batch=1)
+    np.testing.assert_allclose(found.base[:, -1], base[:, -1], rtol=1e-12)
+    for place, sample in enumerate(samples):
+
+        def weights(step: int, sample: int = sample) -> Tensor:
+            return torch.tensor([float(row != sample) for row in case.batches[step]], dtype=torch.float64)
+
+        truth = observe(case, read, STATES, weights) - base
+        np.testing.assert_allclose(found.change[:, :, place], truth, rtol=1e-9, atol=1e-13)
+
+
+def test_shares_add_up_to_one_and_to_the_running_average() -> None:
+    """The closed form is what folding in one state after the other gives."""
+    for name in AVERAGES:
+        query = averaged(name)
+        folded = np.zeros(9)
+        for number in range(9):
+            rate = query.share(number, number)
+            folded = folded + rate * (np.eye(9)[number] - folded)
+            if number < query.start:
+                folded = np.eye(9)[number]
+            np.testing.assert_allclose([query.share(t, number) for t in range(9)], folded, atol=1e-15)
+            assert sum(folded) == pytest.approx(1.0)
+
+
+def test_no_decay_is_the_state_itself(tmp_path: Path) -> None:
+    """An average with decay 0 forgets everything but the last state, bit for bit."""
+    run = recorded(CASES[3], tmp_path)
+    plain = whence.DIT().attribute(run, asked(), observed_at=STATES).values()
+    found = whence.DIT().attribute(run, whence.Averaged(asked(), decay=0.0), observed_at=STATES).values()
+    np.testing.assert_array_equal(found, plain)
+
+
+def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of the way back; another average does not go on in its folder."""
+    monkeypatch.setattr("whence.methods.dit.SHORTEST", 1)
+    run, query = recorded(CASES[3], tmp_path), averaged("timm")
+    whole = whence.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / "whole").values()
+    for stop in range(run.steps):
+
+        def failing(transition: Transition, *args: Any, stop: int = stop, **options: Any) -> object:
+            if transition.step.index == stop:
+                raise Stopped
+            return pull_back(transition, *args, **options)
+
+        monkeypatch.setattr("whence.replay.reverse.pull_back", failing)
+        with pytest.raises(Stopped):
+            whence.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / f"part{stop}")
+        monkeypatch.setattr("whence.replay.reverse.pull_back", pull_back)
+        resumed = whence.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / f"part{stop}")
+        np.testing.assert_array_equal(resumed.values(), whole)
+    with pytest.raises(DifferentInfluence, match="average"):
+        whence.DIT().attribute(run, averaged("every second"), observed_at=STATES, out=tmp_path / "whole")
+
+
+def test_trust_asks_the_average(tmp_path: Path) -> None:
+    """All three checks pass: the derivative of the average is right, and predicts removals."""
+    run = recorded(CASES[1], tmp_path)
+    influence = whence.DIT().attribute(run, averaged("torch"))
+    statement = whence.trust(run, influence, removals=9)
+    assert statement.derivative is not None
+    assert statement.derivative.passed
+    assert statement.derivative.error < 1e-6
+
+
+def test_a_waiting_gradient_is_in_the_estimate(tmp_path: Path) -> None:
+    """One vector of parameters per query and state."""
+    run = recorded(CASES[0], tmp_path)
+    needed = [least(run, query) for query in (asked(), averaged("timm"))]
+    params = sum(tensor.nbytes for tensor in run.state(0).params.values())
+    assert needed[1] - needed[0] == 3 * 4 * params  # 3 queries, 4 states
+
+
+def least(run: Run, query: Query) -> int:
+    """Bytes from which on a sweep fits, by bisection of what is refused."""
+    low, high = 1, 2**30
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            budget(run, query, 4, memory=middle, chunk=1)
+            high = middle
+        except TooLittleMemory:
+            low = middle
+    return high
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        (lambda: whence.Averaged(asked(), decay=1.0), "decay=1.0 is no setting"),
+        (lambda: whence.Averaged(asked(), start=-1), "start=-1 is no setting"),
+        (lambda: whence.Averaged(asked(), every=0), "every=0 is no setting"),
+        (lambda: whence.Averaged(whence.Averaged(asked())), "queries of the weights"),
+    ],
+)
+def test_what_is_no_average_is_refused(made: Callable[[], Query], what: str) -> None:
+    """When it is made."""
+    with pytest.raises(BadSetting, match=what):
+        made()

@@ -1,0 +1,105 @@
+"""`curvature="auto"`: the choice is what a slow measurement of every candidate says, and it is made once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import whence
+from tests.methods.test_dit import recorded
+from tests.methods.test_exact import asked
+from whence.influence import agreement
+from whence.methods import dit
+from whence.methods.choose import candidates, choose, told
+from whence.queries import values
+from whence.queries.few import few, spread
+from whence.replay.reverse import Rules
+from whence.run.run import Run
+
+AUTO = whence.DIT(curvature="auto")
+
+
+def slow_figures(run: Run, rules: list[Rules]) -> list[float]:
+    """Every candidate against the same removals, one query and one removal at a time."""
+    draw, count = np.random.default_rng(0), len(asked().names)
+    visited = sorted({sample for step in run.log for sample in step.samples})
+    ones = draw.choice(visited, min(30, len(visited)), replace=False)
+    groups = [draw.choice(visited, 1, replace=False) for _ in range(32)]
+    single = whence.leave_one_out(run, asked(), samples=ones.tolist())
+    many = np.stack([whence.leave_one_out(run, asked(), samples=group.tolist())[:, 0] for group in groups], axis=1)
+    figures = []
+    for rule in rules:
+        total = whence.DIT(curvature=rule.curvature, slope=rule.slope).attribute(run, asked()).total()[:, 0]
+        row = [agreement.pearson(total[q, ones], single[q]) for q in range(count)]
+        row += [agreement.spearman(total[q, np.ravel(groups)], many[q]) for q in range(count)]
+        figures.append(float(np.mean(row)))
+    return figures
+
+
+def test_the_choice_is_what_a_slow_measurement_says(tmp_path: Path) -> None:
+    """The figures told are those of the removals; the choice is the first within the margin of the best."""
+    run = recorded("adamw", tmp_path)
+    rules = candidates(run, whence.Tangent())
+    figures = slow_figures(run, rules)
+    first = next(rule for rule, figure in zip(rules, figures, strict=True) if figure >= max(figures) - 0.02)
+    found = AUTO.attribute(run, asked())
+    assert (found.settings["curvature"], found.settings["slope"]) == (repr(first.curvature), repr(first.slope))
+    for rule, figure in zip(rules, figures, strict=True):
+        assert f"{told(rule)} {figure:.2f}" in str(found.settings["chosen"])
+    assert "chosen='agreement with" in repr(found)
+    same = whence.DIT(curvature=first.curvature, slope=first.slope).attribute(run, asked())
+    assert (found.values() == same.values()).all()
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_secants_are_tried_where_they_differ(name: str, tmp_path: Path) -> None:
+    """Not for plain descent, and not where a slope was asked for."""
+    run = recorded(name, tmp_path)
+    assert len(candidates(run, whence.Tangent())) == (2 if name == "momentum" else 4)
+    assert [type(rule.slope) for rule in candidates(run, whence.Secant(3.0))] == [whence.Secant] * 2
+
+
+def test_the_better_candidate_wins_and_a_tie_goes_to_the_first(tmp_path: Path) -> None:
+    """By predictions that are made up: the truth itself, and noise."""
+    run = recorded("adamw", tmp_path)
+    truth = whence.leave_one_out(run, asked(), samples=range(run.samples))
+    noise = np.random.default_rng(1).standard_normal(truth.shape)
+    rules = candidates(run, whence.Tangent())
+    for good in ([1], [3], [0, 1], [2, 3]):
+        made_up = {repr(rule): truth if place in good else noise for place, rule in enumerate(rules)}
+        choice = choose(
+            run,
+            asked(),
+            rules,
+            predict=lambda rule, _, made_up=made_up: made_up[repr(rule)],
+            state=run.steps,
+            denominator="keep",
+        )
+        assert choice.rules == rules[good[0]]
+
+
+def test_an_attribution_that_was_begun_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left out a second time."""
+    run = recorded("adamw", tmp_path)
+    begun = AUTO.attribute(run, asked(), out=tmp_path / "auto")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(dit, "choose", never)
+    again = AUTO.attribute(run, asked(), out=tmp_path / "auto")
+    assert again.settings == begun.settings
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_few_queries_are_those_of_the_whole_set(count: int, tmp_path: Path) -> None:
+    """Same names, values and influence; also of averaged weights."""
+    run = recorded("adamw", tmp_path)
+    state, rows = run.state(run.steps), spread(3, count)
+    some = few(asked(), count)
+    whole = values(asked(), run.task, params=state.params, buffers=state.buffers)
+    assert (values(some, run.task, params=state.params, buffers=state.buffers) == whole[list(rows)]).all()
+    assert some.names == tuple(asked().names[row] for row in rows)
+    averaged = whence.Averaged(asked(), decay=0.5)
+    found = whence.DIT().attribute(run, few(averaged, count)).values()
+    np.testing.assert_allclose(found, whence.DIT().attribute(run, averaged).values()[list(rows)], rtol=1e-12)

@@ -1,0 +1,146 @@
+"""Trainings under autocast: recorded as such, replayed to the bit, and attributed in the parameters' own precision."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import whence
+from tests.loops import Loop, adam, backward, mlp, moody, recorded, refused, rows
+from whence.errors import ReplayMismatch, UnexplainedGradient
+from whence.methods.retrain import retrain
+from whence.queries import values
+from whence.replay.transition import Transition
+from whence.run import journal
+from whence.run.run import Run
+
+Watch = Callable[[Any], Any]
+LOW = torch.bfloat16
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """With momentum."""
+    return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+
+
+def under_autocast(loop: Loop, *, outside: bool = False, full: tuple[int, ...] = ()) -> Callable[[Watch], None]:
+    """The plain loop under autocast, but for some batches; or with the loss outside of it."""
+
+    def train(watch: Watch) -> None:
+        for _ in range(3):
+            for number, batch in enumerate(loop.noted(watch(loop.loader()))):
+                with torch.autocast("cpu", LOW, enabled=number not in full):
+                    outputs = loop.model(batch[0])
+                    loss = cross_entropy(outputs, batch[1])
+                backward(cross_entropy(outputs, batch[1]) if outside else loss)
+                loop.step()
+
+    return train
+
+
+@pytest.mark.parametrize("model", [mlp, moody])
+def test_a_run_under_autocast_is_replayed_to_rounding(model: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """The log says which steps were under it; the check says so too, and how far the plain gradients are."""
+    loop = Loop.of(model())
+    run = recorded(loop, tmp_path / "run", under_autocast(loop, full=(1, 2)))
+    assert [step.autocast for step in run.log[:4]] == ["bfloat16", "", "", "bfloat16"]
+    assert run.table()["autocast"].to_list() == [step.autocast for step in run.log]
+    found = run.verify()
+    assert found.difference < 1e-7
+    assert 1e-4 < found.gap < 5e-2
+    assert str(found).endswith(
+        f"Trained, and replayed, under autocast bfloat16; the influence is taken without it, where gradients differ "
+        f"by up to {found.gap:.1e}"
+    )
+
+
+def test_the_recorder_leaves_a_training_under_autocast_alone(tmp_path: Path) -> None:
+    """The weights are the same bits with and without it."""
+    torch.manual_seed(1)
+    alone = Loop.of(moody())
+    under_autocast(alone)(lambda loader: loader)
+    torch.manual_seed(1)
+    watched = Loop.of(moody())
+    recorded(watched, tmp_path / "run", under_autocast(watched))
+    for ours, theirs in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not any(module._forward_pre_hooks for module in watched.model.modules())
+
+
+def test_without_autocast_nothing_is_said_of_it(tmp_path: Path) -> None:
+    """Neither in the log nor in the check."""
+    run = recorded(Loop.of(mlp()), tmp_path / "run")
+    assert {step.autocast for step in run.log} == {""}
+    assert "autocast" not in str(run.verify())
+
+
+def test_a_loss_outside_of_autocast_is_within_the_tolerance(tmp_path: Path) -> None:
+    """The replay takes the loss inside: the gradients differ by rounding, and the states meet within the default."""
+    loop = Loop.of(mlp())
+    with loop.recorder(tmp_path / "run") as recorder:
+        under_autocast(loop, outside=True)(recorder.watch)
+    found = whence.open_run(tmp_path / "run", loop.task()).verify()
+    assert 0 < found.difference < 5e-2
+
+
+def test_a_loop_that_does_something_else_is_still_found_out(tmp_path: Path) -> None:
+    """The proof is wider under autocast, and not blind."""
+    loop = Loop.of(mlp(), options={"reduce": lambda batches: torch.full((len(batches[0][0]),), 1 / 5)})
+    with refused(UnexplainedGradient, "Step 0", "tolerance 0.05"):
+        recorded(loop, tmp_path / "run", under_autocast(loop))
+
+
+def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replay as a machine would whose kernels round elsewhere."""
+    monkeypatch.setattr(Transition, "precision", lambda _: nullcontext())
+
+
+def test_a_replay_that_rounds_elsewhere_passes_up_to_a_threshold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5e-2 over a segment; it can be set."""
+    loop = Loop.of(mlp())
+    run = recorded(loop, tmp_path / "run", under_autocast(loop))
+    without_autocast(monkeypatch)
+    assert 1e-6 < run.verify().difference < 5e-2
+    with pytest.raises(ReplayMismatch, match="tolerance 1e-06"):
+        run.verify(tolerance=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+@pytest.mark.parametrize("model", [mlp, moody])
+def test_trust_checks_the_derivative_along_the_recorded_training(
+    model: Callable[[], nn.Module], optimizer: Callable[[nn.Module], torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    """What autocast added to every gradient is held as it was, in the sweep and in the re-runs alike."""
+    loop = Loop.of(model(), optimizer)
+    run = recorded(loop, tmp_path / "run", under_autocast(loop))
+    influence = whence.DIT().attribute(run, whence.Loss(rows(5, seed=1), aggregate="mean"))
+    statement = whence.trust(run, influence, removals=4)
+    assert "under autocast bfloat16" in str(statement).splitlines()[0]
+    assert statement.derivative is not None
+    assert statement.derivative.error < 2e-4
+    assert statement.derivative.uncertainty < 1e-3
+
+
+def test_re_runs_stay_on_the_recorded_training(tmp_path: Path) -> None:
+    """The unperturbed one, in float64, ends where the training did."""
+    loop = Loop.of(mlp(), sgd)
+    run, query = recorded(loop, tmp_path / "run", under_autocast(loop)), whence.Loss(rows(5, seed=1))
+    end = run.state(run.steps)
+    truth = values(query, run.task, params=end.params, buffers=end.buffers)
+    found = retrain(run, query, [[0]])
+    np.testing.assert_allclose(found.base[:, 0], truth.numpy(), rtol=1e-5)
+    assert np.abs(found.change).max() > 1e-4
+
+
+def test_logs_from_before_autocast_was_noted_are_read(tmp_path: Path) -> None:
+    """They have no such column."""
+    run: Run = recorded(Loop.of(mlp()), tmp_path / "run")
+    assert journal.steps_of(run.table().drop("autocast")) == list(run.log)
