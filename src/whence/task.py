@@ -4,7 +4,6 @@ Decisions: the user's model is copied once as a skeleton without weights, so not
 model; tied parameters are one entry, under the first of their names; a batch is whatever the collate function returns.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,6 +17,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
+from whence import compiled
 from whence.batchnorm import STATISTICS, RunningStatistics, tracking
 from whence.errors import BadIds, BadLoss, BadReduction, SharedStorage
 from whence.tree import Tree, cast
@@ -104,7 +104,8 @@ class Task:
     .. math:: L_t(\theta; w) = \sum_b c_{t,b} w_{t,b} \ell(z_b; \theta) + R(\theta)
 
     Args:
-        model: Gives structure only. Weights and modes are never read after `open_run` and never changed.
+        model: Gives structure only. Weights and modes are never read after `open_run` and never changed. Of a compiled
+            model the module inside is taken.
         data: The training set, map-style; a *sample* is a row number of it.
         loss: `loss(outputs, batch) -> [slot]`, one unreduced value per row of the batch.
         predict: `predict(model, batch) -> outputs`; default `model(batch[0])` for a tuple, `model(**batch)` for a dict.
@@ -135,7 +136,8 @@ class Task:
     ids: Ids | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Keep a named column of ids from the model."""
+        """Look through `torch.compile`; keep a named column of ids from the model."""
+        object.__setattr__(self, "model", compiled.uncompiled(self.model))
         if isinstance(self.ids, str) and self.predict is default_predict:
             object.__setattr__(self, "predict", partial(_predict_without, self.ids))
 
@@ -152,11 +154,11 @@ class Task:
     def parameters(self) -> Tree:
         """The live model's parameters under unique names (shared, not copied, detached)."""
         refuse_shared_storage(self.model)
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        return {name: p.detach() for name, p in compiled.parameters(self.model).items()}
 
     def buffers(self) -> Tree:
         """The live model's buffers under unique names (shared, not copied)."""
-        return {name: b.detach() for name, b in self.model.named_buffers()}
+        return {name: b.detach() for name, b in compiled.buffers(self.model).items()}
 
     @cached_property
     def running(self) -> tuple[str, ...]:
@@ -272,7 +274,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model's structure that owns no weights (its tensors live on the meta device)."""
     tensors = chain(model.parameters(), model.buffers())
     memo = {id(tensor): _without_values(tensor) for tensor in tensors}
-    return copy.deepcopy(model, memo)
+    return compiled.copied(model, memo)
 
 
 def _without_values(tensor: Tensor) -> Tensor:
@@ -287,7 +289,7 @@ def refuse_shared_storage(model: nn.Module) -> None:
         SharedStorage: names both.
     """
     owner: dict[int, str] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in compiled.parameters(model).items():
         address = parameter.untyped_storage().data_ptr()
         if address and owner.setdefault(address, name) != name:
             raise SharedStorage(owner[address], name)

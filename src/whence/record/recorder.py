@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.weak import WeakIdKeyDictionary
 
+from whence.compiled import parameters
 from whence.errors import BadOptimizer, ChangedOutside, Diverged, RunExists, UnwatchedStep
 from whence.record.feeding import Feeding
 from whence.record.policy import CheckpointPolicy, Every
@@ -73,7 +74,7 @@ class Recorder:
         self._folder, self._task, self._optimizer = Path(path), task, optimizer
         self._policy = checkpoints or Every(50)
         self._keep_batches = keep_batches or task.ids is not None  # their rows cannot be read again
-        self._params = dict(task.model.named_parameters())
+        self._params = parameters(task.model)
         self._groups = _group_names(self._params, optimizer)
         self._trained = {name: self._params[name] for group in self._groups for name in group}
         self._proof = Proof(tolerance)
