@@ -15,12 +15,13 @@ PACKAGE = ROOT / "src" / "whence"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = [*MODULES, *sorted((ROOT / "tests").rglob("*.py"))]
 
-GROUND = {"errors", "extras", "tree"}
+GROUND = {"compiled", "errors", "extras", "tree"}
 REPLAY = GROUND | {"task", "queries", "replay"}
 METHODS = REPLAY | {"run", "influence", "methods"}
 EVERYTHING = METHODS | {"record", "apply", "plot", "view", "cli"}
 MAY_IMPORT = {
     "errors": {"errors"},
+    "compiled": {"compiled"},
     "extras": {"errors", "extras"},
     "tree": GROUND,
     "batchnorm": GROUND | {"batchnorm"},

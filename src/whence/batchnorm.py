@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from whence.compiled import modules
 from whence.tree import Tree
 
 STATISTICS = ("running_mean", "running_var")
@@ -20,7 +21,7 @@ STATISTICS = ("running_mean", "running_var")
 
 def tracking(model: nn.Module) -> dict[str, _BatchNorm]:
     """The layers that keep running statistics, by name."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    layers = {name: module for name, module in modules(model).items() if isinstance(module, _BatchNorm)}
     return {name: layer for name, layer in layers.items() if layer.track_running_stats}
 
 

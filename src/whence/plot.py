@@ -10,11 +10,12 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from whence.errors import MissingExtra, UnknownSample
+from whence.errors import MissingExtra
 from whence.influence.agreement import mean_over_queries, pearson, spearman
 from whence.influence.influence import Influence, State
 from whence.influence.patterns import PATTERNS, shares
 from whence.influence.patterns import patterns as find_patterns
+from whence.influence.tables import places
 
 try:
     import matplotlib.pyplot as plt
@@ -91,17 +92,11 @@ def heatmap(
     >>> from whence.influence.writer import example
     >>> [text.get_text() for text in heatmap(example(), samples=[2, 0]).get_yticklabels()]
     ['2', '0']
-
-    Raises:
-        UnknownSample: If the training set has no such row.
     """
     ax = _axes(ax, (6.8, 1.4 + 0.26 * min(len(samples), 40)))
-    for sample in samples:
-        if not 0 <= sample < influence.samples:
-            raise UnknownSample(sample, influence.samples)
     states = [state for state in influence.observed_at if state]
     edges = np.array([0, *states])
-    totals = influence.total(query=query)[0, -len(states) :][:, list(samples)].T
+    totals = influence.total(query=query)[0, -len(states) :][:, places(influence.ids, samples)].T
     windows = np.diff(totals, prepend=0.0, axis=1)
     most = float(np.abs(windows).max()) or 1.0
     rows = np.arange(len(samples) + 1) - 0.5

@@ -4,10 +4,9 @@ Decisions: the user's model is copied once as a skeleton without weights, so not
 model; tied parameters are one entry, under the first of their names; a batch is whatever the collate function returns.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal, Protocol, TypeVar, final, runtime_checkable
 
@@ -18,13 +17,15 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
+from whence import compiled
 from whence.batchnorm import STATISTICS, RunningStatistics, tracking
-from whence.errors import BadLoss, BadReduction, SharedStorage
+from whence.errors import BadIds, BadLoss, BadReduction, SharedStorage
 from whence.tree import Tree, cast
 
 Batch = Any  # whatever the collate function returns
 Result = TypeVar("Result")
 Reduction = Literal["mean", "sum"] | Callable[[Sequence[Batch]], Tensor]
+Ids = str | int | Callable[[Batch], Sequence[int] | Tensor]
 
 
 @runtime_checkable
@@ -88,6 +89,12 @@ def default_predict(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
+def _predict_without(column: str, model: nn.Module, batch: Batch) -> Any:
+    """As `default_predict`, but a model has no use for the ids of its samples."""
+    named = isinstance(batch, dict) or hasattr(batch, "keys")
+    return default_predict(model, {key: batch[key] for key in batch if key != column} if named else batch)
+
+
 @dataclass(frozen=True)
 class Task:
     r"""Model, data and loss of a training: what is needed to replay it.
@@ -97,7 +104,8 @@ class Task:
     .. math:: L_t(\theta; w) = \sum_b c_{t,b} w_{t,b} \ell(z_b; \theta) + R(\theta)
 
     Args:
-        model: Gives structure only. Weights and modes are never read after `open_run` and never changed.
+        model: Gives structure only. Weights and modes are never read after `open_run` and never changed. Of a compiled
+            model the module inside is taken.
         data: The training set, map-style; a *sample* is a row number of it.
         loss: `loss(outputs, batch) -> [slot]`, one unreduced value per row of the batch.
         predict: `predict(model, batch) -> outputs`; default `model(batch[0])` for a tuple, `model(**batch)` for a dict.
@@ -106,6 +114,8 @@ class Task:
         reduce: "mean" (each micro-batch's mean, averaged over the micro-batches of a step), "sum", or a function of the
             batches of one step that returns c for all their slots, `[slot]`.
         clip: `ClipNorm(x)` or `ClipValue(x)` where the loop clips the gradient before the optimizer's step.
+        ids: For data that cannot be read by row number: where a batch tells the ids of its samples (whole numbers, 0 or
+            more), a key, a place in a tuple, or a function of the batch. A *sample* is then such an id.
 
     >>> model = torch.nn.Linear(2, 1)
     >>> data = torch.utils.data.TensorDataset(torch.ones(4, 2), torch.zeros(4, 1))
@@ -123,6 +133,13 @@ class Task:
     penalty: Callable[[Tree], Tensor] | None = field(default=None, kw_only=True)
     reduce: Reduction = field(default="mean", kw_only=True)
     clip: ClipNorm | ClipValue | None = field(default=None, kw_only=True)
+    ids: Ids | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Look through `torch.compile`; keep a named column of ids from the model."""
+        object.__setattr__(self, "model", compiled.uncompiled(self.model))
+        if isinstance(self.ids, str) and self.predict is default_predict:
+            object.__setattr__(self, "predict", partial(_predict_without, self.ids))
 
     @cached_property
     def binding(self) -> "_Binding":
@@ -137,11 +154,11 @@ class Task:
     def parameters(self) -> Tree:
         """The live model's parameters under unique names (shared, not copied, detached)."""
         refuse_shared_storage(self.model)
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        return {name: p.detach() for name, p in compiled.parameters(self.model).items()}
 
     def buffers(self) -> Tree:
         """The live model's buffers under unique names (shared, not copied)."""
-        return {name: b.detach() for name, b in self.model.named_buffers()}
+        return {name: b.detach() for name, b in compiled.buffers(self.model).items()}
 
     @cached_property
     def running(self) -> tuple[str, ...]:
@@ -153,6 +170,28 @@ class Task:
         if hasattr(self.data, "__getitems__"):
             return self.collate(self.data.__getitems__(list(samples)))
         return self.collate([self.data[int(i)] for i in samples])
+
+    def ids_of(self, batch: Batch) -> tuple[int, ...]:
+        """The ids of a batch's samples, as the batch tells them.
+
+        Raises:
+            BadIds: it has none, or they are not one whole number for every row.
+        """
+        try:
+            told = self.ids(batch) if callable(self.ids) else batch[self.ids]
+        except (KeyError, IndexError, TypeError) as error:
+            there = f"it has {list(batch)}" if hasattr(batch, "keys") else f"it is a {type(batch).__name__}"
+            raise BadIds(self.ids, f"this batch has no such entry ({error!r}); {there}") from error
+        try:
+            found = torch.as_tensor(told)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kinds = {type(entry).__name__ for entry in told} if isinstance(told, (list, tuple)) else {"things"}
+            raise BadIds(self.ids, f"this batch tells a {type(told).__name__} of {', '.join(sorted(kinds))}") from error
+        whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+        if not whole or found.dim() != 1 or len(found) != size_of(batch) or bool((found < 0).any()):
+            told = f"{found.dtype} of shape {list(found.shape)}, {found.flatten()[:4].tolist()}..."
+            raise BadIds(self.ids, f"this batch has {size_of(batch)} rows and tells {told}")
+        return tuple(found.tolist())
 
     def bind(self, params: Tree, buffers: Tree, function: Callable[[nn.Module], Result]) -> Result:
         """Evaluate `function(model)` with the given tensors in place of the model's own."""
@@ -235,7 +274,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model's structure that owns no weights (its tensors live on the meta device)."""
     tensors = chain(model.parameters(), model.buffers())
     memo = {id(tensor): _without_values(tensor) for tensor in tensors}
-    return copy.deepcopy(model, memo)
+    return compiled.copied(model, memo)
 
 
 def _without_values(tensor: Tensor) -> Tensor:
@@ -250,7 +289,7 @@ def refuse_shared_storage(model: nn.Module) -> None:
         SharedStorage: names both.
     """
     owner: dict[int, str] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in compiled.parameters(model).items():
         address = parameter.untyped_storage().data_ptr()
         if address and owner.setdefault(address, name) != name:
             raise SharedStorage(owner[address], name)

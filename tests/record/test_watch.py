@@ -133,7 +133,7 @@ def test_loaders_that_cannot_be_followed(make: Callable[[Any], Any], what: str, 
 def watched_list(path: Path) -> None:
     """A recorder that watches a list of batches."""
     with Loop.of(mlp()).recorder(path) as recorder:
-        recorder.watch([])  # type: ignore[arg-type]
+        recorder.watch([])
 
 
 def test_what_is_no_loader(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from whence.errors import OtherRun, ReplayMismatch, WithoutQueries, WrongData
 from whence.influence import agreement
 from whence.influence.agreement import Interval
 from whence.influence.influence import Influence
+from whence.influence.tables import places
 from whence.methods.dit import precision
 from whence.methods.retrain import Nudge, perturb, retrain
 from whence.queries import Query
@@ -233,7 +234,7 @@ def removal_check(run: Run, influence: Influence, queries: Query, *, samples: Se
     last = influence.observed_at[-1]
     found = retrain(run, queries, [[s] for s in samples], observed_at=last, denominator=denominator)  # type: ignore[arg-type]
     actual = found.change[:, 0]
-    predicted = influence.total()[:, -1][:, list(samples)]
+    predicted = influence.total()[:, -1][:, places(influence.ids, samples)]
     return RemovalCheck(
         tuple(samples),
         predicted,

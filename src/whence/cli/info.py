@@ -47,7 +47,7 @@ def about(manifest: "Manifest") -> dict[str, object]:
         "finished": manifest.finished,
         "optimizer": manifest.optimizer,
         "parameters": sum(_entries(layout.shape) for layout in manifest.params.values()),
-        "training_samples": manifest.samples,
+        "training_samples": "with ids" if manifest.samples is None else manifest.samples,
         "checkpoints": manifest.policy,
         "device": manifest.device,
         "torch": manifest.torch,

@@ -15,6 +15,7 @@ from whence.errors.influence import NotObserved as NotObserved
 from whence.errors.influence import TooFewWindows as TooFewWindows
 from whence.errors.influence import TwoViewpoints as TwoViewpoints
 from whence.errors.influence import UnfinishedInfluence as UnfinishedInfluence
+from whence.errors.influence import UnknownId as UnknownId
 from whence.errors.influence import UnknownQuery as UnknownQuery
 from whence.errors.influence import UnknownSample as UnknownSample
 from whence.errors.methods import BadSetting as BadSetting
@@ -48,6 +49,7 @@ from whence.errors.run import WrongModel as WrongModel
 from whence.errors.sentences import MissingExtra as MissingExtra
 from whence.errors.sentences import WhenceError as WhenceError
 from whence.errors.sentences import listed as listed
+from whence.errors.task import BadIds as BadIds
 from whence.errors.task import BadLoss as BadLoss
 from whence.errors.task import BadQuery as BadQuery
 from whence.errors.task import BadReduction as BadReduction

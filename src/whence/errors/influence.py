@@ -34,6 +34,15 @@ class UnknownSample(WhenceError):
         self.args = (f"There is no sample {sample}: the training set has {samples} rows, numbered 0 to {samples - 1}.",)
 
 
+class UnknownId(WhenceError):
+    """A sample was asked for by an id that the training never saw."""
+
+    def __init__(self, sample: int, ids: Sequence[int]) -> None:
+        self.args = (
+            f"There is no sample {sample}: the training saw {len(ids)} samples, with ids {listed(ids, most=6)}.",
+        )
+
+
 class ImpossibleWindow(WhenceError):
     """A window or a range of steps does not lie within the training."""
 

@@ -42,7 +42,8 @@ class UnreadableData(WhenceError):
     def __init__(self, kind: str) -> None:
         self.args = (
             f"The task's data set is a {kind}, which has no rows that can be read again by number. "
-            "Give the task a map-style data set (with __len__ and __getitem__).",
+            "Give the task a map-style data set (with __len__ and __getitem__), or Task(ids=...) where batches tell "
+            "the ids of their samples.",
         )
 
 

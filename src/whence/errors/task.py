@@ -23,6 +23,16 @@ class BadReduction(WhenceError):
         )
 
 
+class BadIds(WhenceError):
+    """A batch does not tell the ids of its samples."""
+
+    def __init__(self, ids: object, problem: str) -> None:
+        self.args = (
+            f"Task(ids={ids!r}) must tell a whole number, 0 or more, for every row of a batch: {problem}. Give the key "
+            "of a dict, the place in a tuple, or a function of the batch.",
+        )
+
+
 class SharedStorage(WhenceError):
     """Two parameters of the model share memory without being the same parameter."""
 

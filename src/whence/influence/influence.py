@@ -96,8 +96,13 @@ class Influence:
 
     @property
     def samples(self) -> int:
-        """How many rows the training set has."""
+        """How many rows the training set has, or how many ids were seen."""
         return self.description.samples
+
+    @property
+    def ids(self) -> Int64[np.ndarray, " sample"]:
+        """The samples on the axis `sample` of totals, in order: row numbers, or ids where samples have their own."""
+        return self._stored.ids()
 
     @property
     def sign(self) -> str:
@@ -136,7 +141,7 @@ class Influence:
 
     @property
     def sample(self) -> Int64[np.ndarray, "step slot"]:
-        """Row of the training set in every slot; -1 pads a short batch."""
+        """Row of the training set (or id) in every slot; -1 pads a short batch."""
         return layout.read(self._stored.group, "sample", slice(None))
 
     @property
@@ -224,7 +229,7 @@ class Influence:
         >>> example().curve(sample=0).rows()
         [(0, 0.0), (2, -2.0), (4, 3.0)]
         """
-        self._check_sample(sample)
+        tables.places(self.ids, [sample])
         into = np.zeros((1, len(self.observed_at), 1))
         self._stored.add_up(into, queries=self._one(query), only=sample)
         return tables.curve_table(self.observed_at, into[0, :, 0])
@@ -236,7 +241,7 @@ class Influence:
         >>> example().visits_curve(sample=0).rows()
         [(0, 0, 1.0, 1.0), (1, 1, -2.0, 2.0), (3, 0, 4.0, 4.0)]
         """
-        self._check_sample(sample)
+        tables.places(self.ids, [sample])
         state = self._state(observed_at)
         found = self._stored.visits(sample, query=self._one(query), state=state)
         return pl.concat([tables.NO_VISITS, *found], how="vertical_relaxed")
@@ -271,7 +276,7 @@ class Influence:
         if window is not None and observed_at != "end":
             raise errors.TwoViewpoints(window, observed_at)
         a, b = (0, self._state(observed_at)) if window is None else window
-        return tables.top_table(self._window(self._one(query), a, b)[0], k, order)
+        return tables.top_table(self._window(self._one(query), a, b)[0], self.ids, k=k, order=order)
 
     def to_xarray(self) -> "xarray.Dataset":
         """Open it in xarray: variables influence, sample, loss, read when used; needs xarray.
@@ -339,10 +344,6 @@ class Influence:
         if observed_at not in self.observed_at:
             raise errors.NotObserved(observed_at, self.observed_at)
         return observed_at
-
-    def _check_sample(self, sample: int) -> None:
-        if not 0 <= sample < self.samples:
-            raise errors.UnknownSample(sample, self.samples)
 
     def _check_stretch(self, a: int, b: int) -> None:
         if not 0 <= a <= b <= self.steps:

@@ -1,7 +1,8 @@
 """How an influence lies on disk: one zarr 3 group, and a done-mark per shard beside it.
 
     influence  [query, observed_at, step, slot]   one zarr shard per `shard` steps
-    sample     [step, slot]                       row of the training set, -1 pads a short batch
+    sample     [step, slot]                       row of the training set (or id), -1 pads a short batch
+    id         [id]                               all samples in order, where they have ids of their own
     loss       [step, slot]                       training loss of each slot, NaN where unknown
     cotangent  [query, observed_at, step]         norm of the query's derivative by the state before the step, if known
     query, observed_at, step                      coordinates, so that xarray shows names
@@ -49,7 +50,7 @@ class Description:
         observed_at: States that the queries read, ascending; state t is the one before update t.
         steps: How many steps the run has.
         slots: How many places its largest batch has.
-        samples: How many rows the training set has.
+        samples: How many rows the training set has, or how many ids were seen.
         shard: How many consecutive steps are written, and marked done, together.
         settings: What else the numbers depend on; JSON values only.
     """
@@ -105,13 +106,15 @@ def told(settings: Mapping[str, object]) -> str:
     return f" with {', '.join(words)}" if words else ""
 
 
-def validate(description: Description, sample: Int[np.ndarray, "step slot"]) -> None:
+def validate(
+    description: Description, sample: Int[np.ndarray, "step slot"], ids: Int[np.ndarray, " sample"] | None = None
+) -> None:
     """Refuse a description that does not fit itself or its samples.
 
     Raises:
         IllFormedInfluence: With every problem, not only the first.
     """
-    problems = [*_size_problems(description), *_sample_problems(description, sample)]
+    problems = [*_size_problems(description), *_sample_problems(description, sample, ids)]
     if problems:
         raise IllFormedInfluence(problems)
 
@@ -128,9 +131,18 @@ def _size_problems(about: Description) -> list[str]:
     return problems
 
 
-def _sample_problems(about: Description, sample: Int[np.ndarray, "step slot"]) -> list[str]:
+def _sample_problems(
+    about: Description, sample: Int[np.ndarray, "step slot"], ids: Int[np.ndarray, " sample"] | None
+) -> list[str]:
     if sample.shape != about.shape[2:]:
         return [f"sample has shape {sample.shape}, steps and slots say {about.shape[2:]}"]
+    if ids is not None:
+        known = len(ids) == about.samples and np.isin(sample, [-1, *ids]).all()
+        return (
+            []
+            if known
+            else [f"sample must be -1 (padding) or one of {about.samples} ids: {listed(ids.tolist(), most=6)}"]
+        )
     if sample.size and not -1 <= sample.min() <= sample.max() < about.samples:
         found = f"{sample.min()} ... {sample.max()}"
         return [f"sample must lie within -1 (padding) ... {about.samples - 1}: {found}"]
@@ -143,6 +155,7 @@ def create(
     *,
     sample: Int[np.ndarray, "step slot"],
     dtype: str,
+    ids: Int[np.ndarray, " sample"] | None = None,
 ) -> zarr.Group:
     """Lay out an influence of zeros, with the samples of every slot."""
     group = zarr.create_group(store, zarr_format=3, attributes=_attributes(about))
@@ -156,6 +169,9 @@ def create(
     norms = {"shape": about.shape[:3], "dtype": "float64", "chunks": shard[:3], "fill_value": math.nan}
     _array(group, AXES[:3], "cotangent", **norms)
     write(group, "sample", sample)
+    if ids is not None:
+        _array(group, ("id",), "id", shape=ids.shape, dtype="int64")
+        write(group, "id", ids)
     _coordinates(group, about)
     return zarr.open_group(group.store, mode="r+")
 

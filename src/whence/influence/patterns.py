@@ -57,11 +57,11 @@ def patterns(influence: Influence, *, query: int | str = 0, ratio: float = 2.0, 
     totals = influence.total(query=query)[0, -(len(edges) - 1) :]
     unknown = np.flatnonzero(~np.isfinite(totals).all(axis=0))
     if len(unknown):
-        raise NotFinite(unknown.tolist())
+        raise NotFinite(influence.ids[unknown].tolist())
     series = np.diff(totals, prepend=0.0, axis=0).T / np.diff(edges)
     moved = np.flatnonzero((series != 0).any(axis=1))
     table = classify(series[moved], ratio=ratio, spread=spread)
-    known = {"sample": moved, "total": totals[-1, moved]}
+    known = {"sample": influence.ids[moved], "total": totals[-1, moved]}
     return table.with_columns(**{name: pl.Series(column) for name, column in known.items()}).select(
         "sample", *table.columns, "total"
     )

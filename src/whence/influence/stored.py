@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 import polars as pl
 import zarr
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from polars.io.plugins import register_io_source
 
 from whence.influence import layout, tables
@@ -25,6 +25,10 @@ class Stored:
 
     group: zarr.Group
     description: Description
+
+    def ids(self) -> Int64[np.ndarray, " sample"]:
+        """All samples in order: row numbers, or ids where samples have their own."""
+        return layout.read(self.group, "id", ALL) if "id" in self.group else np.arange(self.description.samples)
 
     def add_up(
         self,
@@ -47,10 +51,13 @@ class Stored:
         # The steps from a state on have no influence on it.
         seen_from = self.description.observed_at[states][-1]
         start, stop = between or (0, self.description.steps)
+        ids = self.ids()
         for first, last in self._stretches(start, min(stop, seen_from)):
             sample = layout.read(self.group, "sample", slice(first, last))
             if only is not None:
                 sample = np.where(sample == only, 0, -1)
+            else:
+                sample = np.where(sample < 0, -1, np.searchsorted(ids, sample))
             if (sample >= 0).any():
                 steps = slice(first, last)
                 block = layout.read(self.group, "influence", queries, states, steps, ALL)

@@ -8,6 +8,8 @@ import polars as pl
 from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 
+from whence.errors import UnknownId, UnknownSample
+
 Order = Literal["harmful", "helpful", "absolute"]
 NO_VISITS = pl.DataFrame(schema={"step": pl.Int64, "slot": pl.Int64, "influence": pl.Float64, "loss": pl.Float64})
 
@@ -49,11 +51,31 @@ def ranking(scores: Float[np.ndarray, " sample"], order: Order) -> Int[np.ndarra
     return np.argsort(keys[order], kind="stable")
 
 
-def top_table(scores: Float[np.ndarray, " sample"], k: int, order: Order) -> pl.DataFrame:
+def places(ids: Int[np.ndarray, " sample"], samples: Sequence[int]) -> list[int]:
+    """Where samples stand among all samples in order.
+
+    >>> places(np.array([3, 10, 500]), [500, 3])
+    [2, 0]
+
+    Raises:
+        UnknownSample: There is no such row.
+        UnknownId: There is no such id.
+    """
+    found = np.searchsorted(ids, np.asarray(samples, dtype=np.int64))
+    for sample, place in zip(samples, found, strict=True):
+        if place == len(ids) or ids[place] != sample:
+            numbered = len(ids) == 0 or ids[-1] == len(ids) - 1
+            raise UnknownSample(sample, len(ids)) if numbered else UnknownId(sample, ids.tolist())
+    return [int(place) for place in found]
+
+
+def top_table(
+    scores: Float[np.ndarray, " sample"], ids: Int[np.ndarray, " sample"], *, k: int, order: Order
+) -> pl.DataFrame:
     """List the first k samples of a ranking: rank (from 1), sample, influence."""
     first = ranking(scores, order)[: max(k, 0)]
     ranks = np.arange(1, len(first) + 1)
-    return pl.DataFrame({"rank": ranks, "sample": first, "influence": scores[first]})
+    return pl.DataFrame({"rank": ranks, "sample": ids[first], "influence": scores[first]})
 
 
 def curve_table(observed_at: Sequence[int], totals: Float[np.ndarray, " state"]) -> pl.DataFrame:

@@ -64,6 +64,7 @@ class InfluenceWriter:
         *,
         sample: Int[np.ndarray, "step slot"],
         dtype: str,
+        ids: Int[np.ndarray, " sample"] | None = None,
     ) -> "InfluenceWriter":
         """Begin an influence of zeros.
 
@@ -72,13 +73,14 @@ class InfluenceWriter:
             description: Everything but the numbers.
             sample: Row of the training set in every slot; -1 pads a short batch.
             dtype: "float32" or "float64".
+            ids: All samples in order, where they have ids of their own.
 
         Raises:
             FolderTaken: If there is something at `path` already.
         """
-        layout.validate(description, sample)
+        layout.validate(description, sample, ids)
         if path is None:
-            group = layout.create(MemoryStore(), description, sample=sample, dtype=dtype)
+            group = layout.create(MemoryStore(), description, sample=sample, dtype=dtype, ids=ids)
             return cls(group, description)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FolderTaken(path)
@@ -86,7 +88,7 @@ class InfluenceWriter:
         scratch = path.with_name(f".{path.name}.new")
         shutil.rmtree(scratch, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        layout.create(scratch, description, sample=sample, dtype=dtype)
+        layout.create(scratch, description, sample=sample, dtype=dtype, ids=ids)
         scratch.replace(path)
         return cls(layout.load(path, "r+")[0], description)
 
@@ -111,11 +113,12 @@ class InfluenceWriter:
         *,
         sample: Int[np.ndarray, "step slot"],
         dtype: str,
+        ids: Int[np.ndarray, " sample"] | None = None,
     ) -> "InfluenceWriter":
         """Resume the influence in a folder, or create it where there is none."""
         if path is not None and (path / "zarr.json").is_file():
             return cls.resume(path, description)
-        return cls.create(path, description, sample=sample, dtype=dtype)
+        return cls.create(path, description, sample=sample, dtype=dtype, ids=ids)
 
     @property
     def shards(self) -> list[tuple[int, int]]:

@@ -108,7 +108,9 @@ class DIT:
         if isinstance(queries, Averaged):
             settings["average"] = queries.about
         about = replace(described(run, queries, states), denominator=self.denominator, settings=settings)
-        writer = InfluenceWriter.begin(path, about, sample=slots(run), dtype=precision(run))
+        writer = InfluenceWriter.begin(
+            path, about, sample=slots(run), dtype=precision(run), ids=run.ids if run.has_ids else None
+        )
         if len(writer.done) < len(writer.shards):
             _Filling(run, reading(run, queries, states), writer, CotangentStore(writer.path)).fill(rules, cut)
         return writer.finish().with_queries(queries)
@@ -200,7 +202,7 @@ def precision(run: Run) -> str:
 
 
 def slots(run: Run) -> np.ndarray:
-    """Row of the training set in every slot of every step, `[step, slot]`; -1 pads short batches."""
+    """Sample in every slot of every step, `[step, slot]`; -1 pads short batches."""
     widths = [len(step.samples) for step in run.log]
     table = np.full((run.steps, max(widths)), -1, dtype=np.int64)
     for step, width in zip(run.log, widths, strict=True):

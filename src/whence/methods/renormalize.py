@@ -36,6 +36,8 @@ def check_renormalizable(run: Run) -> None:
     """
     if run.task.reduce != "mean":
         raise CannotRenormalize(f"the loss is reduced by {run.task.reduce!r}, not by a mean")
+    if run.has_ids:
+        raise CannotRenormalize("whether losses depend on one another cannot be tried: rows cannot be read again")
     for step in run.log:
         if len(step.samples) == 1:
             raise CannotRenormalize(f"step {step.index} has a single sample")

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from whence.errors import ImpossibleWindow, UnknownSample
+from whence.errors import ImpossibleWindow
+from whence.influence.tables import places
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.renormalize import check_renormalizable
 from whence.queries import Averaged, Query, values
@@ -122,10 +123,9 @@ def retrain(
 
     Raises:
         UnknownSample: a sample that the training set does not have.
+        UnknownId: a sample that the training did not see, where samples have ids of their own.
     """
-    for sample in (sample for group in removals for sample in group):
-        if not 0 <= sample < run.samples:
-            raise UnknownSample(sample, run.samples)
+    places(run.ids, [sample for group in removals for sample in group])
     renormalize = options.get("denominator", "keep") == "renormalize"
     if renormalize:
         check_renormalizable(run)

@@ -38,7 +38,7 @@ class Parameter(Query):
             BadQuery: the model has no such parameter.
         """
         del like, together
-        known = [name for name, _ in task.model.named_parameters()]
+        known = list(task.parameters())
         if self.name not in known:
             raise BadQuery(f"parameter {self.name!r}", f"the model has {known}")
         count = len(self.entries)

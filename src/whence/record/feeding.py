@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from whence.compiled import buffers, modules
 from whence.errors import OtherSlots, SparseGradient, StaleGradient, UnwatchedStep
 from whence.record.randomness import generators
 from whence.replay.state import Fed
@@ -90,7 +91,7 @@ class Feeding:
             del module, args
             self.autocast = str(torch.get_autocast_dtype(kind))[6:] if torch.is_autocast_enabled(kind) else ""
 
-        for name, module in self._task.model.named_modules():
+        for name, module in modules(self._task.model).items():
             if any(True for _ in module.parameters(recurse=False)):
                 self._hooks[f"call:{name}"] = module.register_forward_pre_hook(note)
 
@@ -142,7 +143,7 @@ class Feeding:
 
     def buffers(self) -> Tree:
         """The model's buffers as they are now, copied; large ones only where they changed."""
-        return {name: self._copy(name, buffer) for name, buffer in self._task.model.named_buffers()}
+        return {name: self._copy(name, buffer) for name, buffer in buffers(self._task.model).items()}
 
     def _copy(self, name: str, buffer: Tensor) -> Tensor:
         # torch's batch norm moves its statistics without counting a version, but they are small.
@@ -168,7 +169,7 @@ class Feeding:
             return
         if generators(self._task.device) == now.random:
             now = self._now = replace(now, random={})
-        self.evaluating = tuple(name for name, module in self._task.model.named_modules() if not module.training)
+        self.evaluating = tuple(name for name, module in modules(self._task.model).items() if not module.training)
         fresh = not any(p.grad is not None and bool(p.grad.any()) for p in self._trained.values())
         if not fresh and not any(y.counted for y in self.consumed):
             raise StaleGradient(self.step)
@@ -182,5 +183,5 @@ class Feeding:
 
     def _passes(self) -> int:
         """Layers that keep running statistics count their passes in a buffer, whose version is read without waiting."""
-        counters = (b for name, b in self._task.model.named_buffers() if name.endswith("num_batches_tracked"))
+        counters = (b for name, b in buffers(self._task.model).items() if name.endswith("num_batches_tracked"))
         return sum(counter._version for counter in counters)

@@ -7,11 +7,11 @@ that a GradScaler skips is none. Nothing here draws from a generator or writes t
 import logging
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.weak import WeakIdKeyDictionary
 
+from whence.compiled import parameters
 from whence.errors import BadOptimizer, ChangedOutside, Diverged, RunExists, UnwatchedStep
 from whence.record.feeding import Feeding
 from whence.record.policy import CheckpointPolicy, Every
 from whence.record.proof import Proof, read_again
 from whence.record.randomness import preserved
-from whence.record.watch import Overheard, check_data, check_loader
+from whence.record.watch import Overheard, Told, check_data, check_loader
 from whence.replay.state import State, Step, settings_of
 from whence.replay.transition import Transition
 from whence.replay.update import Update, supported, tensors_of
@@ -72,8 +73,8 @@ class Recorder:
         self._kind = supported(type(optimizer))
         self._folder, self._task, self._optimizer = Path(path), task, optimizer
         self._policy = checkpoints or Every(50)
-        self._keep_batches = keep_batches
-        self._params = dict(task.model.named_parameters())
+        self._keep_batches = keep_batches or task.ids is not None  # their rows cannot be read again
+        self._params = parameters(task.model)
         self._groups = _group_names(self._params, optimizer)
         self._trained = {name: self._params[name] for group in self._groups for name in group}
         self._proof = Proof(tolerance)
@@ -117,15 +118,19 @@ class Recorder:
             self._keep(State(self._live(), self._feeding.left(), self._moments()))
         self._writer.finish()
 
-    def watch(self, loader: "DataLoader[Any]") -> "Watched":
+    def watch(self, loader: Iterable[Batch]) -> "Watched":
         """The loader's batches, unchanged; the recorder notes which samples made each.
+
+        With `Task(ids=...)` it may be any iterable of batches.
 
         Raises:
             UnwatchableLoader: the loader's batches could not be read again.
         """
+        if self._task.ids is not None:
+            return Watched(self, Told(loader, self._task))
         check_loader(loader, self._task)
         if loader not in self._overheard:
-            self._overheard[loader] = Overheard(loader)
+            self._overheard[loader] = Overheard(cast("DataLoader[Any]", loader))
         return Watched(self, self._overheard[loader])
 
     def fed(self, batch: Batch) -> None:
@@ -238,7 +243,7 @@ class Recorder:
             groups=self._groups,
             params=layouts(self._task.parameters()),
             buffers=layouts(self._task.buffers()),
-            samples=len(self._task.data),
+            samples=len(self._task.data) if self._task.ids is None else None,
             policy=str(self._policy),
             device=str(self._task.device),
             torch=str(torch.__version__),
@@ -251,7 +256,7 @@ class Watched:
     """The batches of a loader while the recorder notes them; one pass over it is one epoch."""
 
     recorder: Recorder
-    overheard: Overheard
+    overheard: Overheard | Told
 
     def __len__(self) -> int:
         """Number of batches."""

@@ -1,14 +1,36 @@
-"""Which samples made each batch: the batch sampler is overheard; loader, data set and collate stay untouched."""
+"""Which samples made each batch: the batch sampler is overheard; loader, data set and collate stay untouched.
+
+Where the task says how, the batch itself is asked instead.
+"""
 
 import copy
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, final
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from whence.errors import UnreadableData, UnwatchableLoader
 from whence.task import Batch, Rows, Task
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Any iterable of batches that tell the ids of their samples."""
+
+    batches: Any
+    task: Task
+
+    def __len__(self) -> int:
+        """Number of batches, where the iterable knows it."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, ...], Batch]]:
+        """Ids and content of every batch, in order."""
+        for batch in self.batches:
+            yield self.task.ids_of(batch), batch
 
 
 @final
@@ -59,7 +81,7 @@ def check_loader(loader: object, task: Task) -> None:
     if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         raise UnwatchableLoader(
             "it has no batch sampler (an iterable data set, or batch_size=None)",
-            "use a map-style data set with a batch_size or a batch_sampler",
+            "use a map-style data set with a batch_size or a batch_sampler, or Task(ids=...)",
         )
     if not getattr(loader, "in_order", True):
         raise UnwatchableLoader("in_order=False lets batches overtake each other", "create it with in_order=True")
@@ -81,5 +103,5 @@ def check_data(task: Task) -> None:
     Raises:
         UnreadableData: names its type.
     """
-    if isinstance(task.data, IterableDataset) or not isinstance(task.data, Rows):
+    if task.ids is None and (isinstance(task.data, IterableDataset) or not isinstance(task.data, Rows)):
         raise UnreadableData(type(task.data).__name__)

@@ -43,8 +43,12 @@ def check_data(manifest: Manifest, task: Task, first: Step) -> None:
     """Compare the data set's length, and the first recorded batch, with the recording.
 
     Raises:
-        WrongData: says both lengths, or that the rows differ.
+        WrongData: says both lengths, or that the rows differ, or that there are no rows but ids.
     """
+    if manifest.samples is None:
+        if task.ids is None:
+            raise WrongData("its batches told the ids of their samples, and this task has no ids=")
+        return
     if len(task.data) != manifest.samples:
         raise WrongData(f"it has {len(task.data)} rows, and had {manifest.samples}")
     for fed in first.fed:

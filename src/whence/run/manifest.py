@@ -27,7 +27,7 @@ class Manifest(msgspec.Struct, frozen=True):
         groups: parameter names of every parameter group.
         params: layout of every parameter.
         buffers: layout of every buffer.
-        samples: number of rows of the training set.
+        samples: number of rows of the training set; None where samples have ids of their own.
         policy: which steps kept a checkpoint, in words.
         device: where the training ran.
         torch: version that recorded.
@@ -41,7 +41,7 @@ class Manifest(msgspec.Struct, frozen=True):
     groups: tuple[tuple[str, ...], ...]
     params: dict[str, Layout]
     buffers: dict[str, Layout]
-    samples: int
+    samples: int | None
     policy: str
     device: str
     torch: str

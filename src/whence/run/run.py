@@ -7,8 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import final
 
+import numpy as np
 import polars as pl
 import torch
+from jaxtyping import Int64
 from tqdm.auto import tqdm
 
 from whence.errors import EmptyRun, MissingState, NoSuchState, ReplayMismatch, WrongData
@@ -61,8 +63,21 @@ class Run:
 
     @property
     def samples(self) -> int:
-        """Number of rows of the training set."""
-        return self.manifest.samples
+        """Number of rows of the training set; of those seen, where samples have ids of their own."""
+        return len(self.ids) if self.manifest.samples is None else self.manifest.samples
+
+    @cached_property
+    def ids(self) -> Int64[np.ndarray, " sample"]:
+        """Every sample in order: row numbers of the training set, or the ids that were seen."""
+        if self.manifest.samples is not None:
+            return np.arange(self.manifest.samples)
+        seen = (np.asarray(step.samples, dtype=np.int64) for step in self.log)
+        return np.unique(np.concatenate(list(seen)))
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether samples have ids of their own."""
+        return self.manifest.samples is None
 
     @cached_property
     def kept(self) -> tuple[int, ...]:
