@@ -1,5 +1,7 @@
 """What can go wrong with a task: its loss, its model, its optimizer, and what is asked of the model."""
 
+from collections.abc import Sequence
+
 from whence.errors.sentences import WhenceError
 
 
@@ -20,6 +22,16 @@ class BadReduction(WhenceError):
         self.args = (
             f"reduce(batches) must return a tensor [slot] with a factor for each of the step's {slots} slots; "
             f"it returned shape {list(got)}.",
+        )
+
+
+class NoLabels(WhenceError):
+    """A language model's batch does not say which tokens are to be predicted."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.args = (
+            f"A language model's batch needs 'labels'; it has {list(names)}. Let the rows or collate= add them: a copy "
+            "of 'input_ids' with -100 where nothing is to be predicted (padding, prompts).",
         )
 
 
