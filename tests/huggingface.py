@@ -13,6 +13,7 @@ import whence
 from tests.gate import Row
 
 transformers = pytest.importorskip("transformers", reason="pip install 'whence[hf]'")
+tokenizers = pytest.importorskip("tokenizers")  # comes with transformers
 peft = pytest.importorskip("peft", reason="pip install 'whence[hf]'")
 
 VOCABULARY, LENGTH, COUNT = 11, 5, 5

@@ -75,6 +75,9 @@ def test_a_mean_over_tokens_gives_a_row_its_share_of_them() -> None:
     over_step, over_batch = whence.TokenMean()([first, second]), whence.TokenMean(over="batch")([first, second])
     assert over_step.tolist() == pytest.approx([3 / 6, 1 / 6, 2 / 6, 0])
     assert over_batch.tolist() == pytest.approx([3 / 8, 1 / 8, 1 / 2, 0])
+    nothing = default_collate(rows()[3:])
+    assert whence.TokenMean()([nothing]).tolist() == [0]
+    assert whence.TokenMean(over="batch")([first, nothing]).tolist() == pytest.approx([3 / 8, 1 / 8, 0])
     pair = LABELS, LABELS  # targets of a tuple are not shifted
     assert whence.TokenMean()([pair]).tolist() == pytest.approx([4 / 9, 2 / 9, 2 / 9, 1 / 9])
     weighted = default_collate(rows(token_weights=VALUES))

@@ -47,10 +47,8 @@ class TokenMean:
         """The factor of every slot of one step."""
         counts = [targets_of(batch)[1].double().sum(1) for batch in batches]
         if self.over == "batch":
-            counts = [count / (count.sum() * len(counts)) for count in counts]
-            return torch.cat(counts)
-        found = torch.cat(counts)
-        return found / found.sum()
+            return torch.cat([_shares(count) / len(counts) for count in counts])
+        return _shares(torch.cat(counts))
 
 
 def language_model(model: nn.Module, data: Rows, **options: Any) -> Task:
@@ -87,6 +85,12 @@ def targets_of(batch: Batch) -> tuple[Int[Tensor, "slot place"], Tensor]:
     targets = batch["labels"][:, 1:]
     counted = targets != IGNORED
     return targets, counted * batch[WEIGHTS][:, 1:] if WEIGHTS in batch else counted
+
+
+def _shares(counts: Tensor) -> Tensor:
+    """Of nothing everyone has nothing: where no token counts, torch's mean is NaN and its gradient zero."""
+    total = counts.sum()
+    return counts / total.where(total != 0, 1)
 
 
 def _loss(outputs: Any, batch: Batch) -> Tensor:
