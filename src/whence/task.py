@@ -235,7 +235,19 @@ def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model's structure that owns no weights (its tensors live on the meta device)."""
     tensors = chain(model.parameters(), model.buffers())
     memo = {id(tensor): _without_values(tensor) for tensor in tensors}
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        _keep_activations(module)
+    return copied
+
+
+def _keep_activations(module: nn.Module) -> None:
+    """Hugging Face's gradient checkpointing computes activations twice: the same numbers, but torch.func refuses it."""
+    if getattr(module, "gradient_checkpointing", False) is True:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    for key, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+            del module._forward_hooks[key]
 
 
 def _without_values(tensor: Tensor) -> Tensor:

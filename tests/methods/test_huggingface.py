@@ -14,8 +14,8 @@ from tests.gate import BAR, Cell, cells
 from tests.huggingface import ROWS, adapted, gpt2, texts, tokenizers, transformers
 from tests.loops import adam, backward
 
-# peft asks transformers for something by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+# The old names, which peft uses as well.
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 
 
 @pytest.mark.parametrize("cell", cells(ROWS), ids=str)
@@ -71,3 +71,29 @@ def test_accumulation_with_a_mean_over_the_steps_tokens(make: Callable[[], nn.Mo
     for curvature in (whence.Hessian(), whence.GaussNewton(), whence.Hessian(product="difference")):
         total = whence.DIT(curvature=curvature).attribute(run, whence.Loss(data, samples=[0])).total()
         assert (total != 0).all()
+
+
+@pytest.mark.parametrize("make", [gpt2, adapted])
+def test_gradient_checkpointing_changes_nothing(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """The replay goes without, and finds the same; the live model goes on with it."""
+    data: Any = texts(prompt=1)
+    totals = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model: Any = make().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        learning = [p for p in model.parameters() if p.requires_grad]
+        task = whence.language_model(model, data, reduce=whence.TokenMean())
+        optimizer = torch.optim.SGD(learning, lr=0.1, momentum=0.9)
+        with whence.Recorder(tmp_path / str(checkpointing), task, optimizer) as recorder:
+            for batch in recorder.watch(DataLoader(data, batch_size=2)):
+                backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == checkpointing
+        run = whence.open_run(tmp_path / str(checkpointing), task)
+        run.verify()
+        totals.append(whence.DIT().attribute(run, whence.Loss(data, samples=[0])).total())
+    assert (totals[0] != 0).all()
+    assert totals[1] == pytest.approx(totals[0], rel=1e-4)
