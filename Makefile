@@ -27,7 +27,7 @@ check: $(READY)  ## lint, formatting, types and the house rules
 	@$(BIN)/python -m pytest -q tests/test_house.py
 
 bench: $(READY)  ## measure exactness, cost, memory and fidelity (about half an hour)
-	@for part in exactness sweep memory fidelity policies; do echo "== $$part"; $(BIN)/python -m bench.$$part || exit 1; done
+	@for part in exactness gate sweep memory fidelity policies; do echo "== $$part"; $(BIN)/python -m bench.$$part || exit 1; done
 
 docs: $(DOCS_READY)  ## build the documentation into docs/_build/html
 	@$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

@@ -18,7 +18,7 @@ PYTHON_FILES = [*MODULES, *sorted((ROOT / "tests").rglob("*.py"))]
 GROUND = {"compiled", "errors", "extras", "tree"}
 REPLAY = GROUND | {"task", "queries", "replay"}
 METHODS = REPLAY | {"run", "influence", "methods"}
-EVERYTHING = METHODS | {"record", "apply", "plot", "view", "cli"}
+EVERYTHING = METHODS | {"language", "record", "apply", "plot", "view", "cli"}
 MAY_IMPORT = {
     "errors": {"errors"},
     "compiled": {"compiled"},
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "tree": GROUND,
     "batchnorm": GROUND | {"batchnorm"},
     "task": GROUND | {"batchnorm", "task"},
+    "language": GROUND | {"task", "language"},
     "queries": GROUND | {"task", "queries"},
     "replay": REPLAY,
     "run": REPLAY | {"run"},

@@ -18,7 +18,8 @@ _HOME = {
     "ClipValue": "whence.task",
     "classification": "whence.task",
     "regression": "whence.task",
-    "language_model": "whence.task",
+    "language_model": "whence.language",
+    "TokenMean": "whence.language",
     "Averaged": "whence.queries",
     "Loss": "whence.queries",
     "Logit": "whence.queries",
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
     from whence.influence.influence import Influence as Influence
     from whence.influence.influence import open_influence as open_influence
     from whence.influence.patterns import patterns as patterns
+    from whence.language import TokenMean as TokenMean
+    from whence.language import language_model as language_model
     from whence.methods.dit import DIT as DIT
     from whence.methods.retrain import leave_one_out as leave_one_out
     from whence.methods.retrain import retrain as retrain
@@ -92,7 +95,6 @@ if TYPE_CHECKING:
     from whence.task import ClipValue as ClipValue
     from whence.task import Task as Task
     from whence.task import classification as classification
-    from whence.task import language_model as language_model
     from whence.task import regression as regression
 
 

@@ -4,7 +4,7 @@ Decisions: the user's model is copied once as a skeleton without weights, so not
 model; tied parameters are one entry, under the first of their names; a batch is whatever the collate function returns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 from whence import compiled
 from whence.batchnorm import STATISTICS, RunningStatistics, tracking
 from whence.errors import BadIds, BadLoss, BadReduction, SharedStorage
-from whence.tree import Tree, cast
+from whence.tree import Tree, cast, plain
 
 Batch = Any  # whatever the collate function returns
 Result = TypeVar("Result")
@@ -84,7 +84,7 @@ def default_predict(model: nn.Module, batch: Batch) -> Any:
     batch = cast(batch, None, device)
     if isinstance(batch, (tuple, list)):
         return model(batch[0])
-    if isinstance(batch, dict) or hasattr(batch, "keys"):
+    if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch)
 
@@ -168,8 +168,8 @@ class Task:
     def batch(self, samples: Sequence[int]) -> Batch:
         """Read rows from the data set and collate them, as a loader would."""
         if hasattr(self.data, "__getitems__"):
-            return self.collate(self.data.__getitems__(list(samples)))
-        return self.collate([self.data[int(i)] for i in samples])
+            return plain(self.collate(self.data.__getitems__(list(samples))))
+        return plain(self.collate([self.data[int(i)] for i in samples]))
 
     def ids_of(self, batch: Batch) -> tuple[int, ...]:
         """The ids of a batch's samples, as the batch tells them.
@@ -274,7 +274,19 @@ def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model's structure that owns no weights (its tensors live on the meta device)."""
     tensors = chain(model.parameters(), model.buffers())
     memo = {id(tensor): _without_values(tensor) for tensor in tensors}
-    return compiled.copied(model, memo)
+    copied = compiled.copied(model, memo)
+    for module in copied.modules():
+        _keep_activations(module)
+    return copied
+
+
+def _keep_activations(module: nn.Module) -> None:
+    """Hugging Face's gradient checkpointing computes activations twice: the same numbers, but torch.func refuses it."""
+    if getattr(module, "gradient_checkpointing", False) is True:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    for key, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+            del module._forward_hooks[key]
 
 
 def _without_values(tensor: Tensor) -> Tensor:
@@ -300,32 +312,39 @@ def size_of(batch: Batch) -> int:
     return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
 
 
-def classification(model: nn.Module, data: Rows, **options: Any) -> Task:
-    """Cross-entropy between `model(batch[0])` and the class numbers `batch[1]`, in nats."""
+def logits_of(outputs: Any) -> Tensor:
+    """The tensor of scores in whatever the model returns: itself, or the output's entry `logits`."""
+    found: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits"]
+    return found
 
-    def loss(outputs: Tensor, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+
+def labels_of(batch: Batch) -> Tensor:
+    """The targets in a batch: its second item, or its entry `labels`."""
+    found: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    return found
+
+
+def classification(model: nn.Module, data: Rows, **options: Any) -> Task:
+    """Cross-entropy, in nats, between the model's logits and the class numbers.
+
+    A batch is a pair (inputs, class numbers), or a mapping with `labels` as Hugging Face's models take it.
+    """
+
+    def loss(outputs: Any, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(logits_of(outputs), labels_of(batch), reduction="none")
 
     return Task(model, data, loss, **options)
 
 
 def regression(model: nn.Module, data: Rows, **options: Any) -> Task:
-    """Squared error between `model(batch[0])` and `batch[1]`, averaged over the outputs of a row."""
+    """Squared error between the model's outputs and the targets, averaged over the outputs of a row.
 
-    def loss(outputs: Tensor, batch: Batch) -> Tensor:
-        gaps: Tensor = outputs.reshape(len(outputs), -1) - batch[1].reshape(len(outputs), -1)
+    A batch is a pair (inputs, targets), or a mapping with `labels` as Hugging Face's models take it.
+    """
+
+    def loss(outputs: Any, batch: Batch) -> Tensor:
+        found = logits_of(outputs)
+        gaps: Tensor = found.reshape(len(found), -1) - labels_of(batch).reshape(len(found), -1)
         return gaps.square().mean(1)
-
-    return Task(model, data, loss, **options)
-
-
-def language_model(model: nn.Module, data: Rows, **options: Any) -> Task:
-    """Next-token cross-entropy, averaged over the tokens of a row: `batch = (tokens, targets)`; -100 is not counted."""
-
-    def loss(outputs: Tensor, batch: Batch) -> Tensor:
-        targets: Tensor = batch[1]
-        nats = nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
-        counted = (targets != -100).sum(1).clamp(min=1)
-        return nats.view(targets.shape).sum(1) / counted
 
     return Task(model, data, loss, **options)

@@ -1,7 +1,7 @@
 """Algebra on `dict[str, Tensor]`, the only container of parameters in this code base."""
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,3 +60,8 @@ def cast(value: Value, dtype: torch.dtype | None, device: torch.device | str | N
 
     moved: Value = tree_map(move, value)
     return moved
+
+
+def plain(batch: Any) -> Any:
+    """A mapping of any kind (a tokenizer's, say) as a dict, in which torch finds the tensors; all else as it is."""
+    return dict(batch) if isinstance(batch, Mapping) else batch

@@ -11,7 +11,7 @@ from tests.methods.test_exact import asked
 from whence.influence import agreement
 from whence.methods import dit
 from whence.methods.choose import candidates, choose, told
-from whence.queries import values
+from whence.queries import Query, values
 from whence.queries.few import few, spread
 from whence.replay.reverse import Rules
 from whence.run.run import Run
@@ -67,14 +67,11 @@ def test_the_better_candidate_wins_and_a_tie_goes_to_the_first(tmp_path: Path) -
     rules = candidates(run, whence.Tangent())
     for good in ([1], [3], [0, 1], [2, 3]):
         made_up = {repr(rule): truth if place in good else noise for place, rule in enumerate(rules)}
-        choice = choose(
-            run,
-            asked(),
-            rules,
-            predict=lambda rule, _, made_up=made_up: made_up[repr(rule)],
-            state=run.steps,
-            denominator="keep",
-        )
+
+        def predict(rule: Rules, _: Query, made_up: dict[str, np.ndarray] = made_up) -> np.ndarray:
+            return made_up[repr(rule)]
+
+        choice = choose(run, asked(), rules, predict=predict, state=run.steps, denominator="keep")
         assert choice.rules == rules[good[0]]
 
 

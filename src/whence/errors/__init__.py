@@ -53,5 +53,6 @@ from whence.errors.task import BadIds as BadIds
 from whence.errors.task import BadLoss as BadLoss
 from whence.errors.task import BadQuery as BadQuery
 from whence.errors.task import BadReduction as BadReduction
+from whence.errors.task import NoLabels as NoLabels
 from whence.errors.task import SharedStorage as SharedStorage
 from whence.errors.task import UnsupportedOptimizer as UnsupportedOptimizer

@@ -1,5 +1,7 @@
 """What can go wrong with a task: its loss, its model, its optimizer, and what is asked of the model."""
 
+from collections.abc import Sequence
+
 from whence.errors.sentences import WhenceError
 
 
@@ -30,6 +32,16 @@ class BadIds(WhenceError):
         self.args = (
             f"Task(ids={ids!r}) must tell a whole number, 0 or more, for every row of a batch: {problem}. Give the key "
             "of a dict, the place in a tuple, or a function of the batch.",
+        )
+
+
+class NoLabels(WhenceError):
+    """A language model's batch does not say which tokens are to be predicted."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.args = (
+            f"A language model's batch needs 'labels'; it has {list(names)}. Let the rows or collate= add them: a copy "
+            "of 'input_ids' with -100 where nothing is to be predicted (padding, prompts).",
         )
 
 

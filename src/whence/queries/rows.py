@@ -10,8 +10,8 @@ from torch.func import grad
 
 from whence.errors import BadQuery
 from whence.queries.query import Mode, Part, Query
-from whence.task import Batch, Rows, Task
-from whence.tree import cast
+from whence.task import Batch, Rows, Task, labels_of, logits_of
+from whence.tree import cast, plain
 
 Aggregate = Literal["mean", "sum"] | None
 Score = Callable[[Task, nn.Module, Batch], Tensor]
@@ -77,7 +77,8 @@ class RowQuery(Query):
         wide = len(self.columns)
         for first in range(0, len(self.rows), size):
             rows = self.rows[first : first + size]
-            batch = cast((self.collate or task.collate)([self.data[row] for row in rows]), like.dtype, like.device)
+            read = plain((self.collate or task.collate)([self.data[row] for row in rows]))
+            batch = cast(read, like.dtype, like.device)
             eye = torch.eye(len(rows) * wide, dtype=torch.float64)
             if self.aggregate:
                 mean = eye.view(len(rows), wide, -1).sum(0) / (len(self.rows) if self.aggregate == "mean" else 1)
@@ -185,18 +186,6 @@ def Saliency(
 
     columns = tuple(f" {entry}" for entry in inputs)
     return RowQuery("saliency", "logit per input", score, data, samples, columns=columns, **options)
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """The tensor of class scores `[slot, class]` in whatever the model returns."""
-    found: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits"]
-    return found
-
-
-def labels_of(batch: Batch) -> Tensor:
-    """The class numbers `[slot]` in a batch: its second item, or its entry `labels`."""
-    found: Tensor = batch["labels"] if isinstance(batch, dict) else batch[1]
-    return found
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -19,7 +19,7 @@ from whence.record.randomness import generators
 from whence.replay.state import Fed
 from whence.run.tensors import copied, digest
 from whence.task import Batch, Task, size_of
-from whence.tree import Tree
+from whence.tree import Tree, plain
 
 SMALL = 2**16  # entries up to which a buffer is copied whether it changed or not
 
@@ -104,6 +104,7 @@ class Feeding:
         """Note the batch that is about to be handed to the loop."""
         self.listen()
         self.let_pass()
+        batch = plain(batch)
         world = generators(self._task.device), self.buffers(), self._passes()
         self._now = Yielded(samples, epoch, digest(batch), copied(batch) if keep else None, *world)
 
@@ -123,6 +124,7 @@ class Feeding:
         """
         if self._now is None:
             raise UnwatchedStep(self.step)
+        batch = plain(batch)
         if size_of(batch) != len(self._now.samples):
             raise OtherSlots(size_of(batch), len(self._now.samples))
         random = generators(self._task.device)
