@@ -1,0 +1,96 @@
+"""The methods of the table: `whence` and what users would pick instead, each behind one signature.
+
+    score(trained: TrainedCase, queries: TensorDataset) -> [query, sample]
+
+Positive means helpful, as in `whence`: removing the sample raises the query's loss. Every method is told the same run:
+its final weights, evenly spaced checkpoints with their learning rates, or the recording. Settings are the library's
+defaults except where an adapter says why.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from torch.utils.data import TensorDataset
+
+from bench.cases import Case, TrainedCase
+
+Score = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        label: what the row is called.
+        library: what must be installed.
+        function: the adapter, as module and name under `bench.peers`.
+        settings: its keyword arguments.
+        reasons: why it cannot do a kind of model, or for all of them under "".
+        notes: what to know where it can.
+    """
+
+    label: str
+    library: str
+    function: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For file names."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.label.lower())
+
+    @property
+    def installed(self) -> bool:
+        """Whether its library is there."""
+        return find_spec(self.library) is not None
+
+    def refusal(self, case: Case) -> str:
+        """Why it cannot do a case; empty if it can."""
+        return self.reasons.get(case.kind) or self.reasons.get("", "")
+
+    def note(self, case: Case) -> str:
+        """What to know of its figures on a case."""
+        return self.notes.get(case.kind) or self.notes.get("", "")
+
+    def load(self) -> Callable[[TrainedCase, TensorDataset], np.ndarray]:
+        """The adapter with its settings."""
+        module, _, name = self.function.partition(":")
+        score: Score = getattr(import_module(f"bench.peers.{module}"), name)
+        return lambda trained, queries: score(trained, queries, **self.settings)
+
+
+LANGUAGE_ONLY = "language models only: see bench/bergson.py"
+LINEAR_ONLY = {
+    "batchnorm": "Linear and Conv2d only, without BatchNorm's weights",
+    "attention": "Linear only, without LayerNorm and embeddings",
+    "tokens": "Linear only, without LayerNorm and embeddings",
+}
+
+METHODS = [
+    Method("whence, Hessian", "whence", "ours:exact"),
+    Method("whence, Gauss-Newton", "whence", "ours:exact", {"curvature": "GaussNewton"}),
+    Method("whence, empirical Fisher", "whence", "ours:exact", {"curvature": "EmpiricalFisher"}),
+    Method("whence, Zero", "whence", "ours:exact", {"curvature": "Zero"}),
+    Method("whence, Hessian, secant", "whence", "ours:exact", {"slope": "Secant"}),
+    Method("whence, Gauss-Newton, secant", "whence", "ours:exact", {"curvature": "GaussNewton", "slope": "Secant"}),
+    Method("captum TracInCP, 10 checkpoints", "captum", "captum:tracin", notes=LINEAR_ONLY),
+    Method("captum Arnoldi influence function", "captum", "captum:arnoldi", notes=LINEAR_ONLY),
+    Method("dattri TracIn, projection 512", "dattri", "dattri:tracin"),
+    Method("dattri TracIn, no projection", "dattri", "dattri:tracin", {"project": False}),
+    Method("dattri DVEmb, projection 512", "dattri", "dattri:dvemb"),
+    Method("dattri DVEmb, Kronecker 512", "dattri", "dattri:dvemb", {"factors": "kronecker"}, notes=LINEAR_ONLY),
+    Method("dattri EK-FAC influence", "dattri", "dattri:ekfac", notes=LINEAR_ONLY),
+    Method("dattri TRAK, 1 checkpoint", "dattri", "dattri:trak"),
+    Method("kronfluence EK-FAC", "kronfluence", "kronfluence:influence", {"strategy": "ekfac"}, notes=LINEAR_ONLY),
+    Method("kronfluence identity", "kronfluence", "kronfluence:influence", {"strategy": "identity"}, notes=LINEAR_ONLY),
+    Method("TRAK (traker), 1 checkpoint", "trak", "trak:trak"),
+    Method("bergson MAGIC", "bergson", reasons={"": LANGUAGE_ONLY}),
+    Method("dattri-llm", "dattri_llm", reasons={"": LANGUAGE_ONLY}),
+]
