@@ -22,9 +22,6 @@ CHECKPOINTS = 10  # that methods which read checkpoints are given
 Kind = Literal["mlp", "batchnorm", "attention", "tokens"]
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
-SGD: Optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-ADAMW: Optimizer = partial(torch.optim.AdamW, lr=1e-3)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -37,6 +34,7 @@ class Case:
         build: makes the model; called after seeding.
         load: makes the data; called with no argument.
         optimizer: makes the optimizer.
+        rule: what kind of optimizer that is.
         epochs: passes over the data.
         slots: size of a batch.
         queries: how many test losses are asked about.
@@ -50,6 +48,7 @@ class Case:
     build: Callable[[], nn.Module]
     load: Callable[[], data.Split]
     optimizer: Optimizer
+    rule: Literal["plain", "sgd", "adamw"]
     epochs: int = 10
     slots: int = 64
     queries: int = 64
@@ -182,6 +181,7 @@ HEADLINE = Case(
     build=_headline,
     load=data.digits,
     optimizer=partial(torch.optim.SGD, lr=0.1),
+    rule="plain",
 )
 MODELS: dict[str, tuple[str, Kind, Callable[[], nn.Module], Callable[[], data.Split], int]] = {  # the last: epochs
     "mlp-64": ("MLP 64-64-10, Tanh", "mlp", _headline, data.digits, 10),
@@ -190,11 +190,12 @@ MODELS: dict[str, tuple[str, Kind, Callable[[], nn.Module], Callable[[], data.Sp
     "vit": ("vision transformer, 2 layers, width 32", "attention", _vit, partial(data.cifar, 1000), 5),
     "gpt": ("GPT, 2 layers, width 32, context 32", "tokens", _gpt, partial(data.letters, 512), 8),
 }
+RULES: list[tuple[Literal["sgd", "adamw"], str, Optimizer]] = [
+    ("sgd", "SGD lr 0.05, momentum 0.9", partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
+    ("adamw", "AdamW lr 1e-3", partial(torch.optim.AdamW, lr=1e-3)),
+]
 CASES = [HEADLINE] + [
-    Case(f"{name}-{way}", f"{about}, {what}", kind, build, load, optimizer, epochs=epochs)
+    Case(f"{name}-{rule}", f"{about}, {what}", kind, build, load, optimizer, rule, epochs=epochs)
     for name, (about, kind, build, load, epochs) in MODELS.items()
-    for way, what, optimizer in (
-        ("sgd", "SGD lr 0.05, momentum 0.9", SGD),
-        ("adamw", "AdamW lr 1e-3", ADAMW),
-    )
+    for rule, what, optimizer in RULES
 ]

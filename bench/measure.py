@@ -1,14 +1,13 @@
-"""One measurement of the table in a process of its own: python -m bench.measure CASE METHOD [--quick].
+"""One measurement of bench.table, made in a process of its own.
 
-METHOD is a row's file name, or "truth" for the recording and the retrainings that all rows are compared with. Costs
-are processor time, on one thread, in units of plain training in this same process, before and after; each the least of
-a few repeats. So other work on the machine hardly counts. Memory is the peak of the process above that of plain
-training in it. Fidelity is the mean over queries of the correlation with retraining in float64, with a bootstrap
-interval over the removals.
+It is a row of a table, or "truth": the recording, and the retrainings that all rows are compared with. Costs are
+processor time, on one thread, in units of plain training in this same process, before and after; each the least of a
+few repeats. So other work on the machine hardly counts. Memory is the peak of the process above that of plain training
+in it. Fidelity is the mean over queries of the correlation with retraining in float64, with a bootstrap interval over
+the removals.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from bench.memory import MIB, forget_peak, resident
 from bench.peers import METHODS, Method
 from whence.influence import agreement
 
-COUNTS = 1, 16, 64
+COUNTS = {True: (1, 16), False: (1,)}  # beside all queries; for ours and for others
 REPEATS, PATIENCE = 3, 3.0  # at most so often, and no repeat after so many seconds
 SHARE = 20  # groups are a 20th of the samples
 
@@ -108,7 +107,7 @@ def measured(case: Case, method: Method, folder: Path) -> Found:
     forget_peak()
     unit, base = least(lambda: case.train_plainly(trained.train)), resident("VmHWM")
     figures: Found = {"cost": {}, "memory_mib": {}}
-    for count in [count for count in COUNTS if count < case.queries] + [case.queries]:
+    for count in [count for count in COUNTS[method.library == "whence"] if count < case.queries] + [case.queries]:
         asked, scores = trained.queries(count), []
         forget_peak()
         spent = least(lambda: processor_seconds(lambda: scores.append(score(trained, asked))))  # noqa: B023
@@ -140,14 +139,12 @@ def asdict_of(interval: agreement.Interval) -> dict[str, float]:
     return {name: round(value, 4) for name, value in asdict(interval).items()}
 
 
-def main() -> None:
-    """Measure, and write the figures to a file."""
-    name, what = sys.argv[1:3]
-    quick = "--quick" in sys.argv
+def measure(name: str, what: str, *, quick: bool) -> float:
+    """Measure one row of one case, or its truth, and write the figures to a file; processor seconds that it took."""
+    torch.set_num_threads(1)
     case, folder, out = find_case(name, quick=quick), home(name, quick=quick), results(name, quick=quick)
     for place in (folder, out):
         place.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     # Second derivatives and vmap need attention written out; every method gets the same.
     with sdpa_kernel(SDPBackend.MATH):
         if what == "truth":
@@ -155,7 +152,4 @@ def main() -> None:
         else:
             found = measured(case, next(method for method in METHODS if method.name == what), folder)
     (out / f"{what}.json").write_text(json.dumps(found, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return time.process_time()

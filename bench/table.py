@@ -1,6 +1,6 @@
 """`whence` beside the libraries that users would pick instead, training by training: python -m bench.table [options].
 
-Every figure is measured in a process of its own (bench.measure) and kept in a file; what is there is not measured
+Every row is measured in a process of its own (bench.measure) and kept in a file; what is there is not measured
 again. The tables and pictures are made of the files. `make bench-env` installs the other libraries into .venv-bench;
 run without them, their rows say so.
 """
@@ -8,18 +8,19 @@ run without them, their rows say so.
 import argparse
 import json
 import os
-import resource
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 from bench import render
 from bench.cases import CASES, Case
-from bench.measure import results
+from bench.measure import measure, results
 from bench.peers import METHODS, Method
 
-LIMIT = 900  # seconds that one measurement may take
+QUIET = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def arguments() -> argparse.Namespace:
@@ -29,22 +30,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether everything works")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--method", default="", help="only rows whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=2, help="measurements at a time, each on one thread; default 2")
     parser.add_argument("--show", action="store_true", help="measure nothing; only make the tables and pictures")
     return parser.parse_args()
-
-
-def run(case: Case, what: str, *, quick: bool) -> str:
-    """Measure in a new process; empty, or why it failed."""
-    command = [sys.executable, "-m", "bench.measure", case.name, what, *(["--quick"] if quick else [])]
-    quiet = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    try:
-        done = subprocess.run(
-            command, env=os.environ | quiet, capture_output=True, text=True, timeout=LIMIT, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"took more than {LIMIT} s"
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return "" if done.returncode == 0 else lines[-1]
 
 
 def wanted(case: Case, method: Method, chosen: argparse.Namespace) -> bool:
@@ -54,31 +42,44 @@ def wanted(case: Case, method: Method, chosen: argparse.Namespace) -> bool:
     return bool(possible) and chosen.method in method.name and (chosen.fresh or not there)
 
 
-def measure(case: Case, chosen: argparse.Namespace) -> None:
-    """Everything of one case that is not there."""
+def processes(jobs: int) -> ProcessPoolExecutor:
+    """A new process per measurement, forked from one that has done the imports and nothing else."""
+    os.environ.update(QUIET)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["bench.measure"])
+    return ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+
+
+def fill(case: Case, chosen: argparse.Namespace) -> None:
+    """Measure everything of one case that is not there."""
     folder = results(case.name, quick=chosen.quick)
     if not (folder / "truth.json").exists() or (chosen.fresh and not chosen.method):
-        tell(case, "truth", chosen=chosen, folder=folder)
-    for method in METHODS:
-        if wanted(case, method, chosen):
-            tell(case, method.name, chosen=chosen, folder=folder)
+        measure_each(case, ["truth"], chosen=chosen, folder=folder)
+    measure_each(case, [row.name for row in METHODS if wanted(case, row, chosen)], chosen=chosen, folder=folder)
 
 
-def tell(case: Case, what: str, *, chosen: argparse.Namespace, folder: Path) -> None:
-    """Measure one thing, say how long it took, and keep a failure as a result.
+def measure_each(case: Case, rows: Sequence[str], *, chosen: argparse.Namespace, folder: Path) -> None:
+    """Measure some rows, saying how long each took."""
+    begun = time.perf_counter()
+    with processes(chosen.jobs) as pool:
+        futures = {pool.submit(measure, case.name, row, quick=chosen.quick): row for row in rows}
+        for future in as_completed(futures):
+            outcome = keep(future, folder / f"{futures[future]}.json")
+            print(f"{time.perf_counter() - begun:6.0f} s  {case.name:14} {futures[future]:36} {outcome}", flush=True)
 
-    Raises:
-        SystemExit: the run that all methods are told of is not to be had.
-    """
-    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    failure = run(case, what, quick=chosen.quick)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    took = f"{time.perf_counter() - begun:6.1f} s ({used:.0f} s of a processor)"
-    print(f"{case.name:14} {what:36} {took}  {failure}", flush=True)
-    if failure and what == "truth":
-        raise SystemExit(f"{case.name}: the run itself failed: {failure}")
-    if failure:
-        (folder / f"{what}.json").write_text(json.dumps({"failed": failure}, indent=1) + "\n")
+
+def keep(future: "Future[float]", path: Path) -> str:
+    """How a measurement went; a refusal is a result, a process that was killed is none."""
+    error = future.exception()
+    if error is None:
+        return f"{future.result():.0f} s of a processor"
+    told = f"{type(error).__name__}: {error}".splitlines()[0]
+    if path.stem == "truth":
+        raise error
+    if not isinstance(error, BrokenProcessPool):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"failed": told}, indent=1) + "\n")
+    return told
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def main() -> None:
         print(f"not installed, so left out: {', '.join(missing)}; `make bench-env` installs them into .venv-bench")
     for case in cases:
         if not chosen.show:
-            measure(case, chosen)
+            fill(case, chosen)
         folder = results(case.name, quick=chosen.quick)
         if (folder / "truth.json").exists():
             print(f"\n{render.write(case, folder)}\n", flush=True)

@@ -30,8 +30,8 @@ class Method:
         library: what must be installed.
         function: the adapter, as module and name under `bench.peers`.
         settings: its keyword arguments.
-        reasons: why it cannot do a kind of model, or for all of them under "".
-        notes: what to know where it can.
+        reasons: why it cannot do a kind of model, or is not tried with an optimizer, or for all cases under "".
+        notes: what to know where it can, by the same keys.
     """
 
     label: str
@@ -53,11 +53,11 @@ class Method:
 
     def refusal(self, case: Case) -> str:
         """Why it cannot do a case; empty if it can."""
-        return self.reasons.get(case.kind) or self.reasons.get("", "")
+        return told(self.reasons, case)
 
     def note(self, case: Case) -> str:
         """What to know of its figures on a case."""
-        return self.notes.get(case.kind) or self.notes.get("", "")
+        return told(self.notes, case)
 
     def load(self) -> Callable[[TrainedCase, TensorDataset], np.ndarray]:
         """The adapter with its settings."""
@@ -66,26 +66,42 @@ class Method:
         return lambda trained, queries: score(trained, queries, **self.settings)
 
 
+def told(words: Mapping[str, str], case: Case) -> str:
+    """All that is said of a case's model and optimizer."""
+    return "; ".join(words[key] for key in (case.kind, case.rule, "") if key in words)
+
+
 LANGUAGE_ONLY = "language models only: see bench/bergson.py"
 LINEAR_ONLY = {
     "batchnorm": "Linear and Conv2d only, without BatchNorm's weights",
     "attention": "Linear only, without LayerNorm and embeddings",
     "tokens": "Linear only, without LayerNorm and embeddings",
 }
+LINEAR_UPDATE = "as without secant: SGD is linear in the gradient, so both slopes are one"
+LINEAR_RULE = {"plain": LINEAR_UPDATE, "sgd": LINEAR_UPDATE}
+AS_SGD = {"adamw": "takes every update for one of plain SGD", "sgd": "takes no account of momentum"}
 
 METHODS = [
     Method("whence, Hessian", "whence", "ours:exact"),
     Method("whence, Gauss-Newton", "whence", "ours:exact", {"curvature": "GaussNewton"}),
     Method("whence, empirical Fisher", "whence", "ours:exact", {"curvature": "EmpiricalFisher"}),
     Method("whence, Zero", "whence", "ours:exact", {"curvature": "Zero"}),
-    Method("whence, Hessian, secant", "whence", "ours:exact", {"slope": "Secant"}),
-    Method("whence, Gauss-Newton, secant", "whence", "ours:exact", {"curvature": "GaussNewton", "slope": "Secant"}),
+    Method("whence, Hessian, secant", "whence", "ours:exact", {"slope": "Secant"}, LINEAR_RULE),
+    Method(
+        "whence, Gauss-Newton, secant",
+        "whence",
+        "ours:exact",
+        {"curvature": "GaussNewton", "slope": "Secant"},
+        LINEAR_RULE,
+    ),
     Method("captum TracInCP, 10 checkpoints", "captum", "captum:tracin", notes=LINEAR_ONLY),
     Method("captum Arnoldi influence function", "captum", "captum:arnoldi", notes=LINEAR_ONLY),
     Method("dattri TracIn, projection 512", "dattri", "dattri:tracin"),
     Method("dattri TracIn, no projection", "dattri", "dattri:tracin", {"project": False}),
-    Method("dattri DVEmb, projection 512", "dattri", "dattri:dvemb"),
-    Method("dattri DVEmb, Kronecker 512", "dattri", "dattri:dvemb", {"factors": "kronecker"}, notes=LINEAR_ONLY),
+    Method("dattri DVEmb, projection 512", "dattri", "dattri:dvemb", notes=AS_SGD),
+    Method(
+        "dattri DVEmb, Kronecker 512", "dattri", "dattri:dvemb", {"factors": "kronecker"}, notes=LINEAR_ONLY | AS_SGD
+    ),
     Method("dattri EK-FAC influence", "dattri", "dattri:ekfac", notes=LINEAR_ONLY),
     Method("dattri TRAK, 1 checkpoint", "dattri", "dattri:trak"),
     Method("kronfluence EK-FAC", "kronfluence", "kronfluence:influence", {"strategy": "ekfac"}, notes=LINEAR_ONLY),
