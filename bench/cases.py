@@ -17,6 +17,7 @@ import whence
 from bench import data
 from bench.models import GPT, ViT, batchnorm_cnn, mlp
 
+QUICK = 4  # queries of a trial
 CHECKPOINTS = 10  # that methods which read checkpoints are given
 
 Kind = Literal["mlp", "batchnorm", "attention", "tokens"]
@@ -57,7 +58,7 @@ class Case:
 
     def quick(self) -> "Case":
         """The same in small, to see whether everything works."""
-        return replace(self, epochs=1, queries=4, removals=6, groups=6)
+        return replace(self, epochs=1, queries=QUICK, removals=6, groups=6)
 
     def begin(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model and the optimizer as every training starts."""
@@ -183,19 +184,19 @@ HEADLINE = Case(
     optimizer=partial(torch.optim.SGD, lr=0.1),
     rule="plain",
 )
-MODELS: dict[str, tuple[str, Kind, Callable[[], nn.Module], Callable[[], data.Split], int]] = {  # the last: epochs
-    "mlp-64": ("MLP 64-64-10, Tanh", "mlp", _headline, data.digits, 10),
-    "mlp-128": ("MLP 64-128-128-10, GELU", "mlp", mlp, data.digits, 10),
-    "cnn": ("CNN with BatchNorm, GELU", "batchnorm", _cnn, partial(data.mnist, 1000), 5),
-    "vit": ("vision transformer, 2 layers, width 32", "attention", _vit, partial(data.cifar, 1000), 5),
-    "gpt": ("GPT, 2 layers, width 32, context 32", "tokens", _gpt, partial(data.letters, 512), 8),
+MODELS: dict[str, tuple[str, Kind, Callable[[], nn.Module], Callable[[], data.Split], int, int]] = {  # epochs, queries
+    "mlp-64": ("MLP 64-64-10, Tanh", "mlp", _headline, data.digits, 10, 64),
+    "mlp-128": ("MLP 64-128-128-10, GELU", "mlp", mlp, data.digits, 10, 64),
+    "cnn": ("CNN with BatchNorm, GELU", "batchnorm", _cnn, partial(data.mnist, 1000), 5, 16),
+    "vit": ("vision transformer, 2 layers, width 32", "attention", _vit, partial(data.cifar, 1000), 4, 16),
+    "gpt": ("GPT, 2 layers, width 32, context 32", "tokens", _gpt, partial(data.letters, 512), 4, 16),
 }
 RULES: list[tuple[Literal["sgd", "adamw"], str, Optimizer]] = [
     ("sgd", "SGD lr 0.05, momentum 0.9", partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
     ("adamw", "AdamW lr 1e-3", partial(torch.optim.AdamW, lr=1e-3)),
 ]
 CASES = [HEADLINE] + [
-    Case(f"{name}-{rule}", f"{about}, {what}", kind, build, load, optimizer, rule, epochs=epochs)
-    for name, (about, kind, build, load, epochs) in MODELS.items()
+    Case(f"{name}-{rule}", f"{about}, {what}", kind, build, load, optimizer, rule, epochs, queries=queries)
+    for name, (about, kind, build, load, epochs, queries) in MODELS.items()
     for rule, what, optimizer in RULES
 ]

@@ -25,7 +25,6 @@ from bench.memory import MIB, forget_peak, resident
 from bench.peers import METHODS, Method
 from whence.influence import agreement
 
-COUNTS = {True: (1, 16), False: (1,)}  # beside all queries; for ours and for others
 REPEATS, PATIENCE = 3, 3.0  # at most so often, and no repeat after so many seconds
 SHARE = 20  # groups are a 20th of the samples
 
@@ -104,19 +103,21 @@ def measured(case: Case, method: Method, folder: Path) -> Found:
     """Cost, memory and fidelity of one method on one case."""
     trained, score = TrainedCase(case, folder / "run"), method.load()
     assert trained.checkpoints  # read from the recording before the clock runs
+    scores = np.zeros(0)
     forget_peak()
     unit, base = least(lambda: case.train_plainly(trained.train)), resident("VmHWM")
     figures: Found = {"cost": {}, "memory_mib": {}}
-    for count in [count for count in COUNTS[method.library == "whence"] if count < case.queries] + [case.queries]:
-        asked, scores = trained.queries(count), []
+    for count in method.asked(case):
+        asked, found = trained.queries(count), []
         forget_peak()
-        spent = least(lambda: processor_seconds(lambda: scores.append(score(trained, asked))))  # noqa: B023
+        spent = least(lambda: processor_seconds(lambda: found.append(score(trained, asked))))  # noqa: B023
         figures["cost"][count] = spent
         figures["memory_mib"][count] = round(max(0.0, (resident("VmHWM") - base) / MIB), 1)
+        scores = found[0] if count == case.queries else scores
     unit = min(unit, least(lambda: case.train_plainly(trained.train)))
     figures["cost"] = {count: round(spent / unit, 3) for count, spent in figures["cost"].items()}
-    np.save(folder / f"{method.name}.npy", scores[0])
-    return {"training_s": unit, **figures, "note": method.note(case), **fidelity(scores[0], folder)}
+    np.save(folder / f"{method.name}.npy", scores)
+    return {"training_s": unit, **figures, "note": method.note(case), **fidelity(scores, folder)}
 
 
 def fidelity(scores: np.ndarray, folder: Path) -> Found:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import TensorDataset
 
-from bench.cases import Case, TrainedCase
+from bench.cases import QUICK, Case, TrainedCase
 
 Score = Callable[..., np.ndarray]
 
@@ -30,6 +30,7 @@ class Method:
         library: what must be installed.
         function: the adapter, as module and name under `bench.peers`.
         settings: its keyword arguments.
+        counts: numbers of queries to time, beside that of the case.
         reasons: why it cannot do a kind of model, or is not tried with an optimizer, or for all cases under "".
         notes: what to know where it can, by the same keys.
     """
@@ -38,6 +39,7 @@ class Method:
     library: str
     function: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    counts: tuple[int, ...] = (1,)
     reasons: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -50,6 +52,11 @@ class Method:
     def installed(self) -> bool:
         """Whether its library is there."""
         return find_spec(self.library) is not None
+
+    def asked(self, case: Case) -> list[int]:
+        """Numbers of queries to time."""
+        most = QUICK if case.queries == QUICK else max(self.counts, default=0)
+        return sorted({count for count in self.counts if count <= most} | {case.queries})
 
     def refusal(self, case: Case) -> str:
         """Why it cannot do a case; empty if it can."""
@@ -77,32 +84,31 @@ LINEAR_ONLY = {
     "attention": "Linear only, without LayerNorm and embeddings",
     "tokens": "Linear only, without LayerNorm and embeddings",
 }
+NN_LINEAR = LINEAR_ONLY | {"batchnorm": "Linear only, so the last layer alone"}
+ARNOLDI = {kind: f"{words}; Hessian of 256 rows" for kind, words in LINEAR_ONLY.items()}
 LINEAR_UPDATE = "as without secant: SGD is linear in the gradient, so both slopes are one"
 LINEAR_RULE = {"plain": LINEAR_UPDATE, "sgd": LINEAR_UPDATE}
 AS_SGD = {"adamw": "takes every update for one of plain SGD", "sgd": "takes no account of momentum"}
 
 METHODS = [
-    Method("whence, Hessian", "whence", "ours:exact"),
-    Method("whence, Gauss-Newton", "whence", "ours:exact", {"curvature": "GaussNewton"}),
-    Method("whence, empirical Fisher", "whence", "ours:exact", {"curvature": "EmpiricalFisher"}),
-    Method("whence, Zero", "whence", "ours:exact", {"curvature": "Zero"}),
-    Method("whence, Hessian, secant", "whence", "ours:exact", {"slope": "Secant"}, LINEAR_RULE),
-    Method(
-        "whence, Gauss-Newton, secant",
-        "whence",
-        "ours:exact",
-        {"curvature": "GaussNewton", "slope": "Secant"},
-        LINEAR_RULE,
+    Method("whence, Hessian", "whence", "ours:exact", counts=(1, 16, 64)),
+    *(
+        Method(f"whence, {label}", "whence", "ours:exact", settings, (1, 16), rule)
+        for label, settings, rule in (
+            ("Gauss-Newton", {"curvature": "GaussNewton"}, {}),
+            ("empirical Fisher", {"curvature": "EmpiricalFisher"}, {}),
+            ("Zero", {"curvature": "Zero"}, {}),
+            ("Hessian, secant", {"slope": "Secant"}, LINEAR_RULE),
+            ("Gauss-Newton, secant", {"curvature": "GaussNewton", "slope": "Secant"}, LINEAR_RULE),
+        )
     ),
     Method("captum TracInCP, 10 checkpoints", "captum", "captum:tracin", notes=LINEAR_ONLY),
-    Method("captum Arnoldi influence function", "captum", "captum:arnoldi", notes=LINEAR_ONLY),
+    Method("captum Arnoldi influence function", "captum", "captum:arnoldi", counts=(), notes=ARNOLDI),
     Method("dattri TracIn, projection 512", "dattri", "dattri:tracin"),
     Method("dattri TracIn, no projection", "dattri", "dattri:tracin", {"project": False}),
     Method("dattri DVEmb, projection 512", "dattri", "dattri:dvemb", notes=AS_SGD),
-    Method(
-        "dattri DVEmb, Kronecker 512", "dattri", "dattri:dvemb", {"factors": "kronecker"}, notes=LINEAR_ONLY | AS_SGD
-    ),
-    Method("dattri EK-FAC influence", "dattri", "dattri:ekfac", notes=LINEAR_ONLY),
+    Method("dattri DVEmb, Kronecker 512", "dattri", "dattri:dvemb", {"factors": "kronecker"}, notes=NN_LINEAR | AS_SGD),
+    Method("dattri EK-FAC influence", "dattri", "dattri:ekfac", notes=NN_LINEAR),
     Method("dattri TRAK, 1 checkpoint", "dattri", "dattri:trak"),
     Method("kronfluence EK-FAC", "kronfluence", "kronfluence:influence", {"strategy": "ekfac"}, notes=LINEAR_ONLY),
     Method("kronfluence identity", "kronfluence", "kronfluence:influence", {"strategy": "identity"}, notes=LINEAR_ONLY),
