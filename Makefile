@@ -7,12 +7,14 @@ ARGS ?= -m "not slow"
 BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.ready-docs
+BENCH_BIN := .venv-bench/bin
+BENCH_READY := .venv-bench/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean
+.PHONY: help demo test check bench bench-env bench-table docs clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## the whole story on real data, in about a minute
 	@$(BIN)/whence demo
@@ -26,8 +28,17 @@ check: $(READY)  ## lint, formatting, types and the house rules
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_house.py
 
-bench: $(READY)  ## measure exactness, cost, memory and fidelity (about half an hour)
+bench: $(READY)  ## measure exactness, cost, memory and fidelity, then the table (about an hour)
 	@for part in exactness gate sweep memory fidelity policies; do echo "== $$part"; $(BIN)/python -m bench.$$part || exit 1; done
+	@$(MAKE) --no-print-directory bench-table
+
+bench-env: $(BENCH_READY)  ## the libraries that the table compares with, in their own environment
+
+# One table a training, of what is not measured yet: make bench-table ARGS="headline --fresh".
+bench-table: $(READY)  ## whence beside its peers (ARGS="--help"); without bench-env their rows stay empty
+	@test -e $(BENCH_READY) || echo "the other libraries are not installed: run 'make bench-env' first to compare with them"
+	@python=$(BIN)/python; test -e $(BENCH_READY) && python=$(BENCH_BIN)/python; \
+	PYTHONPATH=src:. $$python -m bench.table $(if $(filter command line,$(origin ARGS)),$(ARGS))
 
 docs: $(DOCS_READY)  ## build the documentation into docs/_build/html
 	@$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
@@ -43,6 +54,14 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# --no-deps: what the peers ask for would bring a torchvision that does not load beside the CPU torch.
+$(BENCH_READY): bench/peers/requirements.txt constraints.txt
+	@echo "setting up .venv-bench (a few minutes, once) ..."
+	@$(PYTHON) -m venv .venv-bench
+	@$(BENCH_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BENCH_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r bench/peers/requirements.txt
 	@touch $@
 
 $(DOCS_READY): $(READY)

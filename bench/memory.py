@@ -27,11 +27,16 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def forget_peak() -> None:
+    """Give free memory back, and let the peak begin at what is resident now."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_of(run: whence.Run, count: int, chunk: int) -> int:
     """Bytes that an attribution adds to the process at its peak."""
     queries = whence.Loss(run.task.data, samples=range(count))
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    forget_peak()
     before = resident("VmRSS")
     whence.DIT(chunk=chunk).attribute(run, queries)
     return resident("VmHWM") - before

@@ -14,9 +14,9 @@ LETTERS = string.ascii_letters + string.digits + " .\n"
 class Block(nn.Module):
     """Attention and a feed-forward layer, each behind a LayerNorm."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool = True) -> None:
         nn.Module.__init__(self)
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attend, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -25,7 +25,7 @@ class Block(nn.Module):
         """[slot, token, width] to the same."""
         split = self.attend(self.before(x)).unflatten(-1, (3, self.heads, -1))  # [slot, token, 3, head, width]
         q, k, v = split.permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.project(mixed.transpose(1, 2).flatten(2))
         return x + self.down(gelu(self.up(self.between(x))))
 
@@ -69,3 +69,30 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, test = order[:1400], order[1400:]
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
+
+
+class ViT(nn.Module):
+    """A small vision transformer: square patches, attention without a mask, the mean of all patches."""
+
+    def __init__(self, shape: tuple[int, int, int], patch: int, *, width: int = 32, layers: int = 2) -> None:
+        nn.Module.__init__(self)
+        channels, height, across = shape
+        self.patch = patch
+        self.cut = nn.Linear(channels * patch * patch, width)
+        self.place = nn.Embedding((height // patch) * (across // patch), width)
+        self.blocks = nn.Sequential(*[Block(width, 4, causal=False) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[slot, channel, row, column] to logits [slot, class]."""
+        rows = images.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
+        patches = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [slot, patch, pixel]
+        x = self.cut(patches) + self.place(torch.arange(patches.shape[1], device=images.device))
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def batchnorm_cnn(channels: int, width: int = 8) -> nn.Sequential:
+    """Two convolutions, each with BatchNorm; the second halves the picture."""
+    first = nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU()
+    second = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.BatchNorm2d(2 * width), nn.GELU()
+    return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * width, 10))

@@ -22,7 +22,7 @@ from tests.oracles.nudge import Weights, nudge
 
 BAR = 1e-6
 SIZES = (2.5e-4, 6.25e-5, 1.5625e-5)  # of the nudges; for each entry the pair that agrees best tells the truth
-EPOCHS = [[[0, 1, 2], [3, 4, 5], [6, 7]], [[5, 0, 7], [2, 6, 1], [4, 3]]]
+COUNT, EPOCHS = 6, [[[0, 1, 2], [3, 4, 5]], [[5, 0], [2, 4, 1, 3]]]
 FEATURES, CLASSES, TOKENS, LENGTH, WIDTH = 4, 3, 6, 4, 4
 COLUMNS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD + momentum": lambda learning: torch.optim.SGD(learning, lr=0.2, momentum=0.9),
@@ -112,7 +112,7 @@ class Cell:
         model, optimizer, data = self.begun()
         task = self.row.task(model, data)
         with whence.Recorder(
-            folder, task, optimizer, checkpoints=whence.Every(4), keep_batches=self.row.keep_batches
+            folder, task, optimizer, checkpoints=whence.Every(3), keep_batches=self.row.keep_batches
         ) as recorder:
             for _ in self.steps(model, optimizer, recorder.watch(self.loader(data, task)), self.as_it_was):
                 pass
@@ -157,8 +157,8 @@ def classifier(name: str, model: Callable[[], nn.Module], data: Callable[[], Any
 def points(seed: int = 0) -> TensorDataset:
     """Random inputs and class numbers."""
     draw = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(8, FEATURES, generator=draw, dtype=torch.float64)
-    return TensorDataset(inputs, torch.randint(CLASSES, (8,), generator=draw))
+    inputs = torch.randn(COUNT, FEATURES, generator=draw, dtype=torch.float64)
+    return TensorDataset(inputs, torch.randint(CLASSES, (COUNT,), generator=draw))
 
 
 def mlp(*between: nn.Module, bias: bool = True) -> nn.Sequential:
@@ -223,7 +223,7 @@ class TinyGPT(nn.Module):
 def sentences(seed: int = 0) -> TensorDataset:
     """Tokens and next tokens. The last token never occurs as an input: nothing but the head moves its row."""
     draw = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(TOKENS - 1, (8, LENGTH + 1), generator=draw)
+    tokens = torch.randint(TOKENS - 1, (COUNT, LENGTH + 1), generator=draw)
     return TensorDataset(tokens[:, :-1], tokens[:, 1:])
 
 
@@ -254,9 +254,9 @@ def padded(seed: int = 0) -> list[dict[str, Tensor]]:
     The last token never occurs: its row of the table never moves, and Adam divides zero by zero there.
     """
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(TOKENS - 1, (8, LENGTH), generator=draw)
-    mask = (torch.arange(LENGTH) < torch.tensor([4, 2, 3, 4, 3, 2, 4, 1])[:, None]).long()  # the last predicts nothing
-    labels, weights = ids.masked_fill(mask == 0, -100), torch.rand(8, LENGTH, generator=draw, dtype=torch.float64)
+    ids = torch.randint(TOKENS - 1, (COUNT, LENGTH), generator=draw)
+    mask = (torch.arange(LENGTH) < torch.tensor([4, 2, 3, 4, 1, 3])[:, None]).long()  # row 4 predicts nothing
+    labels, weights = ids.masked_fill(mask == 0, -100), torch.rand(COUNT, LENGTH, generator=draw, dtype=torch.float64)
     names = ("input_ids", "attention_mask", "labels", "token_weights")
     return [dict(zip(names, row, strict=True)) for row in zip(ids, mask, labels, weights, strict=True)]
 
@@ -285,7 +285,7 @@ def masked() -> Row:
 
 def pairs(seed: int = 0) -> TensorDataset:
     """Two views of every row."""
-    views = torch.randn(2, 8, FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    views = torch.randn(2, COUNT, FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return TensorDataset(*views)
 
 

@@ -1,0 +1,97 @@
+"""The tables and pictures of bench.table, made of the files that its measurements left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Case
+from bench.peers import METHODS, Method
+
+Found = dict[str, Any]
+IMAGES = Path("docs/images")
+FIGURES = "spearman", "pearson", "lds"
+
+
+def write(case: Case, folder: Path) -> str:
+    """Write a case's table beside its figures, and its picture; the table."""
+    text = table(case, folder)
+    (folder / "table.md").write_text(text + "\n")
+    quick = folder.parts[0] == "runs"
+    picture(case, folder, (folder if quick else IMAGES) / f"bench-{case.name}.png")
+    return text
+
+
+def read(path: Path) -> Found:
+    """One file of figures; empty if it is not there."""
+    found: Found = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def table(case: Case, folder: Path) -> str:
+    """A case as markdown: what it is, and a row per method."""
+    about = read(folder / "truth.json")
+    counts = sorted({count for method in METHODS for count in costs(read(folder / f"{method.name}.json"))})
+    lines = [
+        f"**{case.name}**: {about['about']}; {about['data']}, {about['samples']} samples, {about['steps']} steps of "
+        f"{case.slots}, {about['parameters']:,} parameters; {about['queries']} queries, {about['removals']} single "
+        f"removals, {about['groups']} groups of 5 %. Plain training {about['training_s']:.2f} s on "
+        f"{about['threads']} thread; recording {about['recording']:.2f} x, each retraining for the ground truth "
+        f"{about['retraining']:.2f} x of that.",
+        "",
+        f"| method | cost ÷ training: {' / '.join(map(str, counts))} queries | memory MiB: the same | "
+        "Spearman [95 %] | Pearson | LDS | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(lines + [row(case, method, folder=folder, counts=counts) for method in METHODS])
+
+
+def costs(found: Found) -> dict[int, float]:
+    """Cost by number of queries."""
+    return {int(count): cost for count, cost in found.get("cost", {}).items()}
+
+
+def row(case: Case, method: Method, *, folder: Path, counts: list[int]) -> str:
+    """One method's row; an empty one with the reason where there are no figures."""
+    found = read(folder / f"{method.name}.json")
+    if "cost" not in found:
+        install = "" if method.installed else "not installed: make bench-env"
+        reason = method.refusal(case) or found.get("failed") or install or "not measured"
+        return f"| {method.label} | | | | | | {reason.replace('|', '/')} |"
+    cost = " / ".join(short(found["cost"].get(str(count))) for count in counts)
+    memory = " / ".join(short(found["memory_mib"].get(str(count))) for count in counts)
+    note = found["note"]
+    if "not_numbers" in found:
+        note = "; ".join(filter(None, (f"{found['not_numbers']} scores are no numbers", note)))
+    return f"| {method.label} | {cost} | {memory} | {' | '.join(told(found.get(name)) for name in FIGURES)} | {note} |"
+
+
+def short(number: float | None) -> str:
+    """Two digits, or a dash."""
+    return "-" if number is None else f"{number:.1f}" if number < 10 else f"{number:.0f}"
+
+
+def told(interval: dict[str, float] | None) -> str:
+    """An estimate with its interval."""
+    return "{estimate:.2f} [{low:.2f}, {high:.2f}]".format(**interval) if interval else "-"
+
+
+def picture(case: Case, folder: Path, path: Path) -> None:
+    """Fidelity against the cost of all queries."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in METHODS:
+        found = read(folder / f"{method.name}.json")
+        if "spearman" in found:
+            ours, spearman = method.library == "whence", found["spearman"]
+            spread = [[spearman["estimate"] - spearman["low"]], [spearman["high"] - spearman["estimate"]]]
+            place = max(costs(found).items())[1], spearman["estimate"]
+            mark, color = ("o", "tab:blue") if ours else ("s", "tab:gray")
+            axes.errorbar(*place, yerr=spread, fmt=mark, color=color, elinewidth=0.7)
+            axes.annotate(method.label, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", xlabel=f"cost of {case.queries} queries ÷ plain training", title=case.about)
+    axes.set_ylabel("Spearman with leave-one-out")
+    axes.axhline(0, color="lightgray", linewidth=0.7, zorder=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
