@@ -101,7 +101,7 @@ def told(settings: Mapping[str, object]) -> str:
     >>> told({"chunk": 8, "exact": False})
     ''
     """
-    shown = {name: value for name, value in settings.items() if name not in {"chunk", "exact"}}
+    shown = {name: value for name, value in settings.items() if name not in {"chunk", "compiled", "exact"}}
     words = [str(value) if name in {"curvature", "slope"} else f"{name}={value!r}" for name, value in shown.items()]
     return f" with {', '.join(words)}" if words else ""
 

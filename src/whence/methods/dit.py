@@ -22,6 +22,7 @@ from whence.influence.influence import Influence
 from whence.influence.layout import Description
 from whence.influence.writer import InfluenceWriter
 from whence.methods.choose import candidates, choose
+from whence.methods.compiling import Compiled, check_compiled, programs
 from whence.methods.cotangents import CotangentStore
 from whence.methods.memory import Budget, begun_chunk, begun_settings, budget, check_limits
 from whence.methods.observe import ObservedAt, observed_states
@@ -55,6 +56,9 @@ class DIT:
         memory: bytes that a sweep may use beside the model; default half of what is free. It decides how many states
             are held and how many queries are pulled at once.
         chunk: how many queries are pulled at once, if you know better.
+        compiled: "always" compiles the products of a step (a minute or two, kept by torch for the next time), "long"
+            does so where the steps ahead are worth it; the numbers change in their last digits. It needs a C++
+            compiler, and leaves out steps with dropout and products by "difference".
 
     Raises:
         BadSetting: names the setting, and what it may be.
@@ -65,6 +69,7 @@ class DIT:
     denominator: Denominator = "keep"
     memory: int | None = None
     chunk: int | None = None
+    compiled: Compiled = "never"
 
     def __post_init__(self) -> None:
         """Refuse what a sweep would stumble over much later.
@@ -82,6 +87,7 @@ class DIT:
         if self.denominator not in get_args(Denominator):
             raise BadSetting("denominator", self.denominator, "'keep' or 'renormalize'")
         check_limits(memory=self.memory, chunk=self.chunk)
+        check_compiled(self.compiled)
 
     def attribute(
         self, run: Run, queries: Query, *, observed_at: ObservedAt = "end", out: str | Path | None = None
@@ -102,9 +108,13 @@ class DIT:
         if self.denominator == "renormalize":
             check_renormalizable(run)
         cut = budget(run, queries, len(states), memory=self.memory, chunk=self.chunk or begun_chunk(path))
-        rules, why = self._decided(run, queries, state=states[-1], begun=begun_settings(path))
+        begun = begun_settings(path)
+        rules, why = self._decided(run, queries, state=states[-1], begun=begun)
+        wanted: Compiled = self.compiled if not begun else "always" if begun.get("compiled") else "never"
+        made = programs(run, rules, len(queries.names) * len(states), chunk=cut.chunk, compiled=wanted)
+        rules = replace(rules, programs=made)
         settings: dict[str, object] = {"curvature": repr(rules.curvature), "slope": repr(rules.slope)}
-        settings |= {"chunk": cut.chunk, "exact": rules.exact} | why
+        settings |= {"chunk": cut.chunk, "exact": rules.exact} | why | ({"compiled": True} if made else {})
         if isinstance(queries, Averaged):
             settings["average"] = queries.about
         about = replace(described(run, queries, states), denominator=self.denominator, settings=settings)

@@ -26,12 +26,17 @@ Pull = Callable[[Tree, Tree], tuple[Tree, Tree, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Linearised:
-    """A piece's gradient at one point, the losses `[slot]`, the buffers it leaves, and its transposed derivative."""
+    """A piece's gradient at one point, the losses `[slot]`, the buffers it leaves, and its transposed derivative.
+
+    Attributes:
+        many: `pull` with a first axis of directions, where there is a better way than `vmap`.
+    """
 
     gradient: Tree
     buffers: Tree
     losses: Tensor
     pull: Pull
+    many: Pull | None = None
 
 
 def differentiated(piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:

@@ -23,10 +23,11 @@ from whence.replay.curvature import Curvature, Hessian
 from whence.replay.jacobian import pull_update
 from whence.replay.linearised import Linearised
 from whence.replay.plan import Action, Advance, Restore, Reverse
+from whence.replay.programs import Programs
 from whence.replay.slope import Slope, Tangent
 from whence.replay.state import State, elementwise
 from whence.replay.strands import strands
-from whence.replay.transition import Transition, gathered
+from whence.replay.transition import Piece, Transition, gathered
 from whence.tree import Tree, each
 
 log = logging.getLogger(__name__)
@@ -94,15 +95,22 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How a sweep takes derivatives: of the loss twice, and of the optimizer's update."""
+    """How a sweep takes derivatives: of the loss twice, and of the optimizer's update; by programs if given."""
 
     curvature: Curvature
     slope: Slope
+    programs: Programs | None = None
 
     @property
     def exact(self) -> bool:
         """Whether the sweep is the derivative of the training."""
         return isinstance(self.curvature, Hessian) and isinstance(self.slope, Tangent)
+
+    def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
+        """Gradient of a piece and its transposed derivative at the given point."""
+        if self.programs is None:
+            return self.curvature.linearise(piece, params, buffers, weights=weights)
+        return self.programs.linearise(self.curvature, piece, params, buffers=buffers, weights=weights)
 
 
 def pull_back(transition: Transition, state: State, cotangent: Cotangent, *, rules: Rules, chunk: int) -> Pulled:
@@ -116,7 +124,7 @@ def pull_back(transition: Transition, state: State, cotangent: Cotangent, *, rul
         chunk: how many queries are pulled at once; more are faster on small models and take more memory.
     """
     with transition.replaying(twice=rules.curvature.product == "autograd"):
-        update, primal = transition.update, _Primal.of(transition, state, rules.curvature)
+        update, primal = transition.update, _Primal.of(transition, state, rules)
         clipped, unclip = vjp(transition.clipped, primal.consumed)  # type: ignore[misc]
         params = cotangent.params
         slopes = (
@@ -151,6 +159,8 @@ def _add_pulled(linear: Linearised, grads: Tree, *, into: Cotangent, chunk: int)
 
 def pull_rows(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
     """The transposed derivative of a piece for several queries at once: `Linearised.pull` with a first axis."""
+    if linear.many is not None:
+        return linear.many(grads, buffers)
     if len(next(iter(grads.values()))) > 1:
         try:
             pulled: tuple[Tree, Tree, Tensor] = vmap(linear.pull, randomness="same")(grads, buffers)
@@ -185,13 +195,13 @@ class _Primal:
     backwards: Callable[[], Iterator[Linearised]]
 
     @staticmethod
-    def of(transition: Transition, state: State, curvature: Curvature) -> "_Primal":
+    def of(transition: Transition, state: State, rules: Rules) -> "_Primal":
         # Under autocast the update was made from another gradient than the one that is differentiated.
         trained = transition.raw_gradient(state)[0] if transition.step.autocast else None
         pieces = transition.pieces()
         ones = [torch.ones(len(piece.share)).to(next(iter(state.params.values()))) for piece in pieces]
         if len(pieces) == 1:
-            linear = curvature.linearise(pieces[0], state.params, state.buffers, weights=ones[0])
+            linear = rules.linearise(pieces[0], state.params, state.buffers, weights=ones[0])
             return _Primal(trained or linear.gradient, linear.losses, lambda: iter([linear]))
 
         # Accumulation exists to save memory, so gradients come first, and then one micro-batch's graph at a time.
@@ -200,7 +210,7 @@ class _Primal:
 
         def backwards() -> Iterator[Linearised]:
             for piece, (before, _), w in reversed(list(zip(pieces, walked, ones, strict=True))):
-                yield curvature.linearise(piece, state.params, before, weights=w)
+                yield rules.linearise(piece, state.params, before, weights=w)
 
         return _Primal(trained or total, losses, backwards)
 

@@ -1,0 +1,61 @@
+"""Whether a sweep is worth compiling: by the steps ahead, and what one of them takes."""
+
+import logging
+import time
+from collections import Counter
+from typing import Literal, get_args
+
+import torch
+
+from whence.errors import BadSetting
+from whence.replay.programs import Programs
+from whence.replay.reverse import Rules, pull_back, start
+from whence.run.run import Run
+
+log = logging.getLogger(__name__)
+Compiled = Literal["never", "long", "always"]
+
+SECONDS, GAIN = 90.0, 0.3  # what compilation takes, and the least share of a sweep that it saves
+RARE = 20  # a kind of batch with fewer visits is never worth its own compilation
+
+
+def check_compiled(compiled: str) -> None:
+    """Refuse a setting that is none.
+
+    Raises:
+        BadSetting: names the setting, and what it may be.
+    """
+    if compiled not in get_args(Compiled):
+        raise BadSetting("compiled", compiled, "'never', 'long' or 'always'")
+
+
+def programs(run: Run, rules: Rules, rows: int, *, chunk: int, compiled: Compiled) -> Programs | None:
+    """Programs for a sweep with so many cotangents, or None: not wanted, or the training is too short for them."""
+    if compiled == "never" or rules.curvature.product != "autograd":
+        return None
+    sizes = Counter(len(fed.samples) for step in run.log for fed in step.fed if fed.counted)
+    many = frozenset(size for size, visits in sizes.items() if visits >= RARE or compiled == "always")
+    if compiled == "long":
+        gained = GAIN * seconds_of_a_step(run, rules, rows, chunk=chunk) * run.steps
+        log.info("compiling would save about %.0f s and take %.0f s", gained, SECONDS)
+        if gained < SECONDS:
+            return None
+    return Programs(min(rows, chunk), many)
+
+
+def seconds_of_a_step(run: Run, rules: Rules, rows: int, *, chunk: int) -> float:
+    """The faster of two pulls through the last step, by random cotangents."""
+    last = run.steps - 1
+    before, after, transition = run.state(last, replay=True), run.state(run.steps), run.transition(last)
+    times = []
+    for _ in range(2):
+        params = {
+            name: torch.randn_like(after.params[name].expand(rows, *after.params[name].shape)) for name in run.trained
+        }
+        running = {
+            n: torch.zeros_like(b.expand(rows, *b.shape)) for n, b in after.buffers.items() if n in run.task.running
+        }
+        cotangent, begun = start(after, params, running), time.perf_counter()
+        pull_back(transition, before, cotangent, rules=rules, chunk=chunk)
+        times.append(time.perf_counter() - begun)
+    return min(times)
