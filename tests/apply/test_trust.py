@@ -71,6 +71,22 @@ def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
     assert "not smooth" in replace(trust, removal=failed, early=0.1).advice
 
 
+def test_what_a_linear_guide_can_reach_is_measured(tmp_path: Path) -> None:
+    """By counting each sample twice; a guide that is as good as that is not told to look for another."""
+    run = recorded("momentum", tmp_path)
+    trust = whence.trust(run, whence.DIT().attribute(run, asked()), removals=8)
+    removal = trust.removal
+    alone = [whence.retrain(run, asked(), [[sample]], weight=2.0).change[:, 0, 0] for sample in removal.samples]
+    odd = (removal.actual - np.stack(alone, axis=1)) / 2
+    expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(odd, removal.actual, strict=True)])
+    assert removal.reachable == pytest.approx(expected)
+    assert f"a linear guide can reach a Pearson of {expected:.2f}" in str(removal)
+    poor = replace(removal, pearson=Interval(0.5, 0.3, 0.7), reachable=0.9)
+    assert 'DIT(curvature="auto")' in replace(trust, removal=poor, early=0.0).advice
+    spent = replace(poor, reachable=0.53)
+    assert "No score that adds up over samples does much better" in replace(trust, removal=spent, early=0.0).advice
+
+
 def test_a_broken_recording_is_said_first(tmp_path: Path) -> None:
     """Another data set of the same length and the same first rows."""
     run = recorded("sgd", tmp_path)
@@ -88,6 +104,7 @@ def test_renormalised_influence_is_checked_by_removals_alone(tmp_path: Path) -> 
     trust = whence.trust(run, influence, removals=8)
     assert trust.derivative is None
     assert trust.removal.pearson.estimate >= 0.9
+    assert trust.removal.reachable is None
 
 
 def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) -> None:

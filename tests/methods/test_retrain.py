@@ -143,3 +143,12 @@ def test_the_plain_loop_is_what_was_recorded(tmp_path: Path) -> None:
         pass
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(run.state(run.steps).params[name], parameter.detach(), rtol=0, atol=0)
+
+
+def test_a_sample_may_keep_a_weight_or_be_counted_twice(tmp_path: Path) -> None:
+    """Near weight 1 the change is linear, and of opposite sign on both sides."""
+    run = recorded("momentum", tmp_path)
+    more, less = (whence.retrain(run, asked(), [[2]], weight=weight).change for weight in (1 + 1e-5, 1 - 1e-5))
+    np.testing.assert_allclose(more, -less, rtol=1e-3)
+    total = whence.DIT().attribute(run, asked()).total()[:, :, [2]]
+    np.testing.assert_allclose(less / 1e-5, total, rtol=1e-3)

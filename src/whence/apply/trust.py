@@ -27,6 +27,7 @@ SIZES = (1e-3, 1e-4, 1e-5, 1e-6)  # of the nudge; the two whose answers agree be
 EXACT = {"float32": 5e-3, "float64": 1e-5}  # error of a passed derivative check, by precision of the sweep
 KNOWN = 1e-2  # a derivative that retraining cannot tell better than this decides nothing
 GOOD = 0.9  # Pearson of a passed removal check
+CLOSE = 0.05  # to the best that a linear guide can reach
 RIGHT_SIZE = 1.5  # factor by which an approximation may miss the size of removals without a word
 EARLY = 0.5  # share of the influence in step 0 that is worth a word
 
@@ -75,6 +76,8 @@ class RemovalCheck:
         spearman: likewise.
         slope: of actual over predicted, mean over queries; 1 is right in size.
         noise: largest difference of two unperturbed re-runs; what is smaller means nothing.
+        reachable: Pearson of the actual changes with their own linear part, mean over queries; None where the batch's
+            denominator is renormalised. No score that adds up over samples can be expected to do better.
     """
 
     samples: tuple[int, ...]
@@ -84,18 +87,25 @@ class RemovalCheck:
     spearman: Interval
     slope: float
     noise: float
+    reachable: float | None = None
 
     @property
     def passed(self) -> bool:
         """Whether the correlation is good."""
         return self.pearson.estimate >= GOOD
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is about as good as any linear guide could be."""
+        return self.reachable is not None and self.pearson.estimate >= self.reachable - CLOSE
+
     def __str__(self) -> str:
         """One sentence."""
         verdict = "passed" if self.passed else "FAILED"
+        reach = "" if self.reachable is None else f"; a linear guide can reach a Pearson of {self.reachable:.2f}"
         return (
             f"removal     {verdict}: {len(self.samples)} samples left out one at a time: Pearson {self.pearson}, "
-            f"Spearman {self.spearman}, slope {self.slope:.2f}, noise floor {self.noise:.1e}"
+            f"Spearman {self.spearman}, slope {self.slope:.2f}, noise floor {self.noise:.1e}{reach}"
         )
 
 
@@ -143,14 +153,24 @@ class Trust:
                 "DIT(slope=whence.Secant()); for the next training, a warm-up or eps=1e-6 cures it."
             )
         if not self.removal.passed:
-            what = "The influence is" if self.derivative is None else "The derivative is right, and yet"
-            return (
-                f"{what} a poor guide to removals: at the scale of one sample this training is not smooth "
-                "(ReLU with Adam, a large learning rate). Try DIT(curvature=whence.GaussNewton(), "
-                "slope=whence.Secant()), and check again; trust ranks more than sizes, and groups of samples more "
-                "than single ones."
-            )
+            return self._advice_on_rough_training()
         return "Influence predicts removals on this run."
+
+    def _advice_on_rough_training(self) -> str:
+        what = "The influence is" if self.derivative is None else "The derivative is right, and yet"
+        rough = (
+            f"{what} a poor guide to removals: at the scale of one sample this training is not smooth (ReLU with Adam, "
+            "a large learning rate)."
+        )
+        if self.removal.exhausted:
+            return (
+                f"{rough} No score that adds up over samples does much better: counting a sample twice does not undo "
+                "what leaving it out does. Trust groups of samples more than single ones."
+            )
+        return (
+            f'{rough} DIT(curvature="auto") measures whether another way of the sweep does better; trust ranks more '
+            "than sizes, and groups of samples more than single ones."
+        )
 
     def _advice_on_an_approximation(self) -> str:
         if not self.removal.passed:
@@ -233,7 +253,11 @@ def removal_check(run: Run, influence: Influence, queries: Query, *, samples: Se
     denominator = "keep" if influence.denominator == "keep" else "renormalize"
     last = influence.observed_at[-1]
     found = retrain(run, queries, [[s] for s in samples], observed_at=last, denominator=denominator)  # type: ignore[arg-type]
-    actual = found.change[:, 0]
+    actual, reachable = found.change[:, 0], None
+    if denominator == "keep":
+        doubled = retrain(run, queries, [[s] for s in samples], observed_at=last, weight=2.0).change[:, 0]
+        # What is linear in a sample's weight changes its sign where the sample is counted twice.
+        reachable = agreement.mean_over_queries(agreement.pearson((actual - doubled) / 2, actual))
     predicted = influence.total()[:, -1][:, places(influence.ids, samples)]
     return RemovalCheck(
         tuple(samples),
@@ -243,6 +267,7 @@ def removal_check(run: Run, influence: Influence, queries: Query, *, samples: Se
         agreement.bootstrap(agreement.spearman, predicted, actual),
         agreement.mean_over_queries(agreement.slope(predicted, actual)),
         float(found.noise.max()),
+        reachable,
     )
 
 

@@ -37,11 +37,13 @@ class RerunOptions(TypedDict, total=False):
         denominator: "keep" (default) or "renormalize" the batch's denominator.
         dtype: precision of the re-runs; default float64, None for the recorded one.
         batch: how many trainings run at once; default 64.
+        weight: weight that a left-out sample's loss keeps; default 0. With 2 it is counted twice instead.
     """
 
     denominator: Denominator
     dtype: torch.dtype | None
     batch: int
+    weight: float
 
 
 @final
@@ -129,7 +131,8 @@ def retrain(
     renormalize = options.get("denominator", "keep") == "renormalize"
     if renormalize:
         check_renormalizable(run)
-    removed = [Removal(frozenset(group), steps or (0, run.steps), renormalize=renormalize) for group in removals]
+    kept, between = options.get("weight", 0.0), steps or (0, run.steps)
+    removed = [Removal(frozenset(group), between, renormalize=renormalize, weight=kept) for group in removals]
     return perturb(
         run,
         queries,
@@ -162,11 +165,12 @@ class Nudge:
 @final
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Samples that lose their loss term at the steps [a, b)."""
+    """Samples whose loss term loses its weight at the steps [a, b), or gets another."""
 
     samples: frozenset[int]
     steps: Steps
     renormalize: bool = False
+    weight: float = 0.0
 
     def first(self, run: Run) -> int:
         """The first step that differs; the end if none does."""
@@ -174,10 +178,10 @@ class Removal:
         return next(visits, run.steps)
 
     def weights(self, run: Run, step: int) -> Float[Tensor, " slot"]:
-        """Weights of a step's slots: 0 where removed; with renormalisation the others share what is left."""
+        """Weights of a step's slots: 1 but where removed; with renormalisation the others share what is left."""
         slots = run.step(step).samples
-        inside = self.steps[0] <= step < self.steps[1]
-        weights = torch.tensor([not (inside and sample in self.samples) for sample in slots], dtype=torch.float64)
+        gone = self.samples if self.steps[0] <= step < self.steps[1] else frozenset()
+        weights = torch.tensor([self.weight if sample in gone else 1.0 for sample in slots], dtype=torch.float64)
         left = float(weights.sum())
         return weights * (len(slots) / left) if self.renormalize and left > 0 else weights
 
