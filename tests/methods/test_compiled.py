@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import whence
 from tests.cases import ADAMW, CASES, CLASSES, FEATURES, Case, one_group, record, rows
@@ -101,7 +101,7 @@ def branching(folder: Path) -> Run:
     task = whence.Task(model, data, lambda outputs, batch: (outputs - batch[1]) ** 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with whence.Recorder(folder, task, optimizer) as recorder:
-        for x, y in recorder.watch(torch.utils.data.DataLoader(data, batch_size=4)):
+        for x, y in recorder.watch(DataLoader(data, batch_size=4)):
             ((model(x) - y) ** 2).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -162,6 +162,7 @@ def test_another_word_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
 @pytest.mark.parametrize("policy", [whence.Hessian(), whence.GaussNewton()], ids=repr)
 def test_compiled_for_real(policy: Curvature, tmp_path: Path) -> None:
     """By torch's own compiler, on a network with BatchNorm."""
