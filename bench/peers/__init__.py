@@ -102,6 +102,9 @@ METHODS = [
             ("Gauss-Newton, secant", {"curvature": "GaussNewton", "slope": "Secant"}, LINEAR_RULE),
         )
     ),
+    Method("whence, auto", "whence", "ours:exact", {"curvature": "auto"}, ()),
+    Method("whence TracIn", "whence", "ours:product", {"method": "TracIn"}),
+    Method("whence gradient-dot", "whence", "ours:product", {"method": "GradientDot"}),
     Method("captum TracInCP, 10 checkpoints", "captum", "captum:tracin", notes=LINEAR_ONLY),
     Method("captum Arnoldi influence function", "captum", "captum:arnoldi", counts=(), notes=ARNOLDI),
     Method("dattri TracIn, projection 512", "dattri", "dattri:tracin"),

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 import whence
 from bench.cases import TrainedCase
 
-Curvature = Literal["Hessian", "GaussNewton", "EmpiricalFisher", "Zero"]
+Curvature = Literal["Hessian", "GaussNewton", "EmpiricalFisher", "Zero", "auto"]
 
 
 def exact(
@@ -18,6 +18,12 @@ def exact(
     curvature: Curvature = "Hessian",
     slope: Literal["Tangent", "Secant"] = "Tangent",
 ) -> np.ndarray:
-    """One sweep over the recording for all queries."""
-    dit = whence.DIT(curvature=getattr(whence, curvature)(), slope=getattr(whence, slope)())
+    """One sweep over the recording for all queries; "auto" re-runs the training and sweeps a few times before."""
+    policy = curvature if curvature == "auto" else getattr(whence, curvature)()
+    dit = whence.DIT(curvature=policy, slope=getattr(whence, slope)())
     return dit.attribute(trained.run, whence.Loss(queries)).total()[:, 0]
+
+
+def product(trained: TrainedCase, queries: TensorDataset, *, method: Literal["TracIn", "GradientDot"]) -> np.ndarray:
+    """A product of gradients."""
+    return getattr(whence, method)().attribute(trained.run, whence.Loss(queries)).total()[:, 0]

@@ -10,7 +10,7 @@ from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked
 from whence.influence import agreement
 from whence.methods import dit
-from whence.methods.choose import candidates, choose, told
+from whence.methods.choose import SEED, candidates, choose, told
 from whence.queries import Query, values
 from whence.queries.few import few, spread
 from whence.replay.reverse import Rules
@@ -21,7 +21,7 @@ AUTO = whence.DIT(curvature="auto")
 
 def slow_figures(run: Run, rules: list[Rules]) -> list[float]:
     """Every candidate against the same removals, one query and one removal at a time."""
-    draw, count = np.random.default_rng(0), len(asked().names)
+    draw, count = np.random.default_rng(SEED), len(asked().names)
     visited = sorted({sample for step in run.log for sample in step.samples})
     ones = draw.choice(visited, min(30, len(visited)), replace=False)
     groups = [draw.choice(visited, 1, replace=False) for _ in range(32)]
