@@ -184,6 +184,29 @@ HEADLINE = Case(
     optimizer=partial(torch.optim.SGD, lr=0.1),
     rule="plain",
 )
+
+
+def _one_epoch(activation: type[nn.Module], rate: float) -> Case:
+    """A small network and every sample seen once, so that leaving it out is leaving out its one visit."""
+
+    def build() -> nn.Module:
+        width = data.mnist_rows(1, 1)[0].tensors[0].shape[1]
+        return nn.Sequential(nn.Linear(width, 16), activation(), nn.Linear(16, 16), activation(), nn.Linear(16, 10))
+
+    return Case(
+        name=f"once-{activation.__name__.lower()}-{rate:.0e}",
+        about=f"MLP 784-16-16-10, {activation.__name__}, AdamW (0.9, 0.95) lr {rate:.0e}, one epoch",
+        kind="mlp",
+        build=build,
+        load=partial(data.mnist_rows, 6000),
+        optimizer=partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.95)),
+        rule="adamw",
+        epochs=1,
+        queries=100,
+        removals=150,
+    )
+
+
 MODELS: dict[str, tuple[str, Kind, Callable[[], nn.Module], Callable[[], data.Split], int, int]] = {  # epochs, queries
     "mlp-64": ("MLP 64-64-10, Tanh", "mlp", _headline, data.digits, 10, 64),
     "mlp-128": ("MLP 64-128-128-10, GELU", "mlp", mlp, data.digits, 10, 64),
@@ -200,3 +223,4 @@ CASES = [HEADLINE] + [
     for name, (about, kind, build, load, epochs, queries) in MODELS.items()
     for rule, what, optimizer in RULES
 ]
+CASES += [_one_epoch(activation, rate) for activation in (nn.GELU, nn.ReLU) for rate in (1e-3, 1e-4, 1e-5)]

@@ -49,9 +49,22 @@ def mnist(train: int, test: int = 200) -> Split:
     place = folder("mnist")
     if place is None:
         return pictures(train, test)
+    return *halved(*unpacked(place), train=train, test=test), "MNIST at 14 x 14"
+
+
+def mnist_rows(train: int, test: int = 200) -> Split:
+    """MNIST as rows of 784, brightness 0 to 1; digits where it is not at hand, and then fewer."""
+    place = folder("mnist")
+    if place is None:
+        return digits(min(train, 1400), test)
+    images, labels = unpacked(place)
+    return *split(images.flatten(1) / 255, labels, train=train, test=test), "MNIST"
+
+
+def unpacked(place: Path) -> tuple[Tensor, Tensor]:
+    """The images [1, 28, 28] in bytes, and the labels."""
     raw = [np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in sorted(place.glob("*.gz"))]
-    images, labels = torch.tensor(raw[0][16:].reshape(-1, 1, 28, 28)), torch.tensor(raw[1][8:].astype(np.int64))
-    return *halved(images, labels, train=train, test=test), "MNIST at 14 x 14"
+    return torch.tensor(raw[0][16:].reshape(-1, 1, 28, 28)), torch.tensor(raw[1][8:].astype(np.int64))
 
 
 def cifar(train: int, test: int = 200) -> Split:
