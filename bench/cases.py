@@ -17,7 +17,7 @@ import whence
 from bench import data
 from bench.models import GPT, ViT, batchnorm_cnn, mlp
 
-QUICK = 4  # queries of a trial
+QUICK, ROWS = 4, 256  # queries and samples of a trial
 CHECKPOINTS = 10  # that methods which read checkpoints are given
 
 Kind = Literal["mlp", "batchnorm", "attention", "tokens"]
@@ -58,7 +58,7 @@ class Case:
 
     def quick(self) -> "Case":
         """The same in small, to see whether everything works."""
-        return replace(self, epochs=1, queries=QUICK, removals=6, groups=6)
+        return replace(self, load=partial(fewer, self.load), epochs=1, queries=QUICK, removals=6, groups=6)
 
     def begin(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model and the optimizer as every training starts."""
@@ -90,6 +90,14 @@ class Case:
         self.train(model, optimizer, lambda: loader)
         return time.process_time() - begun
 
+    def train_ready(self, train: TensorDataset) -> float:
+        """The same where the batches are ready-made: without what a loader spends on collating rows."""
+        model, optimizer = self.begin()
+        ready = [(inputs, targets) for inputs, targets in self.loader(train)]
+        begun = time.process_time()
+        self.train(model, optimizer, lambda: ready)
+        return time.process_time() - begun
+
     def record(self, train: TensorDataset, folder: Path) -> float:
         """Processor seconds of the training with a recorder at its default policy."""
         model, optimizer = self.begin()
@@ -98,6 +106,12 @@ class Case:
         with whence.Recorder(folder, task, optimizer) as recorder:
             self.train(model, optimizer, lambda: recorder.watch(loader))
         return time.process_time() - begun
+
+
+def fewer(load: Callable[[], data.Split]) -> data.Split:
+    """The first few rows to train on."""
+    train, test, about = load()
+    return TensorDataset(*(tensor[:ROWS] for tensor in train.tensors)), test, about
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def truth(case: Case, folder: Path) -> Found:
         "groups": case.groups,
         "threads": torch.get_num_threads(),
         "training_s": unit,
+        "without_loader": least(lambda: case.train_ready(trained.train)) / unit,
         "recording": recording / unit,
         "retraining": spent / unit / (case.removals + case.groups),
         "replay_difference": verified.difference,

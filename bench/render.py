@@ -35,8 +35,8 @@ def table(case: Case, folder: Path) -> str:
         f"**{case.name}**: {about['about']}; {about['data']}, {about['samples']} samples, {about['steps']} steps of "
         f"{case.slots}, {about['parameters']:,} parameters; {about['queries']} queries, {about['removals']} single "
         f"removals, {about['groups']} groups of 5 %. Plain training {about['training_s']:.2f} s on "
-        f"{about['threads']} thread; recording {about['recording']:.2f} x, each retraining for the ground truth "
-        f"{about['retraining']:.2f} x of that.",
+        f"{about['threads']} thread; the same without a loader {about['without_loader']:.2f} x, recording "
+        f"{about['recording']:.2f} x, each retraining for the ground truth {about['retraining']:.2f} x of that.",
         "",
         f"| method | cost ÷ training: {' / '.join(map(str, counts))} queries | memory MiB: the same | "
         "Spearman [95 %] | Pearson | LDS | |",
@@ -76,22 +76,26 @@ def told(interval: dict[str, float] | None) -> str:
 
 
 def picture(case: Case, folder: Path, path: Path) -> None:
-    """Fidelity against the cost of all queries."""
+    """Fidelity against the cost of all queries; numbers stand for methods."""
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # noqa: PLC0415
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method in METHODS:
-        found = read(folder / f"{method.name}.json")
-        if "spearman" in found:
-            ours, spearman = method.library == "whence", found["spearman"]
-            spread = [[spearman["estimate"] - spearman["low"]], [spearman["high"] - spearman["estimate"]]]
-            place = max(costs(found).items())[1], spearman["estimate"]
-            mark, color = ("o", "tab:blue") if ours else ("s", "tab:gray")
-            axes.errorbar(*place, yerr=spread, fmt=mark, color=color, elinewidth=0.7)
-            axes.annotate(method.label, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    rows = [(method, read(folder / f"{method.name}.json")) for method in METHODS]
+    for number, (method, found) in enumerate([row for row in rows if "spearman" in row[1]], 1):
+        place = costs(found)[case.queries], found["spearman"]["estimate"]
+        low, high = (abs(place[1] - found["spearman"][end]) for end in ("low", "high"))
+        mark, color = ("o", "tab:blue") if method.library == "whence" else ("s", "tab:gray")
+        label = f"{number}  {method.label}"
+        axes.errorbar(*place, yerr=[[low], [high]], fmt=mark, color=color, elinewidth=0.7, label=label)
+        axes.annotate(str(number), place, xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", xlabel=f"cost of {case.queries} queries ÷ plain training", title=case.about)
     axes.set_ylabel("Spearman with leave-one-out")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axhline(0, color="lightgray", linewidth=0.7, zorder=0)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

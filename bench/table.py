@@ -36,8 +36,8 @@ def arguments() -> argparse.Namespace:
 
 
 def wanted(case: Case, method: Method, chosen: argparse.Namespace) -> bool:
-    """Whether a row is still to be measured."""
-    there = (results(case.name, quick=chosen.quick) / f"{method.name}.json").exists()
+    """Whether a row is still to be measured; what failed is tried again."""
+    there = "cost" in render.read(results(case.name, quick=chosen.quick) / f"{method.name}.json")
     possible = method.function and method.installed and not method.refusal(case)
     return bool(possible) and chosen.method in method.name and (chosen.fresh or not there)
 

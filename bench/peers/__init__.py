@@ -21,6 +21,11 @@ from bench.cases import QUICK, Case, TrainedCase
 Score = Callable[..., np.ndarray]
 
 
+def dimensions(trained: TrainedCase) -> int:
+    """Of TRAK's projection: dattri's default, or fewer where as many as rows could not be inverted."""
+    return min(512, len(trained.train) // 2)
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
@@ -88,6 +93,8 @@ NN_LINEAR = LINEAR_ONLY | {"batchnorm": "Linear only, so the last layer alone"}
 ARNOLDI = {kind: f"{words}; Hessian of 256 rows" for kind, words in LINEAR_ONLY.items()}
 LINEAR_UPDATE = "as without secant: SGD is linear in the gradient, so both slopes are one"
 LINEAR_RULE = {"plain": LINEAR_UPDATE, "sgd": LINEAR_UPDATE}
+TWO_AXES = dict.fromkeys(("attention", "tokens"), "inputs of two axes only: stops with UnboundLocalError, 'a_prev'")
+ONE_LABEL = {"tokens": "one label a row: its outputs are for classification and CLIP"}
 AS_SGD = {"adamw": "takes every update for one of plain SGD", "sgd": "takes no account of momentum"}
 
 METHODS = [
@@ -107,15 +114,15 @@ METHODS = [
     Method("whence gradient-dot", "whence", "ours:product", {"method": "GradientDot"}),
     Method("captum TracInCP, 10 checkpoints", "captum", "captum:tracin", notes=LINEAR_ONLY),
     Method("captum Arnoldi influence function", "captum", "captum:arnoldi", counts=(), notes=ARNOLDI),
-    Method("dattri TracIn, projection 512", "dattri", "dattri:tracin"),
+    Method("dattri TracIn, projection 512", "dattri", "dattri:tracin", counts=()),
     Method("dattri TracIn, no projection", "dattri", "dattri:tracin", {"project": False}),
     Method("dattri DVEmb, projection 512", "dattri", "dattri:dvemb", notes=AS_SGD),
     Method("dattri DVEmb, Kronecker 512", "dattri", "dattri:dvemb", {"factors": "kronecker"}, notes=NN_LINEAR | AS_SGD),
-    Method("dattri EK-FAC influence", "dattri", "dattri:ekfac", notes=NN_LINEAR),
+    Method("dattri EK-FAC influence", "dattri", "dattri:ekfac", reasons=TWO_AXES, notes=NN_LINEAR),
     Method("dattri TRAK, 1 checkpoint", "dattri", "dattri:trak"),
     Method("kronfluence EK-FAC", "kronfluence", "kronfluence:influence", {"strategy": "ekfac"}, notes=LINEAR_ONLY),
     Method("kronfluence identity", "kronfluence", "kronfluence:influence", {"strategy": "identity"}, notes=LINEAR_ONLY),
-    Method("TRAK (traker), 1 checkpoint", "trak", "trak:trak"),
+    Method("TRAK (traker), 1 checkpoint", "trak", "trak:trak", reasons=ONE_LABEL),
     Method("bergson MAGIC", "bergson", reasons={"": LANGUAGE_ONLY}),
     Method("dattri-llm", "dattri_llm", reasons={"": LANGUAGE_ONLY}),
 ]

@@ -66,7 +66,7 @@ def tracin(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
 
 def hessian_rows(trained: TrainedCase) -> "Dataset[Any]":
     """All rows, or a few where 200 products with the Hessian of all of them would take longer than everything else."""
-    return trained.train if trained.case.kind == "mlp" else Subset(trained.train, range(BATCH))
+    return trained.train if trained.case.kind == "mlp" else Subset(trained.train, range(min(BATCH, len(trained.train))))
 
 
 def arnoldi(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:

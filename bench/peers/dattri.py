@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from bench.cases import TrainedCase
+from bench.peers import dimensions
 
 BATCH = 256
 DIMENSIONS = 512  # dattri's default
@@ -81,7 +82,7 @@ def trak(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
         return torch.exp(-loss(params, data))
 
     task = AttributionTask(odds, model, trained.checkpoints[-1][0])
-    attributor = TRAKAttributor(task, correct, projector_kwargs={"proj_dim": DIMENSIONS})
+    attributor = TRAKAttributor(task, correct, projector_kwargs={"proj_dim": dimensions(trained)})
     train, asked = loaders(trained, queries)
     attributor.cache(train)
     return attributor.attribute(asked).T.detach().numpy()

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from trak import TRAKer
 
 from bench.cases import TrainedCase
+from bench.peers import dimensions
 
-BATCH, DIMENSIONS = 256, 512  # more dimensions than rows cannot be inverted; as for dattri's
+BATCH = 256
 
 
 def trak(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
@@ -22,7 +23,7 @@ def trak(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
         settings: dict[str, Any] = {
             "save_dir": folder,
             "device": "cpu",
-            "proj_dim": DIMENSIONS,
+            "proj_dim": dimensions(trained),
             "use_half_precision": False,
         }
         tracer = TRAKer(model, "image_classification", len(trained.train), **settings)
