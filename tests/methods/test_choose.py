@@ -19,19 +19,21 @@ from whence.run.run import Run
 AUTO = whence.DIT(curvature="auto")
 
 
-def slow_figures(run: Run, rules: list[Rules]) -> list[float]:
-    """Every candidate against the same removals, one query and one removal at a time."""
-    draw, count = np.random.default_rng(SEED), len(asked().names)
+def slow_figures(run: Run, rules: list[Rules], query: Query) -> list[float]:
+    """Every candidate against the same removals, one query and one removal at a time; groups have one sample here."""
+    draw, count = np.random.default_rng(SEED), len(query.names)
     visited = sorted({sample for step in run.log for sample in step.samples})
-    ones = draw.choice(visited, min(30, len(visited)), replace=False)
-    groups = [draw.choice(visited, 1, replace=False) for _ in range(32)]
-    single = whence.leave_one_out(run, asked(), samples=ones.tolist())
-    many = np.stack([whence.leave_one_out(run, asked(), samples=group.tolist())[:, 0] for group in groups], axis=1)
+    ones = draw.choice(visited, min(30, len(visited)), replace=False).tolist()
+    groups = [int(draw.choice(visited, 1, replace=False)[0]) for _ in range(32)]
+    single = whence.leave_one_out(run, query, samples=ones)
+    many = np.stack([whence.leave_one_out(run, query, samples=[one])[:, 0] for one in groups], axis=1)
     figures = []
     for rule in rules:
-        total = whence.DIT(curvature=rule.curvature, slope=rule.slope).attribute(run, asked()).total()[:, 0]
-        row = [agreement.pearson(total[q, ones], single[q]) for q in range(count)]
-        row += [agreement.spearman(total[q, np.ravel(groups)], many[q]) for q in range(count)]
+        influence = whence.DIT(curvature=rule.curvature, slope=rule.slope).attribute(run, query)
+        total = {sample: influence.total()[:, 0, place] for place, sample in enumerate(influence.ids.tolist())}
+        alone, together = (np.stack([total[one] for one in some], axis=1) for some in (ones, groups))
+        row = [agreement.pearson(alone[q], single[q]) for q in range(count)]
+        row += [agreement.spearman(together[q], many[q]) for q in range(count)]
         figures.append(float(np.mean(row)))
     return figures
 
@@ -40,7 +42,7 @@ def test_the_choice_is_what_a_slow_measurement_says(tmp_path: Path) -> None:
     """The figures told are those of the removals; the choice is the first within the margin of the best."""
     run = recorded("adamw", tmp_path)
     rules = candidates(run, whence.Tangent())
-    figures = slow_figures(run, rules)
+    figures = slow_figures(run, rules, asked())
     first = next(rule for rule, figure in zip(rules, figures, strict=True) if figure >= max(figures) - 0.02)
     found = AUTO.attribute(run, asked())
     assert (found.settings["curvature"], found.settings["slope"]) == (repr(first.curvature), repr(first.slope))

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import whence
 from tests.loops import adam, backward, mlp, refused, rows
+from tests.methods.test_choose import slow_figures
 from whence.errors import BadIds, CannotRenormalize, UnknownId, UnreadableData, UnwatchableLoader, WrongData
+from whence.methods.choose import candidates, told
 from whence.run.run import Run
 
 IDS = [7, 3, 900_000_000_000_000_007, 41, 12, 5, 100, 101, 2**62, 8, 9, 10]  # no order, no pattern
@@ -114,6 +116,15 @@ def test_unknown_ids_are_refused(tmp_path: Path) -> None:
     for ask in asked:
         with refused(UnknownId, "no sample 4", "12 samples, with ids 3, 5, 7"):
             ask()
+
+
+def test_the_choice_of_a_sweep_finds_samples_by_their_ids(tmp_path: Path) -> None:
+    """The figures told are those of the removals of these ids."""
+    run = streamed(tmp_path / "run")
+    chosen = str(whence.DIT(curvature="auto").attribute(run, query()).settings["chosen"])
+    rules = candidates(run, whence.Tangent())
+    for rule, figure in zip(rules, slow_figures(run, rules, query()), strict=True):
+        assert f"{told(rule)} {figure:.2f}" in chosen
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from whence.influence import agreement
+from whence.influence.tables import places
 from whence.methods.retrain import Denominator, retrain
 from whence.queries import Query
 from whence.queries.few import few
@@ -75,7 +76,8 @@ def choose(
     groups = [draw.choice(visited, size, replace=False) for _ in range(GROUPS)]
     removals = [[int(one)] for one in ones] + [[int(sample) for sample in group] for group in groups]
     actual = retrain(run, some, removals, observed_at=state, denominator=denominator).change[:, 0]
-    figures = [_figure(predict(rule, some), ones, groups, actual=actual) for rule in rules]
+    columns = [np.asarray(places(run.ids, group)) for group in removals]  # ids need not count from 0
+    figures = [_figure(predict(rule, some), columns, actual=actual, ones=len(ones)) for rule in rules]
     best = int(np.argmax(figures))
     chosen = next(place for place, figure in enumerate(figures) if figure >= figures[best] - MARGIN)
     tried = "; ".join(f"{told(rule)} {figure:.2f}" for rule, figure in zip(rules, figures, strict=True))
@@ -85,11 +87,11 @@ def choose(
 
 
 def _figure(
-    total: Float[np.ndarray, "query sample"], ones: np.ndarray, groups: Sequence[np.ndarray], *, actual: np.ndarray
+    total: Float[np.ndarray, "query sample"], removals: Sequence[np.ndarray], *, actual: np.ndarray, ones: int
 ) -> float:
     """Mean of Pearson with single removals and LDS with groups; no correlation counts as none."""
-    single = agreement.pearson(total[:, ones], actual[:, : len(ones)])
-    many = agreement.lds(total, groups, actual[:, len(ones) :])
+    single = agreement.pearson(agreement.group_sums(total, removals[:ones]), actual[:, :ones])
+    many = agreement.lds(total, removals[ones:], actual[:, ones:])
     return float(np.nan_to_num([single, many]).mean())
 
 
