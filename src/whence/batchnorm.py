@@ -50,9 +50,8 @@ class RunningStatistics:
         if self._updates is not None:
             momentum = 1.0 / (seen + 1) if layer.momentum is None else layer.momentum
             axes = [axis for axis in range(inputs.dim()) if axis != 1]
-            read = inputs.to(
-                mean.dtype
-            )  # under autocast inputs are coarser than the statistics that torch makes of them
+            # Under autocast inputs are coarser than the statistics that torch makes of them.
+            read = inputs.to(mean.dtype)
             self._updates[f"{prefix}running_mean"] = (1 - momentum) * mean + momentum * read.mean(axes)
             self._updates[f"{prefix}running_var"] = (1 - momentum) * variance + momentum * read.var(axes)
             self._updates[f"{prefix}num_batches_tracked"] = seen + 1

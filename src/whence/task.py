@@ -91,7 +91,7 @@ def default_predict(model: nn.Module, batch: Batch) -> Any:
 
 def _predict_without(column: str, model: nn.Module, batch: Batch) -> Any:
     """As `default_predict`, but a model has no use for the ids of its samples."""
-    named = isinstance(batch, dict) or hasattr(batch, "keys")
+    named = isinstance(batch, Mapping)
     return default_predict(model, {key: batch[key] for key in batch if key != column} if named else batch)
 
 

@@ -19,7 +19,7 @@ from whence.influence.agreement import Interval
 from whence.influence.influence import Influence
 from whence.influence.tables import places
 from whence.methods.dit import precision
-from whence.methods.retrain import Nudge, perturb, retrain
+from whence.methods.retrain import Denominator, Nudge, perturb, retrain
 from whence.queries import Query
 from whence.run.run import AUTOCAST, Run, Verification
 
@@ -250,9 +250,9 @@ def steadiest(slopes: Float[np.ndarray, "query observed_at size"]) -> tuple[np.n
 
 def removal_check(run: Run, influence: Influence, queries: Query, *, samples: Sequence[int]) -> RemovalCheck:
     """Train again without each of the samples, and compare with the total at the last observed state."""
-    denominator = "keep" if influence.denominator == "keep" else "renormalize"
+    denominator: Denominator = "keep" if influence.denominator == "keep" else "renormalize"
     last = influence.observed_at[-1]
-    found = retrain(run, queries, [[s] for s in samples], observed_at=last, denominator=denominator)  # type: ignore[arg-type]
+    found = retrain(run, queries, [[s] for s in samples], observed_at=last, denominator=denominator)
     actual, reachable = found.change[:, 0], None
     if denominator == "keep":
         doubled = retrain(run, queries, [[s] for s in samples], observed_at=last, weight=2.0).change[:, 0]

@@ -138,11 +138,8 @@ def _sample_problems(
         return [f"sample has shape {sample.shape}, steps and slots say {about.shape[2:]}"]
     if ids is not None:
         known = len(ids) == about.samples and np.isin(sample, [-1, *ids]).all()
-        return (
-            []
-            if known
-            else [f"sample must be -1 (padding) or one of {about.samples} ids: {listed(ids.tolist(), most=6)}"]
-        )
+        wanted = f"sample must be -1 (padding) or one of {about.samples} ids: {listed(ids.tolist(), most=6)}"
+        return [] if known else [wanted]
     if sample.size and not -1 <= sample.min() <= sample.max() < about.samples:
         found = f"{sample.min()} ... {sample.max()}"
         return [f"sample must lie within -1 (padding) ... {about.samples - 1}: {found}"]

@@ -5,10 +5,9 @@ import time
 from collections import Counter
 from typing import Literal, get_args
 
-import torch
-
 from whence.errors import BadSetting
-from whence.replay.programs import Programs
+from whence.replay.linearised import free
+from whence.replay.programs import Programs, drawn
 from whence.replay.reverse import Rules, pull_back, start
 from whence.run.run import Run
 
@@ -47,15 +46,11 @@ def seconds_of_a_step(run: Run, rules: Rules, rows: int, *, chunk: int) -> float
     """The faster of two pulls through the last step, by random cotangents."""
     last = run.steps - 1
     before, after, transition = run.state(last, replay=True), run.state(run.steps), run.transition(last)
+    trained, running = free(transition.pieces()[0], after.params, after.buffers)
     times = []
     for _ in range(2):
-        params = {
-            name: torch.randn_like(after.params[name].expand(rows, *after.params[name].shape)) for name in run.trained
-        }
-        running = {
-            n: torch.zeros_like(b.expand(rows, *b.shape)) for n, b in after.buffers.items() if n in run.task.running
-        }
-        cotangent, begun = start(after, params, running), time.perf_counter()
+        # Every pull overwrites its cotangents.
+        cotangent, begun = start(after, drawn(trained, rows), drawn(running, rows)), time.perf_counter()
         pull_back(transition, before, cotangent, rules=rules, chunk=chunk)
         times.append(time.perf_counter() - begun)
     return min(times)

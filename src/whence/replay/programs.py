@@ -81,12 +81,11 @@ class Programs:
 
     def _program(self, curvature: Curvature, piece: Piece, inputs: Inputs) -> Program | None:
         kind = _kind(piece)
-        if kind not in self._made:
-            room = sum(program is not None for program in self._made.values()) < self._most
-            directions = [each(partial(_drawn, rows=self._rows), tree) for tree in _moved(piece, inputs)]
-            made = partial(_compiled, _product(curvature, piece), (directions[0], directions[1]))
-            self._made[kind] = made(inputs) if room else None
-        return self._made[kind]
+        if kind not in self._made and sum(program is not None for program in self._made.values()) < self._most:
+            moving, running = _moved(piece, inputs)
+            directions = drawn(moving, self._rows), drawn(running, self._rows)
+            self._made[kind] = _compiled(_product(curvature, piece), directions, inputs)
+        return self._made.get(kind)
 
 
 def _kind(piece: Piece) -> Hashable:
@@ -140,9 +139,14 @@ def _moved(piece: Piece, inputs: Inputs) -> tuple[Tree, Tree]:
     return {name: params[name] for name in piece.transition.moving}, free(piece, params, buffers)[1]
 
 
-def _drawn(tensor: Tensor, *, rows: int) -> Tensor:
-    generator = torch.Generator(tensor.device).manual_seed(0)
-    return torch.randn((rows, *tensor.shape), generator=generator, device=tensor.device, dtype=tensor.dtype)
+def drawn(like: Tree, rows: int) -> Tree:
+    """Random directions of a tree's shapes, `[row, ...]`, always the same."""
+
+    def draw(tensor: Tensor) -> Tensor:
+        generator = torch.Generator(tensor.device).manual_seed(0)
+        return torch.randn((rows, *tensor.shape), generator=generator, device=tensor.device, dtype=tensor.dtype)
+
+    return each(draw, like)
 
 
 def _padded(tensor: Tensor, *, rows: int) -> Tensor:
