@@ -17,7 +17,7 @@ from tests.methods.test_dit import Stopped
 from tests.methods.test_exact import asked, assert_exact, read
 from tests.oracles import nudge
 from whence.errors import BadSetting, DifferentInfluence, TooLittleMemory
-from whence.methods.memory import budget
+from whence.methods.memory import Limits, budget
 from whence.methods.retrain import retrain
 from whence.queries import Query
 from whence.replay.reverse import pull_back
@@ -188,7 +188,7 @@ def least(run: Run, query: Query) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            budget(run, query, 4, memory=middle, chunk=1)
+            budget(run, query, 4, limits=Limits(memory=middle, chunk=1))
             high = middle
         except TooLittleMemory:
             low = middle

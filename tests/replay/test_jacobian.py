@@ -1,5 +1,7 @@
 """The derivative of an update equals finite differences, however its parameters are cut into strands."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,3 +95,16 @@ def test_how_parameters_are_cut_into_strands_changes_no_cotangent(monkeypatch: p
     monkeypatch.setattr(whence.replay.jacobian, "ROWS_BYTES", 40)
     assert len(list(strands(update, state, grads))) == 5
     torch.testing.assert_close(pulled(), whole, rtol=0, atol=0)
+
+
+def test_nothing_is_left_behind() -> None:
+    """A sweep takes thousands of derivatives: what each of them kept would fill the memory."""
+    update, state, grad = started("AdamW", 4)
+
+    def tensors_after_another() -> int:
+        entries_of(update, state, grad)
+        gc.collect()
+        return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+    tensors_after_another()
+    assert tensors_after_another() == tensors_after_another()

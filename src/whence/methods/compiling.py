@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 Compiled = Literal["never", "long", "always"]
 
 SECONDS, GAIN = 90.0, 0.3  # what compilation takes, and the least share of a sweep that it saves
+TOGETHER = 8  # queries at once, with which a program gains most
 RARE = 20  # a kind of batch with fewer visits is never worth its own compilation
 
 

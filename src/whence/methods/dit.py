@@ -8,7 +8,9 @@ which the paper approximates for plain SGD and recomputes for every window.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, final, get_args
 
@@ -22,9 +24,9 @@ from whence.influence.influence import Influence
 from whence.influence.layout import Description
 from whence.influence.writer import InfluenceWriter
 from whence.methods.choose import candidates, choose
-from whence.methods.compiling import Compiled, check_compiled, programs
+from whence.methods.compiling import TOGETHER, Compiled, check_compiled, programs
 from whence.methods.cotangents import CotangentStore
-from whence.methods.memory import Budget, begun_chunk, begun_settings, budget, check_limits
+from whence.methods.memory import Budget, Limits, begun_chunk, begun_settings, budget, check_limits
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.reading import Reading, reading
 from whence.methods.renormalize import check_renormalizable, renormalized
@@ -107,14 +109,18 @@ class DIT:
         states = observed_states(run, observed_at)
         if self.denominator == "renormalize":
             check_renormalizable(run)
-        cut = budget(run, queries, len(states), memory=self.memory, chunk=self.chunk or begun_chunk(path))
         begun = begun_settings(path)
         rules, why = self._decided(run, queries, state=states[-1], begun=begun)
         wanted: Compiled = self.compiled if not begun else "always" if begun.get("compiled") else "never"
-        made = programs(run, rules, len(queries.names) * len(states), chunk=cut.chunk, compiled=wanted)
-        rules = replace(rules, programs=made)
+        limits = Limits(memory=self.memory, chunk=self.chunk or begun_chunk(path))
+        fit = partial(budget, run, queries, len(states), twice=rules.curvature.product == "autograd")
+        cut = fit(limits=limits)
+        if wanted != "never":
+            wide = fit(limits=replace(limits, together=TOGETHER))
+            made = programs(run, rules, len(queries.names) * len(states), chunk=wide.chunk, compiled=wanted)
+            rules, cut = replace(rules, programs=made), wide if made else cut
         settings: dict[str, object] = {"curvature": repr(rules.curvature), "slope": repr(rules.slope)}
-        settings |= {"chunk": cut.chunk, "exact": rules.exact} | why | ({"compiled": True} if made else {})
+        settings |= {"chunk": cut.chunk, "exact": rules.exact} | why | ({"compiled": True} if rules.programs else {})
         if isinstance(queries, Averaged):
             settings["average"] = queries.about
         about = replace(described(run, queries, states), denominator=self.denominator, settings=settings)
@@ -165,7 +171,8 @@ class _Filling:
         sweep = Sweep(self.run.state, self.run.transition, self.reading.meet, rules=rules, chunk=cut.chunk)
         swept = sweep(plan(self.run.kept, stop, held=cut.held), cotangent)
         bar = iter(tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False))
-        with kept_heap():
+        # Differences are asked for to save memory, and time is what a kept heap saves.
+        with kept_heap() if rules.curvature.product == "autograd" else nullcontext():
             for shard in reversed(missing):
                 self.fill_shard(shard, bar)
         self.store.clear()

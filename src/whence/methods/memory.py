@@ -59,16 +59,40 @@ class Budget:
     chunk: int
 
 
-def budget(run: Run, queries: Query, states: int, *, memory: int | None, chunk: int | None) -> Budget:
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a sweep must keep to; None where that is to be decided.
+
+    Attributes:
+        memory: bytes that it may use.
+        chunk: how many queries are pulled at once.
+        together: of how many at once it makes use, if they fit.
+    """
+
+    memory: int | None
+    chunk: int | None
+    together: int = 1
+
+
+def budget(run: Run, queries: Query, states: int, *, limits: Limits, twice: bool = True) -> Budget:
     """Cut a sweep for queries at so many observed states to fit the memory.
+
+    Args:
+        run: the training.
+        queries: what is asked.
+        states: at how many states.
+        limits: what it must keep to.
+        twice: whether the loss is differentiated twice, for which attention takes another kernel.
 
     Raises:
         TooLittleMemory: not even one state and one query at a time fit.
     """
-    free, sizes = memory or free_memory(run.task.device) // 2, sizes_of(run)
+    free, sizes = limits.memory or free_memory(run.task.device) // 2, sizes_of(run, twice=twice)
     if isinstance(queries, Averaged):  # a gradient waits beside every cotangent
         sizes = replace(sizes, cotangent=sizes.cotangent + sizes.params)
-    return cut(sizes, rows=len(queries.names) * states, free=free, chunk=chunk, steps=run.steps)
+    rows, together = len(queries.names) * states, limits.together
+    return cut(sizes, rows=rows, free=free, chunk=limits.chunk, steps=run.steps, together=together)
 
 
 def gradients_at_once(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> int:
@@ -93,13 +117,13 @@ def check_limits(*, memory: int | None, chunk: int | None) -> None:
             raise BadSetting(name, number, "a positive number, or None")
 
 
-def cut(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:
+def cut(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int, together: int = 1) -> Budget:
     """The largest chunk that is of use, then as many states as fit beside it.
 
     Raises:
         TooLittleMemory: not even one state and one query at a time fit.
     """
-    wanted = chunk or max(1, min(rows, CACHE // max(sizes.activations, 1)))
+    wanted = chunk or max(1, min(rows, max(together, CACHE // max(sizes.activations, 1))))
     while not chunk and wanted > 1 and sizes.total(rows, chunk=wanted, held=2) > free:
         wanted //= 2
     left = free - sizes.total(rows, chunk=wanted, held=1)
@@ -108,7 +132,7 @@ def cut(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) ->
     return Budget(min(1 + left // max(sizes.state, 1), steps), wanted)
 
 
-def sizes_of(run: Run) -> Sizes:
+def sizes_of(run: Run, *, twice: bool = True) -> Sizes:
     """Sizes of a run's sweep, from its last kept state and one forward pass."""
     state = run.state(run.kept[-1])
     params = {name: state.params[name] for name in run.trained}
@@ -118,7 +142,7 @@ def sizes_of(run: Run) -> Sizes:
         cotangent,
         sum(tensor.nbytes for tensor in params.values()),
         cotangent * min(entries, longest(params[run.trained[0]])) // entries,
-        bytes_of_activations(run),
+        bytes_of_activations(run, twice=twice),
     )
 
 
@@ -134,7 +158,7 @@ def bytes_of_cotangent(state: State, trained: Sequence[str]) -> int:
     return sum(state.params[name].nbytes * number for name, number in copies.items())
 
 
-def bytes_of_activations(run: Run) -> int:
+def bytes_of_activations(run: Run, *, twice: bool) -> int:
     """Bytes that the forward pass of the run's largest micro-batch keeps, measured by running it."""
     step = max(run.log, key=lambda step: max(len(fed.samples) for fed in step.fed)).index
     transition, state = run.transition(step), run.state(0)
@@ -142,11 +166,11 @@ def bytes_of_activations(run: Run) -> int:
 
     def note(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # a graph whose tensors hold the graph would never be freed
 
     params = each(lambda tensor: tensor.clone().requires_grad_(tensor.is_floating_point()), state.params)
     owned = {tensor.untyped_storage().data_ptr() for tensor in params.values()}
-    with transition.replaying(), torch.random.fork_rng(), saved_tensors_hooks(note, lambda tensor: tensor):
+    with transition.replaying(twice=twice), torch.random.fork_rng(), saved_tensors_hooks(note, lambda tensor: tensor):
         losses = [run.task.losses(params, state.buffers, batch)[0] for batch in transition.batches[:1]]
     del losses
     return sum(size for address, size in kept.items() if address not in owned)

@@ -9,6 +9,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST = 32 * 2**20  # blocks above this never lie on the heap
@@ -18,8 +19,8 @@ KEPT, RETURNED = 2**31 - 1, 2 * LARGEST  # bytes; the latter is where glibc's ow
 @contextmanager
 def kept_heap() -> Iterator[None]:
     """While the block runs, glibc keeps free memory; afterwards it is handed back."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is None or not hasattr(libc, "mallopt"):
+    libc = _glibc()
+    if libc is None:
         yield
         return
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
@@ -29,3 +30,16 @@ def kept_heap() -> Iterator[None]:
     finally:
         libc.mallopt(M_TRIM_THRESHOLD, RETURNED)
         libc.malloc_trim(0)
+
+
+def hand_back() -> None:
+    """Give free memory back now, holes in the heap too, which the next allocations would often not fit into."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") else None

@@ -100,8 +100,9 @@ def _traced(alone: Update, inputs: Tree, counts: Tree) -> Tree:
     setting = alone.settings[0]
     if alone.optimizer == "SGD" and setting["momentum"] and not moments:
         moments = {"momentum_buffer": _momentum_before(setting, inputs)}  # type: ignore[arg-type]
-    # ASGD overwrites its own counts after using them, so what the graph keeps of them must be copies.
-    copies = saved_tensors_hooks(lambda t: t.clone() if t.dim() == 0 else t, lambda t: t)
+    # ASGD overwrites its own counts after using them, so what the graph keeps of them must be copies. And a graph whose
+    # kept tensors hold the graph would never be freed.
+    copies = saved_tensors_hooks(lambda t: t.clone() if t.dim() == 0 else t.detach(), lambda t: t)
     with _default_dtype(torch.float64), copies:  # for the counts that a fresh optimizer makes
         return _step(alone, inputs, moments, differentiable=True)
 

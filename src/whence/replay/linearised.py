@@ -14,10 +14,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp
+from torch.func import vjp, vmap
 
+from whence.replay.heap import hand_back
 from whence.replay.transition import Piece
-from whence.tree import Tree, add
+from whence.tree import Tree, add, each
 
 Product = Literal["autograd", "difference"]
 # (cotangent of the gradient, of the running buffers) -> (curvature product, of the running buffers, scores [slot])
@@ -61,31 +62,65 @@ def differenced(piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -
     """
     trained, running = free(piece, params, buffers)
 
-    def at(part: Tree, some: Tree) -> tuple[tuple[Tree, Tree], tuple[Tree, Tensor]]:
-        def loss(part: Tree, some: Tree) -> tuple[Tensor, tuple[Tree, Tensor]]:
-            return piece.loss(params | part, buffers | some, weights)
+    def loss(part: Tree, some: Tree) -> tuple[Tensor, tuple[Tree, Tensor]]:
+        return piece.loss(params | part, buffers | some, weights)
 
-        slopes, found = grad(loss, argnums=(0, 1), has_aux=True)(part, some)
-        return slopes, found
+    def statistics(b: Tree) -> tuple[Tree, Tree]:
+        return _pulled_statistics(piece, (params, buffers), b) if running else ({}, {})
 
     def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
-        size, moved = nudged(trained, a)
-        (up, up_running), (_, up_losses) = at(moved(1.0), running)
-        (down, down_running), (_, down_losses) = at(moved(-1.0), running)
+        return _between(loss, nudged(trained, a), running, share=piece.share, passed=statistics(b))
 
-        def slope(left: Tensor, right: Tensor) -> Tensor:
-            return (left - right) / (2 * size)
+    def many(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
+        sizes = vmap(lambda one: nudged(trained, one)[0])(a)
+        nudge = sizes, lambda sign: vmap(lambda one: nudged(trained, one)[1](sign))(a)
+        begun = each(lambda tensor: tensor.expand(len(sizes), *tensor.shape), running)
+        passed = vmap(statistics)(b) if running else ({}, {})
+        return _between(vmap(loss, randomness="same"), nudge, begun, share=piece.share, passed=passed)
 
-        second = {name: slope(up[name], down[name]) for name in up}
-        before = {name: slope(up_running[name], down_running[name]) for name in running}
-        scores = piece.share.to(up_losses) * slope(up_losses, down_losses)
-        if not running:
-            return second, before, scores
-        of_params, of_running = _pulled_statistics(piece, (params, buffers), b)
-        return add(second, of_params), add(before, of_running), scores
+    value, _, (after, losses) = _slopes(loss, trained, running)
+    return Linearised({name: value[name] for name in piece.transition.moving}, after, losses, pull, many)
 
-    (value, _), (after, losses) = at(trained, running)
-    return Linearised({name: value[name] for name in piece.transition.moving}, after, losses, pull)
+
+Loss = Callable[[Tree, Tree], tuple[Tensor, tuple[Tree, Tensor]]]  # (value or values, (buffers left, losses [slot]))
+Nudge = tuple[Tensor, Callable[[float], Tree]]  # a step size, and the parameters after a step of this sign
+
+
+def _between(
+    loss: Loss, nudge: Nudge, running: Tree, *, share: Tensor, passed: tuple[Tree, Tree]
+) -> tuple[Tree, Tree, Tensor]:
+    """Central differences of gradient and losses, beside what the statistics left have passed back."""
+    size, moved = nudge
+    second, before, (_, up) = _slopes(loss, moved(1.0), running)
+    subtracted, passed_on, (_, down) = _slopes(loss, moved(-1.0), running)
+
+    def slope(left: Tensor, right: Tensor) -> Tensor:  # in the memory of the first
+        return left.sub_(right).div_((2 * size).reshape(size.shape + (1,) * (left.dim() - size.dim())))
+
+    second = {name: slope(tensor, subtracted[name]) for name, tensor in second.items()}
+    before = {name: slope(tensor, passed_on[name]) for name, tensor in before.items()}
+    return add(second, passed[0]), add(before, passed[1]), share.to(up) * slope(up, down)
+
+
+def _slopes(loss: Loss, part: Tree, some: Tree) -> tuple[Tree, Tree, tuple[Tree, Tensor]]:
+    """Gradients of a loss, or of many that share nothing, by parameters and running statistics.
+
+    As training takes them: `torch.func.grad` would keep the whole graph until the end, for a derivative of its own.
+    """
+    leaves = {place: tensor.detach().requires_grad_() for place, tensor in enumerate((*part.values(), *some.values()))}
+    with torch.enable_grad():
+        values, (after, losses) = loss(
+            {name: leaves[place] for place, name in enumerate(part)},
+            {name: leaves[place] for place, name in enumerate(some, len(part))},
+        )
+    total, inputs = values.sum(), tuple(leaves.values())
+    after, losses = each(Tensor.detach, after), losses.detach()
+    if not total.requires_grad:  # nothing of this piece counts
+        slopes = tuple(torch.zeros_like(leaf) for leaf in inputs)
+    else:
+        slopes = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+    hand_back()  # or the next pass takes new memory beside the holes that this one leaves
+    return dict(zip(part, slopes, strict=False)), dict(zip(some, slopes[len(part) :], strict=True)), (after, losses)
 
 
 def _pulled_statistics(piece: Piece, point: tuple[Tree, Tree], b: Tree) -> tuple[Tree, Tree]:
@@ -107,7 +142,7 @@ def free(piece: Piece, params: Tree, buffers: Tree) -> tuple[Tree, Tree]:
     return {name: params[name] for name in transition.trained}, running
 
 
-def nudged(params: Tree, direction: Tree) -> tuple[Tensor, Callable[[float], Tree]]:
+def nudged(params: Tree, direction: Tree) -> Nudge:
     r"""A step size :math:`\epsilon` for central differences along a direction, and the parameters moved by it.
 
     The move is a fixed share of the parameters' own norm, whatever the direction's: the cube root of the rounding unit

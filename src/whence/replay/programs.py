@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from whence.replay.curvature import Curvature
-from whence.replay.linearised import Linearised, free
+from whence.replay.linearised import Linearised, Pull, free
 from whence.replay.transition import Piece
 from whence.tree import Tree, each
 
@@ -77,7 +77,8 @@ class Programs:
         if program is None:
             return plain()
         gradient, after, losses = piece.gradient(params, buffers, weights)
-        return Linearised(gradient, after, losses, lambda a, b: plain().pull(a, b), many=partial(program, inputs))
+        many = partial(program, inputs)
+        return Linearised(gradient, after, losses, partial(_alone, many), many)
 
     def _program(self, curvature: Curvature, piece: Piece, inputs: Inputs) -> Program | None:
         kind = _kind(piece)
@@ -86,6 +87,12 @@ class Programs:
             directions = drawn(moving, self._rows), drawn(running, self._rows)
             self._made[kind] = _compiled(_product(curvature, piece), directions, inputs)
         return self._made.get(kind)
+
+
+def _alone(many: Pull, a: Tree, b: Tree) -> Pulled:
+    """One direction as a stack of one."""
+    second, before, scores = many(each(lambda t: t[None], a), each(lambda t: t[None], b))
+    return each(lambda t: t[0], second), each(lambda t: t[0], before), scores[0]
 
 
 def _kind(piece: Piece) -> Hashable:

@@ -125,21 +125,28 @@ def pull_back(transition: Transition, state: State, cotangent: Cotangent, *, rul
     """
     with transition.replaying(twice=rules.curvature.product == "autograd"):
         update, primal = transition.update, _Primal.of(transition, state, rules)
-        clipped, unclip = vjp(transition.clipped, primal.consumed)  # type: ignore[misc]
+        clipped, unclip = _clipped(transition, primal.consumed)
         params = cotangent.params
         slopes = (
             (strand, rules.slope.entries(update, state, clipped, strand=strand, slots=sum(transition.sizes)))
             for strand in strands(update, state, clipped)
         )
         moments, grads = pull_update(slopes, clipped, params=params, moments=cotangent.moments)
-        if transition.task.clip is not None:
-            grads = vmap(lambda consumed: unclip(consumed)[0])(grads)
+        grads = unclip(grads)
         buffers = dict(cotangent.buffers)
         scores = [
             _add_pulled(linear, grads, into=Cotangent(params, buffers, {}), chunk=chunk)
             for linear in primal.backwards()
         ]
     return Pulled(Cotangent(params, buffers, moments), -torch.cat(scores[::-1], 1), primal.losses)
+
+
+def _clipped(transition: Transition, consumed: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """The gradient after clipping, and from cotangents after to those before it."""
+    if transition.task.clip is None:
+        return consumed, lambda grads: grads
+    clipped, pull = vjp(transition.clipped, consumed)  # type: ignore[misc]
+    return clipped, vmap(lambda cotangent: pull(cotangent)[0])
 
 
 def _add_pulled(linear: Linearised, grads: Tree, *, into: Cotangent, chunk: int) -> Tensor:
@@ -159,11 +166,10 @@ def _add_pulled(linear: Linearised, grads: Tree, *, into: Cotangent, chunk: int)
 
 def pull_rows(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
     """The transposed derivative of a piece for several queries at once: `Linearised.pull` with a first axis."""
-    if linear.many is not None:
-        return linear.many(grads, buffers)
     if len(next(iter(grads.values()))) > 1:
+        many = linear.many or vmap(linear.pull, randomness="same")
         try:
-            pulled: tuple[Tree, Tree, Tensor] = vmap(linear.pull, randomness="same")(grads, buffers)
+            pulled: tuple[Tree, Tree, Tensor] = many(grads, buffers)
             return pulled
         except torch.OutOfMemoryError:
             log.warning("memory ran out; queries are pulled in smaller chunks, which may change the last digits")
