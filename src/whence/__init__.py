@@ -39,6 +39,9 @@ _HOME = {
     "DIT": "whence.methods.dit",
     "TracIn": "whence.methods.tracin",
     "GradientDot": "whence.methods.tracin",
+    "DataValueEmbedding": "whence.methods.value_embedding",
+    "Embeddings": "whence.methods.embeddings",
+    "open_embeddings": "whence.methods.embeddings",
     "Hessian": "whence.replay.curvature",
     "GaussNewton": "whence.replay.curvature",
     "EmpiricalFisher": "whence.replay.curvature",
@@ -67,10 +70,13 @@ if TYPE_CHECKING:
     from whence.language import TokenMean as TokenMean
     from whence.language import language_model as language_model
     from whence.methods.dit import DIT as DIT
+    from whence.methods.embeddings import Embeddings as Embeddings
+    from whence.methods.embeddings import open_embeddings as open_embeddings
     from whence.methods.retrain import leave_one_out as leave_one_out
     from whence.methods.retrain import retrain as retrain
     from whence.methods.tracin import GradientDot as GradientDot
     from whence.methods.tracin import TracIn as TracIn
+    from whence.methods.value_embedding import DataValueEmbedding as DataValueEmbedding
     from whence.queries import Averaged as Averaged
     from whence.queries import Custom as Custom
     from whence.queries import Feature as Feature

@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from tests.oracles.value_recursion import products, value_embeddings
 from whence.errors import EmbeddingGrew
-from whence.methods.recursion import Transport, Visits, embeddings
+from whence.methods.recursion import Transport, Visits, back_over
 
 STEPS, SLOTS, RANK = 9, 3, 12
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -35,8 +35,11 @@ def steps(rank: int, dtype: torch.dtype, size: float = 0.3) -> list[Visits]:
 
 def back(some: list[Visits], transport: Transport, *, first: int = 0, damping: float = 0.0) -> dict[int, Tensor]:
     """The embeddings by step."""
-    numbered = [(first + place, visits) for place, visits in enumerate(some)]
-    return dict(embeddings(reversed(numbered), transport, damping=damping, block="layer"))
+    numbers = range(first + len(some) - 1, first - 1, -1)
+    return {
+        number: back_over(visits, transport, damping=damping, step=number, block="layer")
+        for number, visits in zip(numbers, reversed(some), strict=True)
+    }
 
 
 def assert_close(found: Tensor, truth: Tensor, dtype: torch.dtype) -> None:

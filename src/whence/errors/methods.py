@@ -48,14 +48,3 @@ class WithoutQueries(WhenceError):
             f"The checks ask the queries again, and this influence comes without them. Give the same queries: "
             f"trust(run, influence, queries=...), with the names {listed(names, most=6)}.",
         )
-
-
-class EmbeddingGrew(WhenceError):
-    """The recursion of an embedding is not stable."""
-
-    def __init__(self, step: int, block: str, growth: float) -> None:
-        self.args = (
-            f"At step {step} the embeddings of {block!r} are {growth:.2g} times what the step itself moved: rate times "
-            "curvature is above 2 in later steps, and their product explodes. Use damping=0.5 (or more), fisher='true' "
-            "instead of 'empirical', projection='orthonormal', a smaller rank; or train with a smaller learning rate.",
-        )

@@ -10,7 +10,6 @@ curvature is made of, those of :math:`\hat X` what the update makes of them. Kep
 """
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -93,32 +92,29 @@ class Transport:
         return self(torch.eye(len(self._scale)).to(self._scale)).T
 
 
-def embeddings(
-    steps: Iterable[tuple[int, Visits]], transport: Transport, *, damping: float, block: str
-) -> Iterator[tuple[int, Float[Tensor, "slot rank"]]]:
-    r"""What every slot of every step moved the end by.
+def back_over(
+    visits: Visits, transport: Transport, *, damping: float, step: int, block: str
+) -> Float[Tensor, "slot rank"]:
+    r"""What every slot of a step moved the end by, and P taken back over the step.
 
     .. math:: E_t = c\, X_t P_{t+1}^\top
 
     Args:
-        steps: the steps with their numbers, the last first.
-        transport: P behind the last step; it is taken back over all of them.
+        visits: the step.
+        transport: P behind it.
         damping: see `weighted`.
+        step: its number, for an error.
         block: name of the coordinates, for an error.
-
-    Yields:
-        The number of each step, and its embeddings.
 
     Raises:
         EmbeddingGrew: rows grew beyond all measure, or are not finite.
     """
-    for number, visits in steps:
-        found = transport(visits.moved)
-        growth = _growth(found, visits.moved)
-        if not growth <= GROWTH:
-            raise EmbeddingGrew(number, block, growth)
-        yield number, visits.share[:, None] * found
-        transport.through(weighted(visits, damping), visits.fisher, visits.decay)
+    found = transport(visits.moved)
+    growth = _growth(found, visits.moved)
+    if not growth <= GROWTH:
+        raise EmbeddingGrew(step, block, growth)
+    transport.through(weighted(visits, damping), visits.fisher, visits.decay)
+    return visits.share[:, None] * found
 
 
 def weighted(visits: Visits, damping: float) -> Float[Tensor, "slot rank"]:
