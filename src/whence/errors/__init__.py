@@ -5,6 +5,7 @@ from whence.errors.command_line import BrokenFile as BrokenFile
 from whence.errors.command_line import NotInFile as NotInFile
 from whence.errors.command_line import OtherRun as OtherRun
 from whence.errors.embedding import DamagedEmbeddings as DamagedEmbeddings
+from whence.errors.embedding import DifferentEmbeddings as DifferentEmbeddings
 from whence.errors.embedding import EmbeddedElsewhere as EmbeddedElsewhere
 from whence.errors.embedding import EmbeddingGrew as EmbeddingGrew
 from whence.errors.embedding import NoDraw as NoDraw

@@ -1,6 +1,6 @@
 """What can go wrong with the embeddings of a training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from whence.errors.sentences import WhenceError, listed
@@ -14,6 +14,16 @@ class EmbeddingGrew(WhenceError):
             f"At step {step} the embeddings of {block!r} are {growth:.2g} times what the step itself moved: rate times "
             "curvature is above 2 in later steps, and their product explodes. Use damping=0.5 (or more), fisher='true' "
             "instead of 'empirical', projection='orthonormal', a smaller rank; or train with a smaller learning rate.",
+        )
+
+
+class DifferentEmbeddings(WhenceError):
+    """An embedding cannot go on in a folder that was begun with other arguments."""
+
+    def __init__(self, path: Path, differences: Mapping[str, tuple[object, object]]) -> None:
+        told = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items())
+        self.args = (
+            f"{path} holds other embeddings ({told}). Use the same arguments to go on, or another folder, or delete it.",
         )
 
 

@@ -27,7 +27,7 @@ from zarr.storage import MemoryStore
 
 from whence.errors import (
     DamagedEmbeddings,
-    DifferentInfluence,
+    DifferentEmbeddings,
     FolderTaken,
     NotEmbeddings,
     UnfinishedEmbeddings,
@@ -39,7 +39,7 @@ from whence.run.files import replacing
 FORMAT, VERSION = "whence embeddings", 1
 AXES = ("step", "slot", "coordinate")
 SHARD_BYTES = 64 * 2**20  # of a few arrays of this size that are in memory at once
-SHARDS = 20  # a capture can resume at this many points
+SHARDS, SHORTEST = 20, 8  # a pass over the training can go on at this many points, at least so many steps apart
 
 
 @final
@@ -83,7 +83,7 @@ class About:
     def shard(self) -> int:
         """How many steps are read and written together."""
         fitting = SHARD_BYTES // (self.slots * self.rank * np.dtype(self.dtype).itemsize)
-        return max(1, min(-(-self.steps // SHARDS), fitting))
+        return max(1, min(max(SHORTEST, -(-self.steps // SHARDS)), self.steps, fitting))
 
     @property
     def shards(self) -> list[tuple[int, int]]:
@@ -104,7 +104,7 @@ class About:
 class EmbeddingStore:
     """The arrays of embeddings, by step."""
 
-    def __init__(self, group: zarr.Group, captured: zarr.Group | None, about: About) -> None:
+    def __init__(self, group: zarr.Group, about: About, captured: zarr.Group | None = None) -> None:
         self.group, self.captured, self.about = group, captured, about
         self.path = folder(group)
         self._done: set[int] = set()
@@ -122,17 +122,17 @@ class EmbeddingStore:
             sample: row of the training set in every slot; -1 pads a short batch.
 
         Raises:
-            DifferentInfluence: what is there was begun with other arguments.
+            DifferentEmbeddings: what is there was begun with other arguments.
             FolderTaken: something else is there.
         """
         if path is None:
-            return cls(_create(MemoryStore(), about, sample), _create_captured(MemoryStore(), about, captured), about)
+            return cls(_create(MemoryStore(), about, sample), about, _create_captured(MemoryStore(), about, captured))
         if (path / "zarr.json").is_file():
             group, there = _load(path, "r+")
             if differences := there.differences(about):
-                raise DifferentInfluence(path, differences)
-            ongoing = (path / "captured" / "zarr.json").is_file()
-            return cls(group, zarr.open_group(path / "captured", mode="r+") if ongoing else None, about)
+                raise DifferentEmbeddings(path, differences)
+            ongoing = not (path / "done.json").is_file()
+            return cls(group, about, zarr.open_group(path / "captured", mode="r+") if ongoing else None)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FolderTaken(path)
         # Laid out beside its place and moved there whole: a kill leaves nothing half-made.
@@ -142,7 +142,7 @@ class EmbeddingStore:
         _create(scratch, about, sample)
         _create_captured(scratch / "captured", about, captured)
         scratch.replace(path)
-        return cls(_load(path, "r+")[0], zarr.open_group(path / "captured", mode="r+"), about)
+        return cls(_load(path, "r+")[0], about, zarr.open_group(path / "captured", mode="r+"))
 
     @classmethod
     def open(cls, path: Path) -> "EmbeddingStore":
@@ -153,7 +153,7 @@ class EmbeddingStore:
             DamagedEmbeddings: a file is missing, or of another size.
         """
         group, about = _load(path, "r")
-        store = cls(group, None, about)
+        store = cls(group, about)
         if not store.finished:
             raise UnfinishedEmbeddings(path)
         sizes: dict[str, int] = json.loads((path / "done.json").read_text(encoding="utf-8"))
@@ -177,7 +177,7 @@ class EmbeddingStore:
     def captured_names(self) -> list[str]:
         """The arrays that the pass over the training filled."""
         assert self.captured is not None
-        return sorted(name for name, _ in self.captured.arrays())
+        return list(self.captured.attrs["arrays"])  # type: ignore[arg-type]
 
     def mark_captured(self, shard: int) -> None:
         """Note that a shard of the pass over the training is whole."""
@@ -234,7 +234,7 @@ def _create(store: Path | MemoryStore, about: About, sample: np.ndarray) -> zarr
 
 
 def _create_captured(store: Path | MemoryStore, about: About, shapes: Mapping[str, tuple[int, ...]]) -> zarr.Group:
-    group = zarr.create_group(store, zarr_format=3)
+    group = zarr.create_group(store, zarr_format=3, attributes={"arrays": list(shapes)})
     for name, shape in shapes.items():
         _array(group, name, (about.steps, *shape), shard=about.shard, dtype=about.dtype)
     return group
