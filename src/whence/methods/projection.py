@@ -1,8 +1,8 @@
 r"""Random projections of gradients, small enough to be stored for every visit of a training.
 
-Decisions: a projection belongs to a parameter, not to a module, so tied weights have one. Its two sides are drawn apart,
-from the seed, the parameter's name and the side's number: two sides drawn alike would make the sketch biased. The small
-gradients of all parameters lie behind each other along one axis, `layer-rank`.
+Decisions: a projection belongs to a parameter, not to a module, so tied weights have one. Its two sides are drawn
+apart, from the seed, the parameter's name and the side's number: two sides drawn alike would make the sketch biased.
+The small gradients of all parameters lie behind each other along one axis, `layer-rank`.
 """
 
 import hashlib

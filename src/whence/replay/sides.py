@@ -1,8 +1,8 @@
 r"""How the gradient of one parameter is made small: each of its two sides is reduced on its own.
 
-A parameter is seen as a matrix, its first axis by all others. With A and B the two reductions, `[size, rank]`, the small
-form of a gradient G is :math:`A^\top G B`. Where G is a sum of outer products :math:`\sum b a^\top`, as a linear layer's
-is, that equals :math:`\sum (A^\top b)(B^\top a)^\top`, and G need not exist.
+A parameter is seen as a matrix, its first axis by all others. With A and B the two reductions, `[size, rank]`, the
+small form of a gradient G is :math:`A^\top G B`. Where G is a sum of outer products :math:`\sum b a^\top`, as a linear
+layer's is, that equals :math:`\sum (A^\top b)(B^\top a)^\top`, and G need not exist.
 """
 
 import abc
@@ -116,7 +116,7 @@ class Sides:
         """Entries of the small form."""
         return self.left.rank * (1 if self.right is None else self.right.rank)
 
-    def reduce(self, gradient: Float[Tensor, "row *shape"]) -> Float[Tensor, "row rank"]:
+    def reduce(self, gradient: Float[Tensor, "row ..."]) -> Float[Tensor, "row rank"]:
         """The small form of whole gradients."""
         if self.right is None:
             return self.left.reduce(gradient.reshape(len(gradient), self.left.size))
