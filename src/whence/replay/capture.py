@@ -92,7 +92,7 @@ def captured(
         view = _Pass(piece, leaves, watching.uses, outputs, every)
         gradient, rows = view.captured(sides)
         if watching.froze:
-            gradient = piece.gradient(params, buffers, None)[0]
+            gradient, after, own = piece.gradient(params, buffers, None)
         elif piece.index == 0:
             gradient = _with_penalty(piece, params, gradient)
     return Captured(rows, own.detach(), gradient, {name: tensor.detach() for name, tensor in after.items()})

@@ -16,6 +16,7 @@ from torch.nn.functional import pad, unfold
 
 from whence.replay.sides import Sides
 
+TOKENS_FIRST = frozenset({"second", "flat, tokens first"})
 Arranged = Callable[[Tensor], Tensor]  # what an operation gives or takes -> [slot, token, feature]
 
 
@@ -134,7 +135,7 @@ class Spread(Use):
         if self.source is self.leaf:
             return cotangent
         (found,) = torch.autograd.grad(
-            self.source, self.leaf, cotangent.to(self.source.dtype), retain_graph=True, is_batched_grads=True
+            self.source, self.leaf, cotangent.to(self.source.dtype), retain_graph=True, is_grads_batched=True
         )
         return found
 
@@ -150,7 +151,9 @@ def layout_of(x: Tensor, slots: int) -> str | None:
 
 def by_slot(x: Tensor, slots: int, layout: str) -> Tensor:
     """Features last -> `[slot, token, feature]`."""
-    return (x.transpose(0, 1) if layout == "second" else x).reshape(slots, -1, x.shape[-1])
+    if layout == "flat, tokens first":
+        x = x.reshape(-1, slots, x.shape[-1])
+    return (x.transpose(0, 1) if layout in TOKENS_FIRST else x).reshape(slots, -1, x.shape[-1])
 
 
 def channels_last(x: Tensor) -> Tensor:

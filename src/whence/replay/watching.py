@@ -48,7 +48,7 @@ class Watching(TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         self.uses: list[Use] = []
         self.froze = False  # batch statistics were taken for constants
-        self._slots = slots
+        self._slots, self._flat = slots, "flat"
         self._names = {id(leaf): name for name, leaf in leaves.items()}
         self._leaves = leaves
         self._alone: dict[int, tuple[Tensor, frozenset[str]]] = {
@@ -68,8 +68,7 @@ class Watching(TorchFunctionMode):
             return self._batch_norm(func, args, kwargs)
         alone = [self._alone[id(t)] for t in tensors if id(t) in self._alone]
         if name == "multi_head_attention_forward":
-            with self:
-                return _OPENED(*args, **kwargs)
+            return self._attend(args, kwargs)
         if not alone:
             return self._follow(func(*args, **kwargs), tensors)
         if name in _RULES:
@@ -78,6 +77,18 @@ class Watching(TorchFunctionMode):
             getattr(self, _RULES[name])(call, found)
             return found
         return self._meet(name, partial(func, **kwargs), args)
+
+    def _attend(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """torch's attention lays the tokens of all samples in one row, sample by sample within a token."""
+        self._flat = "flat, tokens first"
+        with self:
+            found = _OPENED(*args, **kwargs)
+        self._flat = "flat"
+        return found
+
+    def _layout(self, x: Tensor) -> str | None:
+        found = layout_of(x, self._slots)
+        return self._flat if found == "flat" else found
 
     def _follow(self, found: Any, tensors: list[Tensor]) -> Any:
         """Whole numbers made of what was fed are fed, too."""
@@ -89,7 +100,7 @@ class Watching(TorchFunctionMode):
         name = self._names.get(id(weight))
         if name is not None and out.requires_grad:  # not under no_grad
             layout = rest.pop("layout", "first")
-            self.uses.append(kind(name, get_gradient_edge(out), arranged, layout, **rest))
+            self.uses.append(kind(name, get_gradient_edge(_whole(out)), _shaped(arranged, out.shape), layout, **rest))
 
     def _linear(self, call: Call, out: Tensor) -> None:
         self._product(call["input"], call["weight"], call["bias"], out=out)
@@ -103,7 +114,7 @@ class Watching(TorchFunctionMode):
             self._product(call["input"], call["other"], None, out=out, turned=True)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor, turned: bool = False) -> None:
-        layout = layout_of(x, self._slots)
+        layout = self._layout(x)
         if layout is None:
             return
         arranged = partial(by_slot, slots=self._slots, layout=layout)
@@ -140,7 +151,7 @@ class Watching(TorchFunctionMode):
         eps = {} if call["eps"] is None else {"eps": call["eps"]}
         kind = nn.functional.layer_norm if "bias" in call else nn.functional.rms_norm
         flat = partial(torch.flatten, start_dim=x.dim() - len(shape))
-        layout = layout_of(flat(x), self._slots)
+        layout = self._layout(flat(x))
         if layout is None:
             return
 
@@ -210,6 +221,17 @@ class Watching(TorchFunctionMode):
         if all(id(source) in self._alone for source in sources):
             names = frozenset(chain.from_iterable(self._alone[id(source)][1] for source in sources))
             self._alone[id(found)] = found, names
+
+
+def _whole(out: Tensor) -> Tensor:
+    """The tensor that an output is another shape of: if the output is overwritten, only that stays in the graph."""
+    base = out._base
+    fit = base is not None and base.grad_fn is not None and base.numel() == out.numel() and base.is_contiguous()
+    return base if fit and base is not None and out.is_contiguous() else out
+
+
+def _shaped(arranged: Arranged, shape: torch.Size) -> Arranged:
+    return lambda cotangent: arranged(cotangent.reshape(shape))
 
 
 def _tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
