@@ -141,7 +141,9 @@ LAYERS = [
         lambda: Mapped(lambda m, x: torch.tanh(m.word(x) + m.place(torch.arange(PLACES))), word=table(), place=table()),
         tokens,
     ),
-    Layer("gain", lambda: Mapped(lambda m, x: torch.tanh(x) * m.gain + m.shift, gain=torch.ones(4), shift=torch.ones(1))),
+    Layer(
+        "gain", lambda: Mapped(lambda m, x: torch.tanh(x) * m.gain + m.shift, gain=torch.ones(4), shift=torch.ones(1))
+    ),
     Layer(
         "class token",
         lambda: Mapped(
@@ -150,7 +152,9 @@ LAYERS = [
             core=nn.Linear(WIDTH, 3),
         ),
     ),
-    Layer("attention", lambda: Mapped(lambda m, x: m.core(x, x, x)[0], core=nn.MultiheadAttention(4, 2, batch_first=True))),
+    Layer(
+        "attention", lambda: Mapped(lambda m, x: m.core(x, x, x)[0], core=nn.MultiheadAttention(4, 2, batch_first=True))
+    ),
     Layer("encoder", lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.3, batch_first=True)),
     Layer("dropout", lambda: nn.Sequential(nn.Linear(WIDTH, 6), nn.Dropout(0.4), nn.Linear(6, 2))),
     Layer("lstm", lambda: Mapped(lambda m, x: m.core(x)[0], core=nn.LSTM(WIDTH, 3, batch_first=True)), slow=LSTM),
@@ -159,8 +163,11 @@ LAYERS = [
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 6)),
         slow=("parametrizations.weight.original0", "parametrizations.weight.original1"),
     ),
-    Layer("used without its module", lambda: Mapped(lambda m, x: x @ m.core.weight.mT, core=nn.Linear(4, 6))
-          , slow=("core.weight",)),
+    Layer(
+        "used without its module",
+        lambda: Mapped(lambda m, x: x @ m.core.weight.mT, core=nn.Linear(4, 6)),
+        slow=("core.weight",),
+    ),
 ]
 
 
@@ -220,8 +227,14 @@ def by_hand(slopes: Sequence[Tree], drawn: Projection) -> Tensor:
         parts = []
         for name, sides in drawn.sides.items():
             left = sides.left.reduce(torch.eye(sides.left.size).double())
-            right = torch.ones(1, 1).double() if sides.right is None else sides.right.reduce(torch.eye(sides.right.size).double())
-            parts.append(torch.einsum("ij,ip,jq->pq", slope[name].reshape(len(left), len(right)), left, right).flatten())
+            right = (
+                torch.ones(1, 1).double()
+                if sides.right is None
+                else sides.right.reduce(torch.eye(sides.right.size).double())
+            )
+            parts.append(
+                torch.einsum("ij,ip,jq->pq", slope[name].reshape(len(left), len(right)), left, right).flatten()
+            )
         rows.append(torch.cat(parts))
     return torch.stack(rows)
 

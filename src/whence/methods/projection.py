@@ -145,15 +145,11 @@ def _gaussian(size: int, rank: int, draw: torch.Generator) -> Side:
 
 def _orthonormal(size: int, rank: int, draw: torch.Generator) -> Side:
     """Scaled so that it is unbiased: a random subspace holds rank / size of a vector's square."""
-    if rank == size:
-        return _all(size)
     basis = torch.linalg.qr(torch.randn(size, rank, generator=draw, dtype=torch.float64))[0]
     return Dense(basis * (size / rank) ** 0.5)
 
 
 def _mask(size: int, rank: int, draw: torch.Generator) -> Side:
-    if rank == size:
-        return _all(size)
     index = torch.randperm(size, generator=draw)[:rank].sort()[0]
     return Picked(size, index, torch.full((rank,), (size / rank) ** 0.5, dtype=torch.float64))
 

@@ -137,28 +137,34 @@ class _Pass:
         }
         cotangents = [dict(zip(edges, found[: len(edges)], strict=True))]
         cotangents += [dict(zip(edges, _grads(loss.sum(), edges), strict=True)) for loss in self.losses[1:]]
-        parts = [self.parts(cotangents, reductions) for reductions in sides]
-        inverse = torch.where(share != 0, 1 / share, 0)
-        for of_set in parts:
-            of_set[0] = {name: part * inverse[:, None] for name, part in of_set[0].items()}
+        parts = self.parts(cotangents, sides)
+        inverse = torch.where(share != 0, 1 / share, 0)[:, None]
+        parts[0] = [{name: part * inverse for name, part in of_set.items()} for of_set in parts[0]]
         failed = self.unproven(parts[0][0], sides[0])
         rows = [
-            [self.joined(part, failed, loss=loss, reductions=reductions) for loss, part in zip(self.losses, of_set, strict=True)]
-            for of_set, reductions in zip(parts, sides, strict=True)
+            tuple(
+                self.joined(part, failed, loss=loss, reductions=one) for part, one in zip(of_loss, sides, strict=True)
+            )
+            for loss, of_loss in zip(self.losses, parts, strict=True)
         ]
-        return gradient, tuple(zip(*rows, strict=True))
+        return gradient, tuple(rows)
 
-    def parts(self, cotangents: Sequence[Mapping[Any, Tensor | None]], reductions: Reductions) -> list[Parts]:
-        """Small gradients by loss and parameter, summed over the parameter's uses."""
-        found: list[Parts] = [{} for _ in cotangents]
+    def parts(
+        self, cotangents: Sequence[Mapping[Any, Tensor | None]], sides: Sequence[Reductions]
+    ) -> list[list[Parts]]:
+        """Small gradients by loss, set of reductions and parameter, summed over the parameter's uses."""
+        found: list[list[Parts]] = [[{} for _ in sides] for _ in cotangents]
         for use in self.uses:
-            if use.name not in reductions:
+            reductions = [one[use.name] for one in sides if use.name in one]
+            if not reductions:
                 continue
-            there = [(parts, of[use.edge]) for parts, of in zip(found, cotangents, strict=True)]
-            there = [(parts, b) for parts, b in there if b is not None]
-            small = use.rows([b for _, b in there], reductions[use.name])
-            for (parts, _), rows in zip(there, small, strict=True):
-                parts[use.name] = parts[use.name] + rows if use.name in parts else rows
+            factors = use.factors(reductions)
+            for of_loss, of_edge in zip(found, cotangents, strict=True):
+                b = of_edge[use.edge]
+                if b is None:
+                    continue
+                for parts, rows in zip(of_loss, use.rows(b, factors, reductions), strict=True):
+                    parts[use.name] = parts[use.name] + rows if use.name in parts else rows
         return found
 
     def joined(self, parts: Parts, failed: frozenset[str], *, loss: Tensor, reductions: Reductions) -> Tensor:

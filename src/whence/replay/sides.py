@@ -6,6 +6,7 @@ layer's is, that equals :math:`\sum (A^\top b)(B^\top a)^\top`, and G need not e
 """
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import final
@@ -101,6 +102,18 @@ class Picked(Side):
     def scaled(self, factors: Float[Tensor, " size"]) -> "Picked":
         """Weights times the factors of what was picked."""
         return Picked(self.size, self.index, self.weight * factors[self.index])
+
+
+def reduced(sides: Sequence[Side], x: Tensor) -> list[Tensor]:
+    """What each of several maps makes of the same entries; x is read once where they are matrices.
+
+    >>> [found.tolist() for found in reduced([Dense(torch.ones(2, 1)), Dense(2 * torch.ones(2, 1))], torch.ones(1, 2))]
+    [[[2.0]], [[4.0]]]
+    """
+    bases = [side.basis for side in sides if isinstance(side, Dense)]
+    if len(bases) < 2 or len(bases) < len(sides):
+        return [side.reduce(x) for side in sides]
+    return list((x @ torch.cat(bases, 1)).split([side.rank for side in sides], -1))
 
 
 @final

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn.functional import pad, unfold
 
-from whence.replay.sides import Sides
+from whence.replay.sides import Side, Sides, reduced
 
 TOKENS_FIRST = frozenset({"second", "flat, tokens first"})
 Arranged = Callable[[Tensor], Tensor]  # what an operation gives or takes -> [slot, token, feature]
@@ -37,8 +37,19 @@ class Use(abc.ABC):
     layout: str
 
     @abc.abstractmethod
-    def rows(self, cotangents: Sequence[Tensor], sides: Sides) -> list[Tensor]:
-        """Small gradients `[slot, rank]` for each of several (raw) cotangents."""
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+        """Small gradients `[slot, rank]` by set of reductions, given the (raw) cotangent.
+
+        Args:
+            cotangent: b.
+            factors: as `factors` reduced the other factor.
+            sides: sets of reductions.
+        """
+
+    def factors(self, sides: Sequence[Sides]) -> list[Tensor]:
+        """The parameter's other factor, reduced by every set of reductions; the same for all cotangents."""
+        del sides
+        return []
 
     @property
     def kind(self) -> tuple[str, str, str]:
@@ -61,18 +72,21 @@ class Outer(Use):
     groups: int = 1
     turned: bool = False
 
-    def rows(self, cotangents: Sequence[Tensor], sides: Sides) -> list[Tensor]:
+    def factors(self, sides: Sequence[Sides]) -> list[Tensor]:
+        """Reduced inputs."""
+        x = self.inputs.unflatten(2, (self.groups, -1)) if self.groups > 1 else self.inputs
+        return reduced([one.left if self.turned else _right(one) for one in sides], x)
+
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
         """The reduced factors' product."""
-        assert sides.right is not None
-        ours, theirs = (sides.left, sides.right) if self.turned else (sides.right, sides.left)
+        b = self.arranged(cotangent)
         if self.groups > 1:
-            a = ours.reduce(self.inputs.unflatten(2, (self.groups, -1)))
-            split = [self.arranged(b).unflatten(2, (self.groups, -1)) for b in cotangents]
-            mixed = [torch.einsum("stgo,stgr->srgo", b, a).flatten(2) for b in split]
-            return [theirs.reduce(each).mT.flatten(1) for each in mixed]
-        a = ours.reduce(self.inputs)
-        reduced = [theirs.reduce(self.arranged(b)) for b in cotangents]
-        return [(a.mT @ b if self.turned else b.mT @ a).flatten(1) for b in reduced]
+            split = b.unflatten(2, (self.groups, -1))
+            mixed = [torch.einsum("stgo,stgr->srgo", split, a).flatten(2) for a in factors]
+            return [one.left.reduce(each).mT.flatten(1) for one, each in zip(sides, mixed, strict=True)]
+        outputs = reduced([_right(one) if self.turned else one.left for one in sides], b)
+        pairs = zip(factors, outputs, strict=True)
+        return [(a.mT @ b if self.turned else b.mT @ a).flatten(1) for a, b in pairs]
 
 
 @final
@@ -88,13 +102,18 @@ class Lookup(Use):
     places: Tensor
     ignored: int | None = None
 
-    def rows(self, cotangents: Sequence[Tensor], sides: Sides) -> list[Tensor]:
+    def factors(self, sides: Sequence[Sides]) -> list[Tensor]:
+        """Reduced unit vectors."""
+        units = [one.left.unit(self.places) for one in sides]
+        if self.ignored is None:
+            return units
+        counted = (self.places != self.ignored)[..., None]
+        return [unit * counted for unit in units]
+
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
         """Reduced unit vectors times reduced cotangents."""
-        assert sides.right is not None
-        units = sides.left.unit(self.places)
-        if self.ignored is not None:
-            units = units * (self.places != self.ignored)[..., None]
-        return [(units.mT @ sides.right.reduce(self.arranged(b))).flatten(1) for b in cotangents]
+        vectors = reduced([_right(one) for one in sides], self.arranged(cotangent))
+        return [(units.mT @ b).flatten(1) for units, b in zip(factors, vectors, strict=True)]
 
 
 @final
@@ -108,10 +127,12 @@ class Scale(Use):
 
     inputs: Tensor | None = None
 
-    def rows(self, cotangents: Sequence[Tensor], sides: Sides) -> list[Tensor]:
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
         """Sums, reduced like whole gradients."""
-        found = (self.arranged(b) for b in cotangents)
-        return [sides.reduce((b if self.inputs is None else b * self.inputs).sum(1)) for b in found]
+        del factors
+        b = self.arranged(cotangent)
+        whole = (b if self.inputs is None else b * self.inputs).sum(1)
+        return [one.reduce(whole) for one in sides]
 
 
 @final
@@ -127,9 +148,11 @@ class Spread(Use):
     leaf: Tensor
     source: Tensor
 
-    def rows(self, cotangents: Sequence[Tensor], sides: Sides) -> list[Tensor]:
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
         """Each sample's cotangent, taken back through the short way from the source to the parameter."""
-        return [sides.reduce(self._pulled(self.arranged(b))) for b in cotangents]
+        del factors
+        whole = self._pulled(self.arranged(cotangent))
+        return [one.reduce(whole) for one in sides]
 
     def _pulled(self, cotangent: Tensor) -> Tensor:
         if self.source is self.leaf:
@@ -138,6 +161,11 @@ class Spread(Use):
             self.source, self.leaf, cotangent.to(self.source.dtype), retain_graph=True, is_grads_batched=True
         )
         return found
+
+
+def _right(sides: Sides) -> Side:
+    assert sides.right is not None, "a vector is no matrix"
+    return sides.right
 
 
 def layout_of(x: Tensor, slots: int) -> str | None:

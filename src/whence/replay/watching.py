@@ -96,7 +96,9 @@ class Watching(TorchFunctionMode):
             self._fed[id(found)] = found
         return found
 
-    def _add(self, kind: Callable[..., Use], weight: Tensor | None, out: Tensor, *, arranged: Arranged, **rest: Any) -> None:
+    def _add(
+        self, kind: Callable[..., Use], weight: Tensor | None, out: Tensor, *, arranged: Arranged, **rest: Any
+    ) -> None:
         name = self._names.get(id(weight))
         if name is not None and out.requires_grad:  # not under no_grad
             layout = rest.pop("layout", "first")
@@ -143,7 +145,13 @@ class Watching(TorchFunctionMode):
             arranged = partial(by_slot, slots=self._slots, layout=layout)
             of_slots = arranged(places[..., None])[..., 0]
             self._add(
-                Lookup, call["weight"], out, arranged=arranged, layout=layout, places=of_slots, ignored=call["padding_idx"]
+                Lookup,
+                call["weight"],
+                out,
+                arranged=arranged,
+                layout=layout,
+                places=of_slots,
+                ignored=call["padding_idx"],
             )
 
     def _layer_norm(self, call: Call, out: Tensor) -> None:
@@ -251,7 +259,9 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _OPENED = _opened(nn.functional.multi_head_attention_forward)
-_ELEMENTWISE = frozenset({"add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "__radd__", "__rsub__", "__rmul__", "__iadd__"})
+_ELEMENTWISE = frozenset(
+    {"add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "__radd__", "__rsub__", "__rmul__", "__iadd__"}
+)
 _RULES = {
     "linear": "_linear",
     "addmm": "_addmm",
