@@ -28,6 +28,7 @@ from whence.errors.influence import UnknownQuery as UnknownQuery
 from whence.errors.influence import UnknownSample as UnknownSample
 from whence.errors.methods import BadSetting as BadSetting
 from whence.errors.methods import CannotRenormalize as CannotRenormalize
+from whence.errors.methods import CoupledLoss as CoupledLoss
 from whence.errors.methods import NoOutputs as NoOutputs
 from whence.errors.methods import TooLittleMemory as TooLittleMemory
 from whence.errors.methods import WithoutQueries as WithoutQueries

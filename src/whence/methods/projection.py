@@ -1,8 +1,8 @@
 r"""Random projections of gradients, small enough to be stored for every visit of a training.
 
-Decisions: a projection belongs to a parameter, not to a module, so tied weights have one. Its two sides are drawn apart,
-from the seed, the parameter's name and the side's number: two sides drawn alike would make the sketch biased. The small
-gradients of all parameters lie behind each other along one axis, `layer-rank`.
+Decisions: a projection belongs to a parameter, not to a module, so tied weights have one. Its two sides are drawn
+apart, from the seed, the parameter's name and the side's number: two sides drawn alike would make the sketch biased.
+The small gradients of all parameters lie behind each other along one axis, `layer-rank`.
 """
 
 import hashlib
@@ -145,15 +145,11 @@ def _gaussian(size: int, rank: int, draw: torch.Generator) -> Side:
 
 def _orthonormal(size: int, rank: int, draw: torch.Generator) -> Side:
     """Scaled so that it is unbiased: a random subspace holds rank / size of a vector's square."""
-    if rank == size:
-        return _all(size)
     basis = torch.linalg.qr(torch.randn(size, rank, generator=draw, dtype=torch.float64))[0]
     return Dense(basis * (size / rank) ** 0.5)
 
 
 def _mask(size: int, rank: int, draw: torch.Generator) -> Side:
-    if rank == size:
-        return _all(size)
     index = torch.randperm(size, generator=draw)[:rank].sort()[0]
     return Picked(size, index, torch.full((rank,), (size / rank) ** 0.5, dtype=torch.float64))
 

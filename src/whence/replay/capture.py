@@ -1,20 +1,42 @@
-r"""The gradient of every sample's loss at a step, made small by projection, beside the gradient of the step itself."""
+r"""The gradient of every sample's loss at a step, made small by projection, beside the gradient of the step itself.
 
-from collections.abc import Callable, Mapping, Sequence
+One forward pass and one backward pass serve both, with training's own kernels. Every operation that uses a parameter is
+watched, and the small gradients follow from its inputs and from the cotangents of its outputs (`uses.py`). That watching
+is a guess about layouts, so it proves itself: with random weights :math:`\omega` of the samples,
+
+.. math:: \sum_b \omega_b\, P(\nabla\ell_b) = P(\nabla \sum_b \omega_b \ell_b)
+
+must hold for every parameter. It is asked again whenever the parameters are used in another way, and at steps 1, 2, 4,
+8, ... Parameters for which it does not hold (in a recurrent layer, say) are differentiated sample by sample.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from whence.errors import CoupledLoss, listed
 from whence.replay.sides import Sides
 from whence.replay.transition import Piece
+from whence.replay.uses import Use
+from whence.replay.watching import Watching
 from whence.task import Batch
 from whence.tree import Tree
 
+log = logging.getLogger(__name__)
 Loss = Callable[[Any, Batch], Tensor]  # outputs, batch -> [slot]
 Reductions = Mapping[str, Sides]
+Parts = dict[str, Tensor]  # [slot, rank] by parameter
+
+AGREES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative difference that counts as none
+# What was proven about a model: the ways in which it used its parameters, and those that are not explained by that.
+_PROVEN: "WeakKeyDictionary[nn.Module, dict[Hashable, frozenset[str]]]" = WeakKeyDictionary()
 
 
 @final
@@ -37,14 +59,13 @@ class Captured:
 
 
 def captured(
-    piece: Piece,
-    params: Tree,
-    buffers: Tree,
-    *,
-    sides: Sequence[Reductions],
-    losses: Sequence[Loss] = (),
+    piece: Piece, params: Tree, buffers: Tree, *, sides: Sequence[Reductions], losses: Sequence[Loss] = ()
 ) -> Captured:
-    """Capture the projected gradients of a micro-batch's samples.
+    r"""Capture the projected gradients of a micro-batch's samples.
+
+    With BatchNorm in train mode every loss depends on every sample; the rows then take the batch's statistics for
+    constants (the step's gradient does not). Elsewhere they are exact. A slot whose share of the step's loss is zero
+    has a row of zeros under the task's loss.
 
     Args:
         piece: the micro-batch; its modules are put into the recorded modes.
@@ -53,49 +74,163 @@ def captured(
         sides: sets of reductions, all of the same parameters in the same order; parameters that the step does not move
             have zeros.
         losses: further losses, read off the same outputs.
+
+    Raises:
+        CoupledLoss: the loss of one sample depends on the outputs of another.
     """
-    task = piece.transition.task
-    leaves = {name: params[name].detach().requires_grad_() for name in piece.transition.moving}
+    if not piece.counted:
+        return _without_rows(piece, params, buffers, sides=sides, count=1 + len(losses))
+    moving = piece.transition.moving
+    leaves = {name: params[name].detach().requires_grad_() for name in moving}
     with torch.enable_grad(), piece.transition.replaying(twice=False):
+        watching = Watching(leaves, len(piece.share), piece.batch)
         with piece.randomness():
-            outputs, after = task.outputs(params | leaves, buffers, piece.batch)
-            own = task.losses_of(outputs, piece.batch)
-        if not piece.counted:
-            own = own.detach()[:0]
-        total = piece.weighted(own, None)
-        if piece.index == 0 and task.penalty is not None:
-            total = total + task.penalty(params | leaves)
-        every = [own, *(loss(outputs, piece.batch) if piece.counted else own for loss in losses)]
-        rows = tuple(_rows(one, leaves, sides) for one in every)
-        gradient = _gradient(total, leaves)
+            with watching:
+                outputs, after = piece.transition.task.outputs(params | leaves, buffers, piece.batch)
+            own = piece.transition.task.losses_of(outputs, piece.batch)
+        every = [own, *(loss(outputs, piece.batch) for loss in losses)]
+        view = _Pass(piece, leaves, watching.uses, outputs, every)
+        gradient, rows = view.captured(sides)
+        if watching.froze:
+            gradient, after, own = piece.gradient(params, buffers, None)
+        elif piece.index == 0:
+            gradient = _with_penalty(piece, params, gradient)
     return Captured(rows, own.detach(), gradient, {name: tensor.detach() for name, tensor in after.items()})
 
 
-def _rows(losses: Tensor, leaves: Tree, sides: Sequence[Reductions]) -> tuple[Tensor, ...]:
-    """Slot by slot."""
-    found: list[list[Tensor]] = [[] for _ in sides]
-    for loss in losses:
-        slopes = _gradient(loss, leaves)
-        for rows, reductions in zip(found, sides, strict=True):
-            rows.append(_reduced(slopes, reductions, losses))
-    widths = [sum(one.rank for one in reductions.values()) for reductions in sides]
-    return tuple(
-        torch.stack(rows) if rows else losses.new_zeros(0, width) for rows, width in zip(found, widths, strict=True)
-    )
+def _without_rows(piece: Piece, params: Tree, buffers: Tree, *, sides: Sequence[Reductions], count: int) -> Captured:
+    with piece.transition.replaying(twice=False):
+        gradient, after, losses = piece.gradient(params, buffers, None)
+    like = next(iter(params.values()))
+    empty = tuple(like.new_zeros(0, sum(one.rank for one in reductions.values())) for reductions in sides)
+    return Captured((empty,) * count, losses, gradient, after)
 
 
-def _reduced(slopes: Tree, reductions: Reductions, like: Tensor) -> Tensor:
-    parts = [
-        one.reduce(slopes[name][None])[0] if name in slopes else like.new_zeros(one.rank)
-        for name, one in reductions.items()
-    ]
-    return torch.cat(parts)
+def _with_penalty(piece: Piece, params: Tree, gradient: Tree) -> Tree:
+    penalty = piece.transition.task.penalty
+    if penalty is None:
+        return gradient
+    leaves = {name: params[name].detach().requires_grad_() for name in gradient}
+    found = _slopes(penalty(params | leaves), leaves)
+    return {name: tensor + found[name] for name, tensor in gradient.items()}
 
 
-def _gradient(loss: Tensor, leaves: Tree) -> Tree:
-    if not loss.requires_grad:
-        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(
-        loss, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(leaves, found, strict=True))
+@final
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A forward pass that was watched, and the losses read off it."""
+
+    piece: Piece
+    leaves: Tree
+    uses: list[Use]
+    outputs: Any
+    losses: list[Tensor]
+
+    def captured(self, sides: Sequence[Reductions]) -> tuple[Tree, tuple[tuple[Tensor, ...], ...]]:
+        """The gradient of the piece without penalty, and rows by loss and reductions."""
+        edges = list(dict.fromkeys(use.edge for use in self.uses))
+        share = self.piece.share.to(self.losses[0])
+        found = _grads((self.losses[0] * share).sum(), [*edges, *self.leaves.values()])
+        gradient = {
+            name: torch.zeros_like(leaf) if slope is None else slope
+            for (name, leaf), slope in zip(self.leaves.items(), found[len(edges) :], strict=True)
+        }
+        cotangents = [dict(zip(edges, found[: len(edges)], strict=True))]
+        cotangents += [dict(zip(edges, _grads(loss.sum(), edges), strict=True)) for loss in self.losses[1:]]
+        parts = self.parts(cotangents, sides)
+        inverse = torch.where(share != 0, 1 / share, 0)[:, None]
+        parts[0] = [{name: part * inverse for name, part in of_set.items()} for of_set in parts[0]]
+        failed = self.unproven(parts[0][0], sides[0])
+        rows = [
+            tuple(
+                self.joined(part, failed, loss=loss, reductions=one) for part, one in zip(of_loss, sides, strict=True)
+            )
+            for loss, of_loss in zip(self.losses, parts, strict=True)
+        ]
+        return gradient, tuple(rows)
+
+    def parts(
+        self, cotangents: Sequence[Mapping[Any, Tensor | None]], sides: Sequence[Reductions]
+    ) -> list[list[Parts]]:
+        """Small gradients by loss, set of reductions and parameter, summed over the parameter's uses."""
+        found: list[list[Parts]] = [[{} for _ in sides] for _ in cotangents]
+        for use in self.uses:
+            reductions = [one[use.name] for one in sides if use.name in one]
+            if not reductions:
+                continue
+            factors = use.factors(reductions)
+            for of_loss, of_edge in zip(found, cotangents, strict=True):
+                b = of_edge[use.edge]
+                if b is None:
+                    continue
+                for parts, rows in zip(of_loss, use.rows(b, factors, reductions), strict=True):
+                    parts[use.name] = parts[use.name] + rows if use.name in parts else rows
+        return found
+
+    def joined(self, parts: Parts, failed: frozenset[str], *, loss: Tensor, reductions: Reductions) -> Tensor:
+        """All parameters behind each other; those that failed one sample at a time."""
+        alone = {name: self.leaves[name] for name in failed if name in reductions}
+        if alone:
+            slopes = [_slopes(one, alone) for one in loss]
+            stacked = {name: torch.stack([each[name] for each in slopes]) for name in alone}
+            parts = parts | {name: reductions[name].reduce(stacked[name]) for name in alone}
+        zeros = (loss.new_zeros(len(loss), one.rank) for one in reductions.values())
+        return torch.cat([parts.get(name, zero) for name, zero in zip(reductions, zeros, strict=True)], 1)
+
+    def unproven(self, parts: Parts, reductions: Reductions) -> frozenset[str]:
+        """Parameters whose rows are not those of their gradients."""
+        known = _PROVEN.setdefault(self.piece.transition.task.binding, {})
+        number = self.piece.transition.step.index
+        kind = (tuple(reductions), tuple(use.kind for use in self.uses))
+        if kind not in known or number & (number - 1) == 0:
+            known[kind] = self.proven_wrong(parts, reductions)
+            if known[kind]:
+                log.info("differentiated sample by sample: %s", listed(sorted(known[kind]), most=6))
+        return known[kind]
+
+    def proven_wrong(self, parts: Parts, reductions: Reductions) -> frozenset[str]:
+        own = self.losses[0]
+        random = torch.Generator().manual_seed(self.piece.transition.step.index)
+        omega = (1 + torch.rand(len(own), generator=random)).to(own) * (self.piece.share.to(own) != 0)
+        self.refuse_coupled(omega)
+        slopes = _slopes((omega * own).sum(), self.leaves)
+        wrong = set()
+        for name, slope in slopes.items():
+            if name in reductions:
+                wanted = reductions[name].reduce(slope[None])[0]
+                rows = parts.get(name, wanted.new_zeros(len(own), len(wanted))) * omega[:, None]
+                size = rows.norm(dim=1).sum() + wanted.norm()
+                if not (rows.sum(0) - wanted).norm() <= AGREES.get(own.dtype, 1e-3) * size:
+                    wrong.add(name)
+        return frozenset(wrong)
+
+    def refuse_coupled(self, omega: Tensor) -> None:
+        """Every sample's loss must be read off its own outputs.
+
+        Raises:
+            CoupledLoss: it is not.
+        """
+        ends = [end for end in tree_leaves(self.outputs) if isinstance(end, Tensor) and end.requires_grad]
+        own = self.losses[0]
+        plain, weighted = (_grads(loss.sum(), ends) for loss in (own, omega * own))
+        for one, other in zip(plain, weighted, strict=True):
+            if one is None or other is None or len(one) != len(own):
+                continue
+            wanted = one * omega.view(-1, *[1] * (one.dim() - 1))
+            if not (other - wanted).norm() <= AGREES.get(own.dtype, 1e-3) * wanted.norm():
+                raise CoupledLoss
+
+
+def _grads(loss: Tensor, inputs: Sequence[Any]) -> list[Tensor | None]:
+    """The graph is kept, and what the loss does not depend on has none."""
+    if not loss.requires_grad or not inputs:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True))
+
+
+def _slopes(loss: Tensor, leaves: Tree) -> Tree:
+    found = _grads(loss, list(leaves.values()))
+    return {
+        name: torch.zeros_like(leaf) if slope is None else slope
+        for (name, leaf), slope in zip(leaves.items(), found, strict=True)
+    }

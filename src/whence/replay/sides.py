@@ -1,11 +1,12 @@
 r"""How the gradient of one parameter is made small: each of its two sides is reduced on its own.
 
-A parameter is seen as a matrix, its first axis by all others. With A and B the two reductions, `[size, rank]`, the small
-form of a gradient G is :math:`A^\top G B`. Where G is a sum of outer products :math:`\sum b a^\top`, as a linear layer's
-is, that equals :math:`\sum (A^\top b)(B^\top a)^\top`, and G need not exist.
+A parameter is seen as a matrix, its first axis by all others. With A and B the two reductions, `[size, rank]`, the
+small form of a gradient G is :math:`A^\top G B`. Where G is a sum of outer products :math:`\sum b a^\top`, as a linear
+layer's is, that equals :math:`\sum (A^\top b)(B^\top a)^\top`, and G need not exist.
 """
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import final
@@ -103,6 +104,18 @@ class Picked(Side):
         return Picked(self.size, self.index, self.weight * factors[self.index])
 
 
+def reduced(sides: Sequence[Side], x: Tensor) -> list[Tensor]:
+    """What each of several maps makes of the same entries; x is read once where they are matrices.
+
+    >>> [found.tolist() for found in reduced([Dense(torch.ones(2, 1)), Dense(2 * torch.ones(2, 1))], torch.ones(1, 2))]
+    [[[2.0]], [[4.0]]]
+    """
+    bases = [side.basis for side in sides if isinstance(side, Dense)]
+    if len(bases) < 2 or len(bases) < len(sides):
+        return [side.reduce(x) for side in sides]
+    return list((x @ torch.cat(bases, 1)).split([side.rank for side in sides], -1))
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Sides:
@@ -116,7 +129,7 @@ class Sides:
         """Entries of the small form."""
         return self.left.rank * (1 if self.right is None else self.right.rank)
 
-    def reduce(self, gradient: Float[Tensor, "row *shape"]) -> Float[Tensor, "row rank"]:
+    def reduce(self, gradient: Float[Tensor, "row ..."]) -> Float[Tensor, "row rank"]:
         """The small form of whole gradients."""
         if self.right is None:
             return self.left.reduce(gradient.reshape(len(gradient), self.left.size))
