@@ -1,7 +1,7 @@
 """Data Value Embedding beside what it approximates, and beside itself."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -25,7 +25,9 @@ from whence.errors import (
     NotEmbeddings,
     UnfinishedEmbeddings,
 )
+from whence.influence.tables import Order
 from whence.methods.embedding_store import EmbeddingStore
+from whence.methods.projection import Kind
 from whence.run.run import Run
 
 
@@ -36,7 +38,8 @@ def whole(**settings: Any) -> whence.DataValueEmbedding:
 
 def small(**settings: Any) -> whence.DataValueEmbedding:
     """With a projection that loses something."""
-    return whence.DataValueEmbedding(**{"rank": 6, "projection": "gaussian", "damping": 0.5} | settings)
+    chosen: dict[str, Any] = {"rank": 6, "projection": "gaussian", "damping": 0.5}
+    return whence.DataValueEmbedding(**chosen | settings)
 
 
 def run_of(case: Case, folder: Path) -> Run:
@@ -84,7 +87,7 @@ def test_drawn_labels_are_the_gauss_newton_matrix_on_average(tmp_path: Path) -> 
     """Over many draws; what is left is what so many draws leave."""
     run = recorded("sgd", tmp_path)
     truth = whence.DIT(curvature=whence.GaussNewton()).attribute(run, asked()).values()
-    draws = np.stack([whole(seed=seed).attribute(run, asked()).values() for seed in range(100)])
+    draws = np.stack([whole(seed=seed).attribute(run, asked()).values() for seed in range(60)])
     left = draws.std(0) / len(draws) ** 0.5
     assert (np.abs(draws.mean(0) - truth) <= 4.5 * left + 1e-12).all()
     assert relative(draws.mean(0), truth) < 0.05 < relative(draws[0], truth)
@@ -100,18 +103,15 @@ def test_adamw_on_picked_entries_is_the_explicit_product(tmp_path: Path) -> None
     assert relative(found, truth) <= 1e-8
 
 
-@pytest.mark.parametrize("fisher", ["true", "empirical"])
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_projections_are_right_on_average(name: str, fisher: str, tmp_path: Path) -> None:
-    """What a visit in the last step is worth has no recursion in it, and is unbiased where rows and columns suffice."""
+@pytest.mark.parametrize(("name", "kind"), [("sgd", "gaussian"), ("sgd", "orthonormal"), ("adamw", "mask")])
+def test_projections_are_right_on_average(name: str, kind: Kind, tmp_path: Path) -> None:
+    """What a visit in the last step is worth has no recursion in it, and is unbiased."""
     run = recorded(name, tmp_path)
-    truth = whole(fisher=fisher, projection="mask").attribute(run, asked()).values()[:, :, -1]
-    kinds = ("gaussian", "orthonormal", "mask") if name == "sgd" else ("mask",)
-    for kind in kinds:
-        many = [small(fisher=fisher, projection=kind, seed=seed).attribute(run, asked()) for seed in range(60)]
-        draws = np.stack([found.values()[:, :, -1] for found in many])
-        left = draws.std(0) / len(draws) ** 0.5
-        assert (np.abs(draws.mean(0) - truth) <= 4.5 * left + 1e-12).all(), kind
+    truth = whole(fisher="empirical").attribute(run, asked()).values()[:, :, -1]
+    many = [small(fisher="empirical", projection=kind, seed=seed).attribute(run, asked()) for seed in range(30)]
+    draws = np.stack([found.values()[:, :, -1] for found in many])
+    left = draws.std(0) / len(draws) ** 0.5
+    assert (np.abs(draws.mean(0) - truth) <= 4.5 * left + 1e-12).all()
 
 
 def test_layers_apart_leave_out_what_they_do_to_one_another(tmp_path: Path) -> None:
@@ -123,13 +123,14 @@ def test_layers_apart_leave_out_what_they_do_to_one_another(tmp_path: Path) -> N
     assert 1e-3 < relative(apart[..., 0, :], together[..., 0, :]) < 1
 
 
-def test_rows_and_columns_of_rates_come_near_to_those_of_entries(tmp_path: Path) -> None:
+def test_rows_and_columns_of_rates_come_near_to_those_of_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nearer than a plain rate does; the three ways to follow AdamW."""
     run = recorded("adamw", tmp_path)
     exact = whole(fisher="empirical", projection="mask").attribute(run, asked()).values()
-    factored = np.mean(
-        [small(rank=15, fisher="empirical", seed=s).attribute(run, asked()).values() for s in range(40)], 0
-    )
+    monkeypatch.setattr("whence.methods.capturing.picks", lambda _: False)
+    factored = whole(fisher="empirical").attribute(run, asked()).values()
     plain = whole(fisher="empirical", follow="rate").attribute(run, asked()).values()
 
     def likeness(found: np.ndarray) -> float:
@@ -153,9 +154,7 @@ def test_segments_change_nothing_but_what_can_be_observed(name: str, fisher: str
     np.testing.assert_array_equal(found, again)
     assert (found[:, 0, 2:] == 0).all()
     assert np.abs(found[:, 0, :2]).max() > 0
-    with pytest.raises(
-        NotEmbedded, match=r"do not lead to 3; they lead to the states 2, 4, 5\. .*embed\(run, observed"
-    ):
+    with pytest.raises(NotEmbedded, match=r"not lead to 3; they lead to the states 2, 4, 5\. .*embed\(run, obs"):
         cut.attribute(asked(), observed_at=3)
 
 
@@ -164,8 +163,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
     run = recorded("adamw", tmp_path)
     truth = small(segments=2).embed(run, out=tmp_path / "whole").values()
     np.testing.assert_array_equal(small(segments=2).embed(run).values(), truth)
-    real = EmbeddingStore.write
-    writes = 0
+    monkeypatch.setattr("whence.methods.embedding_store.SHORTEST", 2)
+    real, writes = EmbeddingStore.write, 0
 
     def failing(self: EmbeddingStore, name: str, values: np.ndarray, start: int) -> None:
         nonlocal writes
@@ -174,7 +173,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
             raise Killed
         real(self, name, values, start)
 
-    for survived in range(1, 60, 7):
+    for survived in (1, 4, 9, 14, 23, 27, 29, 31):
         writes, out = survived, tmp_path / f"out{survived}"
         with monkeypatch.context() as patch:
             patch.setattr(EmbeddingStore, "write", failing)
@@ -230,7 +229,7 @@ def test_the_best_samples_come_without_the_matrix(tmp_path: Path, monkeypatch: p
     influence = embeddings.attribute(asked())
     for size in (10**9, 1):
         monkeypatch.setattr("whence.methods.embeddings.SUM_BYTES", size)
-        for order in ("harmful", "helpful", "absolute"):
+        for order in get_args(Order):
             found = embeddings.top(asked(), 4, order=order)
             assert found.columns == ["query", "rank", "sample", "influence"]
             for name in influence.queries:
@@ -263,9 +262,9 @@ def test_neighbours_are_those_of_the_summed_vectors(tmp_path: Path) -> None:
 def test_what_cannot_be_done_says_what_can(tmp_path: Path) -> None:
     """Settings, averages, labels that nobody can draw, growth."""
     run = recorded("sgd", tmp_path)
-    for name, value in {"fisher": "exact", "projection": "sparse", "follow": "sgd", "layers": 3, "rank": 0}.items():
+    for name, value in {"rank": 0, "damping": -1.0, "segments": 0}.items():
         with pytest.raises(BadSetting, match=f"{name}={value!r} is no setting"):
-            whence.DataValueEmbedding(**{name: value})
+            whence.DataValueEmbedding(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(BadSetting, match=r"whence\.DIT answers for averages"):
         small().attribute(run, whence.Averaged(asked(), 0.9))
     task = whence.Task(run.task.model, run.task.data, run.task.loss)

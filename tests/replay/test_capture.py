@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from whence.batchnorm import tracking
-from whence.errors import CoupledLoss
 from whence.methods.projection import Projection, projection
 from whence.replay import capture
 from whence.replay.capture import captured
@@ -44,7 +43,7 @@ class Conv1D(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, 6)), nn.Parameter(torch.randn(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W + b."""
+        """X W + b."""
         return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], 6)
 
 

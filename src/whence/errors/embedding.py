@@ -23,7 +23,8 @@ class DifferentEmbeddings(WhenceError):
     def __init__(self, path: Path, differences: Mapping[str, tuple[object, object]]) -> None:
         told = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items())
         self.args = (
-            f"{path} holds other embeddings ({told}). Use the same arguments to go on, or another folder, or delete it.",
+            f"{path} holds other embeddings ({told}). Use the same arguments to go on, or another "
+            "folder, or delete this one.",
         )
 
 
@@ -32,9 +33,9 @@ class NoDraw(WhenceError):
 
     def __init__(self) -> None:
         self.args = (
-            "fisher='true' draws labels from the model, and this task does not say how. Give Task(draw=...), "
-            "a function (outputs, batch, generator) -> [slot] that draws labels from what the outputs say and returns the "
-            "losses with them (whence.classification, regression and language_model have one); or use fisher='empirical'.",
+            "fisher='true' draws labels from the model, and this task does not say how. Give Task(draw=...), a function "
+            "of outputs, batch and generator that draws labels from what the outputs say and returns the losses [slot] "
+            "with them (whence.classification, regression and language_model have one), or use fisher='empirical'.",
         )
 
 
