@@ -1,173 +1,31 @@
 """Captured rows are the samples' gradients, projected: against a loop over samples with whole gradients."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.models import GPT, sentences
+from tests.cases import CASES, Case, normed, record, rows
+from tests.replay.layers import LAYERS, SLOTS, WIDTH, Layer, Mapped
 from whence.batchnorm import tracking
+from whence.errors import CoupledLoss
+from whence.language import language_model
 from whence.methods.projection import Projection, projection
 from whence.replay import capture
 from whence.replay.capture import captured
+from whence.replay.sides import Sides
 from whence.replay.state import Fed, Step
 from whence.replay.transition import Piece, Transition
 from whence.replay.update import Update
+from whence.run.run import open_run
 from whence.task import Task
-from whence.tree import Tree
-
-SLOTS, WIDTH, PLACES, WORDS = 3, 4, 5, 7
-
-
-class Mapped(nn.Module):
-    """A function of some modules and parameters."""
-
-    def __init__(self, call: Callable[[Any, Tensor], Tensor], **parts: nn.Module | Tensor) -> None:
-        nn.Module.__init__(self)
-        self.call = call
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the function says."""
-        return self.call(self, x)
-
-
-class Conv1D(nn.Module):
-    """As Hugging Face's GPT-2 has it: the weight turned, tokens in one long row."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, 6)), nn.Parameter(torch.randn(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X W + b."""
-        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], 6)
-
-
-def table(words: int = WORDS, **options: Any) -> nn.Embedding:
-    """Words to vectors."""
-    return nn.Embedding(words, WIDTH, **options)
-
-
-def tied() -> nn.Module:
-    """A table that is the head, too."""
-    model = nn.Sequential(table(), nn.Tanh(), nn.Linear(WIDTH, WORDS, bias=False))
-    model[2].weight = model[0].weight
-    return model
-
-
-def frozen() -> nn.Module:
-    """The first layer and the last bias do not learn."""
-    model = nn.Sequential(nn.Linear(WIDTH, 6), nn.GELU(), nn.Linear(6, 2))
-    model[0].requires_grad_(False)
-    model[2].bias.requires_grad_(False)
-    return model
-
-
-def sequence() -> Tensor:
-    """Of vectors."""
-    return torch.randn(SLOTS, PLACES, WIDTH)
-
-
-def tokens() -> Tensor:
-    """Of words; one comes twice."""
-    return torch.cat([torch.randint(0, WORDS, (SLOTS, PLACES - 1)), torch.ones(SLOTS, 1).long()], 1)
-
-
-def image() -> Tensor:
-    """Four channels."""
-    return torch.randn(SLOTS, WIDTH, 6, 6)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A model, its inputs, and the parameters that only a loop over samples explains."""
-
-    name: str
-    model: Callable[[], nn.Module]
-    inputs: Callable[[], Tensor] = sequence
-    slow: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """The name."""
-        return self.name
-
-
-def conv(**options: Any) -> Callable[[], nn.Module]:
-    """Two axes."""
-    return lambda: nn.Conv2d(WIDTH, 6, (3, 2), **options)
-
-
-def conv1(**options: Any) -> Callable[[], nn.Module]:
-    """One axis."""
-    return lambda: nn.Conv1d(PLACES, 10, 3, **options)
-
-
-LSTM = ("core.weight_ih_l0", "core.weight_hh_l0", "core.bias_ih_l0", "core.bias_hh_l0")
-LAYERS = [
-    Layer("linear", lambda: nn.Linear(WIDTH, 6), lambda: torch.randn(SLOTS, WIDTH)),
-    Layer("linear on sequences", lambda: nn.Linear(WIDTH, 6)),
-    Layer("linear without bias", lambda: nn.Linear(WIDTH, 6, bias=False)),
-    Layer("slots second", lambda: Mapped(lambda m, x: m.core(x.transpose(0, 1)).transpose(0, 1), core=nn.Linear(4, 6))),
-    Layer("conv1d", conv1()),
-    Layer("conv1d, options", conv1(stride=2, padding=2, dilation=2)),
-    Layer("conv1d, groups", conv1(groups=5, padding="same")),
-    Layer("conv2d", conv(), image),
-    Layer("conv2d, options", conv(stride=(2, 1), padding=(1, 2), dilation=(1, 2)), image),
-    Layer("conv2d, groups", conv(groups=2), image),
-    Layer("conv2d, same", lambda: nn.Conv2d(WIDTH, 6, 3, padding="same", bias=False), image),
-    Layer("conv2d, reflected", conv(padding=1, padding_mode="reflect"), image),
-    Layer("conv3d", lambda: nn.Conv3d(2, 3, 2), lambda: torch.randn(SLOTS, 2, 3, 3, 3), ("weight", "bias")),
-    Layer("embedding", table, tokens),
-    Layer("embedding, padding", lambda: table(padding_idx=1), tokens),
-    Layer("layernorm", lambda: nn.LayerNorm(WIDTH)),
-    Layer("layernorm over two axes", lambda: nn.LayerNorm((PLACES, WIDTH))),
-    Layer("rmsnorm", lambda: nn.RMSNorm(WIDTH)),
-    Layer("groupnorm", lambda: nn.GroupNorm(2, WIDTH), image),
-    Layer("batchnorm", lambda: nn.Sequential(nn.BatchNorm2d(WIDTH), nn.Tanh(), nn.Conv2d(4, 3, 2)), image),
-    Layer("turned", lambda: nn.Sequential(Conv1D(), nn.Tanh(), nn.Linear(6, 2))),
-    Layer("matmul", lambda: Mapped(lambda m, x: x @ m.w, w=torch.randn(WIDTH, 6))),
-    Layer("tied", tied, tokens),
-    Layer("called twice", lambda: Mapped(lambda m, x: m.core(torch.tanh(m.core(x))), core=nn.Linear(4, 4))),
-    Layer("in place", lambda: nn.Sequential(nn.Linear(WIDTH, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))),
-    Layer("frozen", frozen),
-    Layer("positions", lambda: Mapped(lambda m, x: torch.tanh(x + m.p[:, :PLACES]), p=torch.randn(1, 8, WIDTH))),
-    Layer(
-        "positions from a table",
-        lambda: Mapped(lambda m, x: torch.tanh(m.word(x) + m.place(torch.arange(PLACES))), word=table(), place=table()),
-        tokens,
-    ),
-    Layer(
-        "gain", lambda: Mapped(lambda m, x: torch.tanh(x) * m.gain + m.shift, gain=torch.ones(4), shift=torch.ones(1))
-    ),
-    Layer(
-        "class token",
-        lambda: Mapped(
-            lambda m, x: m.core(torch.cat([m.cls.expand(len(x), -1, -1), x], 1)).tanh(),
-            cls=torch.randn(1, 1, WIDTH),
-            core=nn.Linear(WIDTH, 3),
-        ),
-    ),
-    Layer(
-        "attention", lambda: Mapped(lambda m, x: m.core(x, x, x)[0], core=nn.MultiheadAttention(4, 2, batch_first=True))
-    ),
-    Layer("encoder", lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.3, batch_first=True)),
-    Layer("dropout", lambda: nn.Sequential(nn.Linear(WIDTH, 6), nn.Dropout(0.4), nn.Linear(6, 2))),
-    Layer("lstm", lambda: Mapped(lambda m, x: m.core(x)[0], core=nn.LSTM(WIDTH, 3, batch_first=True)), slow=LSTM),
-    Layer(
-        "weight norm",
-        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 6)),
-        slow=("parametrizations.weight.original0", "parametrizations.weight.original1"),
-    ),
-    Layer(
-        "used without its module",
-        lambda: Mapped(lambda m, x: x @ m.core.weight.mT, core=nn.Linear(4, 6)),
-        slow=("core.weight",),
-    ),
-]
+from whence.tree import Tree, add, cast
 
 
 def loss(outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
@@ -181,22 +39,22 @@ def other_loss(outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
     return (outputs.flatten(1) - batch[1][:, None]).square().sum(1)
 
 
-def piece_of(layer: Layer, *, reduce: Any = "mean", sizes: Sequence[int] = (SLOTS,)) -> list[Piece]:
+def piece_of(layer: Layer, *, reduce: Any = "mean", loss: Any = loss) -> list[Piece]:
     """A step that trains on random rows."""
     torch.manual_seed(1)
     torch.set_default_dtype(torch.float64)
     try:
-        model, batches = layer.model(), [(layer.inputs()[:n], torch.randn(n)) for n in sizes]
+        model, batch = layer.model(), (layer.inputs(), torch.randn(SLOTS))
     finally:
         torch.set_default_dtype(torch.float32)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     random = {"cpu": bytes(torch.get_rng_state().tolist())}
-    fed = tuple(Fed(tuple(range(n)), 0, "", random=random) for n in sizes)
+    fed = (Fed(tuple(range(SLOTS)), 0, "", random=random),)
     learning = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     step = Step(0, fed, ({"lr": 0.1},), 0.0)
     task = Task(model, [], loss, reduce=reduce)
-    return Transition(task, Update("SGD", (learning,), ({"lr": 0.1},)), step, tuple(batches)).pieces()
+    return Transition(task, Update("SGD", (learning,), ({"lr": 0.1},)), step, (batch,)).pieces()
 
 
 def drawn(piece: Piece, rank: int = 9, **options: Any) -> Projection:
@@ -238,51 +96,188 @@ def by_hand(slopes: Sequence[Tree], drawn: Projection) -> Tensor:
     return torch.stack(rows)
 
 
-def frozen_statistics(piece: Piece, params: Tree, buffers: Tree) -> Piece:
-    """The same model in eval mode with the batch's statistics as its running ones (a first layer's)."""
+def with_constant_statistics(piece: Piece, buffers: Tree) -> tuple[Piece, Tree]:
+    """The same model in eval mode, with the batch's statistics as its running ones (of a first layer)."""
+    normed = tuple(tracking(piece.transition.task.model))
     x = piece.batch[0]
     axes = [axis for axis in range(x.dim()) if axis != 1]
-    for name in tracking(piece.transition.task.model):
-        buffers |= {f"{name}.running_mean": x.mean(axes), f"{name}.running_var": x.var(axes, correction=0)}
-    evaluating = tuple(tracking(piece.transition.task.model))
-    step = Step(0, piece.transition.step.fed, ({},), 0.0, evaluating=evaluating)
-    return Piece(replace(piece.transition, step=step), piece.index, piece.share)
+    for name in normed:
+        buffers = buffers | {f"{name}.running_mean": x.mean(axes), f"{name}.running_var": x.var(axes, correction=0)}
+    step = msgspec.structs.replace(piece.transition.step, evaluating=normed)
+    return replace(piece, transition=replace(piece.transition, step=step)), buffers
+
+
+def gap(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    assert found.shape == wanted.shape
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def unexplained(piece: Piece) -> set[str]:
+    """Parameters that were differentiated sample by sample."""
+    return set().union(*capture._PROVEN[piece.transition.task.binding].values())
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mask"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_rows_are_projected_gradients_of_single_samples(layer: Layer, kind: Any) -> None:
-    """For every kind of layer, two losses and two sets of reductions; the step's own gradient to the bit."""
+    """For every kind of layer, two losses and two sets of reductions, from one pass."""
     (piece,) = piece_of(layer)
     params, buffers = piece.transition.task.parameters(), piece.transition.task.buffers()
     plain = drawn(piece, kind=kind)
-    factors = {n: tuple(torch.rand(s).double() for s in capture.Sides.sizes(params[n].shape)) for n in plain.sides}
-    scaled = plain.scaled(factors)
-    found = captured(piece, params, buffers, sides=(plain.sides, scaled.sides), losses=(other_loss,))
-    assert next(iter(capture._PROVEN[piece.transition.task.binding].values())) == frozenset(layer.slow)
-    still = frozen_statistics(piece, params, dict(buffers)) if layer.name == "batchnorm" else piece
-    still_buffers = dict(buffers)
-    if layer.name == "batchnorm":
-        frozen_statistics(piece, params, still_buffers)
-    for rows, one in zip(found.rows, (loss, other_loss), strict=True):
-        wanted = slopes(still, params, buffers_of(still, buffers), one)
-        for got, sides in zip(rows, (plain, scaled), strict=True):
-            expected = by_hand(wanted, sides)
-            assert (got - expected).abs().max() <= 1e-10 * expected.abs().max()
-    piece.transition.set_modes()
-    gradient, after, losses = piece.gradient(params, buffers, None)
-    torch.testing.assert_close(found.gradient, gradient, rtol=1e-12, atol=1e-12)
+    factors = {n: tuple(torch.rand(s).double() for s in Sides.sizes(params[n].shape)) for n in plain.sides}
+    sets = (plain, plain.scaled(factors))
+    found = captured(piece, params, buffers, sides=[one.sides for one in sets], losses=(other_loss,))
+    assert unexplained(piece) == set(layer.slow)
+    at, statistics = with_constant_statistics(piece, buffers)
+    for of_loss, one in zip(found.rows, (loss, other_loss), strict=True):
+        wanted = slopes(at, params, statistics, one)
+        assert max(gap(got, by_hand(wanted, own)) for got, own in zip(of_loss, sets, strict=True)) <= 1e-10
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_the_pass_gives_the_gradient_of_the_step_too(layer: Layer) -> None:
+    """As plain autograd takes it, with the losses and the buffers that the forward pass left."""
+    (piece,) = piece_of(layer)
+    params, buffers = piece.transition.task.parameters(), piece.transition.task.buffers()
+    found = captured(piece, params, buffers, sides=(drawn(piece).sides,))
+    singles = slopes(piece, params, buffers)
+    for name, gradient in found.gradient.items():
+        wanted = torch.stack([single[name] for single in singles]).mean(0)
+        assert (gradient - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+    with piece.randomness():
+        losses, after = piece.transition.task.losses(params, buffers, piece.batch)
+    torch.testing.assert_close(found.losses, losses, rtol=1e-13, atol=0)
     torch.testing.assert_close(found.buffers, after, rtol=0, atol=0)
-    torch.testing.assert_close(found.losses, losses, rtol=0, atol=0)
 
 
-def buffers_of(piece: Piece, buffers: Tree) -> Tree:
-    """With the batch's statistics where they are frozen."""
-    own = dict(buffers)
-    if piece.transition.step.evaluating:
-        frozen_statistics(piece, {}, own)
-        x = piece.batch[0]
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        for name in tracking(piece.transition.task.model):
-            own |= {f"{name}.running_mean": x.mean(axes), f"{name}.running_var": x.var(axes, correction=0)}
-    return own
+def gpt(slots: int, context: int = 8) -> Piece:
+    """A small language model and a batch for it."""
+    torch.manual_seed(2)
+    data = sentences(slots, context)
+    task = language_model(GPT(width=16, layers=2, context=context), data)
+    trained = tuple(task.parameters())
+    fed = (Fed(tuple(range(slots)), 0, ""),)
+    update = Update("SGD", (trained,), ({"lr": 0.1},))
+    return Transition(task, update, Step(0, fed, ({"lr": 0.1},), 0.0), (task.batch(range(slots)),)).pieces()[0]
+
+
+@pytest.mark.parametrize("slots", [1, 5, 8])
+def test_a_language_model_needs_one_pass(slots: int) -> None:
+    """Also where a row has as many tokens as a batch has rows; its gradient is the replay's to the bit."""
+    piece = gpt(slots)
+    task = piece.transition.task
+    params = cast(task.parameters(), torch.float64)
+    own = drawn(piece, rank=12)
+    found = captured(piece, params, {}, sides=(own.sides,))
+    assert unexplained(piece) == set()
+    assert gap(found.rows[0][0], by_hand(slopes(piece, params, {}, task.losses_of), own)) <= 1e-10
+    floats = task.parameters()
+    small = projection({name: tuple(floats[name].shape) for name in floats}, rank=12)
+    gradient = captured(piece, floats, {}, sides=(small.sides,)).gradient
+    torch.testing.assert_close(gradient, piece.gradient(floats, {}, None)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_pieces_of_a_step_add_up_to_its_gradient(case: Case, tmp_path: Path) -> None:
+    """With accumulation, penalties, frozen, tied and unused parameters, and batches that were thrown away."""
+    record(case, case.built(), rows(), tmp_path / "run")
+    run = open_run(tmp_path / "run", case.task(case.built(), rows()))
+    for number in (0, 1, 2):
+        transition, state = run.transition(number), run.state(number, replay=True)
+        shapes = {name: tuple(state.params[name].shape) for name in run.trained}
+        own = projection(shapes, kind="orthonormal", rank=100, like=state.params[run.trained[0]])
+        total: Tree = {}
+        buffers, sums = state.buffers, []
+        for piece in transition.pieces():
+            found = captured(piece, state.params, buffers, sides=(own.sides,))
+            total, buffers = add(total, found.gradient), found.buffers
+            sums.append((piece.share[:, None] * found.rows[0][0]).sum(0))
+            assert found.rows[0][0].shape == (len(piece.share), own.rank)
+        gradient, after, _ = transition.raw_gradient(state)
+        torch.testing.assert_close(total, gradient, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(buffers, after, rtol=0, atol=0)
+        if case.model is not normed and not case.penalty:
+            whole = own.of_gradient({name: gradient[name][None] for name in gradient})[0]
+            torch.testing.assert_close(torch.stack(sums).sum(0), whole, rtol=1e-10, atol=1e-12)
+
+
+def test_a_slot_without_a_share_has_no_row() -> None:
+    """Under the task's loss; the other loss is not weighted."""
+    (piece,) = piece_of(LAYERS[0], reduce=lambda _: torch.tensor([0.5, 0.0, 2.0]))
+    params, own = piece.transition.task.parameters(), drawn(piece)
+    found = captured(piece, params, {}, sides=(own.sides,), losses=(loss,))
+    wanted = by_hand(slopes(piece, params, {}), own)
+    assert gap(found.rows[1][0], wanted) <= 1e-10
+    assert gap(found.rows[0][0], wanted * torch.tensor([[1.0], [0.0], [1.0]])) <= 1e-10
+
+
+def test_parameters_that_a_step_does_not_move_have_zeros() -> None:
+    """They keep their place."""
+    (piece,) = piece_of(LAYERS[0])
+    step = msgspec.structs.replace(piece.transition.step, idle=("weight",))
+    idle = replace(piece, transition=replace(piece.transition, step=step))
+    params, own = piece.transition.task.parameters(), drawn(piece)
+    found, whole = (captured(one, params, {}, sides=(own.sides,)).rows[0][0] for one in (idle, piece))
+    assert not found[:, own.layout["weight"]].any()
+    torch.testing.assert_close(found[:, own.layout["bias"]], whole[:, own.layout["bias"]])
+
+
+def test_a_loss_that_reads_other_samples_is_refused() -> None:
+    """Its gradient is nobody's own."""
+
+    def contrastive(outputs: Tensor, batch: Any) -> Tensor:
+        del batch
+        return (outputs @ outputs.T).log_softmax(1).diagonal()
+
+    (piece,) = piece_of(LAYERS[0], loss=contrastive)
+    with pytest.raises(CoupledLoss, match=r"whence.DIT\(\)"):
+        captured(piece, piece.transition.task.parameters(), {}, sides=(drawn(piece).sides,))
+
+
+class Hidden(torch.autograd.Function):
+    """A product that nobody can watch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """A product."""
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Both factors."""
+        x, weight = ctx.saved_tensors
+        return b @ weight.mT, torch.einsum("...i,...o->io", x, b)
+
+
+def hidden() -> nn.Module:
+    """The weight is used twice, once unseen."""
+    return Mapped(lambda m, x: Hidden.apply(torch.tanh(x @ m.w), m.w), w=torch.randn(WIDTH, WIDTH))
+
+
+def square() -> Tensor:
+    """As many places as slots."""
+    return torch.randn(SLOTS, SLOTS, WIDTH)
+
+
+TRAPS = [
+    Layer("unseen use", hidden, slow=("w",)),
+    Layer(
+        "slots second, as many places",
+        lambda: Mapped(lambda m, x: m.core(x.mT.permute(2, 0, 1).mT.mT).transpose(0, 1), core=nn.Linear(4, 6)),
+        square,
+        ("core.weight", "core.bias"),
+    ),
+    Layer("positions, as many", lambda: Mapped(lambda m, x: torch.tanh(x + m.p), p=torch.randn(3, WIDTH)), square),
+]
+
+
+@pytest.mark.parametrize("trap", TRAPS, ids=str)
+def test_what_was_misread_is_found_out(trap: Layer) -> None:
+    """Rows that do not add up to the gradient are taken sample by sample instead."""
+    (piece,) = piece_of(trap)
+    params, own = piece.transition.task.parameters(), drawn(piece)
+    found = captured(piece, params, {}, sides=(own.sides,))
+    assert unexplained(piece) == set(trap.slow)
+    assert gap(found.rows[0][0], by_hand(slopes(piece, params, {}), own)) <= 1e-10

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import isqrt
-from typing import Literal, final, get_args
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -104,10 +104,8 @@ def projection(
         like: its precision and device are taken.
 
     Raises:
-        BadSetting: an unknown kind, or a rank below 1.
+        BadSetting: a rank below 1.
     """
-    if kind not in get_args(Kind):
-        raise BadSetting("kind", kind, "'gaussian', 'orthonormal' or 'mask'")
     if rank < 1:
         raise BadSetting("rank", rank, "a whole number, 1 or more")
     like = torch.empty(()) if like is None else like
@@ -115,7 +113,11 @@ def projection(
     for name, shape in shapes.items():
         sizes = Sides.sizes(tuple(shape))
         ranks = ranks_of(sizes, rank)
-        sides = [_DRAWN[kind](size, ranks[place], _generator(seed, name, place)) for place, size in enumerate(sizes)]
+        sides = [
+            # Nothing is drawn where nothing is saved.
+            _all(size) if ranks[place] == size else _DRAWN[kind](size, ranks[place], _generator(seed, name, place))
+            for place, size in enumerate(sizes)
+        ]
         found[name] = Sides(*(_moved(side, like) for side in sides))
     return Projection(found)
 

@@ -1,8 +1,8 @@
 r"""The gradient of every sample's loss at a step, made small by projection, beside the gradient of the step itself.
 
-One forward pass and one backward pass serve both, with training's own kernels. Every operation that uses a parameter is
-watched, and the small gradients follow from its inputs and from the cotangents of its outputs (`uses.py`). That watching
-is a guess about layouts, so it proves itself: with random weights :math:`\omega` of the samples,
+One forward pass and one backward pass serve both, with training's own kernels. Every operation that uses a parameter
+is watched, and the small gradients follow from its inputs and from the cotangents of its outputs (`uses.py`). That
+watching is a guess about layouts, so it proves itself: with random weights :math:`\omega` of the samples,
 
 .. math:: \sum_b \omega_b\, P(\nabla\ell_b) = P(\nabla \sum_b \omega_b \ell_b)
 
@@ -212,13 +212,18 @@ class _Pass:
         """
         ends = [end for end in tree_leaves(self.outputs) if isinstance(end, Tensor) and end.requires_grad]
         own = self.losses[0]
-        plain, weighted = (_grads(loss.sum(), ends) for loss in (own, omega * own))
-        for one, other in zip(plain, weighted, strict=True):
-            if one is None or other is None or len(one) != len(own):
-                continue
-            wanted = one * omega.view(-1, *[1] * (one.dim() - 1))
-            if not (other - wanted).norm() <= AGREES.get(own.dtype, 1e-3) * wanted.norm():
+        pairs = [_grads(loss.sum(), ends) for loss in (own, omega * own)]
+        for plain, weighted in zip(*pairs, strict=True):
+            axes = () if plain is None else [axis for axis, size in enumerate(plain.shape) if size == len(own)]
+            if axes and not any(_separable(plain, weighted, omega=omega, axis=axis) for axis in axes):
                 raise CoupledLoss
+
+
+def _separable(plain: Tensor | None, weighted: Tensor | None, *, omega: Tensor, axis: int) -> bool:
+    """Whether weights of the losses are weights along an axis of their cotangents."""
+    assert plain is not None and weighted is not None
+    wanted = (plain.movedim(axis, -1) * omega).movedim(-1, axis)
+    return bool((weighted - wanted).norm() <= AGREES.get(plain.dtype, 1e-3) * wanted.norm())
 
 
 def _grads(loss: Tensor, inputs: Sequence[Any]) -> list[Tensor | None]:

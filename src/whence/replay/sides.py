@@ -113,7 +113,7 @@ def reduced(sides: Sequence[Side], x: Tensor) -> list[Tensor]:
     bases = [side.basis for side in sides if isinstance(side, Dense)]
     if len(bases) < 2 or len(bases) < len(sides):
         return [side.reduce(x) for side in sides]
-    return list((x @ torch.cat(bases, 1)).split([side.rank for side in sides], -1))
+    return list(torch.split(x @ torch.cat(bases, 1), [side.rank for side in sides], -1))
 
 
 @final

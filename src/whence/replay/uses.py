@@ -1,7 +1,7 @@
 r"""How a parameter's gradient follows, sample by sample, from the cotangents b of what it helped to compute.
 
-Every kind of use knows the parameter's other factor (a layer's inputs, a table's places) and gives the small form of all
-samples' gradients without the gradients. Tensors are arranged as `[slot, token, feature]` first.
+Every kind of use knows the parameter's other factor (a layer's inputs, a table's places) and gives the small form of
+all samples' gradients without the gradients. Tensors are arranged as `[slot, token, feature]` first.
 """
 
 import abc
@@ -74,19 +74,21 @@ class Outer(Use):
 
     def factors(self, sides: Sequence[Sides]) -> list[Tensor]:
         """Reduced inputs."""
-        x = self.inputs.unflatten(2, (self.groups, -1)) if self.groups > 1 else self.inputs
+        x = self._split(self.inputs) if self.groups > 1 else self.inputs
         return reduced([one.left if self.turned else _right(one) for one in sides], x)
 
     def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
         """The reduced factors' product."""
         b = self.arranged(cotangent)
         if self.groups > 1:
-            split = b.unflatten(2, (self.groups, -1))
-            mixed = [torch.einsum("stgo,stgr->srgo", split, a).flatten(2) for a in factors]
+            mixed = [torch.einsum("stgo,stgr->srgo", self._split(b), a).flatten(2) for a in factors]
             return [one.left.reduce(each).mT.flatten(1) for one, each in zip(sides, mixed, strict=True)]
         outputs = reduced([_right(one) if self.turned else one.left for one in sides], b)
         pairs = zip(factors, outputs, strict=True)
         return [(a.mT @ b if self.turned else b.mT @ a).flatten(1) for a, b in pairs]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], self.groups, -1)
 
 
 @final

@@ -9,8 +9,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -56,7 +58,7 @@ class Watching(TorchFunctionMode):
         }  # tensors made of parameters alone, and of which
         self._fed = {id(leaf): leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
 
-    def __torch_function__(
+    def __torch_function__(  # noqa: PLR0917 (the order is torch's)
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run an operation, and note what it did with parameters."""
@@ -79,7 +81,7 @@ class Watching(TorchFunctionMode):
         return self._meet(name, partial(func, **kwargs), args)
 
     def _attend(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """torch's attention lays the tokens of all samples in one row, sample by sample within a token."""
+        """The attention of torch.nn lays the tokens of all samples in one row, sample by sample within a token."""
         self._flat = "flat, tokens first"
         with self:
             found = _OPENED(*args, **kwargs)
@@ -202,7 +204,7 @@ class Watching(TorchFunctionMode):
         own = [place for place, arg in enumerate(args) if isinstance(arg, Tensor) and id(arg) in self._alone]
         if name in _ELEMENTWISE and len(own) == 1 and len(args) == 2 and isinstance(args[1 - own[0]], Tensor):
             source, other = args[own[0]], args[1 - own[0]]
-            shape = torch.broadcast_shapes(source.shape, other.shape)
+            shape = torch.Size(np.broadcast_shapes(source.shape, other.shape))
             if self._spreads(source, shape):
                 spread = self._spread(source, source.expand(shape))
                 return func(*(spread if place == own[0] else other for place in (0, 1)))
@@ -252,10 +254,12 @@ def _tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return found
 
 
-def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
+def _opened(function: Any) -> Callable[..., Any]:
     """The same function, but for its test whether someone watches: so that what it calls is seen."""
     unseen = function.__globals__ | {"has_torch_function": lambda _: False}
-    return type(function)(function.__code__, unseen, function.__name__, function.__defaults__, function.__closure__)
+    opened = FunctionType(function.__code__, unseen, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
 
 
 _OPENED = _opened(nn.functional.multi_head_attention_forward)
@@ -290,8 +294,9 @@ def _signature(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cal
     """Arguments by name, with defaults."""
     if name in _SIGNATURES:
         names = [part.partition("=") for part in _SIGNATURES[name].split()]
-        defaults = {key: None if value in {"", "None"} else int(value) for key, _, value in names}
-        return defaults | dict(zip((key for key, _, _ in names), args, strict=False)) | kwargs
+        found: Call = {key: None if value in {"", "None"} else int(value) for key, _, value in names}
+        found.update(zip(list(found), args, strict=False))
+        return found | dict(kwargs)
     bound = _functional(name).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
