@@ -27,7 +27,7 @@ from whence.replay.transition import Piece
 from whence.replay.uses import Use
 from whence.replay.watching import Watching
 from whence.task import Batch
-from whence.tree import Tree
+from whence.tree import Tree, norm
 
 log = logging.getLogger(__name__)
 Loss = Callable[[Any, Batch], Tensor]  # outputs, batch -> [slot]
@@ -194,14 +194,16 @@ class _Pass:
         omega = (1 + torch.rand(len(own), generator=random)).to(own) * (self.piece.share.to(own) != 0)
         self.refuse_coupled(omega)
         slopes = _slopes((omega * own).sum(), self.leaves)
+        agrees = AGREES.get(own.dtype, 1e-3)
+        # A gradient that cancels (of a bias before softmax, say) is rounding of others.
+        rounding = 100 * torch.finfo(own.dtype).eps * norm(slopes)
         wrong = set()
-        for name, slope in slopes.items():
-            if name in reductions:
-                wanted = reductions[name].reduce(slope[None])[0]
-                rows = parts.get(name, wanted.new_zeros(len(own), len(wanted))) * omega[:, None]
-                size = rows.norm(dim=1).sum() + wanted.norm()
-                if not (rows.sum(0) - wanted).norm() <= AGREES.get(own.dtype, 1e-3) * size:
-                    wrong.add(name)
+        for name in slopes.keys() & reductions.keys():
+            wanted = reductions[name].reduce(slopes[name][None])[0]
+            rows = parts.get(name, wanted.new_zeros(len(own), len(wanted))) * omega[:, None]
+            allowed = agrees * (rows.norm(dim=1).sum() + wanted.norm()) + rounding
+            if not (rows.sum(0) - wanted).norm() <= allowed:
+                wrong.add(name)
         return frozenset(wrong)
 
     def refuse_coupled(self, omega: Tensor) -> None:

@@ -140,7 +140,8 @@ class Watching(TorchFunctionMode):
 
     def _embedding(self, call: Call, out: Tensor) -> None:
         places = call["input"]
-        if id(places) not in self._fed:
+        rows = places.dim() > 1 and len(places) == self._slots
+        if id(places) not in self._fed and not rows:
             self._keep_alone(out, [call["weight"]])  # like a table of positions: no sample's own
         elif places.dim() and places.numel() % self._slots == 0:
             layout = layout_of(out, self._slots) or "flat"
