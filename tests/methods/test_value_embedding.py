@@ -173,7 +173,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
             raise Killed
         real(self, name, values, start)
 
-    for survived in (1, 4, 9, 14, 23, 27, 29, 31):
+    for survived in (1, 4, 9, 14, 22, 24, 27, 28):
         writes, out = survived, tmp_path / f"out{survived}"
         with monkeypatch.context() as patch:
             patch.setattr(EmbeddingStore, "write", failing)

@@ -33,9 +33,9 @@ class NoDraw(WhenceError):
 
     def __init__(self) -> None:
         self.args = (
-            "fisher='true' draws labels from the model, and this task does not say how. Give Task(draw=...), a function "
-            "of outputs, batch and generator that draws labels from what the outputs say and returns the losses [slot] "
-            "with them (whence.classification, regression and language_model have one), or use fisher='empirical'.",
+            "fisher='true' draws labels from the model, and this task does not say how. Give Task(draw=...): a "
+            "function of outputs, batch and generator that draws labels by the outputs and returns the losses [slot] "
+            "with them; whence.classification, regression and language_model have one. Or use fisher='empirical'.",
         )
 
 
