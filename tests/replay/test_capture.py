@@ -17,8 +17,8 @@ from whence.batchnorm import tracking
 from whence.errors import CoupledLoss
 from whence.language import language_model
 from whence.methods.projection import Projection, projection
-from whence.replay import capture
-from whence.replay.capture import captured
+from whence.replay import explained
+from whence.replay.capture import captured, watched
 from whence.replay.sides import Sides
 from whence.replay.state import Fed, Step
 from whence.replay.transition import Piece, Transition
@@ -115,7 +115,7 @@ def gap(found: Tensor, wanted: Tensor) -> float:
 
 def unexplained(piece: Piece) -> set[str]:
     """Parameters that were differentiated sample by sample."""
-    return set().union(*capture._PROVEN[piece.transition.task.binding].values())
+    return set().union(*explained._FOUND[piece.transition.task.binding].values())
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mask"])
@@ -176,6 +176,19 @@ def test_a_language_model_needs_one_pass(slots: int) -> None:
     small = projection({name: tuple(floats[name].shape) for name in floats}, rank=12)
     gradient = captured(piece, floats, {}, sides=(small.sides,)).gradient
     torch.testing.assert_close(gradient, piece.gradient(floats, {}, None)[0], rtol=0, atol=0)
+
+
+def test_reductions_may_depend_on_the_gradient() -> None:
+    """Rows are asked for afterwards, loss by loss, and are those of a capture at once."""
+    (piece,) = piece_of(LAYERS[1])
+    params, own = piece.transition.task.parameters(), drawn(piece)
+    found = watched(piece, params, {})
+    factors = {name: (g.abs().sum(-1),) if g.dim() > 1 else (g.abs(),) for name, g in found.gradient.items()}
+    scaled = own.scaled(factors)
+    once = captured(piece, params, {}, sides=(own.sides, scaled.sides), losses=(other_loss,))
+    (later,), (task_scaled,) = found.rows([own.sides], [other_loss])[0], found.rows([scaled.sides])[0]
+    torch.testing.assert_close(later, once.rows[1][0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(task_scaled, once.rows[0][1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -137,8 +137,9 @@ class Sides:
         return self.left.reduce(matrix.mT).mT.flatten(1)
 
     def scaled(self, left: Float[Tensor, " left"], right: Float[Tensor, " right"] | None = None) -> "Sides":
-        r"""The reductions after :math:`G \to d_\text{left} d_\text{right}^\top \odot G`."""
-        return Sides(self.left.scaled(left), None if self.right is None or right is None else self.right.scaled(right))
+        r"""The reductions after :math:`G \to d_\text{left} d_\text{right}^\top \odot G`; without a right one, ones."""
+        columns = self.right if self.right is None or right is None else self.right.scaled(right)
+        return Sides(self.left.scaled(left), columns)
 
     @staticmethod
     def sizes(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
