@@ -83,6 +83,7 @@ def test_at_full_rank_it_is_the_sweep_with_the_empirical_fisher(case: Case, proj
     assert relative(found.values(), truth) <= 1e-8
 
 
+@pytest.mark.slow
 def test_drawn_labels_are_the_gauss_newton_matrix_on_average(tmp_path: Path) -> None:
     """Over many draws; what is left is what so many draws leave."""
     run = recorded("sgd", tmp_path)
@@ -103,6 +104,7 @@ def test_adamw_on_picked_entries_is_the_explicit_product(tmp_path: Path) -> None
     assert relative(found, truth) <= 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("sgd", "gaussian"), ("sgd", "orthonormal"), ("adamw", "mask")])
 def test_projections_are_right_on_average(name: str, kind: Kind, tmp_path: Path) -> None:
     """What a visit in the last step is worth has no recursion in it, and is unbiased."""

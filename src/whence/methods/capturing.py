@@ -22,7 +22,7 @@ from whence.methods.choose import LINEAR
 from whence.methods.embedding_store import EmbeddingStore
 from whence.methods.projection import Kind, Projection, projection
 from whence.methods.viewpoint import rates
-from whence.replay.capture import Captured, captured
+from whence.replay.capture import Watched, watched
 from whence.replay.lasting import Lasting, lasting
 from whence.replay.sides import Picked
 from whence.replay.state import State
@@ -106,34 +106,40 @@ class Gathering:
                 state = run.state(index + 1) if index + 1 in run.kept else moved
 
     def _step(self, transition: Transition, state: State) -> tuple[tuple[Arrays, Tensor], Tree, Tree]:
-        if self.plain and not transition.step.autocast:
-            pieces = list(self._pieces(transition, state, (self.projection,)))
-            gradient, buffers = _whole(pieces), pieces[-1].buffers
-            answer = self._answer(transition, state, gradient)
-        else:
-            gradient, buffers, _ = transition.raw_gradient(state)
-            answer = self._answer(transition, state, gradient)
-            scaled = () if self.plain else (self.projection.scaled(factors(self.projection, answer.rate)),)
-            pieces = list(self._pieces(transition, state, (self.projection, *scaled)))
-        arrays = self._arrays(pieces) | {
+        """A step's arrays and losses, its gradient before clipping, and the buffers that it leaves."""
+        pieces, buffers, total, answer = transition.pieces(), state.buffers, dict[str, Tensor](), None
+        if transition.step.autocast or (len(pieces) > 1 and not self.plain):
+            total, after, _ = transition.raw_gradient(state)  # in training's precision, and before any rows
+            answer = self._answer(transition, state, total)
+        rows, losses = [], []
+        for piece in pieces:
+            seen = watched(piece, state.params, buffers)
+            if answer is None:
+                total, after = add(total, seen.gradient), seen.buffers
+                answer = None if self.plain else self._answer(transition, state, total)
+            rows.append(self._rows(seen, transition.step.index, None if self.plain else answer))
+            losses.append(seen.losses)
+            buffers = seen.buffers
+        answer = answer or self._answer(transition, state, total)
+        arrays = {name: torch.cat([of_piece[name] for of_piece in rows]) for name in rows[0]} | {
             "rate": self._by_coordinate(answer.rate, absent=0.0),
             "decay": self._by_coordinate(answer.decay, absent=1.0),
-            "share": torch.cat([piece.share for piece in transition.pieces() if piece.counted]),
+            "share": torch.cat([piece.share for piece in pieces if piece.counted]),
         }
-        return (arrays, torch.cat([piece.losses for piece in pieces])), gradient, buffers
+        return (arrays, torch.cat(losses)), total, after
 
-    def _pieces(self, transition: Transition, state: State, projections: tuple[Projection, ...]) -> Iterator[Captured]:
-        buffers = state.buffers
-        for piece in transition.pieces():
-            found = captured(
-                piece,
-                state.params,
-                buffers,
-                sides=[one.sides for one in projections],
-                losses=[self._drawn(transition.step.index, piece.index)] if self.fisher == "true" else [],
-            )
-            buffers = found.buffers
-            yield found
+    def _rows(self, seen: Watched, step: int, answer: Lasting | None) -> Arrays:
+        """The samples' projected gradients, as they are and as the update moves them."""
+        small = self.projection.sides
+        drawn = self._drawn(step, seen.piece.index) if self.fisher == "true" else None
+        if answer is None:
+            found = seen.rows([small], [None] if drawn is None else [drawn, None])
+            return dict(zip(("fisher", "gradient"), (one[0] for one in found), strict=False))
+        scaled = self.projection.scaled(factors(self.projection, answer.rate)).sides
+        if drawn is None:
+            return dict(zip(("fisher", "moved"), seen.rows([small, scaled])[0], strict=True))
+        both = dict(zip(("fisher", "fisher_moved"), seen.rows([small, scaled], [drawn])[0], strict=True))
+        return both | {"moved": seen.rows([scaled])[0][0]}
 
     def _drawn(self, step: int, piece: int) -> Any:
         """The loss with drawn labels, always the same of a piece."""
@@ -146,18 +152,6 @@ class Gathering:
             return draw(outputs, batch, torch.Generator(self.run.task.device).manual_seed(seed))
 
         return losses
-
-    def _arrays(self, pieces: list[Captured]) -> Arrays:
-        """Rows of all slots by their names; those of the first loss are the samples' own."""
-        names = [["gradient", "moved"], ["fisher", "fisher_moved"]]
-        if self.fisher == "empirical":
-            names = [["fisher", "moved"]]
-        return {
-            name: torch.cat([piece.rows[loss][kind] for piece in pieces])
-            for loss, kinds in enumerate(names)
-            for kind, name in enumerate(kinds)
-            if name in self.shapes(0)
-        }
 
     def _answer(self, transition: Transition, state: State, gradient: Tree) -> Lasting:
         if self.follow == "optimizer":
@@ -176,13 +170,6 @@ class Gathering:
             return self.projection.of_diagonal(full)
         means = {name: tree[name].mean() if name in tree else like.new_tensor(absent) for name in names}
         return torch.cat([means[name].expand(place.stop - place.start) for name, place in names.items()])
-
-
-def _whole(pieces: list[Captured]) -> Tree:
-    total: Tree = {}
-    for piece in pieces:
-        total = add(total, piece.gradient)
-    return total
 
 
 def picks(whole: Projection) -> bool:

@@ -3,7 +3,6 @@
     embedding  [step, slot, coordinate]   towards the next state that is observed
     sample     [step, slot]               row of the training set (or id), -1 pads a short batch
     loss       [step, slot]               training loss of each slot
-    id         [id]                       all samples in order, where they have ids of their own
     transport/BLOCK  [stretch, coordinate, coordinate]   what a change at the start of a stretch becomes at its end
     captured/  a group of its own, until the recursion is done: what the pass over the training found, and its marks
     done.json  the files and their sizes, written last
