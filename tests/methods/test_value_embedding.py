@@ -261,6 +261,22 @@ def test_neighbours_are_those_of_the_summed_vectors(tmp_path: Path) -> None:
         straight.nearest(9)
 
 
+def before_batchnorm() -> torch.nn.Module:
+    """With a bias that BatchNorm takes away again."""
+    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.GELU(), torch.nn.Linear(5, 3))
+
+
+def test_a_bias_in_front_of_batchnorm_has_no_part(tmp_path: Path) -> None:
+    """Its gradient is rounding, by which Adam divides."""
+    case = Case("bias", one_group(torch.optim.AdamW, lr=0.003), model=before_batchnorm)
+    run = run_of(case, tmp_path)
+    embeddings = small().embed(run)
+    first, last = embeddings.about.layout["0.bias"]
+    assert (embeddings.values()[..., first:last] == 0).all()
+    truth = whence.DIT().attribute(run, asked()).values()
+    assert np.abs(embeddings.attribute(asked()).values()).max() < 100 * np.abs(truth).max()
+
+
 def test_what_cannot_be_done_says_what_can(tmp_path: Path) -> None:
     """Settings, averages, labels that nobody can draw, growth."""
     run = recorded("sgd", tmp_path)

@@ -34,6 +34,7 @@ from whence.tree import Tree, add
 Fisher = Literal["true", "empirical"]
 Follow = Literal["optimizer", "rate"]
 Arrays = dict[str, Tensor]
+ROUNDING = 1e-5  # of a sample's gradient: a step's gradient below it is none
 
 
 @final
@@ -121,7 +122,8 @@ class Gathering:
             losses.append(seen.losses)
             buffers = seen.buffers
         answer = answer or self._answer(transition, state, total)
-        arrays = {name: torch.cat([of_piece[name] for of_piece in rows]) for name in rows[0]} | {
+        joined = {name: torch.cat([of_piece[name] for of_piece in rows]) for name in rows[0]}
+        arrays = self._without_rounding(joined, total) | {
             "rate": self._by_coordinate(answer.rate, absent=0.0),
             "decay": self._by_coordinate(answer.decay, absent=1.0),
             "share": torch.cat([piece.share for piece in pieces if piece.counted]),
@@ -140,6 +142,19 @@ class Gathering:
             return dict(zip(("fisher", "moved"), seen.rows([small, scaled])[0], strict=True))
         both = dict(zip(("fisher", "fisher_moved"), seen.rows([small, scaled], [drawn])[0], strict=True))
         return both | {"moved": seen.rows([scaled])[0][0]}
+
+    def _without_rounding(self, rows: Arrays, total: Tree) -> Arrays:
+        """Drop the rows of a bias in front of BatchNorm, say: frozen statistics show it a gradient where there is none.
+
+        Adam would divide it by the rounding that is there instead.
+        """
+        if self.run.task.running:
+            for name, place in self.projection.layout.items():
+                usual = rows["fisher"][:, place].square().sum(1).mean().sqrt()
+                if name in total and total[name].norm() <= ROUNDING * usual:
+                    for tensor in rows.values():
+                        tensor[:, place] = 0.0
+        return rows
 
     def _drawn(self, step: int, piece: int) -> Any:
         """The loss with drawn labels, always the same of a piece."""
