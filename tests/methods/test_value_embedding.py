@@ -33,7 +33,8 @@ from whence.run.run import Run
 
 def whole(**settings: Any) -> whence.DataValueEmbedding:
     """Without a projection (an orthonormal one of such a rank is none), and all layers together."""
-    return whence.DataValueEmbedding(rank=1000, layers="together", **settings)
+    chosen: dict[str, Any] = {"rank": 1000, "layers": "together", "damping": 0.0}
+    return whence.DataValueEmbedding(**chosen | settings)
 
 
 def small(**settings: Any) -> whence.DataValueEmbedding:
@@ -120,7 +121,7 @@ def test_layers_apart_leave_out_what_they_do_to_one_another(tmp_path: Path) -> N
     """Nothing in the last step, something in the first."""
     run = recorded("sgd", tmp_path)
     together = whole(fisher="empirical").attribute(run, asked()).values()
-    apart = whence.DataValueEmbedding(rank=1000, fisher="empirical").attribute(run, asked()).values()
+    apart = whole(fisher="empirical", layers="apart").attribute(run, asked()).values()
     assert relative(apart[..., -1, :], together[..., -1, :]) <= 1e-12
     assert 1e-3 < relative(apart[..., 0, :], together[..., 0, :]) < 1
 

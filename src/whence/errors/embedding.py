@@ -12,7 +12,7 @@ class EmbeddingGrew(WhenceError):
     def __init__(self, step: int, block: str, growth: float) -> None:
         self.args = (
             f"At step {step} the embeddings of {block!r} are {growth:.2g} times what the step itself moved: rate times "
-            "curvature is above 2 in later steps, and their product explodes. Use damping=0.5 (or more), fisher='true' "
+            "curvature is above 2 in later steps, and their product explodes. Use damping=0.5 or more, fisher='true' "
             "instead of 'empirical', projection='orthonormal', a smaller rank; or train with a smaller learning rate.",
         )
 
