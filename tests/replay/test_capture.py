@@ -1,5 +1,7 @@
 """Captured rows are the samples' gradients, projected: against a loop over samples with whole gradients."""
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +178,38 @@ def test_a_language_model_needs_one_pass(slots: int) -> None:
     small = projection({name: tuple(floats[name].shape) for name in floats}, rank=12)
     gradient = captured(piece, floats, {}, sides=(small.sides,)).gradient
     torch.testing.assert_close(gradient, piece.gradient(floats, {}, None)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_nothing_of_a_pass_outlives_it(layer: Layer) -> None:
+    """No cycle of references keeps a graph until the garbage collector comes."""
+    (piece,) = piece_of(layer)
+    params, buffers = piece.transition.task.parameters(), piece.transition.task.buffers()
+    own = drawn(piece)
+    gc.collect()
+    gc.disable()
+    try:
+        found = watched(piece, params, buffers)
+        found.rows([own.sides])
+        assert found.seen is not None
+        kept = [weakref.ref(held) for held in (found.seen.losses, *found.seen.uses)]
+        del found
+        assert [ref() for ref in kept if ref() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_under_autocast_rows_are_as_coarse_as_the_training() -> None:
+    """And still come from one pass."""
+    piece = gpt(5)
+    params = piece.transition.task.parameters()
+    own = projection({name: tuple(params[name].shape) for name in params}, rank=12)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        coarse = captured(piece, params, {}, sides=(own.sides,)).rows[0][0]
+    assert unexplained(piece) == set()
+    assert coarse.dtype == torch.float32
+    fine = captured(piece, params, {}, sides=(own.sides,)).rows[0][0]
+    assert 0 < (coarse - fine).norm() <= 0.03 * fine.norm()
 
 
 def test_reductions_may_depend_on_the_gradient() -> None:

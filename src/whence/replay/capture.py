@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from whence.replay.explained import Parts, Reductions, grads, slopes_of, unexplained
 from whence.replay.transition import Piece
@@ -77,9 +78,11 @@ def watched(piece: Piece, params: Tree, buffers: Tree) -> "Watched":
     """
     task, moving = piece.transition.task, piece.transition.moving
     with torch.enable_grad(), piece.transition.replaying(twice=False):
-        if not piece.counted:
-            gradient, after, losses = piece.gradient(params, buffers, None)
-            return Watched(piece, losses, gradient, after)
+        # Before anything is watched: torch.func keeps the frame that calls it until the garbage collector comes.
+        normed = any(isinstance(module, _BatchNorm) and module.training for module in task.binding.modules())
+        whole = piece.gradient(params, buffers, None) if normed or not piece.counted else None
+        if whole is not None and not piece.counted:
+            return Watched(piece, whole[2], whole[0], whole[1])
         leaves = {name: params[name].detach().requires_grad_() for name in moving}
         watching = Watching(leaves, len(piece.share), piece.batch)
         with piece.randomness():
@@ -90,7 +93,7 @@ def watched(piece: Piece, params: Tree, buffers: Tree) -> "Watched":
         found = grads((own * piece.share.to(own)).sum(), [*edges, *leaves.values()])
         seen = _Seen(leaves, watching.uses, outputs, own, dict(zip(edges, found, strict=False)))
         if watching.froze:
-            gradient, after, losses = piece.gradient(params, buffers, None)
+            gradient, after, losses = whole or piece.gradient(params, buffers, None)
         else:
             gradient = _with_penalty(piece, params, dict(zip(leaves, found[len(edges) :], strict=True)))
     return Watched(piece, losses.detach(), gradient, {name: tensor.detach() for name, tensor in after.items()}, seen)
@@ -161,7 +164,8 @@ class Watched:
             like = next(iter(self.gradient.values()))
             none = tuple(like.new_zeros(0, sum(one.rank for one in reductions.values())) for reductions in sides)
             return (none,) * len(losses)
-        with torch.enable_grad():
+        # Under autocast the factors are as coarse as training's; their products need not be.
+        with torch.enable_grad(), torch.autocast(self.losses.device.type, enabled=False):
             read = [self.seen.losses if loss is None else loss(self.seen.outputs, self.piece.batch) for loss in losses]
             own = [loss is None for loss in losses]
             parts = self._parts([self._cotangents(loss) for loss in read], sides)

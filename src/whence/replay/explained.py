@@ -56,28 +56,35 @@ def unexplained(
         outputs, losses = ends
         random = torch.Generator().manual_seed(number)
         omega = (1 + torch.rand(len(losses), generator=random)).to(losses) * (piece.share.to(losses) != 0)
-        _refuse_coupled(outputs, losses, omega)
+        agrees = _agrees(outputs, losses)
+        _refuse_coupled(outputs, losses, omega, agrees=agrees)
         small = {name: leaf for name, leaf in leaves.items() if name in reductions}
-        found[kind] = _off(parts(), slopes_of((omega * losses).sum(), small), reductions, omega=omega)
+        found[kind] = _off(parts(), slopes_of((omega * losses).sum(), small), reductions, omega=omega, agrees=agrees)
         if found[kind]:
             log.info("differentiated sample by sample: %s", listed(sorted(found[kind]), most=6))
     return found[kind]
 
 
-def _off(parts: Parts, slopes: Tree, reductions: Reductions, *, omega: Tensor) -> frozenset[str]:
+def _agrees(outputs: Any, losses: Tensor) -> float:
+    """As close as the coarsest of them (under autocast, the outputs) allows."""
+    ends = [losses, *(end for end in tree_leaves(outputs) if isinstance(end, Tensor) and end.is_floating_point())]
+    return max(AGREES.get(end.dtype, AGREES[torch.bfloat16]) for end in ends)
+
+
+def _off(parts: Parts, slopes: Tree, reductions: Reductions, *, omega: Tensor, agrees: float) -> frozenset[str]:
     # A gradient that cancels (of a bias before softmax, say) is rounding of others.
     rounding = 100 * torch.finfo(omega.dtype).eps * norm(slopes)
     off = set()
     for name, slope in slopes.items():
         wanted = reductions[name].reduce(slope[None])[0]
         rows = parts.get(name, wanted.new_zeros(len(omega), len(wanted))) * omega[:, None]
-        allowed = AGREES.get(omega.dtype, 1e-3) * (rows.norm(dim=1).sum() + wanted.norm()) + rounding
+        allowed = agrees * (rows.norm(dim=1).sum() + wanted.norm()) + rounding
         if not (rows.sum(0) - wanted).norm() <= allowed:
             off.add(name)
     return frozenset(off)
 
 
-def _refuse_coupled(outputs: Any, losses: Tensor, omega: Tensor) -> None:
+def _refuse_coupled(outputs: Any, losses: Tensor, omega: Tensor, *, agrees: float) -> None:
     """Every sample's loss must be read off its own outputs.
 
     Raises:
@@ -89,14 +96,14 @@ def _refuse_coupled(outputs: Any, losses: Tensor, omega: Tensor) -> None:
         if plain is None or weighted is None:
             continue
         axes = [axis for axis, size in enumerate(plain.shape) if size == len(omega)]
-        if axes and not any(_separable(plain, weighted, omega=omega, axis=axis) for axis in axes):
+        if axes and not any(_separable(plain, weighted, omega=omega, axis=axis, agrees=agrees) for axis in axes):
             raise CoupledLoss
 
 
-def _separable(plain: Tensor, weighted: Tensor, *, omega: Tensor, axis: int) -> bool:
+def _separable(plain: Tensor, weighted: Tensor, *, omega: Tensor, axis: int, agrees: float) -> bool:
     """Whether weights of the losses are weights along an axis of their cotangents."""
     wanted = (plain.movedim(axis, -1) * omega).movedim(-1, axis)
-    return bool((weighted - wanted).norm() <= AGREES.get(plain.dtype, 1e-3) * wanted.norm())
+    return bool((weighted - wanted).norm() <= agrees * wanted.norm())
 
 
 def grads(loss: Tensor, inputs: Sequence[Any]) -> list[Tensor | None]:

@@ -62,7 +62,7 @@ class Dense(Side):
 
     def reduce(self, x: Float[Tensor, "*rest size"]) -> Float[Tensor, "*rest rank"]:
         """Apply the map along the last axis."""
-        return x @ self.basis
+        return x.to(self.basis.dtype) @ self.basis
 
     def unit(self, index: Int[Tensor, "*rest"]) -> Float[Tensor, "*rest rank"]:
         """Rows of the matrix."""
@@ -113,7 +113,7 @@ def reduced(sides: Sequence[Side], x: Tensor) -> list[Tensor]:
     bases = [side.basis for side in sides if isinstance(side, Dense)]
     if len(bases) < 2 or len(bases) < len(sides):
         return [side.reduce(x) for side in sides]
-    return list(torch.split(x @ torch.cat(bases, 1), [side.rank for side in sides], -1))
+    return list(torch.split(x.to(bases[0].dtype) @ torch.cat(bases, 1), [side.rank for side in sides], -1))
 
 
 @final

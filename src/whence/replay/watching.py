@@ -51,6 +51,8 @@ class Watching(TorchFunctionMode):
         self.uses: list[Use] = []
         self.froze = False  # batch statistics were taken for constants
         self._slots, self._flat = slots, "flat"
+        # Not a method: uses must not hold what holds them, or a pass's memory would wait for the garbage collector.
+        self._by_channel = partial(_by_channel, slots=slots)
         self._names = {id(leaf): name for name, leaf in leaves.items()}
         self._leaves = leaves
         self._alone: dict[int, tuple[Tensor, frozenset[str]]] = {
@@ -135,9 +137,6 @@ class Watching(TorchFunctionMode):
         self._add(Outer, weight, out, arranged=self._by_channel, inputs=inputs, groups=call["groups"])
         self._add(Scale, call["bias"], out, arranged=self._by_channel)
 
-    def _by_channel(self, x: Tensor) -> Tensor:
-        return by_slot(channels_last(x), self._slots, "first")
-
     def _embedding(self, call: Call, out: Tensor) -> None:
         places = call["input"]
         rows = places.dim() > 1 and len(places) == self._slots
@@ -166,8 +165,10 @@ class Watching(TorchFunctionMode):
         if layout is None:
             return
 
+        slots = self._slots
+
         def arranged(tensor: Tensor) -> Tensor:
-            return by_slot(flat(tensor), self._slots, layout)
+            return by_slot(flat(tensor), slots, layout)
 
         inputs = arranged(kind(x, shape, **eps))
         self._add(Scale, call["weight"], out, arranged=arranged, layout=layout, inputs=inputs)
@@ -232,6 +233,10 @@ class Watching(TorchFunctionMode):
         if all(id(source) in self._alone for source in sources):
             names = frozenset(chain.from_iterable(self._alone[id(source)][1] for source in sources))
             self._alone[id(found)] = found, names
+
+
+def _by_channel(x: Tensor, slots: int) -> Tensor:
+    return by_slot(channels_last(x), slots, "first")
 
 
 def _whole(out: Tensor) -> Tensor:
