@@ -16,17 +16,19 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = [*MODULES, *sorted((ROOT / "tests").rglob("*.py"))]
 
 GROUND = {"compiled", "errors", "extras", "tree"}
-REPLAY = GROUND | {"task", "queries", "replay"}
+REPLAY = GROUND | {"clipping", "task", "queries", "replay"}
 METHODS = REPLAY | {"run", "influence", "methods"}
-EVERYTHING = METHODS | {"language", "record", "apply", "plot", "view", "cli"}
+EVERYTHING = METHODS | {"tasks", "language", "record", "apply", "plot", "view", "cli"}
 MAY_IMPORT = {
     "errors": {"errors"},
     "compiled": {"compiled"},
     "extras": {"errors", "extras"},
     "tree": GROUND,
     "batchnorm": GROUND | {"batchnorm"},
-    "task": GROUND | {"batchnorm", "task"},
-    "language": GROUND | {"task", "language"},
+    "clipping": GROUND | {"clipping"},
+    "task": GROUND | {"batchnorm", "clipping", "task"},
+    "tasks": GROUND | {"task", "tasks"},
+    "language": GROUND | {"task", "tasks", "language"},
     "queries": GROUND | {"task", "queries"},
     "replay": REPLAY,
     "run": REPLAY | {"run"},

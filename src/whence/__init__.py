@@ -14,10 +14,10 @@ __version__ = "0.1.0"
 _HOME = {
     "WhenceError": "whence.errors",
     "Task": "whence.task",
-    "ClipNorm": "whence.task",
-    "ClipValue": "whence.task",
-    "classification": "whence.task",
-    "regression": "whence.task",
+    "ClipNorm": "whence.clipping",
+    "ClipValue": "whence.clipping",
+    "classification": "whence.tasks",
+    "regression": "whence.tasks",
     "language_model": "whence.language",
     "TokenMean": "whence.language",
     "Averaged": "whence.queries",
@@ -39,6 +39,9 @@ _HOME = {
     "DIT": "whence.methods.dit",
     "TracIn": "whence.methods.tracin",
     "GradientDot": "whence.methods.tracin",
+    "DataValueEmbedding": "whence.methods.value_embedding",
+    "Embeddings": "whence.methods.embeddings",
+    "open_embeddings": "whence.methods.embeddings",
     "Hessian": "whence.replay.curvature",
     "GaussNewton": "whence.replay.curvature",
     "EmpiricalFisher": "whence.replay.curvature",
@@ -58,6 +61,8 @@ __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are str
 if TYPE_CHECKING:
     from whence import plot as plot
     from whence.apply.trust import trust as trust
+    from whence.clipping import ClipNorm as ClipNorm
+    from whence.clipping import ClipValue as ClipValue
     from whence.errors import WhenceError as WhenceError
     from whence.influence.influence import Influence as Influence
     from whence.influence.influence import open_influence as open_influence
@@ -65,10 +70,13 @@ if TYPE_CHECKING:
     from whence.language import TokenMean as TokenMean
     from whence.language import language_model as language_model
     from whence.methods.dit import DIT as DIT
+    from whence.methods.embeddings import Embeddings as Embeddings
+    from whence.methods.embeddings import open_embeddings as open_embeddings
     from whence.methods.retrain import leave_one_out as leave_one_out
     from whence.methods.retrain import retrain as retrain
     from whence.methods.tracin import GradientDot as GradientDot
     from whence.methods.tracin import TracIn as TracIn
+    from whence.methods.value_embedding import DataValueEmbedding as DataValueEmbedding
     from whence.queries import Averaged as Averaged
     from whence.queries import Custom as Custom
     from whence.queries import Feature as Feature
@@ -91,11 +99,9 @@ if TYPE_CHECKING:
     from whence.replay.slope import Tangent as Tangent
     from whence.run.run import Run as Run
     from whence.run.run import open_run as open_run
-    from whence.task import ClipNorm as ClipNorm
-    from whence.task import ClipValue as ClipValue
     from whence.task import Task as Task
-    from whence.task import classification as classification
-    from whence.task import regression as regression
+    from whence.tasks import classification as classification
+    from whence.tasks import regression as regression
 
 
 def __getattr__(name: str) -> object:

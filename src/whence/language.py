@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from whence.errors import NoLabels
 from whence.task import Batch, Rows, Task, default_predict, logits_of
+from whence.tasks import IGNORED, drawn_classes
 
-IGNORED = -100  # torch's and Hugging Face's mark
 WEIGHTS = "token_weights"
 
 
@@ -69,7 +69,7 @@ def language_model(model: nn.Module, data: Rows, **options: Any) -> Task:
     >>> task.losses(task.parameters(), {}, task.batch([0, 1]))[0].shape
     torch.Size([2])
     """
-    return Task(model, data, _loss, **{"predict": _logits} | options)
+    return Task(model, data, _loss, **{"predict": _logits, "draw": _draw} | options)
 
 
 def targets_of(batch: Batch) -> tuple[Int[Tensor, "slot place"], Tensor]:
@@ -99,6 +99,15 @@ def _loss(outputs: Any, batch: Batch) -> Tensor:
     nats = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
     total = weights.sum(1)
     return (nats.view(targets.shape) * weights).sum(1) / total.where(total != 0, 1)  # a row of nothing has loss zero
+
+
+def _draw(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Every place draws on its own, so the mean over n of them would have an n-th of the curvature: hence the root."""
+    targets, weights = targets_of(batch)
+    logits = logits_of(outputs)[:, : targets.shape[1]].flatten(0, 1)
+    nats = cross_entropy(logits, drawn_classes(logits, generator), reduction="none").view(targets.shape)
+    total = weights.sum(1, keepdim=True)
+    return (nats * (weights / total.where(total != 0, 1)).sqrt()).sum(1)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

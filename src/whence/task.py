@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any, Literal, Protocol, TypeVar, final, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,12 +19,14 @@ from torch.utils.data import default_collate
 
 from whence import compiled
 from whence.batchnorm import STATISTICS, RunningStatistics, tracking
+from whence.clipping import ClipNorm, ClipValue
 from whence.errors import BadIds, BadLoss, BadReduction, SharedStorage
 from whence.tree import Tree, cast, plain
 
 Batch = Any  # whatever the collate function returns
 Result = TypeVar("Result")
 Reduction = Literal["mean", "sum"] | Callable[[Sequence[Batch]], Tensor]
+Draw = Callable[[Any, Batch, torch.Generator], Tensor]
 Ids = str | int | Callable[[Batch], Sequence[int] | Tensor]
 
 
@@ -39,43 +41,6 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Any:
         """Read one row."""
         ...
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class ClipNorm:
-    """Gradient clipping by total norm, as `torch.nn.utils.clip_grad_norm_` does it.
-
-    >>> ClipNorm(1.0)({"w": torch.tensor([3.0, 4.0])})
-    {'w': tensor([0.6000, 0.8000])}
-    """
-
-    max_norm: float
-    norm_type: float = 2.0
-
-    def __call__(self, grads: Tree) -> Tree:
-        """Scale all gradients by min(1, max_norm / norm)."""
-        norms = [torch.linalg.vector_norm(g, self.norm_type) for g in grads.values()]
-        total = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
-        # torch adds 1e-6 to the norm; we must do as it does to replay the same update.
-        scale = torch.clamp(self.max_norm / (total + 1e-6), max=1.0)
-        return {name: g * scale for name, g in grads.items()}
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class ClipValue:
-    """Gradient clipping entry by entry, as `torch.nn.utils.clip_grad_value_` does it.
-
-    >>> ClipValue(1.0)({"w": torch.tensor([3.0, -0.5])})
-    {'w': tensor([ 1.0000, -0.5000])}
-    """
-
-    max_value: float
-
-    def __call__(self, grads: Tree) -> Tree:
-        """Clamp every entry to [-max_value, max_value]."""
-        return {name: g.clamp(-self.max_value, self.max_value) for name, g in grads.items()}
 
 
 def default_predict(model: nn.Module, batch: Batch) -> Any:
@@ -114,6 +79,8 @@ class Task:
         reduce: "mean" (each micro-batch's mean, averaged over the micro-batches of a step), "sum", or a function of the
             batches of one step that returns c for all their slots, `[slot]`.
         clip: `ClipNorm(x)` or `ClipValue(x)` where the loop clips the gradient before the optimizer's step.
+        draw: `draw(outputs, batch, generator) -> [slot]`: losses with labels drawn from the model; their gradients g
+            have a sample's Gauss-Newton matrix as the mean of :math:`g g^\top`. Only `DataValueEmbedding` asks for it.
         ids: For data that cannot be read by row number: where a batch tells the ids of its samples (whole numbers, 0 or
             more), a key, a place in a tuple, or a function of the batch. A *sample* is then such an id.
 
@@ -133,6 +100,7 @@ class Task:
     penalty: Callable[[Tree], Tensor] | None = field(default=None, kw_only=True)
     reduce: Reduction = field(default="mean", kw_only=True)
     clip: ClipNorm | ClipValue | None = field(default=None, kw_only=True)
+    draw: Draw | None = field(default=None, kw_only=True)
     ids: Ids | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -322,29 +290,3 @@ def labels_of(batch: Batch) -> Tensor:
     """The targets in a batch: its second item, or its entry `labels`."""
     found: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
     return found
-
-
-def classification(model: nn.Module, data: Rows, **options: Any) -> Task:
-    """Cross-entropy, in nats, between the model's logits and the class numbers.
-
-    A batch is a pair (inputs, class numbers), or a mapping with `labels` as Hugging Face's models take it.
-    """
-
-    def loss(outputs: Any, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(logits_of(outputs), labels_of(batch), reduction="none")
-
-    return Task(model, data, loss, **options)
-
-
-def regression(model: nn.Module, data: Rows, **options: Any) -> Task:
-    """Squared error between the model's outputs and the targets, averaged over the outputs of a row.
-
-    A batch is a pair (inputs, targets), or a mapping with `labels` as Hugging Face's models take it.
-    """
-
-    def loss(outputs: Any, batch: Batch) -> Tensor:
-        found = logits_of(outputs)
-        gaps: Tensor = found.reshape(len(found), -1) - labels_of(batch).reshape(len(found), -1)
-        return gaps.square().mean(1)
-
-    return Task(model, data, loss, **options)

@@ -78,10 +78,16 @@ def test_attribute_at_given_states(place: Place, capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "made"), [("tracin", whence.TracIn()), ("gradient-dot", whence.GradientDot())], ids=["tracin", "dot"]
+    ("method", "made"),
+    [("tracin", whence.TracIn()), ("gradient-dot", whence.GradientDot()), ("dve", whence.DataValueEmbedding())],
+    ids=["tracin", "dot", "dve"],
 )
-def test_attribute_by_a_baseline(
-    method: str, made: whence.TracIn | whence.GradientDot, place: Place, capsys: Captured, tmp_path: Path
+def test_attribute_by_another_method(
+    method: str,
+    made: whence.TracIn | whence.GradientDot | whence.DataValueEmbedding,
+    place: Place,
+    capsys: Captured,
+    tmp_path: Path,
 ) -> None:
     """The influence on disk is the method's own, and says so."""
     out, _ = run(capsys, "attribute", place.run, *place.references, "--out", str(tmp_path / "out"), "--method", method)

@@ -13,12 +13,13 @@ from whence.errors import NoSuchState
 from whence.influence.writer import InfluenceWriter
 from whence.methods.dit import slots
 
-Method = whence.DIT | whence.TracIn | whence.GradientDot
+Method = whence.DIT | whence.TracIn | whence.GradientDot | whence.DataValueEmbedding
 METHODS: dict[str, Method] = {
     "DIT": whence.DIT(),
     "TracIn": whence.TracIn(),
     "TracIn, kept": whence.TracIn(states="kept"),
     "GradientDot": whence.GradientDot(),
+    "DataValueEmbedding": whence.DataValueEmbedding(rank=8),
 }
 RUNS = ["adamw", "two groups", "accumulation, batchnorm", "twice in a batch", "short batches"]
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -19,7 +19,7 @@ def attribute(
     queries: Reference,
     out: Path,
     observed_at: States = "end",
-    method: Literal["dit", "tracin", "gradient-dot"] = "dit",
+    method: Literal["dit", "dve", "tracin", "gradient-dot"] = "dit",
 ) -> None:
     """Compute how much every training sample moved the queries, at every step; resumes where it was interrupted.
 
@@ -32,14 +32,21 @@ def attribute(
         queries: What is asked, such as a whence.Loss: a Python file and a name in it.
         out: Folder for the influence.
         observed_at: States that the queries read: the last, the end of every epoch, or numbers. Windows end at them.
-        method: How it is computed: dit (exact, one sweep back through the run); or a cheap baseline, a product of
-            gradients: tracin (at every step), gradient-dot (at the observed state).
+        method: How it is computed: dit (exact, one sweep back through the run); dve (by projected vectors of all
+            visits); or a cheap baseline, a product of gradients: tracin (at every step), gradient-dot (at the observed
+            state).
     """
     from whence.methods.dit import DIT
     from whence.methods.tracin import GradientDot, TracIn
+    from whence.methods.value_embedding import DataValueEmbedding
     from whence.run.run import open_run
 
-    methods: dict[str, DIT | TracIn | GradientDot] = {"dit": DIT(), "tracin": TracIn(), "gradient-dot": GradientDot()}
+    methods: dict[str, DIT | DataValueEmbedding | TracIn | GradientDot] = {
+        "dit": DIT(),
+        "dve": DataValueEmbedding(),
+        "tracin": TracIn(),
+        "gradient-dot": GradientDot(),
+    }
     found = methods[method].attribute(
         open_run(run, task_at(task)), queries_at(queries), observed_at=observed_at, out=out
     )

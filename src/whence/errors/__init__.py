@@ -4,6 +4,14 @@ from whence.errors.command_line import BadReference as BadReference
 from whence.errors.command_line import BrokenFile as BrokenFile
 from whence.errors.command_line import NotInFile as NotInFile
 from whence.errors.command_line import OtherRun as OtherRun
+from whence.errors.embedding import DamagedEmbeddings as DamagedEmbeddings
+from whence.errors.embedding import DifferentEmbeddings as DifferentEmbeddings
+from whence.errors.embedding import EmbeddedElsewhere as EmbeddedElsewhere
+from whence.errors.embedding import EmbeddingGrew as EmbeddingGrew
+from whence.errors.embedding import NoDraw as NoDraw
+from whence.errors.embedding import NotEmbedded as NotEmbedded
+from whence.errors.embedding import NotEmbeddings as NotEmbeddings
+from whence.errors.embedding import UnfinishedEmbeddings as UnfinishedEmbeddings
 from whence.errors.influence import DamagedInfluence as DamagedInfluence
 from whence.errors.influence import DifferentInfluence as DifferentInfluence
 from whence.errors.influence import FolderTaken as FolderTaken
@@ -20,6 +28,7 @@ from whence.errors.influence import UnknownQuery as UnknownQuery
 from whence.errors.influence import UnknownSample as UnknownSample
 from whence.errors.methods import BadSetting as BadSetting
 from whence.errors.methods import CannotRenormalize as CannotRenormalize
+from whence.errors.methods import CoupledLoss as CoupledLoss
 from whence.errors.methods import NoOutputs as NoOutputs
 from whence.errors.methods import TooLittleMemory as TooLittleMemory
 from whence.errors.methods import WithoutQueries as WithoutQueries

@@ -48,3 +48,14 @@ class WithoutQueries(WhenceError):
             f"The checks ask the queries again, and this influence comes without them. Give the same queries: "
             f"trust(run, influence, queries=...), with the names {listed(names, most=6)}.",
         )
+
+
+class CoupledLoss(WhenceError):
+    """A loss that no sample has to itself cannot be taken apart."""
+
+    def __init__(self) -> None:
+        self.args = (
+            "The loss of one sample depends on the outputs of another (a contrastive loss, or an average over the "
+            "batch?), and embeddings need a gradient that is the sample's own. Use whence.DIT(), which does not, or "
+            "give the task a loss of every row by itself.",
+        )

@@ -1,0 +1,192 @@
+r"""Data Value Embedding (Wang et al., arXiv 2412.09538): a vector for every visit, before any query is known.
+
+.. math:: e_{t,b} = \Big[ \prod_{k > t} (\rho_k - D_k H_k) \Big] D_t\, c_{t,b} \nabla \ell_b(\theta_t)
+
+in the small space of a random projection, layer by layer. D is what the optimizer makes of a gradient, H the Fisher
+matrix of a batch: a choice.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from whence.errors import BadSetting, NoDraw
+from whence.influence.influence import Influence
+from whence.methods.capturing import Fisher, Follow, Gathering, blocks_of, projection_for
+from whence.methods.dit import precision, slots
+from whence.methods.embedding_store import About, EmbeddingStore
+from whence.methods.embeddings import Embeddings
+from whence.methods.observe import ObservedAt, observed_states
+from whence.methods.projection import Kind
+from whence.methods.recursion import Transport, Visits, back_over
+from whence.queries import Query
+from whence.run.run import Run
+
+Layers = Literal["apart", "together"]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataValueEmbedding:
+    """Vectors for every visit of a training, made once; the influence on any query is then an inner product.
+
+    It approximates in four places: the curvature is a Fisher matrix; layers do not feel one another's change; gradients
+    are projected; momentum and the like are taken as settled. `DIT` leaves out nothing and takes a sweep per question.
+
+    Args:
+        rank: coordinates per parameter, at most; storage is steps x slots x rank x parameters.
+        fisher: "true" draws labels from the model, "empirical" takes the samples' own gradients, as the paper does.
+        projection: "orthonormal" (exact where the rank is a parameter's size), "gaussian", or "mask", which picks rows
+            and columns, so that what Adam divides by stays exact.
+        follow: "optimizer" takes momentum, Adam's division, weight decay and clipping into account; "rate" pretends
+            that every step was plain gradient descent.
+        layers: "apart", or "together" with one matrix of all coordinates, which only small models can afford.
+        damping: 0.5 takes eigenvalues above 2 (rate times curvature) for ones that do not explode, 1 makes every step
+            implicit, 0 leaves the recursion as published.
+        segments: cuts the training into so many stretches; the states at their ends can then be observed, too.
+        seed: of the projection and of the drawn labels.
+
+    Raises:
+        BadSetting: names the setting, and what it may be.
+    """
+
+    rank: int = 256
+    fisher: Fisher = "true"
+    projection: Kind = "orthonormal"
+    follow: Follow = "optimizer"
+    layers: Layers = "apart"
+    damping: float = 0.5
+    segments: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that are none.
+
+        Raises:
+            BadSetting: names the setting, and what it may be.
+        """
+        choices = (("fisher", Fisher), ("projection", Kind), ("follow", Follow), ("layers", Layers))
+        for name, kind in choices:
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise BadSetting(name, value, " or ".join(map(repr, get_args(kind))))
+        for name, least in (("rank", 1), ("segments", 1), ("damping", 0)):
+            if (value := getattr(self, name)) < least:
+                raise BadSetting(name, value, f"a number, at least {least}")
+
+    def embed(self, run: Run, *, observed_at: ObservedAt = "end", out: str | Path | None = None) -> Embeddings:
+        """Make the vectors: one pass forward over the training, one recursion back.
+
+        Args:
+            run: the recorded training.
+            observed_at: the states that the vectors shall lead to, beside the end and those of `segments`.
+            out: folder of the result. An unfinished embedding with the same settings there is gone on with. None keeps
+                the result in memory.
+
+        Raises:
+            NoDraw: the task does not say how labels are drawn from the model.
+        """
+        if self.fisher == "true" and run.task.draw is None:
+            raise NoDraw
+        small = projection_for(run, kind=self.projection, rank=self.rank, seed=self.seed)
+        gathering = Gathering(run, small, self.fisher, self.follow, self.seed)
+        cuts = {-(-run.steps * part // self.segments) for part in range(1, self.segments + 1)}
+        about = About(
+            run=run.id,
+            steps=run.steps,
+            slots=max(len(step.samples) for step in run.log),
+            samples=run.samples,
+            observed_at=tuple(sorted({*observed_states(run, observed_at), *cuts})),
+            layout={name: (place.start, place.stop) for name, place in small.layout.items()},
+            blocks=blocks_of(small, dense=self.layers == "together"),
+            dtype=precision(run),
+            settings=self._settings,
+        )
+        path = None if out is None else Path(out)
+        store = EmbeddingStore.begin(path, about, gathering.shapes(about.slots), sample=slots(run))
+        if not store.finished:
+            gathering.fill(store)
+            _Recursion(store, run.task.device, self.damping).fill()
+        return Embeddings(run, store)
+
+    def attribute(
+        self, run: Run, queries: Query, *, observed_at: ObservedAt = "end", out: str | Path | None = None
+    ) -> Influence:
+        """Embed in memory, and ask: for a single question.
+
+        Sign: what the query gains when the sample is removed; for a loss, positive is helpful, negative harmful.
+
+        Args:
+            run: the recorded training.
+            queries: what is asked.
+            observed_at: the states that the queries read: "end", "epochs", a number, or several.
+            out: folder of the result. An unfinished attribution of the same question there is resumed, to the same
+                bits. None keeps the result in memory.
+        """
+        return self.embed(run, observed_at=observed_at).attribute(queries, observed_at=observed_at, out=out)
+
+    @property
+    def _settings(self) -> dict[str, object]:
+        names = ("rank", "fisher", "projection", "follow", "layers", "damping", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Recursion:
+    """The way back over what a pass over the training has gathered."""
+
+    store: EmbeddingStore
+    device: torch.device
+    damping: float
+
+    def fill(self) -> None:
+        """Write the embeddings from the last shard to the first, and note that all is there."""
+        about, ends = self.store.about, self.store.about.observed_at
+        transports: list[Transport] = []
+        for first, stop in tqdm(about.shards[::-1], desc="going back", unit="shard", disable=None, leave=False):
+            names = self.store.captured_names
+            block = {name: self._tensor(self.store.read(f"captured/{name}", first, stop)) for name in names}
+            found = np.zeros((stop - first, *about.shape[1:]), about.dtype)
+            for step in range(stop - 1, first - 1, -1):
+                if step + 1 in ends:
+                    transports = self._transports()
+                place = step - first
+                of_step = {name: tensor[place] for name, tensor in block.items()}
+                found[place] = self._back(of_step, transports, step=step).cpu().numpy()
+                if len(ends) > 1 and step in (0, *ends):
+                    self._keep(transports, next(number for number, end in enumerate(ends) if end > step))
+            self.store.write("embedding", found, first)
+        self.store.finish()
+
+    def _back(self, of_step: dict[str, Tensor], transports: list[Transport], *, step: int) -> Tensor:
+        blocks = zip(self.store.about.blocks.items(), transports, strict=True)
+        parts = []
+        for (block, (start, stop)), transport in blocks:
+            visits = visits_of(of_step, slice(start, stop))
+            parts.append(back_over(visits, transport, damping=self.damping, step=step, block=block))
+        return torch.cat(parts, 1)
+
+    def _transports(self) -> list[Transport]:
+        like = self._tensor(np.zeros(0, self.store.about.dtype))
+        return [Transport(like.new_zeros(stop - start)) for start, stop in self.store.about.blocks.values()]
+
+    def _keep(self, transports: list[Transport], stretch: int) -> None:
+        for number, transport in enumerate(transports):
+            self.store.write(f"transport/{number}", transport.matrix()[None].cpu().numpy(), stretch)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def visits_of(of_step: dict[str, Tensor], place: slice) -> Visits:
+    """What a step says about some coordinates."""
+    cut = {name: tensor[..., place] for name, tensor in of_step.items() if name != "share"}
+    fisher, rate = cut["fisher"], cut["rate"]
+    moved = cut["moved"] if "moved" in cut else cut.get("gradient", fisher) * rate
+    drawn = cut["fisher_moved"] if "fisher_moved" in cut else fisher * rate if "gradient" in cut else moved
+    return Visits(of_step["share"], moved, fisher, drawn, cut["decay"])

@@ -1,0 +1,232 @@
+r"""The gradient of every sample's loss at a step, made small by projection, beside the gradient of the step itself.
+
+One forward pass and one backward pass serve both, with training's own kernels. Every operation that uses a parameter
+is watched, and the small gradients follow from its inputs and from the cotangents of its outputs (`uses.py`). That
+watching is a guess about layouts, so it proves itself: with random weights :math:`\omega` of the samples,
+
+.. math:: \sum_b \omega_b\, P(\nabla\ell_b) = P(\nabla \sum_b \omega_b \ell_b)
+
+must hold for every parameter (`explained.py`). It is asked again whenever the parameters are used in another way, and
+at steps 1, 2, 4, 8, ... Parameters for which it does not hold (in a recurrent layer, say) are differentiated sample by
+sample.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from whence.replay.explained import Parts, Reductions, grads, slopes_of, unexplained
+from whence.replay.transition import Piece
+from whence.replay.uses import Use
+from whence.replay.watching import Watching
+from whence.task import Batch
+from whence.tree import Tree
+
+Loss = Callable[[Any, Batch], Tensor]  # outputs, batch -> [slot]
+Rows = tuple[tuple[Float[Tensor, "slot rank"], ...], ...]  # by loss and by set of reductions
+Cotangents = dict[GradientEdge, Tensor | None]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What one pass over a micro-batch found.
+
+    Attributes:
+        rows: projected gradients of the samples' losses (not divided by the batch), by loss and by set of reductions,
+            each `[slot, layer-rank]`; of no slots where the update did not consume the piece.
+        losses: the task's losses `[slot]`, as `Piece.loss` gives them.
+        gradient: the piece's part of the step's gradient, like that of `Piece.gradient`.
+        buffers: as the forward pass left them.
+    """
+
+    rows: Rows
+    losses: Float[Tensor, " slot"]
+    gradient: Tree
+    buffers: Tree
+
+
+def captured(
+    piece: Piece, params: Tree, buffers: Tree, *, sides: Sequence[Reductions], losses: Sequence[Loss] = ()
+) -> Captured:
+    """Capture the projected gradients of a micro-batch's samples, all at once: see `watched`.
+
+    Args:
+        piece: the micro-batch; its modules are put into the recorded modes.
+        params: where the gradients are taken.
+        buffers: before the forward pass.
+        sides: sets of reductions.
+        losses: further losses, read off the same outputs.
+    """
+    found = watched(piece, params, buffers)
+    return Captured(found.rows(sides, [None, *losses]), found.losses, found.gradient, found.buffers)
+
+
+def watched(piece: Piece, params: Tree, buffers: Tree) -> "Watched":
+    """Take the gradient of a micro-batch, and keep what the rows of its samples follow from.
+
+    Args:
+        piece: the micro-batch; its modules are put into the recorded modes.
+        params: where the gradients are taken.
+        buffers: before the forward pass.
+    """
+    task, moving = piece.transition.task, piece.transition.moving
+    with torch.enable_grad(), piece.transition.replaying(twice=False):
+        # Before anything is watched: torch.func keeps the frame that calls it until the garbage collector comes.
+        normed = any(isinstance(module, _BatchNorm) and module.training for module in task.binding.modules())
+        whole = piece.gradient(params, buffers, None) if normed or not piece.counted else None
+        if whole is not None and not piece.counted:
+            return Watched(piece, whole[2], whole[0], whole[1])
+        leaves = {name: params[name].detach().requires_grad_() for name in moving}
+        watching = Watching(leaves, len(piece.share), piece.batch)
+        with piece.randomness():
+            with watching:
+                outputs, after = task.outputs(params | leaves, buffers, piece.batch)
+            own = losses = task.losses_of(outputs, piece.batch)
+        edges = list(dict.fromkeys(use.edge for use in watching.uses))
+        found = grads((own * piece.share.to(own)).sum(), [*edges, *leaves.values()])
+        seen = _Seen(leaves, watching.uses, outputs, own, dict(zip(edges, found, strict=False)))
+        if watching.froze:
+            gradient, after, losses = whole or piece.gradient(params, buffers, None)
+        else:
+            gradient = _with_penalty(piece, params, dict(zip(leaves, found[len(edges) :], strict=True)))
+    return Watched(piece, losses.detach(), gradient, {name: tensor.detach() for name, tensor in after.items()}, seen)
+
+
+def _with_penalty(piece: Piece, params: Tree, gradient: Mapping[str, Tensor | None]) -> Tree:
+    whole = {name: torch.zeros_like(params[name]) if part is None else part for name, part in gradient.items()}
+    penalty = piece.transition.task.penalty
+    if penalty is None or piece.index != 0:
+        return whole
+    leaves = {name: params[name].detach().requires_grad_() for name in whole}
+    found = slopes_of(penalty(params | leaves), leaves)
+    return {name: tensor + found[name] for name, tensor in whole.items()}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A forward pass that was watched.
+
+    Attributes:
+        leaves: the parameters that the graph starts from.
+        uses: of them.
+        outputs: of the model.
+        losses: of the task, `[slot]`, with their graph.
+        cotangents: of the uses, of the losses weighted with their shares.
+    """
+
+    leaves: Tree
+    uses: list[Use]
+    outputs: Any
+    losses: Tensor
+    cotangents: Cotangents
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A micro-batch's gradient, and the rows of its samples for whatever reductions are asked (of the gradient, say).
+
+    Attributes:
+        piece: the micro-batch.
+        losses: the task's losses `[slot]`, as `Piece.loss` gives them.
+        gradient: the piece's part of the step's gradient, like that of `Piece.gradient`.
+        buffers: as the forward pass left them.
+        seen: the graph; it is as large as that of a training step, and lives as long as this.
+    """
+
+    piece: Piece
+    losses: Float[Tensor, " slot"]
+    gradient: Tree
+    buffers: Tree
+    seen: _Seen | None = None
+
+    def rows(self, sides: Sequence[Reductions], losses: Sequence[Loss | None] = (None,)) -> Rows:
+        """Projected gradients of the samples' losses, not divided by the batch; by loss and by set of reductions.
+
+        With BatchNorm in train mode every loss depends on every sample; the rows then take the batch's statistics for
+        constants (the step's gradient does not). Elsewhere they are exact. A slot whose share of the step's loss is
+        zero has a row of zeros under the task's loss. A piece that the update did not consume has no rows.
+
+        Args:
+            sides: sets of reductions, all of the same parameters in the same order; parameters that the step does not
+                move have zeros.
+            losses: read off the model's outputs; None is the task's own, which costs no backward pass.
+        """
+        if self.seen is None:
+            like = next(iter(self.gradient.values()))
+            none = tuple(like.new_zeros(0, sum(one.rank for one in reductions.values())) for reductions in sides)
+            return (none,) * len(losses)
+        # Under autocast the factors are as coarse as training's; their products need not be.
+        with torch.enable_grad(), torch.autocast(self.losses.device.type, enabled=False):
+            read = [self.seen.losses if loss is None else loss(self.seen.outputs, self.piece.batch) for loss in losses]
+            own = [loss is None for loss in losses]
+            parts = self._parts([self._cotangents(loss) for loss in read], sides)
+            return self._joined(read, self._unshared(parts, own), sides)
+
+    def _cotangents(self, losses: Tensor) -> Cotangents:
+        assert self.seen is not None
+        if losses is self.seen.losses:
+            return self.seen.cotangents
+        edges = list(self.seen.cotangents)
+        return dict(zip(edges, grads(losses.sum(), edges), strict=True))
+
+    def _parts(self, cotangents: Sequence[Cotangents], sides: Sequence[Reductions]) -> list[list[Parts]]:
+        """Small gradients by loss, set of reductions and parameter, summed over the parameter's uses."""
+        assert self.seen is not None
+        found: list[list[Parts]] = [[{} for _ in sides] for _ in cotangents]
+        for use in self.seen.uses:
+            reductions = [one[use.name] for one in sides if use.name in one]
+            if not reductions:
+                continue
+            factors = use.factors(reductions)
+            for of_loss, of_edge in zip(found, cotangents, strict=True):
+                b = of_edge[use.edge]
+                small = [] if b is None else use.rows(b, factors, reductions)
+                for parts, rows in zip(of_loss, small, strict=False):
+                    parts[use.name] = parts[use.name] + rows if use.name in parts else rows
+        return found
+
+    def _unshared(self, parts: list[list[Parts]], own: Sequence[bool]) -> list[list[Parts]]:
+        """The task's own losses were weighted with their shares, for the sake of the gradient."""
+        share = self.piece.share.to(self.losses)
+        inverse = torch.where(share != 0, 1 / share, 0)[:, None]
+        return [
+            [{name: part * inverse for name, part in of_set.items()} for of_set in of_loss] if weighted else of_loss
+            for of_loss, weighted in zip(parts, own, strict=True)
+        ]
+
+    def _joined(self, losses: Sequence[Tensor], parts: list[list[Parts]], sides: Sequence[Reductions]) -> Rows:
+        """All parameters behind each other; the unexplained ones one sample at a time."""
+        assert self.seen is not None
+        alone = {name: self.seen.leaves[name] for name in self._unexplained(sides[0])}
+        rows = []
+        for of_loss, loss in zip(parts, losses, strict=True):
+            slopes = [slopes_of(one, alone) for one in loss] if alone else []
+            whole = {name: torch.stack([each[name] for each in slopes]) for name in alone}
+            rows.append(tuple(_row(part, whole, one, like=loss) for part, one in zip(of_loss, sides, strict=True)))
+        return tuple(rows)
+
+    def _unexplained(self, reductions: Reductions) -> frozenset[str]:
+        assert self.seen is not None
+        seen = self.seen
+
+        def parts() -> Parts:
+            return self._unshared(self._parts([seen.cotangents], [reductions]), [True])[0][0]
+
+        kind = tuple(reductions), tuple(use.kind for use in seen.uses)
+        ends = seen.outputs, seen.losses
+        return unexplained(self.piece, ends, seen.leaves, kind=kind, reductions=reductions, parts=parts)
+
+
+def _row(parts: Parts, whole: Tree, reductions: Reductions, *, like: Tensor) -> Float[Tensor, "slot rank"]:
+    found = parts | {name: reductions[name].reduce(tensor) for name, tensor in whole.items()}
+    zeros = (like.new_zeros(len(like), one.rank) for one in reductions.values())
+    return torch.cat([found.get(name, zero) for name, zero in zip(reductions, zeros, strict=True)], 1)

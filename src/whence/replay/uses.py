@@ -1,0 +1,219 @@
+r"""How a parameter's gradient follows, sample by sample, from the cotangents b of what it helped to compute.
+
+Every kind of use knows the parameter's other factor (a layer's inputs, a table's places) and gives the small form of
+all samples' gradients without the gradients. Tensors are arranged as `[slot, token, feature]` first.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn.functional import pad, unfold
+
+from whence.replay.sides import Side, Sides, reduced
+
+TOKENS_FIRST = frozenset({"second", "flat, tokens first"})
+Arranged = Callable[[Tensor], Tensor]  # what an operation gives or takes -> [slot, token, feature]
+
+
+@dataclass(frozen=True)
+class Use(abc.ABC):
+    """One use of a parameter in a forward pass.
+
+    Attributes:
+        name: of the parameter.
+        edge: the place in the graph whose cotangent decides its gradient.
+        arranged: brings that cotangent into order.
+        layout: where the slots are in it.
+    """
+
+    name: str
+    edge: GradientEdge
+    arranged: Arranged
+    layout: str
+
+    @abc.abstractmethod
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+        """Small gradients `[slot, rank]` by set of reductions, given the (raw) cotangent.
+
+        Args:
+            cotangent: b.
+            factors: as `factors` reduced the other factor.
+            sides: sets of reductions.
+        """
+
+    def factors(self, sides: Sequence[Sides]) -> list[Tensor]:
+        """The parameter's other factor, reduced by every set of reductions; the same for all cotangents."""
+        del sides
+        return []
+
+    @property
+    def kind(self) -> tuple[str, str, str]:
+        """What must be proven once: this way of computing this parameter's gradient."""
+        return type(self).__name__, self.name, self.layout
+
+
+@final
+@dataclass(frozen=True)
+class Outer(Use):
+    r"""A matrix product: :math:`\sum b a^\top` over the tokens, for every group of features.
+
+    Attributes:
+        inputs: a, `[slot, token, group x feature]`.
+        groups: how many blocks of features have products of their own.
+        turned: the parameter's first axis is that of the inputs.
+    """
+
+    inputs: Tensor
+    groups: int = 1
+    turned: bool = False
+
+    def factors(self, sides: Sequence[Sides]) -> list[Tensor]:
+        """Reduced inputs."""
+        x = self._split(self.inputs) if self.groups > 1 else self.inputs
+        return reduced([one.left if self.turned else _right(one) for one in sides], x)
+
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+        """The reduced factors' product."""
+        b = self.arranged(cotangent)
+        if self.groups > 1:
+            mixed = [torch.einsum("stgo,stgr->srgo", self._split(b), a).flatten(2) for a in factors]
+            return [one.left.reduce(each).mT.flatten(1) for one, each in zip(sides, mixed, strict=True)]
+        outputs = reduced([_right(one) if self.turned else one.left for one in sides], b)
+        pairs = zip(factors, outputs, strict=True)
+        return [(a.mT @ b if self.turned else b.mT @ a).flatten(1) for a, b in pairs]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], self.groups, -1)
+
+
+@final
+@dataclass(frozen=True)
+class Lookup(Use):
+    """Rows of a table: every token's cotangent goes to its own row.
+
+    Attributes:
+        places: the row of every token, `[slot, token]`.
+        ignored: a row without gradient.
+    """
+
+    places: Tensor
+    ignored: int | None = None
+
+    def factors(self, sides: Sequence[Sides]) -> list[Tensor]:
+        """Reduced unit vectors."""
+        units = [one.left.unit(self.places) for one in sides]
+        if self.ignored is None:
+            return units
+        counted = (self.places != self.ignored)[..., None]
+        return [unit * counted for unit in units]
+
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+        """Reduced unit vectors times reduced cotangents."""
+        vectors = reduced([_right(one) for one in sides], self.arranged(cotangent))
+        return [(units.mT @ b).flatten(1) for units, b in zip(factors, vectors, strict=True)]
+
+
+@final
+@dataclass(frozen=True)
+class Scale(Use):
+    """A factor for every feature: the sum over tokens of b times what it multiplied.
+
+    Attributes:
+        inputs: what it multiplied, `[slot, token, feature]`; None: it was added.
+    """
+
+    inputs: Tensor | None = None
+
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+        """Sums, reduced like whole gradients."""
+        del factors
+        b = self.arranged(cotangent)
+        whole = (b if self.inputs is None else b * self.inputs).sum(1)
+        return [one.reduce(whole) for one in sides]
+
+
+@final
+@dataclass(frozen=True)
+class Spread(Use):
+    """A tensor made of parameters alone (a table of places, say) that every sample was given alike.
+
+    Attributes:
+        leaf: the parameter itself.
+        source: what was made of it.
+    """
+
+    leaf: Tensor
+    source: Tensor
+
+    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+        """Each sample's cotangent, taken back through the short way from the source to the parameter."""
+        del factors
+        whole = self._pulled(self.arranged(cotangent))
+        return [one.reduce(whole) for one in sides]
+
+    def _pulled(self, cotangent: Tensor) -> Tensor:
+        if self.source is self.leaf:
+            return cotangent
+        (found,) = torch.autograd.grad(
+            self.source, self.leaf, cotangent.to(self.source.dtype), retain_graph=True, is_grads_batched=True
+        )
+        return found
+
+
+def _right(sides: Sides) -> Side:
+    assert sides.right is not None, "a vector is no matrix"
+    return sides.right
+
+
+def layout_of(x: Tensor, slots: int) -> str | None:
+    """Where the slots of a tensor with features last seem to be: a guess, to be proven by numbers."""
+    if x.dim() >= 2 and x.shape[0] == slots:
+        return "first"
+    if x.dim() >= 3 and x.shape[1] == slots:
+        return "second"
+    return "flat" if x.dim() >= 2 and x.shape[:-1].numel() % slots == 0 else None
+
+
+def by_slot(x: Tensor, slots: int, layout: str) -> Tensor:
+    """Features last -> `[slot, token, feature]`."""
+    if layout == "flat, tokens first":
+        x = x.reshape(-1, slots, x.shape[-1])
+    return (x.transpose(0, 1) if layout in TOKENS_FIRST else x).reshape(slots, -1, x.shape[-1])
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`[row, channel, *places]` -> `[row, place, channel]`."""
+    return x.flatten(2).mT if x.dim() > 2 else x[:, None]
+
+
+def summed_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """Undo the broadcasting of a tensor of this shape to x, but for the slots, x's first axis."""
+    full = (1,) * (x.dim() - len(shape)) + tuple(shape)
+    axes = [axis for axis in range(1, x.dim()) if full[axis] == 1 and x.shape[axis] != 1]
+    return (x.sum(axes) if axes else x).reshape(len(x), *shape)
+
+
+def patches(x: Tensor, size: Sequence[int], conv: dict[str, tuple[int, ...] | str]) -> Tensor:
+    """What a convolution's kernel sees at every place, `[row, place, channel x kernel]`, for one or two axes."""
+    strides, dilations = (_each(conv[key], len(size)) for key in ("stride", "dilation"))
+    if conv["padding"] == "same":
+        wide = [d * (k - 1) for k, d in zip(size, dilations, strict=True)]
+        x = pad(x, [side for total in reversed(wide) for side in (total // 2, total - total // 2)])
+        paddings: tuple[int, ...] = (0,) * len(size)
+    else:
+        paddings = (0,) * len(size) if conv["padding"] == "valid" else _each(conv["padding"], len(size))
+    if len(size) == 1:
+        x, size, strides, dilations = x[:, :, None], (1, *size), (1, *strides), (1, *dilations)
+        paddings = (0, *paddings)
+    return unfold(x, tuple(size), dilations, paddings, strides).mT
+
+
+def _each(value: int | tuple[int, ...] | str, axes: int) -> tuple[int, ...]:
+    assert not isinstance(value, str)
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
