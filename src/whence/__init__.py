@@ -39,6 +39,8 @@ _HOME = {
     "DIT": "whence.methods.dit",
     "TracIn": "whence.methods.tracin",
     "GradientDot": "whence.methods.tracin",
+    "DiffIn": "whence.methods.diff_in",
+    "Checkpoints": "whence.methods.checkpoints",
     "Hessian": "whence.replay.curvature",
     "GaussNewton": "whence.replay.curvature",
     "EmpiricalFisher": "whence.replay.curvature",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from whence.influence.patterns import patterns as patterns
     from whence.language import TokenMean as TokenMean
     from whence.language import language_model as language_model
+    from whence.methods.checkpoints import Checkpoints as Checkpoints
+    from whence.methods.diff_in import DiffIn as DiffIn
     from whence.methods.dit import DIT as DIT
     from whence.methods.retrain import leave_one_out as leave_one_out
     from whence.methods.retrain import retrain as retrain

@@ -1,0 +1,78 @@
+"""A training's loss around one of its states, by gradients and differences of gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vmap
+
+from whence.methods.course import Point
+from whence.methods.differences import Differences, length
+from whence.methods.row_gradients import Proxy, RowGradients, paired
+from whence.replay.forward import select
+from whence.task import Batch
+from whence.tree import Tree, each, stack
+
+TOGETHER = 8  # curvature products at once
+ITERATIONS = 10
+
+
+@final
+@dataclass(frozen=True)
+class Near:
+    """The loss of single rows, and of the proxy batch, around a state."""
+
+    point: Point
+    rows: RowGradients
+    proxy: Proxy
+    differences: Differences
+
+    @cached_property
+    def step(self) -> Tree:
+        """What a step makes of the proxy batch's gradient: the rates times G_B."""
+        return self.point.scaled(self.proxy.gradient(self.point.trained))
+
+    def gradients(self, batch: Batch) -> Tree:
+        """The gradient of every row of a batch, G_z."""
+        return self.rows.each(batch, self.point.trained)
+
+    def along_step(self, function: Callable[[Tree], Tree]) -> Tree:
+        """The derivative, along that step, of what is made of rows' gradients: all that is asked of H_z."""
+        return self.differences(function, self.point.trained, self.step)
+
+    def curved(self, directions: Tree) -> Tree:
+        """Curvature products with a stack of directions, H_B v, `[direction, ...]`."""
+
+        def product(direction: Tree) -> Tree:
+            return self.differences(self.proxy.gradient, self.point.trained, direction)
+
+        try:
+            found: Tree = vmap(product, chunk_size=TOGETHER)(directions)
+        except (RuntimeError, NotImplementedError, ValueError):
+            number = len(next(iter(directions.values())))
+            found = stack([product(select(directions, row)) for row in range(number)])
+        return found
+
+    def bilinear(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:
+        """The products of two stacks through the curvature, row by row."""
+        return paired(left, self.curved(right))
+
+    def steepness(self) -> float:
+        """The largest rate times curvature around the state, by power iteration on the proxy batch."""
+        halves = {name: abs(rate) ** 0.5 for name, rate in self.point.rates.items()}
+        vector, found = self.step, 0.0
+        for _ in range(ITERATIONS):
+            size = length(vector).clamp_min(1e-30)
+            unit = {name: half * vector[name] / size for name, half in halves.items()}
+            product = self.differences(self.proxy.gradient, self.point.trained, unit)
+            vector = {name: half * product[name] for name, half in halves.items()}
+            found = float(length(vector))
+        return found
+
+
+def whole(stacked: Tree) -> Tree:
+    """The sum over a stack."""
+    return each(lambda tensor: tensor.sum(0), stacked)
