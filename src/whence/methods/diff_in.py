@@ -67,7 +67,8 @@ class DiffIn:
             (its end, by replay, where none was). 1 looks at the end only, the cheapest. Or the states themselves.
         form: "corrected" or "published".
         batch: rows in the proxy batch B, drawn once.
-        epsilon: the length by which the parameters are moved for a difference.
+        epsilon: the length by which the parameters are moved for a difference (a hundredth of it in double precision,
+            if central).
         seed: of the draw.
         sides: "central" differences, or "one-sided" as published, whose error is of the order of epsilon.
         chunk: rows at once through the model; by default as many as are of use.
@@ -126,8 +127,8 @@ class DiffIn:
         Args:
             run: the recorded training, or checkpoints of one that was not.
             queries: what is asked.
-            observed_at: up to which states visits count: "checkpoints" are the states looked at; "end", "epochs", a
-                number, or several.
+            observed_at: up to which states visits count: "checkpoints" are the states looked at, with the end in
+                place of the last; "end", "epochs", a number, or several.
             out: folder of the result. None keeps it in memory.
 
         Raises:
@@ -219,8 +220,8 @@ def _states(run: "Run | Checkpoints", course: Course, observed_at: Seen) -> Sequ
     """The observed states; without a recording there is only the end."""
     if not isinstance(run, Run):
         return [course.steps]
-    looked_at = [point.state for point in course.points]
-    return observed_states(run, looked_at if observed_at == "checkpoints" else observed_at)
+    ends = [stop for _, stop in course.stretches]
+    return observed_states(run, ends if observed_at == "checkpoints" else observed_at)
 
 
 def _about(run: "Run | Checkpoints", queries: Query, states: Sequence[int]) -> tuple[Description, np.ndarray]:

@@ -25,6 +25,9 @@ TINY = 1e-12  # a shorter direction has no derivative along it
 class Differences:
     """How derivatives are taken: how far the parameters are moved (a length, whatever the direction's), to which sides.
 
+    In double precision central differences move a hundredth as far: their error falls with the square of the length,
+    and there is room before rounding takes over. One-sided ones are as published.
+
     >>> cube = lambda tree: {"y": tree["x"] ** 3}
     >>> at = {"x": torch.ones(1, dtype=torch.float64)}
     >>> round(Differences()(cube, at, {"x": 2 * at["x"]})["y"].item(), 5)
@@ -37,16 +40,21 @@ class Differences:
     def __call__(self, function: Callable[[Tree], Tree], at: Tree, direction: Tree) -> Tree:
         """Derivative of a function of parameters along a direction; traceable by `vmap` in the direction."""
         size = length(direction)
-        nothing = size < TINY
+        nothing, far = size < TINY, self.move(size.dtype)
         scale = torch.where(nothing, torch.zeros_like(size), size)
-        step = self.epsilon / torch.where(nothing, torch.ones_like(size), size)
-        move = {name: tensor * step for name, tensor in direction.items()}
-        ahead = function({name: at[name] + tensor for name, tensor in move.items()})
+        step = far / torch.where(nothing, torch.ones_like(size), size)
+        moved = {name: tensor * step for name, tensor in direction.items()}
+        ahead = function({name: at[name] + tensor for name, tensor in moved.items()})
         if self.sides == "central":
-            behind, apart = function({name: at[name] - tensor for name, tensor in move.items()}), 2 * self.epsilon
+            behind, apart = function({name: at[name] - tensor for name, tensor in moved.items()}), 2 * far
         else:
-            behind, apart = function({name: at[name] for name in move}), self.epsilon
+            behind, apart = function({name: at[name] for name in moved}), far
         return {name: (tensor - behind[name]) * (scale / apart) for name, tensor in ahead.items()}
+
+    def move(self, dtype: torch.dtype) -> float:
+        """How far the parameters are moved in a precision."""
+        fine = dtype == torch.float64 and self.sides == "central"
+        return self.epsilon / 100 if fine else self.epsilon
 
 
 def length(tree: Tree) -> Tensor:

@@ -10,13 +10,13 @@ The corrected term has no H_z G_B: G_z at the state has moved along the training
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
 
-from whence.methods.near import Near
+from whence.methods.near import Near, joined
 from whence.methods.row_gradients import paired, products
 from whence.task import Batch
 from whence.tree import Tree, add, each
@@ -35,8 +35,8 @@ class Form(abc.ABC):
         """What a term counts among m of them, times m N, for a training of so many steps."""
 
     @abc.abstractmethod
-    def scores(self, near: Near, slopes: Tree) -> Scores:
-        """A state's terms of every row of a batch, paired with directions `[direction, ...]`."""
+    def scores(self, near: Near, slopes: Sequence[Tree]) -> Scores:
+        """A state's terms of every row of a batch, paired with stacks of gradients, one after the other."""
 
     @abc.abstractmethod
     def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
@@ -58,12 +58,14 @@ class Corrected(Form):
         """Every state stands for T/m steps."""
         return float(steps)
 
-    def scores(self, near: Near, slopes: Tree) -> Scores:
+    def scores(self, near: Near, slopes: Sequence[Tree]) -> Scores:
         """By symmetry a single product for all rows: <g, G - t H D G> = <g - t H D g, G>."""
-        scaled = near.point.scaled(slopes)
-        curved = near.point.scaled(near.curved(scaled))
-        directions = {name: tensor - near.point.state * curved[name] for name, tensor in scaled.items()}
+        directions = joined([self._direction(near, near.point.scaled(some)) for some in slopes])
         return lambda batch: products(directions, near.gradients(batch))
+
+    def _direction(self, near: Near, scaled: Tree) -> Tree:
+        bent = near.point.scaled(near.curved(scaled))
+        return {name: tensor - near.point.state * bent[name] for name, tensor in scaled.items()}
 
     def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
         """One curvature product a row: nothing is shared."""
@@ -89,9 +91,9 @@ class Published(Form):
         del steps
         return 1.0
 
-    def scores(self, near: Near, slopes: Tree) -> Scores:
+    def scores(self, near: Near, slopes: Sequence[Tree]) -> Scores:
         """By symmetry a single product for all rows, and a difference of each row's own."""
-        scaled = near.point.scaled(slopes)
+        scaled = near.point.scaled(joined(slopes))
         curved = near.point.scaled(near.curved(scaled))
 
         def found(batch: Batch) -> Tensor:

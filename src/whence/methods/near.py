@@ -1,10 +1,11 @@
 """A training's loss around one of its states, by gradients and differences of gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
@@ -14,10 +15,10 @@ from whence.methods.differences import Differences, length
 from whence.methods.row_gradients import Proxy, RowGradients, paired
 from whence.replay.forward import select
 from whence.task import Batch
-from whence.tree import Tree, each, stack
+from whence.tree import Tree, stack
 
 TOGETHER = 8  # curvature products at once
-ITERATIONS = 10
+ITERATIONS = 5  # from the gradient, which leans to steep directions already
 
 
 @final
@@ -73,6 +74,6 @@ class Near:
         return found
 
 
-def whole(stacked: Tree) -> Tree:
-    """The sum over a stack."""
-    return each(lambda tensor: tensor.sum(0), stacked)
+def joined(stacks: Sequence[Tree]) -> Tree:
+    """One stack of several."""
+    return {name: torch.cat([tree[name] for tree in stacks]) for name in stacks[0]}

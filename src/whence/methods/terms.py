@@ -3,13 +3,12 @@
 A sample adds `scale` times its row's loss, over their number, to a step's loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import final
 
 import numpy as np
-import torch
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -63,7 +62,7 @@ class Terms:
     def reach(self) -> float:
         """T times rate times the largest curvature, at the steepest of the states: the sums want it far below 1."""
         with evaluating(self.course.task), full_precision():
-            return self.course.steps * max(self._near(point).steepness() for point in self.course.points)
+            return self.course.steps * max(near.steepness() for near in self._nears())
 
     def of_queries(
         self, queries: Query, states: Sequence[int]
@@ -72,58 +71,60 @@ class Terms:
         course, number = self.course, len(queries.names)
         found = np.zeros((number, len(states), len(course.points), len(course.samples)))
         ends = [self._slopes(queries, course.look(state)) for state in states] if self.form.at_the_end else []
-        for place, (point, (start, _)) in enumerate(zip(course.points, course.stretches, strict=True)):
-            alive = [column for column, state in enumerate(states) if state > start]
-            slopes = _joined([ends[c] for c in alive]) if self.form.at_the_end else self._slopes(queries, point)
-            with evaluating(course.task), full_precision():
-                near = self._near(point)
-                score = self.form.scores(near, slopes)
-                blocks = [score(batch) for batch in self._cut(near, course.samples.tolist())]
-            by_state = torch.cat(blocks, 1).double().cpu().numpy().reshape(-1, number, len(course.samples))
-            found[:, alive, place] = self.weight * by_state.transpose(1, 0, 2)
+        alive = [[place for place, state in enumerate(states) if state > start] for start, _ in course.stretches]
+        slopes = [
+            [ends[place] for place in places] if self.form.at_the_end else [self._slopes(queries, point)]
+            for point, places in zip(course.points, alive, strict=True)
+        ]
+        with evaluating(course.task), full_precision():
+            nears = self._nears()
+            told = [place for place, places in enumerate(alive) if places]
+            scores = {place: self.form.scores(nears[place], slopes[place]) for place in told}
+            for first, batch in self._cut(nears[0].rows, course.samples.tolist()):
+                for place, score in scores.items():
+                    by_state = score(batch).double().cpu().numpy()
+                    columns = slice(first, first + by_state.shape[1])
+                    by_state = by_state.reshape(-1, number, by_state.shape[1]).transpose(1, 0, 2)
+                    found[:, alive[place], place, columns] = self.weight * by_state
         return found
 
     def of_themselves(self, rows: Sequence[int]) -> Float64[np.ndarray, " row"]:
         """The sums of some rows, each paired with its own loss."""
         with evaluating(self.course.task), full_precision():
-            nears = [self._near(point) for point in self.course.points]
+            nears = self._nears()
             last = RowGradients(self.course.task, self.course.end)
-            return self.weight * np.concatenate(
-                [self._own(nears, last, rows[first : first + self.chunk]) for first in range(0, len(rows), self.chunk)]
-            )
+            return self.weight * np.concatenate([self._own(nears, last, batch) for _, batch in self._cut(last, rows)])
 
     def of_removal(self, rows: Sequence[int]) -> Tree:
         """The change of the parameters when some rows are removed together."""
         with evaluating(self.course.task), full_precision():
-            return reduce(add, [self._change(self._near(point), rows) for point in self.course.points])
+            return reduce(add, [self._change(near, rows) for near in self._nears()])
 
-    def _near(self, point: Point) -> Near:
-        rows = RowGradients(self.course.task, point)
-        size = max(self.chunk, FEWEST)
-        batches = [rows.read(self.proxy[first : first + size]) for first in range(0, len(self.proxy), size)]
-        return Near(point, rows, Proxy(rows, batches, self.course.scale), self.differences)
+    def _nears(self) -> list[Near]:
+        """The states, with the proxy batch read once."""
+        rows = [RowGradients(self.course.task, point) for point in self.course.points]
+        size, read = max(self.chunk, FEWEST), rows[0].read
+        batches = [read(self.proxy[first : first + size]) for first in range(0, len(self.proxy), size)]
+        return [Near(one.point, one, Proxy(one, batches, self.course.scale), self.differences) for one in rows]
 
     def _slopes(self, queries: Query, point: Point) -> Tree:
         names = tuple(point.rates)
         return gradients(queries, self.course.task, params=point.params, buffers=point.buffers, trained=names)[1]
 
-    def _own(self, nears: Sequence[Near], last: RowGradients, rows: Sequence[int]) -> Float64[np.ndarray, " row"]:
-        batch = last.read(rows)
+    def _own(self, nears: Sequence[Near], last: RowGradients, batch: Batch) -> Float64[np.ndarray, " row"]:
         ends = last.each(batch, last.point.trained) if self.form.at_the_end else {}
         terms: Tensor = sum(self.form.own(near, batch, ends) for near in nears)  # type: ignore[assignment]
         return terms.double().cpu().numpy()
 
     def _change(self, near: Near, rows: Sequence[int]) -> Tree:
-        batches = list(self._cut(near, rows))
+        batches = [batch for _, batch in self._cut(near.rows, rows)]
 
         def total(trained: Tree) -> Tree:
             return reduce(add, [near.rows.sum(batch, trained) for batch in batches])
 
         return each(lambda tensor: self.weight * tensor, self.form.change(near, total))
 
-    def _cut(self, near: Near, rows: Sequence[int]) -> list[Batch]:
-        return [near.rows.read(rows[first : first + self.chunk]) for first in range(0, len(rows), self.chunk)]
-
-
-def _joined(stacks: Sequence[Tree]) -> Tree:
-    return {name: torch.cat([tree[name] for tree in stacks]) for name in stacks[0]}
+    def _cut(self, reader: RowGradients, rows: Sequence[int]) -> Iterator[tuple[int, Batch]]:
+        """Rows, read a chunk at a time, with the place of each chunk's first."""
+        for first in range(0, len(rows), self.chunk):
+            yield first, reader.read(rows[first : first + self.chunk])
