@@ -86,8 +86,7 @@ def measure(build: Callable[[], nn.Module], number: int) -> None:
             query = whence.Loss(data, samples=range(rows))
             cost = seconds(lambda made=made, query=query: made.attribute(checkpoints, query)) / unit
             print(f"  {form}, attribute, {rows} queries: {cost:.2f}")
-        few = range(20)
-        cost = seconds(lambda made=made, few=few: made.self_influence(checkpoints, few)) / unit * number / len(few)
+        cost = seconds(lambda made=made: made.self_influence(checkpoints)) / unit
         print(f"  {form}, self_influence: {cost:.2f}")
 
 

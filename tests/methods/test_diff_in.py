@@ -47,10 +47,10 @@ def test_sums_equal_a_loop_with_dense_hessians(name: str, form: Any, tmp_path: P
     close(torch.cat([change[name].flatten() for name in order]), oracle.of_removal([1, 4, 8]))
 
 
-def close(found: Any, truth: Any) -> None:
-    """To the accuracy of the differences."""
+def close(found: Any, truth: Any, within: float = 1e-7) -> None:
+    """To the accuracy of the differences, or another, of the largest."""
     found, truth = np.asarray(found), np.asarray(truth)
-    np.testing.assert_allclose(found, truth, rtol=0, atol=1e-7 * np.abs(truth).max())
+    np.testing.assert_allclose(found, truth, rtol=0, atol=within * np.abs(truth).max())
 
 
 @each_form
@@ -62,10 +62,10 @@ def test_a_proxy_batch_is_drawn_once_by_the_seed(form: Any, tmp_path: Path) -> N
     assert not np.allclose(made[0], made[2])
 
 
-def trained_digits(dtype: torch.dtype) -> whence.Checkpoints:
+def trained_network(dtype: torch.dtype, rows: int = 200) -> whence.Checkpoints:
     """A wider network, trained for a while."""
     torch.manual_seed(3)
-    data = TensorDataset(torch.randn(200, 20, dtype=dtype), torch.randint(0, 5, (200,)))
+    data = TensorDataset(torch.randn(rows, 20, dtype=dtype), torch.randint(0, 5, (rows,)))
     model = nn.Sequential(nn.Linear(20, 256), nn.GELU(), nn.Linear(256, 5)).to(dtype)
     optimizer = SGD(model.parameters(), lr=0.2)
     for _ in range(60):
@@ -87,7 +87,7 @@ def trained_digits(dtype: torch.dtype) -> whence.Checkpoints:
 )
 def test_curvature_products_equal_autograd(dtype: torch.dtype, sides: Any, allowed: float) -> None:
     """At the default epsilon, along gradients, which bend most, and along random directions, long and short ones."""
-    course = trained_digits(dtype).course(1)
+    course = trained_network(dtype).course(1)
     terms = Terms.of(course, Corrected(), Differences(sides=sides), batch=128, seed=0, chunk=None)
     near, at = terms._nears()[0], course.end.trained
     with evaluating(course.task):
@@ -165,6 +165,19 @@ def test_the_warning_comes_where_training_went_far(tmp_path: Path) -> None:
             hessians.append(torch.cat([t.flatten(1) for t in near.curved(unit).values()], 1))
     largest = max(float(torch.linalg.matrix_norm(h, 2)) for h in hessians)
     assert found.settings[REACH] == pytest.approx(run.steps * 0.3 * largest, rel=0.05)
+
+
+@each_form
+def test_a_few_directions_stand_for_all_curvature_between_gradients(
+    form: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nearly all directions are nearly exact, and one alone is told of."""
+    run = smooth_run(tmp_path)
+    exact = whence.DiffIn(1, form, rank=None).self_influence(run)
+    close(whence.DiffIn(1, form, rank=11).self_influence(run), exact, within=0.01)
+    assert "rank" not in caplog.text
+    whence.DiffIn(1, form, rank=1).self_influence(run)
+    assert "at state 16, rank 1 is off by" in caplog.text
 
 
 @each_form
@@ -280,8 +293,9 @@ WRONG = {
     "DiffIn([0, 4])": "checkpoints=[0, 4] is no setting",
     "DiffIn(form='true')": "form='true' is no setting; give 'published' or 'corrected'",
     "DiffIn(sides='left')": "sides='left' is no setting; give 'central' or 'one-sided'",
-    "DiffIn(batch=0)": "batch=0 is no setting; give a number of rows from 1",
-    "DiffIn(chunk=-1)": "chunk=-1 is no setting; give a number of rows from 1",
+    "DiffIn(batch=0)": "batch=0 is no setting; give a number from 1",
+    "DiffIn(chunk=-1)": "chunk=-1 is no setting; give a number from 1",
+    "DiffIn(rank=0)": "rank=0 is no setting; give a number from 1",
     "DiffIn(epsilon=0.0)": "epsilon=0.0 is no setting; give a length above 0",
 }
 

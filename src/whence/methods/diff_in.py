@@ -71,6 +71,8 @@ class DiffIn:
             if central).
         seed: of the draw.
         sides: "central" differences, or "one-sided" as published, whose error is of the order of epsilon.
+        rank: through how many directions `self_influence` takes the curvature between gradients, beyond twice as many
+            samples; None takes every product, exactly.
         chunk: rows at once through the model; by default as many as are of use.
 
     Raises:
@@ -83,6 +85,7 @@ class DiffIn:
     epsilon: float = field(default=1e-3, kw_only=True)
     seed: int = field(default=0, kw_only=True)
     sides: Sides = field(default="central", kw_only=True)
+    rank: int | None = field(default=16, kw_only=True)
     chunk: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -97,9 +100,9 @@ class DiffIn:
         for name, kinds in (("form", Name), ("sides", Sides)):
             if getattr(self, name) not in get_args(kinds):
                 raise BadSetting(name, getattr(self, name), " or ".join(map(repr, get_args(kinds))))
-        for name in ("batch", "chunk"):
+        for name in ("batch", "chunk", "rank"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise BadSetting(name, getattr(self, name), "a number of rows from 1")
+                raise BadSetting(name, getattr(self, name), "a number from 1")
         if not self.epsilon > 0:
             raise BadSetting("epsilon", self.epsilon, "a length above 0")
 
@@ -152,8 +155,9 @@ class DiffIn:
     ) -> Float64[np.ndarray, " sample"]:
         """Influence of samples on their own loss: large, of either sign, where a label does not fit its row.
 
-        Nothing is shared between samples, so each costs a curvature product, as many gradients as the proxy batch has
-        rows, at every state.
+        Every sample has a curvature product of its own, which takes as many gradients as the proxy batch has rows. Of
+        many samples it is taken through `rank` directions instead, those in which rows' gradients lie and curvature is
+        large. Eight rows are checked against the exact product at every state; the log warns where they are off by 5 %.
 
         Args:
             run: the recorded training, or checkpoints of one that was not.
@@ -166,7 +170,7 @@ class DiffIn:
         wanted = np.arange(len(course.task.data)) if samples is None else np.asarray(samples, dtype=np.int64)
         seen = np.isin(_rows(course, wanted.tolist()), course.samples)
         found = np.zeros(len(wanted))
-        found[seen] = self._terms(course).of_themselves(wanted[seen].tolist())
+        found[seen] = self._terms(course).of_themselves(wanted[seen].tolist(), rank=self.rank)
         return found
 
     def parameter_change(self, run: "Run | Checkpoints", samples: Sequence[int]) -> Tree:

@@ -88,10 +88,12 @@ class Terms:
                     found[:, alive[place], place, columns] = self.weight * by_state
         return found
 
-    def of_themselves(self, rows: Sequence[int]) -> Float64[np.ndarray, " row"]:
-        """The sums of some rows, each paired with its own loss."""
+    def of_themselves(self, rows: Sequence[int], *, rank: int | None) -> Float64[np.ndarray, " row"]:
+        """The sums of some rows, each paired with its own loss; through so many directions, if that is cheaper."""
         with evaluating(self.course.task), full_precision():
             nears = self._nears()
+            if rank is not None and 2 * rank < len(rows):
+                nears = [near.within(rank) for near in nears]
             last = RowGradients(self.course.task, self.course.end)
             return self.weight * np.concatenate([self._own(nears, last, batch) for _, batch in self._cut(last, rows)])
 
