@@ -42,6 +42,8 @@ _HOME = {
     "DataValueEmbedding": "whence.methods.value_embedding",
     "Embeddings": "whence.methods.embeddings",
     "open_embeddings": "whence.methods.embeddings",
+    "DiffIn": "whence.methods.diff_in",
+    "Checkpoints": "whence.methods.checkpoints",
     "Hessian": "whence.replay.curvature",
     "GaussNewton": "whence.replay.curvature",
     "EmpiricalFisher": "whence.replay.curvature",
@@ -69,6 +71,8 @@ if TYPE_CHECKING:
     from whence.influence.patterns import patterns as patterns
     from whence.language import TokenMean as TokenMean
     from whence.language import language_model as language_model
+    from whence.methods.checkpoints import Checkpoints as Checkpoints
+    from whence.methods.diff_in import DiffIn as DiffIn
     from whence.methods.dit import DIT as DIT
     from whence.methods.embeddings import Embeddings as Embeddings
     from whence.methods.embeddings import open_embeddings as open_embeddings

@@ -13,13 +13,15 @@ from whence.errors import NoSuchState
 from whence.influence.writer import InfluenceWriter
 from whence.methods.dit import slots
 
-Method = whence.DIT | whence.TracIn | whence.GradientDot | whence.DataValueEmbedding
+Method = whence.DIT | whence.TracIn | whence.GradientDot | whence.DataValueEmbedding | whence.DiffIn
 METHODS: dict[str, Method] = {
     "DIT": whence.DIT(),
     "TracIn": whence.TracIn(),
     "TracIn, kept": whence.TracIn(states="kept"),
     "GradientDot": whence.GradientDot(),
     "DataValueEmbedding": whence.DataValueEmbedding(rank=8),
+    "DiffIn": whence.DiffIn(2),
+    "DiffIn, corrected": whence.DiffIn(2, "corrected", batch=4),
 }
 RUNS = ["adamw", "two groups", "accumulation, batchnorm", "twice in a batch", "short batches"]
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

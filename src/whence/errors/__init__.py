@@ -26,10 +26,13 @@ from whence.errors.influence import UnfinishedInfluence as UnfinishedInfluence
 from whence.errors.influence import UnknownId as UnknownId
 from whence.errors.influence import UnknownQuery as UnknownQuery
 from whence.errors.influence import UnknownSample as UnknownSample
+from whence.errors.methods import BadCheckpoint as BadCheckpoint
 from whence.errors.methods import BadSetting as BadSetting
 from whence.errors.methods import CannotRenormalize as CannotRenormalize
 from whence.errors.methods import CoupledLoss as CoupledLoss
+from whence.errors.methods import NoCheckpoints as NoCheckpoints
 from whence.errors.methods import NoOutputs as NoOutputs
+from whence.errors.methods import RowsNotReadable as RowsNotReadable
 from whence.errors.methods import TooLittleMemory as TooLittleMemory
 from whence.errors.methods import WithoutQueries as WithoutQueries
 from whence.errors.recording import BadOptimizer as BadOptimizer

@@ -59,3 +59,30 @@ class CoupledLoss(WhenceError):
             "batch?), and embeddings need a gradient that is the sample's own. Use whence.DIT(), which does not, or "
             "give the task a loss of every row by itself.",
         )
+
+
+class RowsNotReadable(WhenceError):
+    """A method reads rows by number, and the run's samples are ids."""
+
+    def __init__(self, method: str) -> None:
+        self.args = (
+            f"{method} reads rows of the training set by number, and the samples of this run are ids. "
+            "Use whence.DIT or whence.TracIn, or record a run of a data set with row numbers.",
+        )
+
+
+class NoCheckpoints(WhenceError):
+    """There are no checkpoints to look at."""
+
+    def __init__(self, problem: str) -> None:
+        self.args = (
+            f"There are no checkpoints to use: {problem}. Give (step, state_dict, lr) for each, or a folder of files "
+            "like step500.pt with lr=.",
+        )
+
+
+class BadCheckpoint(WhenceError):
+    """A checkpoint is not one of this training."""
+
+    def __init__(self, place: str, problem: str) -> None:
+        self.args = (f"{place} is no checkpoint of this training: {problem}.",)

@@ -1,0 +1,117 @@
+r"""The two sums of Diff-In, term by term: what one state says of a sample's removal.
+
+With D the rates of the parameter groups (η of the formulas), and all else at the state t:
+
+.. math::
+    \text{published:} \; -t\, D (H_B D G_z + H_z D G_B) \qquad
+    \text{corrected:} \; D G_z - t\, D H_B D G_z
+
+The corrected term has no H_z G_B: G_z at the state has moved along the training already, and holds it.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from whence.methods.near import Near, joined
+from whence.methods.row_gradients import paired, products
+from whence.task import Batch
+from whence.tree import Tree, add, each
+
+Scores = Callable[[Batch], Float[Tensor, "direction row"]]
+
+
+class Form(abc.ABC):
+    """One way to sum the terms of a few states."""
+
+    name: str
+    at_the_end: bool  # whether terms are paired with gradients at the observed state; else with those at their own
+
+    @abc.abstractmethod
+    def factor(self, steps: int) -> float:
+        """What a term counts among m of them, times m N, for a training of so many steps."""
+
+    @abc.abstractmethod
+    def scores(self, near: Near, slopes: Sequence[Tree]) -> Scores:
+        """A state's terms of every row of a batch, paired with stacks of gradients, one after the other."""
+
+    @abc.abstractmethod
+    def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
+        """A state's terms of every row, each paired with the gradient of its own loss, `ends` at the end."""
+
+    @abc.abstractmethod
+    def change(self, near: Near, total: Callable[[Tree], Tree]) -> Tree:
+        """A state's term of many rows together; `total` is the gradient of the sum of their losses."""
+
+
+@final
+class Corrected(Form):
+    """The change of the parameters by a removal, to second order."""
+
+    name = "corrected"
+    at_the_end = True
+
+    def factor(self, steps: int) -> float:
+        """Every state stands for T/m steps."""
+        return float(steps)
+
+    def scores(self, near: Near, slopes: Sequence[Tree]) -> Scores:
+        """By symmetry a single product for all rows: <g, G - t H D G> = <g - t H D g, G>."""
+        directions = joined([self._direction(near, near.point.scaled(some)) for some in slopes])
+        return lambda batch: products(directions, near.gradients(batch))
+
+    def _direction(self, near: Near, scaled: Tree) -> Tree:
+        bent = near.point.scaled(near.curved(scaled))
+        return {name: tensor - near.point.state * bent[name] for name, tensor in scaled.items()}
+
+    def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
+        """One curvature product a row: nothing is shared."""
+        scaled, slopes = near.point.scaled(ends), near.gradients(batch)
+        return paired(scaled, slopes) - near.point.state * near.bilinear(scaled, near.point.scaled(slopes))
+
+    def change(self, near: Near, total: Callable[[Tree], Tree]) -> Tree:
+        """One curvature product for all."""
+        step = near.point.scaled(total(near.point.trained))
+        bent = near.differences(near.proxy.gradient, near.point.trained, step)
+        return add(step, each(lambda tensor: -near.point.state * tensor, near.point.scaled(bent)))
+
+
+@final
+class Published(Form):
+    """The second-order correction alone, over T, as the paper has it."""
+
+    name = "published"
+    at_the_end = False
+
+    def factor(self, steps: int) -> float:
+        """Every state counts 1/m."""
+        del steps
+        return 1.0
+
+    def scores(self, near: Near, slopes: Sequence[Tree]) -> Scores:
+        """By symmetry a single product for all rows, and a difference of each row's own."""
+        scaled = near.point.scaled(joined(slopes))
+        curved = near.point.scaled(near.curved(scaled))
+
+        def found(batch: Batch) -> Tensor:
+            own = near.along_step(lambda trained: {"": products(scaled, near.rows.each(batch, trained))})[""]
+            return -near.point.state * (products(curved, near.gradients(batch)) + own)
+
+        return found
+
+    def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
+        """One curvature product a row: nothing is shared."""
+        del ends
+        scaled = near.point.scaled(near.gradients(batch))
+        bent = near.along_step(lambda trained: {"": paired(scaled, near.rows.each(batch, trained))})[""]
+        return -near.point.state * (near.bilinear(scaled, scaled) + bent)
+
+    def change(self, near: Near, total: Callable[[Tree], Tree]) -> Tree:
+        """One curvature product for all, and a difference of their gradient."""
+        step = near.point.scaled(total(near.point.trained))
+        bent = near.differences(near.proxy.gradient, near.point.trained, step)
+        both = near.point.scaled(add(bent, near.along_step(total)))
+        return each(lambda tensor: -near.point.state * tensor, both)
