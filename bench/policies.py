@@ -3,8 +3,8 @@
 Cost: the GPT of bench.sweep, in units of plain training. Fidelity: digits, 64-128-128-10, AdamW, 200 steps of 50, with
 GELU and with ReLU; Pearson with 60 single removals, and the linear datamodelling score (LDS: Spearman of predicted and
 actual change) of 60 random groups of 5 %; retrained in float64; mean test loss. "one by one" compares each of the 60
-removals with what counting the same sample twice does: how far the training answers a single sample in proportion, which
-every score takes for granted.
+removals with what counting the same sample twice does: how far the training answers a single sample in proportion,
+which every score takes for granted.
 """
 
 import sys
