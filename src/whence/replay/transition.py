@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from whence.replay.dropout import SameDropout
 from whence.replay.state import State, Step
 from whence.replay.update import Update
 from whence.task import Batch, Task
@@ -206,7 +207,8 @@ def replayed_randomness(recorded: dict[str, bytes] | None) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         for device, state in recorded.items():
             _set_generator(device, torch.frombuffer(bytearray(state), dtype=torch.uint8))
-        yield
+        with SameDropout():
+            yield
 
 
 def _set_generator(device: str, state: Tensor) -> None:
