@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from whence.clipping import ClipValue
-from whence.methods.choose import LINEAR
 from whence.methods.embedding_store import EmbeddingStore
 from whence.methods.projection import Kind, Projection, projection
 from whence.methods.viewpoint import rates
@@ -26,6 +25,7 @@ from whence.replay.lasting import Lasting, lasting
 from whence.replay.sides import Picked
 from whence.replay.state import State
 from whence.replay.transition import Transition
+from whence.replay.update import LINEAR
 from whence.run.run import Run
 from whence.task import Batch
 from whence.tree import Tree, add
