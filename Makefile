@@ -29,7 +29,7 @@ check: $(READY)  ## lint, formatting, types and the house rules
 	@$(BIN)/python -m pytest -q tests/test_house.py
 
 bench: $(READY)  ## measure exactness, cost, memory and fidelity, then the table (about an hour)
-	@for part in exactness gate sweep memory fidelity policies; do echo "== $$part"; $(BIN)/python -m bench.$$part || exit 1; done
+	@for part in exactness gate sweep embedding memory fidelity policies; do echo "== $$part"; $(BIN)/python -m bench.$$part || exit 1; done
 	@$(MAKE) --no-print-directory bench-table
 
 bench-env: $(BENCH_READY)  ## the libraries that the table compares with, in their own environment

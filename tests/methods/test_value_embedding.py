@@ -26,8 +26,10 @@ from whence.errors import (
     UnfinishedEmbeddings,
 )
 from whence.influence.tables import Order
+from whence.methods.capturing import Gathering
 from whence.methods.embedding_store import EmbeddingStore
 from whence.methods.projection import Kind
+from whence.replay.state import State
 from whence.run.run import Run
 
 
@@ -187,6 +189,34 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
         np.testing.assert_array_equal(small(segments=2).embed(run, out=out).values(), truth)
         np.testing.assert_array_equal(whence.open_embeddings(out, run).values(), truth)
         assert not (out / "captured").exists()
+
+
+@pytest.mark.parametrize("name", ["penalty", "clip norm, adamw", "batchnorm, adamw"])
+def test_between_kept_states_it_goes_on_to_the_same_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is not killed never goes back to a kept state."""
+    run, begun, (real, mark) = recorded(name, tmp_path), list[int](), (Gathering.before, EmbeddingStore.mark_captured)
+    monkeypatch.setattr("whence.methods.embedding_store.SHORTEST", 3)
+
+    def before(self: Gathering, step: int) -> State:
+        begun.append(step)
+        return real(self, step)
+
+    monkeypatch.setattr(Gathering, "before", before)
+    truth = small(fisher="empirical").embed(run).values()
+
+    def failing(self: EmbeddingStore, shard: int) -> None:
+        mark(self, shard)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingStore, "mark_captured", failing)
+        with pytest.raises(Killed):
+            small(fisher="empirical").embed(run, out=tmp_path / "out")
+    assert 3 not in run.kept
+    np.testing.assert_array_equal(small(fisher="empirical").embed(run, out=tmp_path / "out").values(), truth)
+    assert begun == [0, 0, 3]
 
 
 def test_on_disk_it_is_what_it_was(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def gap(found: Tensor, wanted: Tensor) -> float:
 
 def unexplained(piece: Piece) -> set[str]:
     """Parameters that were differentiated sample by sample."""
-    return set().union(*explained._FOUND[piece.transition.task.binding].values())
+    return set().union(*(names for _, names in explained._FOUND[piece.transition.task.binding].values()))
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mask"])

@@ -7,7 +7,6 @@ column, which a projection of a matrix's two sides lets through: rows and column
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from whence.clipping import ClipValue
-from whence.methods.choose import LINEAR
 from whence.methods.embedding_store import EmbeddingStore
 from whence.methods.projection import Kind, Projection, projection
 from whence.methods.viewpoint import rates
@@ -27,6 +25,7 @@ from whence.replay.lasting import Lasting, lasting
 from whence.replay.sides import Picked
 from whence.replay.state import State
 from whence.replay.transition import Transition
+from whence.replay.update import LINEAR
 from whence.run.run import Run
 from whence.task import Batch
 from whence.tree import Tree, add
@@ -72,50 +71,76 @@ class Gathering:
 
     def fill(self, store: EmbeddingStore) -> None:
         """Walk over the shards that are not done, and write them."""
-        missing = store.missing
-        total = sum(stop - first for first, stop in (store.about.shards[shard] for shard in missing))
+        spans = {shard: store.about.shards[shard] for shard in store.missing}
+        total, there = sum(stop - first for first, stop in spans.values()), dict[int, State]()
         with tqdm(total=total, desc="embedding", unit="step", disable=None, leave=False) as bar:
-            for shard in missing:
-                self._fill_shard(store, shard, bar)
+            for shard, (first, stop) in spans.items():
+                state = there.pop(first) if first in there else self.before(first)
+                there = {stop: self._fill_shard(store, (first, stop), state, bar=bar)}
                 store.mark_captured(shard)
 
-    def _fill_shard(self, store: EmbeddingStore, shard: int, bar: "tqdm[Any]") -> None:
-        first, stop = store.about.shards[shard]
+    def before(self, step: int) -> State:
+        """The state before a step, reached as this pass reaches it: so going on gives the same bits."""
+        first = max(kept for kept in self.run.kept if kept <= step)
+        state = self.run.state(first)
+        for index in range(first, step):
+            transition = self.run.transition(index)
+            state = self._after(transition, state, self._gradient(transition, state))
+        return state
+
+    def _fill_shard(self, store: EmbeddingStore, span: tuple[int, int], state: State, *, bar: "tqdm[Any]") -> State:
+        """Write the arrays of the steps [first, stop), given the state before them; the one behind them."""
+        first, stop = span
         shapes = self.shapes(store.about.slots)
         blocks = {name: np.zeros((stop - first, *shape), store.about.dtype) for name, shape in shapes.items()}
         losses = np.full((stop - first, store.about.slots), np.nan)
-        for place, (arrays, loss) in enumerate(self.steps(first, stop)):
+        for place in range(stop - first):
+            transition = self.run.transition(first + place)
+            arrays, loss, left = self._step(transition, state)
             losses[place, : len(loss)] = loss.cpu().numpy()
             for name, rows in arrays.items():
                 blocks[name][place, : len(rows)] = rows.cpu().numpy()
+            state = self._after(transition, state, left)
             bar.update()
         for name, block in blocks.items():
             store.write(f"captured/{name}", block, first)
         store.write("loss", losses, first)
+        return state
 
-    def steps(self, first: int, stop: int) -> Iterator[tuple[Arrays, Tensor]]:
-        """The arrays and the losses `[slot]` of the steps [first, stop)."""
-        run = self.run
-        state = run.state(first, replay=True)
-        for index in range(first, stop):
-            found, gradient, buffers = self._step(run.transition(index), state)
-            yield found
-            if index + 1 < stop:
-                transition = run.transition(index)
-                moved = transition.moved(state, transition.clipped(gradient), buffers)
-                # A state is always the replay of the kept one before it, so that resuming gives the same bits.
-                state = run.state(index + 1) if index + 1 in run.kept else moved
+    def _after(self, transition: Transition, state: State, left: tuple[Tree, Tree]) -> State:
+        """The state behind a step, given its gradient and buffers; where none is needed, any."""
+        index = transition.step.index + 1
+        if index == self.run.steps:
+            return state
+        if index in self.run.kept:
+            return self.run.state(index)
+        return transition.moved(state, transition.clipped(left[0]), left[1])
 
-    def _step(self, transition: Transition, state: State) -> tuple[tuple[Arrays, Tensor], Tree, Tree]:
-        """A step's arrays and losses, its gradient before clipping, and the buffers that it leaves."""
+    def _apart(self, transition: Transition) -> bool:
+        """Whether the step's gradient is needed before any rows, or in another precision."""
+        return bool(transition.step.autocast) or (len(transition.batches) > 1 and not self.plain)
+
+    def _gradient(self, transition: Transition, state: State) -> tuple[Tree, Tree]:
+        """A step's gradient before clipping, to the bit as `_step` finds it, and the buffers that it leaves."""
+        if self._apart(transition):
+            return transition.raw_gradient(state)[:2]
+        total, buffers = dict[str, Tensor](), state.buffers
+        for piece in transition.pieces():
+            seen = watched(piece, state.params, buffers)
+            total, buffers = add(total, seen.gradient), seen.buffers
+        return total, buffers
+
+    def _step(self, transition: Transition, state: State) -> tuple[Arrays, Tensor, tuple[Tree, Tree]]:
+        """A step's arrays, its losses `[slot]`, and what `_gradient` finds."""
         pieces, buffers, total, answer = transition.pieces(), state.buffers, dict[str, Tensor](), None
-        if transition.step.autocast or (len(pieces) > 1 and not self.plain):
-            total, after, _ = transition.raw_gradient(state)  # in training's precision, and before any rows
+        apart = self._apart(transition)
+        if apart:
+            total, after = self._gradient(transition, state)
             answer = self._answer(transition, state, total)
         rows, losses = [], []
         for piece in pieces:
             seen = watched(piece, state.params, buffers)
-            if answer is None:
+            if not apart:
                 total, after = add(total, seen.gradient), seen.buffers
                 answer = None if self.plain else self._answer(transition, state, total)
             rows.append(self._rows(seen, transition.step.index, None if self.plain else answer))
@@ -128,7 +153,7 @@ class Gathering:
             "decay": self._by_coordinate(answer.decay, absent=1.0),
             "share": torch.cat([piece.share for piece in pieces if piece.counted]),
         }
-        return (arrays, torch.cat(losses)), total, after
+        return arrays, torch.cat(losses), (total, after)
 
     def _rows(self, seen: Watched, step: int, answer: Lasting | None) -> Arrays:
         """The samples' projected gradients, as they are and as the update moves them."""

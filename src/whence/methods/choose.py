@@ -16,6 +16,7 @@ from whence.queries.few import few
 from whence.replay.curvature import GaussNewton, Hessian
 from whence.replay.reverse import Rules
 from whence.replay.slope import Secant, Slope, Tangent
+from whence.replay.update import LINEAR
 from whence.run.run import Run
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ ASKED = 4  # queries that the measurement asks
 ONES, GROUPS, SHARE = 30, 32, 20  # single removals, and groups of 1 / SHARE of the samples: one stack of re-runs
 SEED = 2412  # not one that users are likely to draw their own removals with, which would then be no test of the choice
 MARGIN = 0.02  # a later candidate has to be better by more than this
-LINEAR = frozenset({"SGD", "ASGD"})  # updates without a bend, whose secant is their derivative
 
 
 @final

@@ -240,17 +240,24 @@ def _create_captured(store: Path | MemoryStore, about: About, shapes: Mapping[st
 
 
 def _array(
-    group: zarr.Group, name: str, shape: Sequence[int], *, shard: int, dtype: str, axes: tuple[str, ...] | None = None
+    group: zarr.Group,
+    name: str,
+    shape: Sequence[int],
+    *,
+    shard: int,
+    dtype: str,
+    axes: tuple[str, ...] | None = None,
 ) -> None:
+    """An array of the group; one without names of its axes does not last, and is written as it is."""
     whole = (min(shard, shape[0]), *shape[1:])
     group.create_array(
         name,
         shape=tuple(shape),
         dtype=dtype,
-        shards=whole,
-        chunks=chunk_shape(whole, np.dtype(dtype).itemsize),
+        shards=whole if axes else None,
+        chunks=chunk_shape(whole, np.dtype(dtype).itemsize) if axes else whole,
         dimension_names=axes,
-        compressors=(ZstdCodec(), Crc32cCodec()),
+        compressors=(ZstdCodec(), Crc32cCodec()) if axes else (Crc32cCodec(),),
     )
 
 

@@ -47,7 +47,7 @@ class Transport:
     """P: what a change of some coordinates after a step becomes at the end. It starts as the identity.
 
     >>> there = Transport(torch.zeros(2))
-    >>> there.through(torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 1.0]]), torch.ones(2))
+    >>> there.through(there(torch.tensor([[0.5, 0.0]])), torch.tensor([[1.0, 1.0]]), torch.ones(2))
     >>> there.matrix()
     tensor([[ 0.5000, -0.5000],
             [ 0.0000,  1.0000]])
@@ -72,12 +72,11 @@ class Transport:
 
     def through(
         self,
-        moved: Float[Tensor, "slot rank"],
+        left: Float[Tensor, "slot rank"],
         fisher: Float[Tensor, "slot rank"],
         decay: Float[Tensor, " rank"],
     ) -> None:
-        """Go back over a step: P becomes P (diag(decay) - movedᵀ fisher)."""
-        left = self(moved)
+        """Go back over a step: P becomes P diag(decay) - leftᵀ fisher, where P was applied to the left rows already."""
         self._scale = self._scale * decay
         if self._lost is None and len(self._left) + len(left) < len(decay):
             self._left = torch.cat([self._left, left])
@@ -102,23 +101,25 @@ def back_over(
     Args:
         visits: the step.
         transport: P behind it.
-        damping: see `weighted`.
+        damping: see `weights`.
         step: its number, for an error.
         block: name of the coordinates, for an error.
 
     Raises:
         EmbeddingGrew: rows grew beyond all measure, or are not finite.
     """
-    found = transport(visits.moved)
+    slots, same = len(visits.share), visits.fisher_moved is visits.moved
+    carried = transport(visits.moved if same else torch.cat([visits.moved, visits.fisher_moved]))
+    found, drawn = carried[:slots], carried[-slots:]
     growth = _growth(found, visits.moved)
     if not growth <= GROWTH:
         raise EmbeddingGrew(step, block, growth)
-    transport.through(weighted(visits, damping), visits.fisher, visits.decay)
+    transport.through(weights(visits, damping).T @ drawn, visits.fisher, visits.decay)
     return visits.share[:, None] * found
 
 
-def weighted(visits: Visits, damping: float) -> Float[Tensor, "slot rank"]:
-    r"""The rows :math:`W^\top \hat X`, with the step's curvature :math:`\hat X^\top W \hat G` damped.
+def weights(visits: Visits, damping: float) -> Float[Tensor, "slot slot"]:
+    r"""The matrix W of a step's curvature :math:`\hat X^\top W \hat G`, damped.
 
     .. math:: W = C (1 + \kappa\, \hat G \hat X^\top C)^{-1}
 
@@ -126,12 +127,12 @@ def weighted(visits: Visits, damping: float) -> Float[Tensor, "slot rank"]:
     λ: nothing is damped at κ = 0, no step overshoots its minimum's mirror image from κ = 1/2 on, and κ = 1 is an
     implicit step.
     """
+    share = torch.diag(visits.share)
     if not damping:
-        return visits.share[:, None] * visits.fisher_moved
+        return share
     inner = damping * (visits.fisher @ visits.fisher_moved.T) * visits.share
     inner.diagonal().add_(1)
-    # Wᵀ X̂ = (1 + κ C X̂ Ĝᵀ)⁻¹ C X̂
-    found: Tensor = torch.linalg.solve(inner.T, visits.share[:, None] * visits.fisher_moved)
+    found: Tensor = torch.linalg.solve(inner, share, left=False)
     return found
 
 

@@ -25,6 +25,7 @@ from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.projection import Kind
 from whence.methods.recursion import Transport, Visits, back_over
 from whence.queries import Query
+from whence.replay.heap import kept_heap
 from whence.run.run import Run
 
 Layers = Literal["apart", "together"]
@@ -109,8 +110,9 @@ class DataValueEmbedding:
         path = None if out is None else Path(out)
         store = EmbeddingStore.begin(path, about, gathering.shapes(about.slots), sample=slots(run))
         if not store.finished:
-            gathering.fill(store)
-            _Recursion(store, run.task.device, self.damping).fill()
+            with kept_heap():
+                gathering.fill(store)
+                _Recursion(store, run.task.device, self.damping).fill()
         return Embeddings(run, store)
 
     def attribute(

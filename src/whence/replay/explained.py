@@ -23,8 +23,8 @@ Reductions = Mapping[str, Sides]
 Parts = dict[str, Tensor]  # [slot, rank] by parameter
 
 AGREES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative difference that counts as none
-# What was found about a model, by the ways in which it used its parameters.
-_FOUND: "WeakKeyDictionary[nn.Module, dict[Hashable, frozenset[str]]]" = WeakKeyDictionary()
+# What was found about a model, by the ways in which it used its parameters; and at which step and micro-batch.
+_FOUND: "WeakKeyDictionary[nn.Module, dict[Hashable, tuple[tuple[int, int], frozenset[str]]]]" = WeakKeyDictionary()
 
 
 def unexplained(
@@ -52,17 +52,19 @@ def unexplained(
         CoupledLoss: the loss of one sample depends on the outputs of another.
     """
     found, number = _FOUND.setdefault(piece.transition.task.binding, {}), piece.transition.step.index
-    if kind not in found or number & (number - 1) == 0:
+    place = number, piece.index
+    if kind not in found or (number & (number - 1) == 0 and found[kind][0] != place):
         outputs, losses = ends
         random = torch.Generator().manual_seed(number)
         omega = (1 + torch.rand(len(losses), generator=random)).to(losses) * (piece.share.to(losses) != 0)
         agrees = _agrees(outputs, losses)
         _refuse_coupled(outputs, losses, omega, agrees=agrees)
         small = {name: leaf for name, leaf in leaves.items() if name in reductions}
-        found[kind] = _off(parts(), slopes_of((omega * losses).sum(), small), reductions, omega=omega, agrees=agrees)
-        if found[kind]:
-            log.info("differentiated sample by sample: %s", listed(sorted(found[kind]), most=6))
-    return found[kind]
+        slopes = slopes_of((omega * losses).sum(), small)
+        found[kind] = place, _off(parts(), slopes, reductions, omega=omega, agrees=agrees)
+        if off := found[kind][1]:
+            log.info("differentiated sample by sample: %s", listed(sorted(off), most=6))
+    return found[kind][1]
 
 
 def _agrees(outputs: Any, losses: Tensor) -> float:

@@ -17,9 +17,9 @@ from torch.func import grad, vjp
 
 from whence.replay.jacobian import GRADIENT, PARAMETER, SECOND_MOMENTS, Entries, jacobian
 from whence.replay.state import State
-from whence.replay.strands import strands
+from whence.replay.strands import Strand, strands
 from whence.replay.transition import Transition
-from whence.replay.update import Update
+from whence.replay.update import LINEAR, Update
 from whence.tree import Tree, each
 
 FOLLOWING = ("exp_avg", "momentum_buffer")  # moments that a step goes along
@@ -54,15 +54,22 @@ def lasting(transition: Transition, state: State, grads: Tree) -> Lasting:
     state = _begun(transition.update, state, clipped)
     rate, decay = (each(torch.empty_like, grads) for _ in range(2))
     for strand in strands(transition.update, state, clipped):
-        entries = jacobian(transition.update, state, clipped, strand=strand)
+        alike = transition.update.optimizer in LINEAR  # one entry tells all
+        entries = jacobian(transition.update, state, clipped, strand=_first_entry(strand) if alike else strand)
         moved = {source: _lasting(entries, source) for source in (GRADIENT, PARAMETER)}
         for span, place in strand.parts():
-            rate[span.name].view(-1)[span.start : span.stop] = -moved[GRADIENT][place]
-            decay[span.name].view(-1)[span.start : span.stop] = moved[PARAMETER][place]
+            some = slice(None) if alike else place
+            rate[span.name].view(-1)[span.start : span.stop] = -moved[GRADIENT][some]
+            decay[span.name].view(-1)[span.start : span.stop] = moved[PARAMETER][some]
     if clip is not None:
         rate = {name: rate[name] * slope for name, slope in clip.slope(grads).items()}
     bent = _penalty(transition, state)
     return Lasting(rate, decay | {name: decay[name] - rate[name] * bent[name] for name in bent})
+
+
+def _first_entry(strand: Strand) -> Strand:
+    first = strand.spans[0]
+    return Strand(strand.group, (replace(first, stop=first.start + 1),))
 
 
 def _begun(update: Update, state: State, grads: Tree) -> State:
@@ -99,7 +106,7 @@ def _at_fixed(entries: Entries, output: str, source: str) -> Tensor:
             along = entries[key, key]
             # The derivative by the moment before the step stands for that after it.
             through = entries[output, key] * entries[key, source]
-            found = found - torch.where(along != 0, through / torch.where(along != 0, along, 1.0), 0.0)
+            found = found - through / along.masked_fill(along == 0, torch.inf)
     return found
 
 

@@ -33,6 +33,8 @@ SUPPORTED: dict[str, type[Optimizer]] = {
     kind.__name__: kind for kind in (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Adadelta, Adamax, ASGD)
 }
 
+LINEAR = frozenset({"SGD", "ASGD"})  # without a bend: their derivative is the same everywhere
+
 
 def supported(optimizer: type[Optimizer]) -> str:
     """The name of a supported optimizer class.
