@@ -101,7 +101,7 @@ def worth_selecting(
         influence: what to select by, on losses of validation rows.
         queries: what to compare, on losses of other rows; the mean of them is told.
         ranges: name of each range, and the stretches [first, stop) that it consists of. By default those of the
-            regimes: always, start + end, basin.
+            regimes: always, start + end, and each alone.
         drop: largest share of a step's slots that is left out; below 1.
         seed: of the random choice.
 
@@ -141,7 +141,7 @@ def worth_selecting(
 
 
 def of_regimes(found: Regimes) -> Ranges:
-    """All of the training, its two ends, and what is between.
+    """All of the training, its two ends, and each regime alone.
 
     Raises:
         NoRegimes: there are no three.
@@ -149,7 +149,8 @@ def of_regimes(found: Regimes) -> Ranges:
     if not found.found:
         raise NoRegimes(found)
     start, basin, end = zip(found.edges[:-1], found.edges[1:], strict=True)
-    return {"always": [start, basin, end], "start + end": [start, end], "basin": [basin]}
+    both = {"always": [start, basin, end], "start + end": [start, end]}
+    return {**both, "start": [start], "basin": [basin], "end": [end]}
 
 
 def _within(stretches: Sequence[Steps], steps: int) -> Bool[np.ndarray, " step"]:

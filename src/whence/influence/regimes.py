@@ -18,7 +18,7 @@ from whence.influence.layout import Description
 from whence.influence.writer import from_arrays
 
 NAMES = ("start", "basin", "end")
-NEEDED = 6  # steps
+NEEDED = 5  # steps
 POINTS = 4096  # longer trainings are cut in so many stretches at most: the fit takes the square of it
 EXPLAINED = 0.5  # share of the variance of log values that three levels must explain
 BAND = (0.1, 0.9)  # quantiles
@@ -134,7 +134,7 @@ def of_rates(
     Raises:
         NotObserved: no query reads that state.
         UnknownQuery: there is no such query.
-        TooFewSteps: fewer than six steps have a value.
+        TooFewSteps: fewer than five steps have a value.
         NotFinite: some influence is NaN or infinite.
     """
     state = influence.observed_at[-1] if observed_at == "end" else observed_at
