@@ -67,5 +67,6 @@ def influence(run: whence.Run, name: str, queries: Query, *, method: str = "dit"
         if not vectors.exists():
             whence.DataValueEmbedding().embed(run, out=vectors)
         return whence.open_embeddings(vectors, run).attribute(queries, out=out)
-    made = {"dit": whence.DIT(), "tracin": whence.TracIn(), "dot": whence.GradientDot()}[method]
-    return made.attribute(run, queries, out=out)
+    if method == "dit":
+        return whence.DIT().attribute(run, queries, out=out)
+    return (whence.TracIn() if method == "tracin" else whence.GradientDot()).attribute(run, queries, out=out)

@@ -86,11 +86,15 @@ def worth_selecting(
     drop: float = 0.5,
     seed: int = 0,
 ) -> pl.DataFrame:
-    """In which part of training it is worth to select data: trained again with the harmful slots left out there.
+    r"""In which part of training it is worth to select data: trained again with the harmful slots left out there.
 
-    In each step of a range, the slots with the most negative influence (the mean over the influence's queries) get
-    weight 0: a share `drop` of them, and never one that did good. The others share their weight, so that a step is as
-    long as it was. Every range is trained again beside the training as it was, in float64, and compared with as many
+    In each step of a range, the k slots with the most negative influence (the mean over the influence's queries) are
+    left out: a share `drop` of the batch, and never one that did good. The others share their weight, so that a step is
+    as long as it was:
+
+    .. math:: w_{t,b} = 0 \;\text{ if left out, else }\; |S_t| / (|S_t| - k_t).
+
+    Every range is trained again beside the training as it was, in float64, and compared with as many
     slots of the same steps drawn at random.
 
     Two limits. The influence is that of the training as it was: it does not know what was left out before. And a score
