@@ -1,8 +1,9 @@
 """Three regimes of influence ÷ learning rate, on a small language model: python -m bench.papers.b2 [seed ...].
 
 Published (GPT-2): 6.1e-4 in a very short start, 1.1e-6 in a long basin, 1.6e-5 at the end. Here: `whence.regimes` of
-the exact influence on the mean loss of 64 validation rows and on four of them alone, of Data Value Embedding on all 64
-alone, and of TracIn; the first is drawn into docs/images. The training is bench.papers.shakespeare.
+the exact influence on the mean loss of 64 validation rows and on four of them alone, of Data Value Embedding (following
+Adam, and as published) on the mean and on all 64 alone, and of TracIn. The first is drawn into docs/images. The
+training is bench.papers.shakespeare.
 """
 
 import sys
@@ -23,13 +24,14 @@ def questions() -> list[tuple[str, str, Query]]:
     return [
         ("dit", "validation", mean),
         ("dit", "rows", whence.Loss(validation, samples=range(4))),
-        ("dve", "validation", mean),
-        ("dve", "rows", whence.Loss(validation)),
+        ("dve-adam", "validation", mean),
+        ("dve-rate", "validation", mean),
+        ("dve-rate", "rows", whence.Loss(validation)),
         ("tracin", "validation", mean),
     ]
 
 
-def line(seed: int, name: str, found: Regimes) -> str:
+def line(name: str, seed: int, found: Regimes) -> str:
     """One row of the table."""
     first, second = found.boundaries
     cells = [
@@ -54,7 +56,7 @@ def main(seeds: list[int]) -> None:
         recorded = run(seed)
         for method, name, queries in questions():
             found = whence.regimes(influence(recorded, name, queries, method=method), recorded)
-            print(line(seed, name, found), flush=True)
+            print(line(f"{method}, {name}", seed, found), flush=True)
             if (seed, method, name) == (0, "dit", "validation"):
                 axes = whence.plot.regimes(found)
                 axes.figure.savefig(PICTURE, dpi=110)  # type: ignore[union-attr]

@@ -1,10 +1,10 @@
 """Repeated passages, and where data is worth selecting: python -m bench.papers.b3 [seed ...].
 
 First, rows of the training set are asked about as they stand: where does each rank among all 4,096 by its own
-influence on its own loss? Then the harmful slots of every batch, by the influence on the mean loss of 64 validation
-rows, are left out always, in regimes of the training, or never, and the mean loss of 256 other rows is compared, beside
-as many slots left out at random. Published: early and late together do about as well as always, and the first 4 %
-bring half of the gain. The training is bench.papers.shakespeare.
+influence on its own loss? Then the harmful slots of every batch, by the exact influence on the mean loss of 64
+validation rows, are left out always, in regimes of the training, or never, and the mean loss of 256 other rows is
+compared, beside as many slots left out at random. Published: early and late together do about as well as always, and
+the first 4 % bring half of the gain. The training is bench.papers.shakespeare.
 """
 
 import sys
@@ -14,7 +14,6 @@ import polars as pl
 
 import whence
 from bench.papers.shakespeare import influence, rows, run
-from whence.apply.timing import of_regimes
 
 PASSAGES = list(range(100, 4096, 700))  # rows of the training set
 MANY = list(range(20, 4096, 64))  # where more cost nothing
@@ -34,35 +33,34 @@ def repeated(seed: int) -> None:
     recorded, train = run(seed), rows()[0]
     for method, name, passages in (
         ("dit", "passages", PASSAGES),
-        ("dve", "passages", PASSAGES),
-        ("dve", "many", MANY),
+        ("dve-adam", "passages", PASSAGES),
+        ("dve-adam", "many", MANY),
+        ("dve-rate", "passages", PASSAGES),
+        ("dve-rate", "many", MANY),
         ("dot", "passages", PASSAGES),
     ):
         found = influence(recorded, name, whence.Loss(train, samples=passages), method=method)
         place = ranks(found, passages)
         cells = f"{len(place)} | {np.mean(place == 1):.2f} | {np.median(place):g} | {place.max()}"
-        print(f"| {seed} | {found.method} | {cells} |", flush=True)
+        print(f"| {seed} | {method} | {cells} |", flush=True)
 
 
-def selecting(recorded: whence.Run, method: str) -> pl.DataFrame:
-    """The losses of selecting by one method, kept; the training is cut by the regimes of the exact influence."""
-    kept = recorded.path / f"selecting-{method}.csv"
+def selecting(recorded: whence.Run) -> pl.DataFrame:
+    """The losses of selecting by the exact influence, kept."""
+    kept = recorded.path / "selecting-dit.csv"
     if not kept.exists():
         _, validation, test = rows()
         asked, judge = (whence.Loss(some, aggregate="mean") for some in (validation, test))
-        exact, found = (influence(recorded, "validation", asked, method=name) for name in ("dit", method))
-        ranges = of_regimes(whence.regimes(exact, recorded))
-        whence.worth_selecting(recorded, found, judge, ranges=ranges, drop=DROP).write_csv(kept)
+        found = influence(recorded, "validation", asked)
+        whence.worth_selecting(recorded, found, judge, drop=DROP).write_csv(kept)
     return pl.read_csv(kept)
 
 
 def selected(seed: int) -> None:
     """The table of losses."""
-    recorded = run(seed)
-    for method in ("dit", "dve"):
-        for name, share, dropped, loss, change, by_chance, gain in selecting(recorded, method).rows():
-            cells = f"{share:.1%} | {dropped} | {loss:.4f} | {change:+.4f} | {by_chance:+.4f} | {gain:.0%}"
-            print(f"| {seed} | {method} | {name} | {cells} |", flush=True)
+    for name, share, dropped, loss, change, by_chance, gain in selecting(run(seed)).rows():
+        cells = f"{share:.1%} | {dropped} | {loss:.4f} | {change:+.4f} | {by_chance:+.4f} | {gain:.0%}"
+        print(f"| {seed} | {name} | {cells} |", flush=True)
 
 
 def main(seeds: list[int]) -> None:
@@ -70,8 +68,8 @@ def main(seeds: list[int]) -> None:
     print("| seed | influence | passages | share of rank 1 | median rank | worst rank |\n|---|---|---|---|---|---|")
     for seed in seeds:
         repeated(seed)
-    print("\n| seed | influence | select | share of steps | slots left out | test loss | change | at random | gain |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("\n| seed | select | share of steps | slots left out | test loss | change | at random | gain |")
+    print("|---|---|---|---|---|---|---|---|")
     for seed in seeds:
         selected(seed)
 

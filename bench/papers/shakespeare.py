@@ -59,14 +59,19 @@ def run(seed: int = 0) -> whence.Run:
     return whence.open_run(folder, task)
 
 
+# As published, which knows nothing of Adam; and following Adam, where the default damping is not enough.
+EMBEDDINGS = {
+    "dve-rate": whence.DataValueEmbedding(follow="rate"),
+    "dve-adam": whence.DataValueEmbedding(damping=1.0),
+}
+
+
 def influence(run: whence.Run, name: str, queries: Query, *, method: str = "dit") -> whence.Influence:
     """The influence on some queries, kept under a name; computed first where it is not there yet."""
     out = run.path / f"{method}-{name}"
-    if method == "dve":
-        vectors = run.path / "embeddings"
-        if not vectors.exists():
-            whence.DataValueEmbedding().embed(run, out=vectors)
-        return whence.open_embeddings(vectors, run).attribute(queries, out=out)
+    if method in EMBEDDINGS:
+        vectors = EMBEDDINGS[method].embed(run, out=run.path / method)
+        return vectors.attribute(queries, out=out)
     if method == "dit":
         return whence.DIT().attribute(run, queries, out=out)
     return (whence.TracIn() if method == "tracin" else whence.GradientDot()).attribute(run, queries, out=out)
