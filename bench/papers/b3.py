@@ -17,7 +17,7 @@ from bench.papers.shakespeare import influence, rows, run
 
 PASSAGES = list(range(100, 4096, 700))  # rows of the training set
 MANY = list(range(20, 4096, 64))  # where more cost nothing
-DROP = 0.5
+DROPS = 0.5, 0.1  # shares of a batch
 
 
 def ranks(found: whence.Influence, passages: list[int]) -> np.ndarray:
@@ -45,22 +45,23 @@ def repeated(seed: int) -> None:
         print(f"| {seed} | {method} | {cells} |", flush=True)
 
 
-def selecting(recorded: whence.Run) -> pl.DataFrame:
+def selecting(recorded: whence.Run, drop: float) -> pl.DataFrame:
     """The losses of selecting by the exact influence, kept."""
-    kept = recorded.path / "selecting-dit.csv"
+    kept = recorded.path / f"selecting-{drop:g}.csv"
     if not kept.exists():
         _, validation, test = rows()
         asked, judge = (whence.Loss(some, aggregate="mean") for some in (validation, test))
         found = influence(recorded, "validation", asked)
-        whence.worth_selecting(recorded, found, judge, drop=DROP).write_csv(kept)
+        whence.worth_selecting(recorded, found, judge, drop=drop).write_csv(kept)
     return pl.read_csv(kept)
 
 
 def selected(seed: int) -> None:
     """The table of losses."""
-    for name, share, dropped, loss, change, by_chance, gain in selecting(run(seed)).rows():
-        cells = f"{share:.1%} | {dropped} | {loss:.4f} | {change:+.4f} | {by_chance:+.4f} | {gain:.0%}"
-        print(f"| {seed} | {name} | {cells} |", flush=True)
+    for drop in DROPS:
+        for name, share, dropped, loss, change, by_chance in selecting(run(seed), drop).rows():
+            cells = f"{share:.1%} | {dropped} | {loss:.4f} | {change:+.4f} | {by_chance:+.4f}"
+            print(f"| {seed} | {drop:.0%} | {name} | {cells} |", flush=True)
 
 
 def main(seeds: list[int]) -> None:
@@ -68,7 +69,7 @@ def main(seeds: list[int]) -> None:
     print("| seed | influence | passages | share of rank 1 | median rank | worst rank |\n|---|---|---|---|---|---|")
     for seed in seeds:
         repeated(seed)
-    print("\n| seed | select | share of steps | slots left out | test loss | change | at random | gain |")
+    print("\n| seed | of a batch | select | share of steps | slots left out | test loss | change | at random |")
     print("|---|---|---|---|---|---|---|---|")
     for seed in seeds:
         selected(seed)

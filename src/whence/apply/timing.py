@@ -16,7 +16,7 @@ from whence.replay.state import Step
 from whence.run.manifest import Manifest
 from whence.run.run import Run
 
-COLUMNS = "range", "share", "dropped", "loss", "change", "random", "gain"
+COLUMNS = "range", "share", "dropped", "loss", "change", "random"
 Ranges = Mapping[str, Sequence[Steps]]
 
 
@@ -97,8 +97,9 @@ def worth_selecting(
     Every range is trained again beside the training as it was, in float64, and compared with as many
     slots of the same steps drawn at random.
 
-    Two limits. The influence is that of the training as it was: it does not know what was left out before. And a score
-    that chose the data is no judge of it: give `queries` on other rows than those of the influence.
+    Three limits. The influence is that of the training as it was: it does not know what was left out before. It is a
+    derivative: leaving out half of every batch is no small change, and can do harm where leaving out little helps. And
+    a score that chose the data is no judge of it: give `queries` on other rows than those of the influence.
 
     Args:
         run: the recorded training.
@@ -111,8 +112,8 @@ def worth_selecting(
 
     Returns:
         One row per range, after that of selecting never: range, share (of all steps), dropped (slots), loss (mean of
-        the queries after the training), change (against never), random (the change with as many slots drawn at
-        random), and gain (the change as a share of that of the first range).
+        the queries after the training), change (against never), and random (the change with as many slots drawn at
+        random).
 
     Raises:
         OtherRun: the influence is of another run.
@@ -141,7 +142,7 @@ def worth_selecting(
         }
     )
     loss = (pl.col("change") + float(found.base.mean())).alias("loss")
-    return table.with_columns(loss, gain=pl.col("change") / float(change[0])).select(*COLUMNS)
+    return table.with_columns(loss).select(*COLUMNS)
 
 
 def of_regimes(found: Regimes) -> Ranges:
