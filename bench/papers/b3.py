@@ -35,6 +35,7 @@ def repeated(seed: int) -> None:
         ("dit", "passages", PASSAGES),
         ("dve-adam", "passages", PASSAGES),
         ("dve-adam", "many", MANY),
+        ("dve-adam-body", "many", MANY),
         ("dve-rate", "passages", PASSAGES),
         ("dve-rate", "many", MANY),
         ("dot", "passages", PASSAGES),

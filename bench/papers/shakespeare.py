@@ -9,6 +9,7 @@ import math
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import whence
 from bench import data
 from bench.models import GPT
+from whence.influence.writer import from_arrays
 from whence.queries import Query
 
 FOLDER = Path("runs/papers/shakespeare")
@@ -69,9 +71,21 @@ EMBEDDINGS = {
 def influence(run: whence.Run, name: str, queries: Query, *, method: str = "dit") -> whence.Influence:
     """The influence on some queries, kept under a name; computed first where it is not there yet."""
     out = run.path / f"{method}-{name}"
+    if method == "dve-adam-body":
+        return without(run, queries, "head")
     if method in EMBEDDINGS:
         vectors = EMBEDDINGS[method].embed(run, out=run.path / method)
         return vectors.attribute(queries, out=out)
     if method == "dit":
         return whence.DIT().attribute(run, queries, out=out)
     return (whence.TracIn() if method == "tracin" else whence.GradientDot()).attribute(run, queries, out=out)
+
+
+def without(run: whence.Run, queries: Query, layer: str) -> whence.Influence:
+    """The influence by the embeddings that follow Adam, without the part that goes through one layer."""
+    vectors = EMBEDDINGS["dve-adam"].embed(run, out=run.path / "dve-adam")
+    found, part = vectors.attribute(queries), slice(*vectors.about.blocks[layer])
+    asked = vectors._slopes(queries, run.steps)[:, part].double().numpy()
+    blocks = [vectors.values(step, step + 1)[0, :, part] @ asked.T for step in range(run.steps)]
+    values = found.values() - np.stack(blocks).transpose(2, 0, 1)[:, None]
+    return from_arrays(found.description, values, sample=found.sample)
