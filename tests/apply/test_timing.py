@@ -45,7 +45,7 @@ def test_selecting_is_training_without_the_harmful_slots(tmp_path: Path) -> None
     influence = whence.DIT().attribute(run, asked())
     scores = influence.values()[:, -1].mean(axis=0)
     ranges = {"always": [(0, run.steps)], "last two": [(run.steps - 2, run.steps)]}
-    table = whence.worth_selecting(run, influence, asked(), ranges=ranges)
+    table = whence.worth_selecting(run, influence, asked(), ranges=ranges, drop=0.5)
 
     def weights(first: int, step: int) -> Tensor:
         size = len(run.step(step).samples)
@@ -73,7 +73,9 @@ def test_drawn_at_random_are_as_many(tmp_path: Path) -> None:
     run = recorded("momentum", tmp_path)
     influence = whence.DIT().attribute(run, asked())
     ranges = {"always": [(0, run.steps)]}
-    first, second = (whence.worth_selecting(run, influence, asked(), ranges=ranges, seed=seed) for seed in (0, 1))
+    first, second = (
+        whence.worth_selecting(run, influence, asked(), ranges=ranges, drop=0.5, seed=seed) for seed in (0, 1)
+    )
     assert first.drop("random").equals(second.drop("random"))
     assert first["random"][1] != second["random"][1]
 

@@ -83,7 +83,7 @@ def worth_selecting(
     queries: Query,
     *,
     ranges: Ranges | None = None,
-    drop: float = 0.5,
+    drop: float = 0.1,
     seed: int = 0,
 ) -> pl.DataFrame:
     r"""In which part of training it is worth to select data: trained again with the harmful slots left out there.
@@ -107,7 +107,7 @@ def worth_selecting(
         queries: what to compare, on losses of other rows; the mean of them is told.
         ranges: name of each range, and the stretches [first, stop) that it consists of. By default those of the
             regimes: always, start + end, and each alone.
-        drop: largest share of a step's slots that is left out; below 1.
+        drop: largest share of a step's slots that is left out, rounded down: of 8 slots, a tenth is none.
         seed: of the random choice.
 
     Returns:
