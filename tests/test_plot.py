@@ -16,12 +16,14 @@ from tests.influence.made import OBSERVED, made
 from whence import errors, plot
 from whence.influence.influence import Influence
 from whence.influence.patterns import patterns
+from whence.influence.regimes import example
 
 DRAWINGS = {
     "curve": lambda i, ax: plot.curve(i, sample=5, ax=ax),
     "visits": lambda i, ax: plot.visits(i, sample=5, ax=ax),
     "heatmap": lambda i, ax: plot.heatmap(i, samples=[5, 0, 2], ax=ax),
     "patterns": lambda i, ax: plot.patterns(i, ax=ax),
+    "regimes": lambda _, ax: plot.regimes(example(), ax=ax),
     "scatter": lambda i, ax: plot.scatter(i.total()[:, 1], i.total()[:, 2], ax=ax),
 }
 
@@ -141,3 +143,12 @@ def test_missing_matplotlib_says_how_to_get_it() -> None:
     code = "import sys; sys.modules['matplotlib.pyplot'] = None; import whence.plot"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "MissingExtra: This needs 'matplotlib': pip install 'whence[plot]'" in done.stderr
+
+
+def test_regimes_have_their_levels_and_boundaries() -> None:
+    """Three dashed levels where the table has them, each with its name and its multiple of the basin."""
+    ax = plot.regimes(example())
+    levels = [line.get_segments()[0] for line in ax.collections if isinstance(line, LineCollection)][:3]
+    drawn = [[*segment[:, 0], segment[0, 1]] for segment in levels]
+    np.testing.assert_allclose(drawn, [[0, 2, 9], [2, 9, 1], [9, 12, 4]])
+    assert [text.get_text() for text in ax.texts] == ["start\n9 x", "basin", "end\n4 x"]

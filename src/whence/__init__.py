@@ -56,12 +56,16 @@ _HOME = {
     "open_influence": "whence.influence.influence",
     "patterns": "whence.influence.patterns",
     "trust": "whence.apply.trust",
+    "regimes": "whence.apply.timing",
+    "worth_selecting": "whence.apply.timing",
 }
 
 __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are strings
 
 if TYPE_CHECKING:
     from whence import plot as plot
+    from whence.apply.timing import regimes as regimes
+    from whence.apply.timing import worth_selecting as worth_selecting
     from whence.apply.trust import trust as trust
     from whence.clipping import ClipNorm as ClipNorm
     from whence.clipping import ClipValue as ClipValue

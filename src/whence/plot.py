@@ -15,6 +15,7 @@ from whence.influence.agreement import mean_over_queries, pearson, spearman
 from whence.influence.influence import Influence, State
 from whence.influence.patterns import PATTERNS, shares
 from whence.influence.patterns import patterns as find_patterns
+from whence.influence.regimes import Regimes
 from whence.influence.tables import places
 
 try:
@@ -137,6 +138,37 @@ def patterns(found: pl.DataFrame | Influence, *, query: int | str = 0, ax: Axes 
     ax.tick_params(length=0)
     title = f"When {len(table)} samples matter"
     ax.set_title(title, loc="left", fontsize="medium", pad=8)
+    return ax
+
+
+def regimes(found: Regimes, *, ax: Axes | None = None) -> Axes:
+    """Draw influence ÷ learning rate by step, as `whence.regimes` found it, and the three levels.
+
+    The band holds 80 % of all queries and slots; the learning rate is dotted, in units of its largest.
+
+    >>> from whence.influence.regimes import example
+    >>> regimes(example()).get_yscale()
+    'log'
+    """
+    ax = _axes(ax, (6.8, 3.8))
+    curve = found.curve()
+    steps = curve["step"].to_numpy()
+    ax.fill_between(steps, curve["low"], curve["high"], color=HELPFUL, alpha=0.15, lw=0.0)
+    ax.plot(steps, curve["value"], color=HELPFUL, alpha=0.35, lw=0.8)
+    ax.plot(steps, curve["smooth"], color=HELPFUL, lw=1.6)
+    for name, first, stop, _, level, times in found.table().rows():
+        ax.hlines(level, first, stop, color=INK, lw=1.2, ls=(0, (5, 3)))
+        label = f"{name}\n{times:.3g} x" if name != "basin" else name
+        place = ((first + stop) / 2, 1.01)
+        ax.annotate(label, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize="small")
+    ax.vlines(found.boundaries, 0, 1, transform=ax.get_xaxis_transform(), color=FAINT, lw=0.8)
+    ax.set(yscale="log", xlim=(0, found.observed_at), xlabel="step")
+    ax.set_ylabel(f"|influence| x slots ÷ learning rate\n({found.about})", fontsize="small")
+    beside = ax.twinx()
+    beside.plot(steps, found.rate / found.rate.max(), color=FAINT, lw=1, ls=":")
+    beside.set(ylim=(0, 1.05), ylabel="learning rate ÷ its largest")
+    for axes in (ax, beside):
+        axes.spines["top"].set_visible(False)
     return ax
 
 

@@ -24,6 +24,7 @@ FLAGS = {
     "top": ["INFLUENCE", "--k", "--query", "--order", "--window", "--form"],
     "curve": ["INFLUENCE", "--sample", "--query", "--form"],
     "patterns": ["INFLUENCE", "--query", "--form"],
+    "regimes": ["RUN", "INFLUENCE", "--query", "--form"],
     "trust": ["RUN", "INFLUENCE", "--task", "--queries", "--removals", "--seed"],
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
-from whence.cli import attribute, curve, demo, info, patterns, show, top, trust, verify
+from whence.cli import attribute, curve, demo, info, patterns, regimes, show, top, trust, verify
 from whence.errors import WhenceError
 
 VERBS = (
@@ -20,6 +20,7 @@ VERBS = (
     top.top,
     curve.curve,
     patterns.patterns,
+    regimes.regimes,
     trust.trust,
 )
 DESCRIPTION = (

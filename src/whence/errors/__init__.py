@@ -17,9 +17,11 @@ from whence.errors.influence import DifferentInfluence as DifferentInfluence
 from whence.errors.influence import FolderTaken as FolderTaken
 from whence.errors.influence import IllFormedInfluence as IllFormedInfluence
 from whence.errors.influence import ImpossibleWindow as ImpossibleWindow
+from whence.errors.influence import NoRegimes as NoRegimes
 from whence.errors.influence import NotAnInfluence as NotAnInfluence
 from whence.errors.influence import NotFinite as NotFinite
 from whence.errors.influence import NotObserved as NotObserved
+from whence.errors.influence import TooFewSteps as TooFewSteps
 from whence.errors.influence import TooFewWindows as TooFewWindows
 from whence.errors.influence import TwoViewpoints as TwoViewpoints
 from whence.errors.influence import UnfinishedInfluence as UnfinishedInfluence

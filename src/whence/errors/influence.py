@@ -74,6 +74,23 @@ class TooFewWindows(WhenceError):
         )
 
 
+class TooFewSteps(WhenceError):
+    """Regimes of a training were asked for that has too few steps with a learning rate and an influence."""
+
+    def __init__(self, steps: int, needed: int) -> None:
+        self.args = (
+            f"Regimes need at least {needed} steps with a learning rate and an influence above 0; there are {steps}. "
+            "Ask at a later state, or of a longer run.",
+        )
+
+
+class NoRegimes(WhenceError):
+    """Stretches of a training were to be taken from its regimes, and it has none."""
+
+    def __init__(self, told: object) -> None:
+        self.args = (f"{told}\nSay which steps to select in, for example ranges={{'first tenth': [(0, 40)]}}.",)
+
+
 class NotFinite(WhenceError):
     """Some influence is NaN or infinite."""
 

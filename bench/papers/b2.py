@@ -1,0 +1,69 @@
+"""Three regimes of influence ÷ learning rate, on a small language model: python -m bench.papers.b2 [seed ...].
+
+Published (GPT-2): 6.1e-4 in a very short start, 1.1e-6 in a long basin, 1.6e-5 at the end. Here: `whence.regimes` of
+the exact influence on the mean loss of 64 validation rows and on four of them alone, of Data Value Embedding (following
+Adam, and as published) on the mean and on all 64 alone, and of TracIn. The first is drawn into docs/images. The
+training is bench.papers.shakespeare.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import whence
+from bench.papers.shakespeare import influence, rows, run
+from whence.influence.agreement import pearson
+from whence.influence.regimes import Regimes
+from whence.queries import Query
+
+PICTURE = Path("docs/images/regimes.png")
+
+
+def questions() -> list[tuple[str, str, Query]]:
+    """Method, name of the answer's folder, and what is asked."""
+    validation = rows()[1]
+    mean = whence.Loss(validation, aggregate="mean")
+    return [
+        ("dit", "validation", mean),
+        ("dit", "rows", whence.Loss(validation, samples=range(4))),
+        ("dve-adam", "validation", mean),
+        ("dve-adam-body", "validation", mean),
+        ("dve-rate", "validation", mean),
+        ("dve-rate", "rows", whence.Loss(validation)),
+        ("tracin", "validation", mean),
+    ]
+
+
+def line(name: str, seed: int, found: Regimes) -> str:
+    """One row of the table."""
+    first, second = found.boundaries
+    cells = [f"{seed}", name, "yes" if found.found else "no", f"{found.explained:.0%}"]
+    shares = [f"{share:.1%}" for share in found.table()["share"]]
+    levels = [f"{level:.2g}" for level in found.levels]
+    ratios = [f"{ratio:.1f}" for ratio in found.ratios]
+    return (
+        f"| {' | '.join([*cells, f'{first}, {second}', ' / '.join(shares), ' / '.join(levels), ' / '.join(ratios)])} |"
+    )
+
+
+def main(seeds: list[int]) -> None:
+    """Print the table, and draw the picture."""
+    columns = "three? | explained | boundaries | share of steps | levels | start, end ÷ basin | Pearson with DIT"
+    print(f"| seed | influence | {columns} |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for seed in seeds:
+        recorded, exact = run(seed), None
+        for method, name, queries in questions():
+            given = influence(recorded, name, queries, method=method)
+            exact = exact or given
+            agreed = pearson(exact.total()[:, -1], given.total()[:, -1])[0] if name == "validation" else np.nan
+            found = whence.regimes(given, recorded)
+            print(line(f"{method}, {name}", seed, found), end=f" {agreed:.2f} |\n", flush=True)
+            if (seed, method, name) == (0, "dit", "validation"):
+                axes = whence.plot.regimes(found)
+                axes.figure.savefig(PICTURE, dpi=110)  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    main([int(seed) for seed in sys.argv[1:]] or [0])
