@@ -139,17 +139,17 @@ def embedding(rank: int, **settings: Any) -> Callable[[TrainedCase], np.ndarray]
 
 
 METHODS: dict[str, Callable[[TrainedCase], np.ndarray]] = {
-    "exact sweep (DIT)": partial(ours, whence.DIT()),
-    "sweep, Gauss-Newton": partial(ours, whence.DIT(curvature=whence.GaussNewton())),
-    "sweep, empirical Fisher": partial(ours, whence.DIT(curvature=whence.EmpiricalFisher())),
-    "embedding, true, rank 64": embedding(64, fisher="true"),
-    "embedding, true, rank 256": embedding(256, fisher="true"),
-    "embedding, empirical, rank 64": embedding(64, fisher="empirical"),
     "embedding, empirical, rank 256": embedding(256, fisher="empirical"),
-    "TracIn": partial(ours, whence.TracIn()),
+    "embedding, true, rank 256": embedding(256, fisher="true"),
     "gradient-dot": partial(ours, whence.GradientDot()),
     "dattri DVEmb, Kronecker 512": partial(dattri, factors="kronecker", dimensions=512),
     "dattri DVEmb, Kronecker 768": partial(dattri, factors="kronecker", dimensions=768),
+    "exact sweep (DIT)": partial(ours, whence.DIT()),
+    "embedding, empirical, rank 64": embedding(64, fisher="empirical"),
+    "embedding, true, rank 64": embedding(64, fisher="true"),
+    "TracIn": partial(ours, whence.TracIn()),
+    "sweep, Gauss-Newton": partial(ours, whence.DIT(curvature=whence.GaussNewton())),
+    "sweep, empirical Fisher": partial(ours, whence.DIT(curvature=whence.EmpiricalFisher())),
     "dattri DVEmb, projection 512": partial(dattri, factors="none", dimensions=512),
 }
 
