@@ -12,7 +12,8 @@ def adamw_embeddings(case: Case, *, lr: float, decay: float) -> list[Tensor]:
     training = trained(case)
     count = len(training.models) - 1
     gradients = [_flat(slot_gradients(case, training.models[step], step)) for step in range(count)]
-    rates = adam_rates([slots.sum(0) for slots in gradients], lr)
+    sizes = [parameter.numel() for parameter in case.built().parameters()]
+    rates = [_at_most_median(rate, sizes) for rate in adam_rates([slots.sum(0) for slots in gradients], lr)]
     one = torch.eye(len(rates[0]), dtype=torch.float64)
     found, transport = [], one
     for slots, rate in zip(gradients[::-1], rates[::-1], strict=True):
@@ -31,6 +32,11 @@ def adam_rates(gradients: list[Tensor], lr: float) -> list[Tensor]:
         root = (squares / (1 - 0.999**step)).sqrt()
         found.append(lr / (1 - 0.9**step) / (root + 1e-8))
     return found
+
+
+def _at_most_median(rates: Tensor, sizes: list[int]) -> Tensor:
+    """Parameter by parameter; of an even number of rates, the lower one in the middle."""
+    return torch.cat([rate.clamp_max(rate.sort()[0][(len(rate) - 1) // 2]) for rate in rates.split(sizes)])
 
 
 def _flat(gradients: list[dict[str, Tensor]]) -> Tensor:

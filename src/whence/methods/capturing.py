@@ -8,7 +8,7 @@ column, which a projection of a matrix's two sides lets through: rows and column
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import numpy as np
@@ -29,7 +29,7 @@ from whence.replay.state import State
 from whence.replay.transition import Transition
 from whence.run.run import Run
 from whence.task import Batch
-from whence.tree import Tree, add
+from whence.tree import Tree, add, each
 
 Fisher = Literal["true", "empirical"]
 Follow = Literal["optimizer", "rate"]
@@ -170,7 +170,8 @@ class Gathering:
 
     def _answer(self, transition: Transition, state: State, gradient: Tree) -> Lasting:
         if self.follow == "optimizer":
-            return lasting(transition, state, gradient)
+            answer = lasting(transition, state, gradient)
+            return replace(answer, rate=each(at_most_usual, answer.rate))
         by_group = zip(transition.update.groups, rates(transition.step), strict=True)
         rate = {name: torch.full_like(gradient[name], r) for group, r in by_group for name in group if name in gradient}
         return Lasting(rate, {name: torch.ones_like(tensor) for name, tensor in rate.items()})
@@ -185,6 +186,19 @@ class Gathering:
             return self.projection.of_diagonal(full)
         means = {name: tree[name].mean() if name in tree else like.new_tensor(absent) for name in names}
         return torch.cat([means[name].expand(place.stop - place.start) for name, place in names.items()])
+
+
+def at_most_usual(rate: Tensor) -> Tensor:
+    """A parameter's rates, none larger than their median.
+
+    Adam divides an entry that hardly ever had a gradient by almost nothing, but only until it gets one: what it is
+    divided by grows with it. Here that counts as fixed, and so may not be taken at its word.
+
+    >>> at_most_usual(torch.tensor([1.0, 2.0, 1e6])).tolist()
+    [1.0, 2.0, 2.0]
+    """
+    usual = float(rate.abs().median())
+    return rate.clamp(-usual, usual) if usual > 0 else rate
 
 
 def picks(whole: Projection) -> bool:
