@@ -29,7 +29,7 @@ from whence.replay.state import State
 from whence.replay.transition import Transition
 from whence.run.run import Run
 from whence.task import Batch
-from whence.tree import Tree, add, each
+from whence.tree import Tree, add
 
 Fisher = Literal["true", "empirical"]
 Follow = Literal["optimizer", "rate"]
@@ -171,7 +171,7 @@ class Gathering:
     def _answer(self, transition: Transition, state: State, gradient: Tree) -> Lasting:
         if self.follow == "optimizer":
             answer = lasting(transition, state, gradient)
-            return replace(answer, rate=each(at_most_usual, answer.rate))
+            return replace(answer, rate={n: at_most_usual(rate, gradient[n]) for n, rate in answer.rate.items()})
         by_group = zip(transition.update.groups, rates(transition.step), strict=True)
         rate = {name: torch.full_like(gradient[name], r) for group, r in by_group for name in group if name in gradient}
         return Lasting(rate, {name: torch.ones_like(tensor) for name, tensor in rate.items()})
@@ -188,16 +188,17 @@ class Gathering:
         return torch.cat([means[name].expand(place.stop - place.start) for name, place in names.items()])
 
 
-def at_most_usual(rate: Tensor) -> Tensor:
-    """A parameter's rates, none larger than their median.
+def at_most_usual(rate: Tensor, gradient: Tensor) -> Tensor:
+    """A parameter's rates, none larger than their median where there is a gradient.
 
     Adam divides an entry that hardly ever had a gradient by almost nothing, but only until it gets one: what it is
     divided by grows with it. Here that counts as fixed, and so may not be taken at its word.
 
-    >>> at_most_usual(torch.tensor([1.0, 2.0, 1e6])).tolist()
-    [1.0, 2.0, 2.0]
+    >>> at_most_usual(torch.tensor([1.0, 2.0, 1e6, 0.1]), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    tensor([1.0000, 2.0000, 2.0000, 0.1000])
     """
-    usual = float(rate.abs().median())
+    some = rate[gradient != 0].abs()
+    usual = float(some.median()) if len(some) else 0.0
     return rate.clamp(-usual, usual) if usual > 0 else rate
 
 
