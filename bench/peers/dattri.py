@@ -89,6 +89,12 @@ def trak(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
 
 
 def dvemb(trained: TrainedCase, queries: TensorDataset, *, factors: str = "none") -> np.ndarray:
+    """Data value embeddings, summed over the visits of a sample."""
+    scores = embedded(trained, factors=factors).attribute(DataLoader(queries, batch_size=trained.case.slots))
+    return padded(scores.T.detach().numpy(), trained)
+
+
+def embedded(trained: TrainedCase, *, factors: str, dimensions: int = DIMENSIONS) -> DVEmbAttributor:
     """Data value embeddings, gathered while the training is run again batch by batch."""
     model, optimizer = trained.case.begin()
 
@@ -98,7 +104,7 @@ def dvemb(trained: TrainedCase, queries: TensorDataset, *, factors: str = "none"
 
     loss = row_loss(trained, model) if factors == "none" else factored
     task = AttributionTask(loss, model, trained.checkpoints[-1][0])
-    attributor = DVEmbAttributor(task, proj_dim=DIMENSIONS, factorization_type=factors)
+    attributor = DVEmbAttributor(task, proj_dim=dimensions, factorization_type=factors)
     for step in trained.run.log:
         rows = torch.tensor(step.samples)
         batch = tuple(tensor[rows] for tensor in trained.train.tensors)
@@ -109,8 +115,7 @@ def dvemb(trained: TrainedCase, queries: TensorDataset, *, factors: str = "none"
         cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten()).backward()
         optimizer.step()
     attributor.cache()
-    scores = attributor.attribute(DataLoader(queries, batch_size=trained.case.slots))
-    return padded(scores.T.detach().numpy(), trained)
+    return attributor
 
 
 def padded(scores: np.ndarray, trained: TrainedCase) -> np.ndarray:

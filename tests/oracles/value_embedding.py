@@ -12,7 +12,9 @@ def adamw_embeddings(case: Case, *, lr: float, decay: float) -> list[Tensor]:
     training = trained(case)
     count = len(training.models) - 1
     gradients = [_flat(slot_gradients(case, training.models[step], step)) for step in range(count)]
-    rates = adam_rates([slots.sum(0) for slots in gradients], lr)
+    sizes = [parameter.numel() for parameter in case.built().parameters()]
+    means = [slots.sum(0) for slots in gradients]
+    rates = [_at_most_median(*pair, sizes) for pair in zip(adam_rates(means, lr), means, strict=True)]
     one = torch.eye(len(rates[0]), dtype=torch.float64)
     found, transport = [], one
     for slots, rate in zip(gradients[::-1], rates[::-1], strict=True):
@@ -31,6 +33,15 @@ def adam_rates(gradients: list[Tensor], lr: float) -> list[Tensor]:
         root = (squares / (1 - 0.999**step)).sqrt()
         found.append(lr / (1 - 0.9**step) / (root + 1e-8))
     return found
+
+
+def _at_most_median(rates: Tensor, mean: Tensor, sizes: list[int]) -> Tensor:
+    """Parameter by parameter, of the entries with a gradient; of an even number, the lower one in the middle."""
+    found = []
+    for rate, gradient in zip(rates.split(sizes), mean.split(sizes), strict=True):
+        alive = sorted(rate[gradient != 0].tolist())
+        found.append(rate.clamp_max(alive[(len(alive) - 1) // 2]) if alive else rate)
+    return torch.cat(found)
 
 
 def _flat(gradients: list[dict[str, Tensor]]) -> Tensor:

@@ -7,7 +7,7 @@ column, which a projection of a matrix's two sides lets through: rows and column
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import numpy as np
@@ -195,7 +195,8 @@ class Gathering:
 
     def _answer(self, transition: Transition, state: State, gradient: Tree) -> Lasting:
         if self.follow == "optimizer":
-            return lasting(transition, state, gradient)
+            answer = lasting(transition, state, gradient)
+            return replace(answer, rate={n: at_most_usual(rate, gradient[n]) for n, rate in answer.rate.items()})
         by_group = zip(transition.update.groups, rates(transition.step), strict=True)
         rate = {name: torch.full_like(gradient[name], r) for group, r in by_group for name in group if name in gradient}
         return Lasting(rate, {name: torch.ones_like(tensor) for name, tensor in rate.items()})
@@ -210,6 +211,20 @@ class Gathering:
             return self.projection.of_diagonal(full)
         means = {name: tree[name].mean() if name in tree else like.new_tensor(absent) for name in names}
         return torch.cat([means[name].expand(place.stop - place.start) for name, place in names.items()])
+
+
+def at_most_usual(rate: Tensor, gradient: Tensor) -> Tensor:
+    """A parameter's rates, none larger than their median where there is a gradient.
+
+    Adam divides an entry that hardly ever had a gradient by almost nothing, but only until it gets one: what it is
+    divided by grows with it. Here that counts as fixed, and so may not be taken at its word.
+
+    >>> at_most_usual(torch.tensor([1.0, 2.0, 1e6, 0.1]), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    tensor([1.0000, 2.0000, 2.0000, 0.1000])
+    """
+    some = rate[gradient != 0].abs()
+    usual = float(some.median()) if len(some) else 0.0
+    return rate.clamp(-usual, usual) if usual > 0 else rate
 
 
 def picks(whole: Projection) -> bool:
