@@ -38,7 +38,7 @@ METHODS: dict[str, Any] = {
     "sweep, empirical Fisher": whence.DIT(curvature=whence.EmpiricalFisher()),
     "embedding, true": EMBEDDING(fisher="true"),
     "embedding, empirical": EMBEDDING(fisher="empirical"),
-    "embedding, true, damping 1": EMBEDDING(fisher="true", damping=1),
+    "embedding, true, damping 0.5": EMBEDDING(fisher="true", damping=0.5),
     "embedding, true, damping 0": EMBEDDING(fisher="true", damping=0),
     "embedding, true, rank 64": EMBEDDING(fisher="true", rank=64),
     "embedding, true, mask, every entry": EMBEDDING(fisher="true", projection="mask", rank=64 * WIDTH),

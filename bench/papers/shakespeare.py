@@ -61,10 +61,10 @@ def run(seed: int = 0) -> whence.Run:
     return whence.open_run(folder, task)
 
 
-# As published, which knows nothing of Adam; and following Adam, where the default damping is not enough.
+# As published, which knows nothing of Adam; and following Adam.
 EMBEDDINGS = {
     "dve-rate": whence.DataValueEmbedding(follow="rate"),
-    "dve-adam": whence.DataValueEmbedding(damping=1.0),
+    "dve-adam": whence.DataValueEmbedding(),
 }
 
 

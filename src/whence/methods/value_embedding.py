@@ -47,8 +47,8 @@ class DataValueEmbedding:
         follow: "optimizer" takes momentum, Adam's division, weight decay and clipping into account; "rate" pretends
             that every step was plain gradient descent.
         layers: "apart", or "together" with one matrix of all coordinates, which only small models can afford.
-        damping: 0.5 takes eigenvalues above 2 (rate times curvature) for ones that do not explode, 1 makes every step
-            implicit, 0 leaves the recursion as published.
+        damping: 1 makes every step implicit, so that no eigenvalue (rate times curvature) explodes, however large; 0.5
+            does as much with less shrinking of the middling ones; 0 leaves the recursion as published.
         segments: cuts the training into so many stretches; the states at their ends can then be observed, too.
         seed: of the projection and of the drawn labels.
 
@@ -61,7 +61,7 @@ class DataValueEmbedding:
     projection: Kind = "orthonormal"
     follow: Follow = "optimizer"
     layers: Layers = "apart"
-    damping: float = 0.5
+    damping: float = 1.0
     segments: int = 1
     seed: int = 0
 
