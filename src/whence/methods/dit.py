@@ -124,9 +124,7 @@ class DIT:
         if isinstance(queries, Averaged):
             settings["average"] = queries.about
         about = replace(described(run, queries, states), denominator=self.denominator, settings=settings)
-        writer = InfluenceWriter.begin(
-            path, about, sample=slots(run), dtype=precision(run), ids=run.ids if run.has_ids else None
-        )
+        writer = begun_writer(run, about, path)
         if len(writer.done) < len(writer.shards):
             _Filling(run, reading(run, queries, states), writer, CotangentStore(writer.path)).fill(rules, cut)
         return writer.finish().with_queries(queries)
@@ -210,6 +208,12 @@ class _Filling:
         if rows.shape[1] > 1 and self.about.denominator == "renormalize":
             rows = renormalized(rows)
         return rows.cpu().reshape(-1, len(self.about.queries), rows.shape[1]).transpose(0, 1).numpy()
+
+
+def begun_writer(run: Run, about: Description, path: Path | None) -> InfluenceWriter:
+    """Begin the result of an attribution of all visits, or go on with the one in the folder."""
+    ids = run.ids if run.has_ids else None
+    return InfluenceWriter.begin(path, about, sample=slots(run), dtype=precision(run), ids=ids)
 
 
 def precision(run: Run) -> str:

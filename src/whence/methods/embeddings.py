@@ -25,7 +25,7 @@ from whence.influence.influence import Influence
 from whence.influence.tables import Order
 from whence.influence.writer import InfluenceWriter
 from whence.methods.capturing import projection_for
-from whence.methods.dit import described, precision, slots
+from whence.methods.dit import begun_writer, described
 from whence.methods.embedding_store import About, EmbeddingStore
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.projection import Projection
@@ -114,9 +114,7 @@ class Embeddings:
             raise NotEmbedded(missing, self.observed_at)
         about = described(self.run, queries, states)
         about = replace(about, method="DataValueEmbedding", settings=dict(self.about.settings) | {"exact": False})
-        ids = self.run.ids if self.run.has_ids else None
-        path = None if out is None else Path(out)
-        writer = InfluenceWriter.begin(path, about, sample=slots(self.run), dtype=precision(self.run), ids=ids)
+        writer = begun_writer(self.run, about, None if out is None else Path(out))
         if len(writer.done) < len(writer.shards):
             self._fill(writer, queries)
         return writer.finish().with_queries(queries)

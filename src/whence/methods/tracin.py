@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from whence.errors import BadSetting
 from whence.influence.influence import Influence
 from whence.influence.writer import InfluenceWriter
-from whence.methods.dit import described, precision, slots
+from whence.methods.dit import begun_writer, described
 from whence.methods.memory import begun_chunk, check_limits, gradients_at_once
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.viewpoint import Scores, Tables, Viewpoint, alike
@@ -170,7 +170,7 @@ class _Question:
         chunk = gradients_at_once(run, len(queries.names) * len(looked_at), memory=self.memory, chunk=begun)
         settings = self.settings | {"chunk": chunk, "exact": False}
         about = replace(described(run, queries, states), method=self.method, settings=settings)
-        writer = InfluenceWriter.begin(path, about, sample=slots(run), dtype=precision(run))
+        writer = begun_writer(run, about, path)
         if len(writer.done) < len(writer.shards):
             _Filling.of(run, queries, writer, look=self.look, chunk=chunk).fill()
         return writer.finish().with_queries(queries)
