@@ -56,6 +56,7 @@ _HOME = {
     "open_influence": "whence.influence.influence",
     "patterns": "whence.influence.patterns",
     "trust": "whence.apply.trust",
+    "evaluate": "whence.apply.evaluation",
     "regimes": "whence.apply.timing",
     "worth_selecting": "whence.apply.timing",
 }
@@ -64,6 +65,7 @@ __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are str
 
 if TYPE_CHECKING:
     from whence import plot as plot
+    from whence.apply.evaluation import evaluate as evaluate
     from whence.apply.timing import regimes as regimes
     from whence.apply.timing import worth_selecting as worth_selecting
     from whence.apply.trust import trust as trust

@@ -32,6 +32,7 @@ from whence.errors.methods import BadCheckpoint as BadCheckpoint
 from whence.errors.methods import BadSetting as BadSetting
 from whence.errors.methods import CannotRenormalize as CannotRenormalize
 from whence.errors.methods import CoupledLoss as CoupledLoss
+from whence.errors.methods import DamagedBank as DamagedBank
 from whence.errors.methods import NoCheckpoints as NoCheckpoints
 from whence.errors.methods import NoOutputs as NoOutputs
 from whence.errors.methods import RowsNotReadable as RowsNotReadable

@@ -1,6 +1,7 @@
 """What can go wrong in an attribution, and in the check of one."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from whence.errors.sentences import WhenceError, listed
 
@@ -86,3 +87,10 @@ class BadCheckpoint(WhenceError):
 
     def __init__(self, place: str, problem: str) -> None:
         self.args = (f"{place} is no checkpoint of this training: {problem}.",)
+
+
+class DamagedBank(WhenceError):
+    """A file of a bank of re-runs is not what was written."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        self.args = (f"{path} is no file of a bank of re-runs ({why}). Delete it, and its re-runs are made again.",)

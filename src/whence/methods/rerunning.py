@@ -1,0 +1,91 @@
+"""A training run again under many changes at once, in stacks that begin where their first change does."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from whence.methods.changes import Change
+from whence.queries import Averaged, Query
+from whence.replay.average import as_read
+from whence.replay.forward import rerun
+from whence.replay.state import State
+from whence.run.run import Run
+from whence.tree import Tree
+
+Observed = Iterator[tuple[int, State]]  # number of a state, and the stack of states there
+Stack = tuple[list[int], Observed]  # places of its changes among all; the unperturbed run is first and last
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rerunning:
+    """How trainings are run again.
+
+    Attributes:
+        run: the training.
+        observed_at: numbers of the states that are looked at.
+        dtype: precision; None for the recorded one.
+        batch: how many changes are run at once.
+        queries: what will be asked: an average over the training, if these read one.
+    """
+
+    run: Run
+    observed_at: tuple[int, ...]
+    dtype: torch.dtype | None
+    batch: int
+    queries: Query
+
+    def stacks(self, changes: Sequence[Change]) -> Iterator[Stack]:
+        """All changes, those that begin at about the same step together."""
+        order = sorted(range(len(changes)), key=lambda place: changes[place].first(self.run))
+        blocks = range(0, len(order), self.batch)
+        for begin in tqdm(blocks, desc="re-running", unit="stack", disable=None, leave=False):
+            some = order[begin : begin + self.batch]
+            yield some, self.observed([changes[place] for place in some])
+
+    def observed(self, changes: Sequence[Change]) -> Observed:
+        """The observed states of one stack: as it was, with each change, and as it was again; none before a change."""
+        first = min(change.first(self.run) for change in changes)
+        start = max(state for state in self.run.kept if state <= first)
+        alike, runs = self.run.state(start, dtype=self.dtype), len(changes) + 2
+        like = next(iter(alike.params.values()))
+
+        def weights(step: int) -> Tensor:
+            rows = [change.weights(self.run, step) for change in changes]
+            return torch.stack([torch.ones_like(rows[0]), *rows, torch.ones_like(rows[0])]).to(like)
+
+        steps = rerun(
+            lambda step: self.run.transition(step, self.dtype),
+            alike.repeat(runs),
+            weights,
+            start=start,
+            stop=max(self.observed_at),
+            trained=_as_trained(self.run, start) if any(step.autocast for step in self.run.log) else None,
+        )
+        before = self._average(start)
+        for number, states in as_read(self.queries, steps, before and before.repeat(runs)):
+            if number in self.observed_at:
+                yield number, states
+
+    def _average(self, number: int) -> State | None:
+        """The average as it was at a state, which the re-runs go on with; None where queries need none."""
+        if not isinstance(self.queries, Averaged):
+            return None
+        walked = self.run.walk(min(self.queries.start, number), number, self.dtype)
+        *_, (_, average) = as_read(self.queries, walked)
+        return average
+
+
+def _as_trained(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
+    """The gradient before clipping, and the buffers left, of every step from `start` on, in the recorded precision."""
+    state = run.state(start)
+    for index in range(start, run.steps):
+        transition = run.transition(index)
+        grads, buffers, _ = transition.raw_gradient(state)
+        yield grads, buffers
+        kept = index + 1 in run.kept
+        state = run.state(index + 1) if kept else transition.moved(state, transition.clipped(grads), buffers)

@@ -1,0 +1,90 @@
+"""Evaluation tells good scores from bad ones, and says on how much it rests."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import whence
+from tests.methods.test_dit import recorded
+from tests.methods.test_exact import asked
+from whence.errors import BadSetting, NotObserved, OtherRun, WithoutQueries
+from whence.influence import agreement
+
+
+def estimate(table: pl.DataFrame, method: str, measure: str) -> float:
+    """One figure of the table."""
+    (found,) = table.filter(pl.col("method") == method, pl.col("measure").str.starts_with(measure))["estimate"]
+    return float(found)
+
+
+def test_methods_are_judged_on_the_same_removals(tmp_path: Path) -> None:
+    """The exact sweep predicts them, its negative predicts the opposite, and the measures are those of the oracle."""
+    run, bank = recorded("momentum", tmp_path), tmp_path / "bank"
+    found = whence.DIT().attribute(run, asked())
+    scores: dict[str, whence.Influence | np.ndarray] = {
+        "exact": found,
+        "negative": -found.total()[:, -1].astype(np.float64),
+    }
+    table = whence.evaluate(run, scores, removals=8, shares=(0.2, 0.5), groups=6, bank=bank)
+    assert table["method"].unique().sort().to_list() == ["exact", "negative"]
+    assert estimate(table, "exact", "Pearson") >= 0.9
+    assert estimate(table, "negative", "Pearson") == pytest.approx(-estimate(table, "exact", "Pearson"))
+    assert table.filter(pl.col("measure") == "Pearson")["reruns"].to_list() == [8, 8]
+    assert table.filter(pl.col("measure").str.starts_with("LDS"))["removed"].unique().to_list() == [
+        round(0.2 * run.samples),
+        round(0.5 * run.samples),
+    ]
+    assert (table["low"] <= table["estimate"] + 1e-12).all()
+    assert (table["high"] >= table["estimate"] - 1e-12).all()
+    assert len(list(bank.iterdir())) == 3
+
+
+def test_the_score_of_groups_is_the_linear_datamodelling_score(tmp_path: Path) -> None:
+    """Against retraining of the same groups by hand."""
+    run = recorded("adamw", tmp_path)
+    found = whence.DIT().attribute(run, asked())
+    table = whence.evaluate(run, found, removals=0, shares=(0.3,), groups=5, seed=7)
+    size = round(0.3 * run.samples)
+    draw = np.random.default_rng((7, size))
+    groups = [np.sort(draw.choice(run.ids, size, replace=False)) for _ in range(5)]
+    actual = whence.retrain(run, asked(), [group.tolist() for group in groups]).change[:, 0]
+    expected = agreement.mean_over_queries(agreement.lds(found.total()[:, -1], groups, actual))
+    assert estimate(table, "DIT", "LDS") == pytest.approx(expected)
+
+
+def test_samples_known_to_be_wrong_are_looked_for(tmp_path: Path) -> None:
+    """Scores that accuse them find all of them; no training is run for that."""
+    run = recorded("momentum", tmp_path)
+    wrong = [1, 4]
+    scores = np.ones((len(asked().names), run.samples))
+    scores[:, wrong] = -1.0
+    table = whence.evaluate(run, {"told": scores}, asked(), wrong=wrong, removals=0, shares=())
+    assert dict(zip(table["measure"], table["estimate"], strict=True)) == {
+        "AUC": 1.0,
+        "average precision": 1.0,
+        "precision": 1.0,
+    }
+    assert table["reruns"].to_list() == [0, 0, 0]
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
+    """Another run, other queries, an earlier end, other shapes, shares that are none."""
+    run = recorded("sgd", tmp_path)
+    found = whence.DIT().attribute(run, asked())
+    with pytest.raises(OtherRun):
+        whence.evaluate(recorded("sgd", tmp_path / "again"), found)
+    with pytest.raises(WithoutQueries):
+        whence.evaluate(run, {"told": found.total()[:, -1].astype(np.float64)})
+    with pytest.raises(NotObserved):
+        whence.evaluate(run, whence.DIT().attribute(run, asked(), observed_at=1))
+    with pytest.raises(BadSetting, match="shape"):
+        whence.evaluate(run, {"told": np.zeros((1, 2))}, asked())
+    with pytest.raises(BadSetting, match="shares"):
+        whence.evaluate(run, found, shares=(5.0,))
+    with pytest.raises(BadSetting, match="removals"):
+        whence.evaluate(run, found, removals=1)
+    renormalized = whence.DIT(denominator="renormalize").attribute(run, asked())
+    with pytest.raises(BadSetting, match="denominator"):
+        whence.evaluate(run, {"keep": found, "share": renormalized})
