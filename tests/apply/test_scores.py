@@ -92,19 +92,32 @@ def test_a_task_without_classes_has_losses_only(tmp_path: Path) -> None:
     """The error says what the outputs and the labels are."""
     run = of_numbers(tmp_path / "run")
     assert scores.losses(run, run.steps).shape == (6,)
-    with pytest.raises(NoClasses, match=r"predict returns shape \[6, 1\]"):
-        scores.outputs(run, run.steps)
-    with pytest.raises(NoClasses, match=r"labels are torch.float32 of shape \[6, 1\]"):
-        scores.labels(run)
+    for ask in (lambda: scores.outputs(run, run.steps), lambda: scores.labels(run)):
+        with pytest.raises(NoClasses, match=r"labels are torch.float32 of shape \[6, 1\], and no class numbers"):
+            ask()
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_a_single_score_is_that_of_class_one(shape: tuple[int, ...]) -> None:
+    """As in a binary cross-entropy, whose labels are often floating numbers."""
+    outputs, labels = torch.tensor([0.5, -2.0]).view(shape), torch.tensor([1.0, 0.0]).view(shape)
+    found = scores.class_scores(outputs, [torch.zeros(2), labels])
+    np.testing.assert_allclose(scores.probabilities(found.numpy())[:, 1], outputs.flatten().sigmoid(), rtol=1e-6)
+    assert scores.class_labels([torch.zeros(2), labels]).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
     ("outputs", "batch", "problem"),
     [
+        (torch.zeros(2, 3, 4), [torch.zeros(2), torch.zeros(2, 3).long()], r"predict returns shape \[2, 3, 4\]"),
         ({"hidden": torch.zeros(2, 3)}, [torch.zeros(2), torch.zeros(2).long()], "without `logits`"),
         (torch.zeros(2, 3), {"inputs": torch.zeros(2)}, "a dict without labels"),
-        (torch.zeros(2, 3), [torch.zeros(2), torch.zeros(2, 1)], r"float32 of shape \[2, 1\]"),
-        (torch.zeros(2, 3), [torch.zeros(2), torch.tensor([-100, 1])], "labels go from -100 to 1, and there are 3"),
+        (torch.zeros(2, 3), [torch.zeros(2), torch.rand(2)], r"float32 of shape \[2\], and no class numbers"),
+        (
+            torch.zeros(2, 3),
+            [torch.zeros(2), torch.tensor([-100, 1])],
+            "labels go from -100 to 1, and there are 3 classes",
+        ),
     ],
 )
 def test_what_is_no_classification_is_told(outputs: object, batch: object, problem: str) -> None:

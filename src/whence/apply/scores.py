@@ -100,7 +100,7 @@ def probabilities(scores: Float[np.ndarray, "*state sample label"]) -> Float64[n
 
 
 def class_scores(outputs: Any, batch: Batch) -> Float[Tensor, "slot label"]:
-    """The scores of classes in what `predict` returned.
+    """The scores of classes in what `predict` returned; a single score per row is that of class 1 against class 0.
 
     Raises:
         NoClasses: there are none.
@@ -109,15 +109,17 @@ def class_scores(outputs: Any, batch: Batch) -> Float[Tensor, "slot label"]:
         found = logits_of(outputs)
     except (KeyError, TypeError, IndexError, ValueError):
         raise NoClasses(f"predict returns a {type(outputs).__name__} without `logits`") from None
-    if found.dim() != 2 or found.shape[1] < 2:
+    if found.dim() == 1 or found.shape[1:] == (1,):
+        found = torch.stack([torch.zeros_like(found.flatten()), found.flatten()], 1)
+    if found.dim() != 2:
         raise NoClasses(f"predict returns shape {list(found.shape)}")
     given, classes = class_labels(batch), found.shape[1]
     if not 0 <= int(given.min()) <= int(given.max()) < classes:
-        raise NoClasses(f"labels go from {int(given.min())} to {int(given.max())}, and there are {classes} scores")
+        raise NoClasses(f"labels go from {int(given.min())} to {int(given.max())}, and there are {classes} classes")
     return found
 
 
-def class_labels(batch: Batch) -> Tensor:
+def class_labels(batch: Batch) -> Int64[Tensor, " slot"]:
     """The classes in a batch.
 
     Raises:
@@ -127,10 +129,10 @@ def class_labels(batch: Batch) -> Tensor:
         found = labels_of(batch)
     except (KeyError, TypeError, IndexError):
         raise NoClasses(f"a batch is a {type(batch).__name__} without labels") from None
-    if not isinstance(found, Tensor) or found.dim() != 1 or found.is_floating_point():
-        told = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise NoClasses(f"labels are {told}")
-    return found
+    flat = found.flatten() if found.shape[1:] == (1,) else found
+    if flat.dim() != 1 or not torch.equal(flat, flat.round()):
+        raise NoClasses(f"labels are {found.dtype} of shape {list(found.shape)}, and no class numbers")
+    return flat.long()
 
 
 def _gaps(
