@@ -1,5 +1,6 @@
 """What can go wrong: each class builds its sentence, what happened, with values, what to do."""
 
+from whence.errors.apply import NoClasses as NoClasses
 from whence.errors.command_line import BadReference as BadReference
 from whence.errors.command_line import BrokenFile as BrokenFile
 from whence.errors.command_line import NotInFile as NotInFile
