@@ -83,6 +83,8 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
         whence.evaluate(run, {"told": np.zeros((1, 2))}, asked())
     with pytest.raises(BadSetting, match="shares"):
         whence.evaluate(run, found, shares=(5.0,))
+    with pytest.raises(BadSetting, match="several by name"):
+        whence.evaluate(run, {}, asked())
     with pytest.raises(BadSetting, match="removals"):
         whence.evaluate(run, found, removals=1)
     renormalized = whence.DIT(denominator="renormalize").attribute(run, asked())

@@ -172,3 +172,14 @@ def test_next_commands_work(place: Place, capsys: Captured) -> None:
         assert words[0] == verb
         out, _ = run(capsys, *words)
     assert next_words(out)[0] == "trust"
+
+
+def test_evaluate_puts_influences_side_by_side(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """A row per influence and measure; the bank holds the re-runs."""
+    sides = place.influence, place.influence
+    out, err = run(capsys, "evaluate", place.run, *sides, *place.references, "--bank", str(tmp_path), "--form", "csv")
+    table = pl.read_csv(StringIO(out))
+    assert set(table["measure"]) == {"Pearson", "Spearman", "slope", "LDS, 5%"}
+    assert set(table["method"]) == {place.influence}
+    assert len(list(tmp_path.iterdir())) == 1  # 5 % of twelve are one, and each was left out already
+    assert next_words(err)[0] == "trust"

@@ -101,6 +101,8 @@ def evaluate(
         BadSetting: a share or a number of removals that is none; scores of another shape; influences of two kinds of
             denominator, which no removal can judge together.
     """
+    if not isinstance(influence, Influence) and not influence:
+        raise BadSetting("influence", influence, "an influence, or several by name")
     named = {influence.method: influence} if isinstance(influence, Influence) else dict(influence)
     influences = [found for found in named.values() if isinstance(found, Influence)]
     asked = queries or next((found.asked for found in influences if found.asked), None)
