@@ -235,7 +235,7 @@ def _stack(
         weights,
         start=start,
         stop=later,
-        trained=_as_trained(run, start) if any(step.autocast for step in run.log) else None,
+        trained=as_trained(run, start) if any(step.autocast for step in run.log) else None,
     )
     for number, states in as_read(queries, steps, before and before.repeat(runs)):
         if number in observed_at:
@@ -252,9 +252,9 @@ def _read_at(run: Run, queries: Query, number: int, *, dtype: torch.dtype | None
     return average
 
 
-def _as_trained(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
+def as_trained(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
     """The gradient before clipping, and the buffers left, of every step from `start` on, in the recorded precision."""
-    state = run.state(start)
+    state = run.state(start, replay=True)
     for index in range(start, run.steps):
         transition = run.transition(index)
         grads, buffers, _ = transition.raw_gradient(state)
