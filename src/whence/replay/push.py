@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jvp
 
+from whence.replay.along import along
 from whence.replay.jacobian import GRADIENT, PARAMETER, Entries
 from whence.replay.pushed import Pushed
 from whence.replay.reverse import Rules
@@ -69,7 +69,7 @@ def push_forward(
         consumed, buffers, _ = transition.raw_gradient(state)
     clipped, slopes = consumed, found.gradient_change
     if transition.task.clip is not None:
-        clipped, slopes = jvp(transition.clipped, (consumed,), (slopes,))  # type: ignore[misc]
+        clipped, slopes = along(transition.clipped, (consumed,), (slopes,))
     entries = (
         (strand, rules.slope.entries(update, state, clipped, strand=strand, slots=sum(transition.sizes)))
         for strand in strands(update, state, clipped)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
+from whence.replay.along import along
 from whence.replay.chain import Beginning, Cut, Tensors, penalty_of
 from whence.replay.linearised import Product, free, nudged
 from whence.replay.state import State
@@ -36,13 +36,13 @@ def pushed(piece: Piece, both: Both, *, weights: Tensor) -> Pushed:
     state, change = both
     trained, running = free(piece, state.params, state.buffers)
 
-    def gradient(part: Tree, some: Tree, w: Tensor) -> tuple[tuple[Tree, Tree], Tree]:
+    def gradient(part: Tree, some: Tree, w: Tensor) -> tuple[Tree, Tree]:
         value, after, _ = piece.gradient(state.params | part, state.buffers | some, w)
-        return (value, {name: after[name] for name in running}), after
+        return value, after
 
     primals, tangents = (trained, running, torch.ones_like(weights)), (change.params, change.buffers, weights)
-    (value, _), (slopes, left), after = jvp(gradient, primals, tangents, has_aux=True)  # type: ignore[misc]
-    return Pushed(value, after, slopes, left)
+    (value, after), (slopes, left) = along(gradient, primals, tangents)
+    return Pushed(value, after, slopes, {name: left[name] for name in running})
 
 
 def pushed_apart(piece: Piece, both: Both, *, weights: Tensor) -> Pushed:
@@ -94,7 +94,7 @@ def _ends(piece: Piece, both: Both, *, cut: Cut, product: Product) -> tuple[Tens
             return cut.ends(piece, outputs), {name: after[name] for name in running}
 
     if product == "autograd":
-        found: tuple[Tensors, Tree] = jvp(beginning, (trained, running), (change.params, change.buffers))[1]
+        found: tuple[Tensors, Tree] = along(beginning, (trained, running), (change.params, change.buffers))[1]
         return found
     size, moved = nudged(trained, change.params)
     with torch.no_grad():
