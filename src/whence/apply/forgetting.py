@@ -84,12 +84,17 @@ def forget(
         raise BadSetting("replay", replay, f"a number of steps from 0 to {run.steps}")
     start, renormalize = run.steps - replay, method is not None and method.denominator == "renormalize"
     group = Group.of(run, samples, renormalize=renormalize, dtype=dtype)
-    begun = run.state(start, replay=True, dtype=dtype) if method is None else _first_order(group, start, method)
+    if method is None:
+        begun = run.state(start, replay=True, dtype=dtype)
+    else:
+        begun, bend = first_order(group, start, method)
+        if bend > BENT:
+            _warn(group, bend)
     return state_dict(run.task, group.replayed(start, begun) if replay else begun)
 
 
-def _first_order(group: Group, stop: int, method: DIT) -> State:
-    """The state after its first-order change; a warning where steps from there are others than foretold.
+def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
+    """The state `stop` after its first-order change, and how far real steps are from what it says (median).
 
     Raises:
         BadSetting: the curvature is to be chosen, by queries that there are none of.
@@ -103,13 +108,15 @@ def _first_order(group: Group, stop: int, method: DIT) -> State:
             bends.append(group.bend(number - 1, before, now))
         before = now
     assert before is not None
-    if bends and (bend := float(np.median(bends))) > BENT:
-        log.warning(
-            "forgetting %d samples to first order: steps without them differ by %.0f %% from what it says (median of "
-            "%d steps); do not rely on it. Train again without them: replay=%d",
-            *(len(group.removal.samples), 100 * bend, len(bends), group.run.steps),
-        )
-    return moved(before)
+    return moved(before), float(np.median(bends or [0.0]))
+
+
+def _warn(group: Group, bend: float) -> None:
+    log.warning(
+        "forgetting %d samples to first order: steps without them differ by %.0f %% from what it says (median over the "
+        "training); do not rely on it. Train again without them: replay=%d",
+        *(len(group.removal.samples), 100 * bend, group.run.steps),
+    )
 
 
 def _by_diff_in(run: Run | Checkpoints, samples: Sequence[int], method: DiffIn) -> dict[str, Tensor]:

@@ -99,23 +99,45 @@ def judge_forgetting(
         UnknownId: a sample that the training did not see, where samples have ids of their own.
         BadCheckpoint: the state is not of this model; the message names the tensor.
     """
-    group = Group.of(run, samples, renormalize=denominator == "renormalize", dtype=torch.float64)
-    end = run.state(run.steps, dtype=torch.float64)
-    given = tensors_of(state)
-    params = matched("state", given, end.params, needed="parameter")
-    buffers = matched("state", given, end.buffers, needed="")
-    found = [end, State(params, buffers), group.replayed(0, run.state(0, dtype=torch.float64))]
-    divergence, agreement = _compared(run.task, found, test)
-    apart = [_distance(model.params, found[2].params) for model in found[:2]]
-    gone = [] if run.has_ids else [run.task.data[sample] for sample in sorted(group.removal.samples)]
-    return Forgotten(
-        samples=len(group.removal.samples),
-        parameters=_share(apart[1], apart[0]),
-        predictions=_share(divergence[1], divergence[0]),
-        divergence=divergence,
-        agreement=agreement,
-        membership=_membership(run.task, found, gone=gone, test=test) if gone else None,
-    )
+    return Judge.of(run, samples, denominator=denominator)(state, test)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A training without some samples, and as it was, in float64: what models that were to forget are compared with."""
+
+    group: Group
+    trained: State
+    retrained: State
+
+    @staticmethod
+    def of(run: Run, samples: Sequence[int], *, denominator: Denominator = "keep") -> "Judge":
+        """Train again without the samples."""
+        group = Group.of(run, samples, renormalize=denominator == "renormalize", dtype=torch.float64)
+        start, end = (run.state(number, dtype=torch.float64) for number in (0, run.steps))
+        return Judge(group, end, group.replayed(0, start))
+
+    def __call__(self, state: Mapping[str, Tensor], test: Rows) -> Forgotten:
+        """Judge a state_dict by some rows that were not trained on."""
+        task, gone = self.group.run.task, sorted(self.group.removal.samples)
+        found = [self.trained, self._read(state), self.retrained]
+        divergence, agreement = _compared(task, found, test)
+        apart = [_distance(model.params, self.retrained.params) for model in found[:2]]
+        readable = gone and not self.group.run.has_ids
+        return Forgotten(
+            samples=len(gone),
+            parameters=_share(apart[1], apart[0]),
+            predictions=_share(divergence[1], divergence[0]),
+            divergence=divergence,
+            agreement=agreement,
+            membership=_membership(task, found, gone=[task.data[row] for row in gone], test=test) if readable else None,
+        )
+
+    def _read(self, state: Mapping[str, Tensor]) -> State:
+        given, end = tensors_of(state), self.trained
+        params = matched("state", given, end.params, needed="parameter")
+        return State(params, matched("state", given, end.buffers, needed=""))
 
 
 def _distance(left: Tree, right: Tree) -> float:
