@@ -59,6 +59,8 @@ _HOME = {
     "evaluate": "whence.apply.evaluation",
     "regimes": "whence.apply.timing",
     "worth_selecting": "whence.apply.timing",
+    "forget": "whence.apply.forgetting",
+    "judge_forgetting": "whence.apply.forgotten",
 }
 
 __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are strings
@@ -66,6 +68,8 @@ __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are str
 if TYPE_CHECKING:
     from whence import plot as plot
     from whence.apply.evaluation import evaluate as evaluate
+    from whence.apply.forgetting import forget as forget
+    from whence.apply.forgotten import judge_forgetting as judge_forgetting
     from whence.apply.timing import regimes as regimes
     from whence.apply.timing import worth_selecting as worth_selecting
     from whence.apply.trust import trust as trust

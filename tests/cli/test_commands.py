@@ -7,6 +7,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import whence
 from tests.cli.conftest import Place
@@ -183,3 +185,26 @@ def test_evaluate_puts_influences_side_by_side(place: Place, capsys: Captured, t
     assert set(table["method"]) == {place.influence}
     assert len(list(tmp_path.iterdir())) == 1  # 5 % of twelve are one, and each was left out already
     assert next_words(err)[0] == "trust"
+
+
+def test_forget_writes_what_the_library_returns(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """A state_dict on disk that the model loads, and the command that compares it with retraining."""
+    file = tmp_path / "new" / "model.safetensors"
+    flags = ("--task", place.at("task"), "--samples", "3", "5", "--replay", "4", "--out", str(file))
+    out, _ = run(capsys, "forget", place.run, *flags)
+    recorded = whence.open_run(place.run, task_at(place.at("task")))
+    expected, found = whence.forget(recorded, [3, 5], replay=4), load_file(file)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert out.startswith("2 samples forgotten, 4 tensors written")
+    assert next_words(out)[-2:] == ["--test", place.at("test")]
+
+
+def test_forget_is_judged_by_a_test_set(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """Three measures beside training again; and all steps replayed is what to type next."""
+    flags = ("--task", place.at("task"), "--samples", "3", "5", "--out", str(tmp_path / "model.safetensors"))
+    out, _ = run(capsys, "forget", place.run, *flags, "--test", place.at("data"))
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["parameters", "predictions", "membership"]
+    out, _ = run(capsys, *next_words(out))
+    assert "parameters   0.000" in out

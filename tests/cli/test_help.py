@@ -27,6 +27,7 @@ FLAGS = {
     "regimes": ["RUN", "INFLUENCE", "--query", "--form"],
     "trust": ["RUN", "INFLUENCE", "--task", "--queries", "--removals", "--seed"],
     "evaluate": ["RUN", "INFLUENCE", "--task", "--queries", "--bank", "--form"],
+    "forget": ["RUN", "--task", "--samples", "--out", "--replay", "--test"],
 }
 
 Verb = Callable[..., object]

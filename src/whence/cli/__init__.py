@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
-from whence.cli import attribute, curve, demo, evaluate, info, patterns, regimes, show, top, trust, verify
+from whence.cli import attribute, curve, demo, evaluate, forget, info, patterns, regimes, show, top, trust, verify
 from whence.errors import WhenceError
 
 VERBS = (
@@ -23,6 +23,7 @@ VERBS = (
     regimes.regimes,
     trust.trust,
     evaluate.evaluate,
+    forget.forget,
 )
 DESCRIPTION = (
     "Which training samples made a PyTorch model what it is, and when.\n\n"

@@ -115,8 +115,8 @@ class Checkpoints:
         content, rate = self.given[state]
         tensors = tensors_of(content)
         place = str(content) if isinstance(content, Path) else f"the checkpoint of step {state}"
-        params = _matched(place, tensors, self.task.parameters(), needed="parameter")
-        buffers = _matched(place, tensors, self.task.buffers(), needed="")
+        params = matched(place, tensors, self.task.parameters(), needed="parameter")
+        buffers = matched(place, tensors, self.task.buffers(), needed="")
         moving = [name for name, tensor in parameters(self.task.model).items() if tensor.requires_grad]
         return Point(state, precise(params), precise(buffers), dict.fromkeys(moving, rate))
 
@@ -171,7 +171,7 @@ def _loaded(file: Path) -> Mapping[str, Any]:
     return found
 
 
-def _matched(place: str, found: Tree, wanted: Tree, *, needed: str) -> Tree:
+def matched(place: str, found: Tree, wanted: Tree, *, needed: str) -> Tree:
     """Every wanted tensor, in the model's precision and on its device; buffers that were not saved are the model's.
 
     Raises:

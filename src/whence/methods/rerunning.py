@@ -64,7 +64,7 @@ class Rerunning:
             weights,
             start=start,
             stop=max(self.observed_at),
-            trained=_as_trained(self.run, start) if any(step.autocast for step in self.run.log) else None,
+            trained=as_trained(self.run, start) if any(step.autocast for step in self.run.log) else None,
         )
         before = self._average(start)
         for number, states in as_read(self.queries, steps, before and before.repeat(runs)):
@@ -80,9 +80,9 @@ class Rerunning:
         return average
 
 
-def _as_trained(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
+def as_trained(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
     """The gradient before clipping, and the buffers left, of every step from `start` on, in the recorded precision."""
-    state = run.state(start)
+    state = run.state(start, replay=True)
     for index in range(start, run.steps):
         transition = run.transition(index)
         grads, buffers, _ = transition.raw_gradient(state)

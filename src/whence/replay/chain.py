@@ -111,13 +111,13 @@ def through(piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor, cut: 
     """Gradient of a piece, and products with the curvature of what follows a cut; a penalty keeps its own."""
     if not piece.counted:  # only its running statistics matter, and their way is exact
         return differentiated(piece, params, buffers, weights=weights)
-    begun = _Beginning.of(piece, params, buffers, cut=cut)
+    begun = Beginning.of(piece, params, buffers, cut=cut)
     with torch.enable_grad(), piece.randomness():
         head = cut.head(piece, begun.outputs, weights)
     gradient, push = begun.sloped(head.slopes, twice=product == "autograd")
     if product == "difference":
         push = _differences(piece, params, buffers, cut=cut)
-    slope, bend = _penalty(piece, params)
+    slope, bend = penalty_of(piece, params)
 
     def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
         curved, scores = head.curve(push(a))
@@ -129,7 +129,7 @@ def through(piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor, cut: 
 
 
 @dataclass(frozen=True, slots=True)
-class _Beginning:
+class Beginning:
     """The graph of one forward pass up to the cut, with parameters and running statistics as its leaves."""
 
     moving: Tree
@@ -140,7 +140,8 @@ class _Beginning:
     after: Tree
 
     @staticmethod
-    def of(piece: Piece, params: Tree, buffers: Tree, *, cut: Cut) -> "_Beginning":
+    def of(piece: Piece, params: Tree, buffers: Tree, *, cut: Cut) -> "Beginning":
+        """Run it forward once."""
         trained, running = (
             {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
             for tree in free(piece, params, buffers)
@@ -149,7 +150,7 @@ class _Beginning:
             outputs, after = piece.transition.task.outputs(params | trained, buffers | running, piece.batch)
             ends = cut.ends(piece, outputs)
         moving = {name: trained[name] for name in piece.transition.moving}
-        return _Beginning(moving, trained, running, outputs, ends, after)
+        return Beginning(moving, trained, running, outputs, ends, after)
 
     def sloped(self, slopes: Tensors, *, twice: bool) -> tuple[Tree, Callable[[Tree], Tensors]]:
         """The gradient, and from a direction a of the parameters to the tangent J a of the ends.
@@ -210,7 +211,7 @@ def _ends_at(piece: Piece, params: Tree, buffers: Tree, *, cut: Cut) -> Tensors:
         return cut.ends(piece, outputs)
 
 
-def _penalty(piece: Piece, params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
+def penalty_of(piece: Piece, params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
     """Slope and exact curvature of the task's penalty, in the piece that carries it."""
     penalty = piece.transition.task.penalty
     if piece.index != 0 or penalty is None:

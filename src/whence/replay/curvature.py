@@ -12,6 +12,7 @@ from torch import Tensor
 
 from whence.replay.chain import AtLosses, AtOutputs, through
 from whence.replay.linearised import Linearised, Product, differenced, differentiated
+from whence.replay.pushed import Both, Pushed, pushed, pushed_apart, pushed_through
 from whence.replay.transition import Piece
 from whence.tree import Tree
 
@@ -24,6 +25,10 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
         """Gradient of a piece and its transposed derivative at the given point."""
+
+    @abc.abstractmethod
+    def push(self, piece: Piece, both: Both, *, weights: Tensor) -> Pushed:
+        """Gradient of a piece and its change by that of a state and of weights: the transpose of `linearise`."""
 
 
 @final
@@ -48,6 +53,10 @@ class Hessian(Curvature):
             return differenced(piece, params, buffers, weights=weights)
         return differentiated(piece, params, buffers, weights=weights)
 
+    def push(self, piece: Piece, both: Both, *, weights: Tensor) -> Pushed:
+        """Gradient of a piece and its change."""
+        return (pushed_apart if self.product == "difference" else pushed)(piece, both, weights=weights)
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,10 @@ class GaussNewton(Curvature):
         """Gradient of a piece and the product with its Gauss-Newton matrix."""
         return through(piece, params, buffers, weights=weights, cut=AtOutputs(), product=self.product)
 
+    def push(self, piece: Piece, both: Both, *, weights: Tensor) -> Pushed:
+        """Gradient of a piece and its change."""
+        return pushed_through(piece, both, weights=weights, cut=AtOutputs(), product=self.product)
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -86,6 +99,10 @@ class EmpiricalFisher(Curvature):
         """Gradient of a piece and the product with its empirical Fisher matrix."""
         return through(piece, params, buffers, weights=weights, cut=AtLosses(bends=True), product=self.product)
 
+    def push(self, piece: Piece, both: Both, *, weights: Tensor) -> Pushed:
+        """Gradient of a piece and its change."""
+        return pushed_through(piece, both, weights=weights, cut=AtLosses(bends=True), product=self.product)
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -101,3 +118,7 @@ class Zero(Curvature):
     def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
         """Gradient of a piece, and its scores alone."""
         return through(piece, params, buffers, weights=weights, cut=AtLosses(bends=False), product=self.product)
+
+    def push(self, piece: Piece, both: Both, *, weights: Tensor) -> Pushed:
+        """Gradient of a piece and its change."""
+        return pushed_through(piece, both, weights=weights, cut=AtLosses(bends=False), product=self.product)

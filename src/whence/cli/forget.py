@@ -1,0 +1,55 @@
+"""`whence forget`: the trained model without the influence of some samples."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from whence.cli import show
+from whence.cli.arguments import Reference, RunFolder
+from whence.cli.reference import beside, rows_at, task_at
+
+Samples = Annotated[tuple[int, ...], arg(metavar="SAMPLE ...")]
+Optional = Annotated[str | None, arg(metavar="FILE.py:NAME")]
+
+
+def forget(
+    run: RunFolder,
+    *,
+    task: Reference,
+    samples: Samples,
+    out: Path,
+    replay: int = 0,
+    test: Optional = None,
+) -> None:
+    """Remove the influence of some samples from the trained model, and write its state_dict to a new file.
+
+    Example: whence forget runs/digits --task my_file.py:task --samples 12 77 --replay 50 --out forgotten.safetensors
+
+    By first order through the recorded run, and a replay of its last steps. No guarantee of law or privacy: training
+    again without the samples, which --test does, tells how close it came.
+
+    Args:
+        run: Folder of a recorded training.
+        task: The whence.Task of the training: a Python file and a name in it (the task, or a function that makes it).
+        samples: Rows of the training set to forget (or ids, where samples have ids).
+        out: File for the parameters and buffers, in the safetensors format.
+        replay: How many of the last steps run again, truly without the samples; all of them is retraining.
+        test: A data set that was not trained on, a Python file and a name in it: compare with retraining on its rows.
+    """
+    from safetensors.torch import save_file
+
+    from whence.apply.forgetting import forget as forgotten
+    from whence.apply.forgotten import judge_forgetting
+    from whence.run.files import replacing
+    from whence.run.run import open_run
+
+    recorded = open_run(run, task_at(task))
+    state = forgotten(recorded, samples, replay=replay)
+    with replacing(out) as scratch:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, scratch)
+    show.say(f"{len(set(samples))} samples forgotten, {len(state)} tensors written to {out}")
+    if test is not None:
+        show.say(judge_forgetting(recorded, samples, state, test=rows_at(test)))
+    again = ("--replay", recorded.steps if test else replay, "--test", test or beside(task, "test"))
+    show.next_command("forget", run, "--task", task, "--samples", *samples, "--out", out, *again)
