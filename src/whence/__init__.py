@@ -58,12 +58,14 @@ _HOME = {
     "trust": "whence.apply.trust",
     "regimes": "whence.apply.timing",
     "worth_selecting": "whence.apply.timing",
+    "find_mislabeled": "whence.apply.cleaning",
 }
 
 __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are strings
 
 if TYPE_CHECKING:
     from whence import plot as plot
+    from whence.apply.cleaning import find_mislabeled as find_mislabeled
     from whence.apply.timing import regimes as regimes
     from whence.apply.timing import worth_selecting as worth_selecting
     from whence.apply.trust import trust as trust

@@ -1,0 +1,131 @@
+r"""What the other samples say of each: the training run again, several times, each time without a part of the samples.
+
+A sample is left out of one re-run in every pass over the parts, and its loss is read there, unspoilt by its own label.
+Re-runs follow the recorded batches. Where the loss is a mean, the rows that stay share the weight of those that go.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from whence.apply.scores import class_scores, has_classes, pieces
+from whence.errors import BadSetting
+from whence.methods.row_gradients import evaluating
+from whence.replay.forward import each_run, rerun
+from whence.replay.state import State
+from whence.run.run import Run
+from whence.task import Batch, Task
+from whence.tree import Tree, cast
+
+FOLDS, REPEATS = 5, 4
+ROOM = 2 * 2**30  # bytes of states that are trained at once
+COPIES = 4  # of a state that a step holds at its peak: the state, its gradient, the update, and the one after
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Crossed:
+    """Readings of every sample, averaged over states and re-runs.
+
+    Attributes:
+        out: losses where the sample was left out.
+        inside: losses where it was trained on, by the same re-runs.
+        chances: probabilities of the classes where it was left out; None where the task has no classes.
+    """
+
+    out: Float64[np.ndarray, " sample"]
+    inside: Float64[np.ndarray, " sample"]
+    chances: Float64[np.ndarray, "sample label"] | None
+
+
+def cross(run: Run, states: Sequence[int], *, folds: int = FOLDS, repeats: int = REPEATS, seed: int = 0) -> Crossed:
+    r"""Train again `folds` times `repeats` times, each time without one part of the samples, and read all losses.
+
+    .. math:: \mathrm{out}_j = \operatorname{mean}_{t,\, r:\, j \in F_r} \ell_j(\theta_t^{-F_r}),
+        \qquad \mathrm{inside}_j = \operatorname{mean}_{t,\, r:\, j \notin F_r} \ell_j(\theta_t^{-F_r})
+
+    Args:
+        run: the recorded training.
+        states: numbers of the states t at which losses are read.
+        folds: how many parts the samples are cut into.
+        repeats: how often they are cut anew.
+        seed: of the cuts.
+
+    Raises:
+        BadSetting: fewer than two parts, more than there are samples, or no repeats.
+    """
+    if not 2 <= folds <= run.samples:
+        raise BadSetting("folds", folds, f"a number of parts from 2 to {run.samples}, the number of samples")
+    if repeats < 1:
+        raise BadSetting("repeats", repeats, "a number from 1")
+    left_out, classes = parted(run.samples, folds=folds, repeats=repeats, seed=seed), has_classes(run)
+    sums = np.zeros(())  # [out or inside, sample, column]
+    for some in np.array_split(left_out, -(-len(left_out) // _together(run))):
+        for number, stack in _trained_again(run, some, stop=max(states)):
+            if number in states:
+                read = _readings(run, stack, classes=classes)
+                sums = sums + np.stack([np.einsum("as,asc->sc", part, read) for part in (some, ~some)])
+    times = len(set(states)) * repeats
+    out, inside = sums[0] / times, sums[1, :, 0] / (times * (folds - 1))
+    return Crossed(out[:, 0], inside, out[:, 1:] if classes else None)
+
+
+def parted(samples: int, *, folds: int, repeats: int, seed: int) -> Bool[np.ndarray, "again sample"]:
+    """Which samples every re-run goes without: parts of nearly equal size, cut at random, one cut after the other.
+
+    >>> parted(4, folds=2, repeats=3, seed=0).sum(axis=0).tolist()
+    [3, 3, 3, 3]
+    """
+    draw = np.random.default_rng(seed)
+    parts = [draw.permutation(samples) % folds for _ in range(repeats)]
+    return np.concatenate([part == np.arange(folds)[:, None] for part in parts])
+
+
+def _together(run: Run) -> int:
+    """How many re-runs fit at once."""
+    first = run.state(0)
+    trees = (first.params, first.buffers, *first.moments.values())
+    size = sum(tensor.nbytes for tree in trees for tensor in tree.values())
+    return max(1, ROOM // (COPIES * max(size, 1)))
+
+
+def _trained_again(run: Run, left_out: Bool[np.ndarray, "again sample"], *, stop: int) -> Iterator[tuple[int, State]]:
+    """The states of a stack of re-runs, in order."""
+    first = run.state(0)
+    like = next(iter(first.params.values()))
+
+    def weights(step: int) -> Tensor:
+        stay = ~left_out[:, np.searchsorted(run.ids, run.step(step).samples)]
+        shared = 1.0 if run.task.reduce == "sum" else stay.shape[1] / np.maximum(stay.sum(axis=1, keepdims=True), 1)
+        return torch.from_numpy(stay * shared).to(like)
+
+    steps = rerun(run.transition, first.repeat(len(left_out)), weights, start=0, stop=stop)
+    yield from tqdm(steps, desc="training again", total=stop, unit="step", disable=None, leave=False)
+
+
+def _readings(run: Run, stack: State, *, classes: bool) -> Float64[np.ndarray, "again sample column"]:
+    """The loss of every sample in every re-run; behind it the probabilities of the classes, where there are some."""
+    like = next(iter(stack.params.values()))
+    parts, order = [], []
+    with evaluating(run.task):
+        for places, slots, read in pieces(run):
+            columns = _columns(run.task, cast(read, like.dtype, like.device), classes=classes)
+            parts.append(each_run(stack, columns)[:, slots].double().cpu().numpy())
+            order.append(places)
+    found: np.ndarray = np.concatenate(parts, axis=1)[:, np.argsort(np.concatenate(order))]
+    return found
+
+
+def _columns(task: Task, batch: Batch, *, classes: bool) -> Callable[[Tree, Tree], Tensor]:
+    def read(params: Tree, buffers: Tree) -> Tensor:
+        outputs, _ = task.outputs(params, buffers, batch)
+        losses = task.losses_of(outputs, batch)[:, None]
+        return torch.cat([losses, class_scores(outputs, batch).softmax(1)], 1) if classes else losses
+
+    return read
