@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.apply.test_scores import of_numbers
-from tests.cases import Case, rows, train
+from tests.cases import CLASSES, Case, rows, train
 from tests.methods.test_dit import BY_NAME, recorded
 from tests.record.test_ids import streamed
 from whence.apply import held_out
@@ -38,17 +38,18 @@ def retrained(case: Case, without: np.ndarray, states: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_readings_are_those_of_plain_trainings(name: str, tmp_path: Path) -> None:
-    """Losses where a sample was left out and where it was not, and probabilities, each averaged by hand."""
+    """Distances where a sample was left out and where it was not, and probabilities, each averaged by hand."""
     run, states = recorded(name, tmp_path), [2, len(BY_NAME[name].groups)]
     found = cross(run, states, folds=3, repeats=2, seed=4)
     left_out = parted(run.samples, folds=3, repeats=2, seed=4)
     again = np.array([retrained(BY_NAME[name], without, states) for without in left_out])
     given = rows().tensors[1].numpy()
     for sample in range(run.samples):
-        losses = -np.log(again[:, :, sample, given[sample]])
+        label = [float(place == given[sample]) for place in range(CLASSES)]
+        gaps = np.sqrt(((again[:, :, sample] - label) ** 2).sum(-1))
         out = left_out[:, sample]
-        assert found.out[sample] == pytest.approx(losses[out].mean(), rel=1e-9)
-        assert found.inside[sample] == pytest.approx(losses[~out].mean(), rel=1e-9)
+        assert found.out[sample] == pytest.approx(gaps[out].mean(), rel=1e-9)
+        assert found.inside[sample] == pytest.approx(gaps[~out].mean(), rel=1e-9)
         assert found.chances is not None
         np.testing.assert_allclose(found.chances[sample], again[out, :, sample].mean((0, 1)), rtol=1e-9)
 
@@ -93,7 +94,7 @@ def test_sums_are_not_shared_out(tmp_path: Path) -> None:
 
 
 def test_samples_with_ids_are_left_out_by_id(tmp_path: Path) -> None:
-    """A stream is run again on its stored batches; without a sample, its own loss is higher on average."""
+    """A stream is run again on its stored batches; without a sample, its own label is further away."""
     run = streamed(tmp_path / "run", epochs=20)
     found = cross(run, [run.steps], folds=4, repeats=2)
     assert (found.out > found.inside).mean() > 0.6

@@ -51,7 +51,8 @@ def find_mislabeled(
 ) -> pl.DataFrame:
     """Rank the training samples by how likely their label is wrong.
 
-    * "held-out": loss in re-runs of the training, half of it from those that left the sample out (20 re-runs, stacked);
+    * "held-out": the same distance as "el2n" (the loss, where there are no classes) in re-runs of the training, half of
+      it from those that left the sample out: 20 re-runs, stacked;
     * "mean-loss": loss, averaged over checkpoints;
     * "margin": best other class less the label's, averaged over checkpoints;
     * "el2n": distance of the probabilities from the label, averaged over checkpoints;

@@ -1,7 +1,8 @@
 r"""What the other samples say of each: the training run again, several times, each time without a part of the samples.
 
-A sample is left out of one re-run in every pass over the parts, and its loss is read there, unspoilt by its own label.
-Re-runs follow the recorded batches. Where the loss is a mean, the rows that stay share the weight of those that go.
+A sample is left out of one re-run in every pass over the parts, and what the model makes of it is read there, unspoilt
+by its own label. Re-runs follow the recorded batches. Where the loss is a mean, the rows that stay share the weight of
+those that go.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
+from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
-from whence.apply.scores import class_scores, has_classes, pieces
+from whence.apply.scores import class_labels, class_scores, has_classes, pieces
 from whence.errors import BadSetting
 from whence.methods.row_gradients import evaluating
 from whence.replay.forward import each_run, rerun
@@ -31,11 +33,13 @@ COPIES = 4  # of a state that a step holds at its peak: the state, its gradient,
 @final
 @dataclass(frozen=True, slots=True)
 class Crossed:
-    """Readings of every sample, averaged over states and re-runs.
+    """How far the models are from every label, averaged over states and re-runs.
+
+    Far is the distance of the probabilities from the label (EL2N); where the task has no classes, the loss.
 
     Attributes:
-        out: losses where the sample was left out.
-        inside: losses where it was trained on, by the same re-runs.
+        out: by the re-runs that left the sample out.
+        inside: by those that did not.
         chances: probabilities of the classes where it was left out; None where the task has no classes.
     """
 
@@ -45,14 +49,16 @@ class Crossed:
 
 
 def cross(run: Run, states: Sequence[int], *, folds: int = FOLDS, repeats: int = REPEATS, seed: int = 0) -> Crossed:
-    r"""Train again `folds` times `repeats` times, each time without one part of the samples, and read all losses.
+    r"""Train again `folds` times `repeats` times, each time without one part F of the samples, and read all of them.
 
-    .. math:: \mathrm{out}_j = \operatorname{mean}_{t,\, r:\, j \in F_r} \ell_j(\theta_t^{-F_r}),
-        \qquad \mathrm{inside}_j = \operatorname{mean}_{t,\, r:\, j \notin F_r} \ell_j(\theta_t^{-F_r})
+    .. math:: \mathrm{out}_j = \operatorname{mean}_{t,\, r:\, j \in F_r} d_j(\theta_t^{-F_r}),
+        \qquad \mathrm{inside}_j = \operatorname{mean}_{t,\, r:\, j \notin F_r} d_j(\theta_t^{-F_r})
+
+    with the distance :math:`d_j(\theta) = \lVert p(x_j; \theta) - e_{y_j} \rVert_2`, or the loss.
 
     Args:
         run: the recorded training.
-        states: numbers of the states t at which losses are read.
+        states: numbers of the states t at which the models are asked.
         folds: how many parts the samples are cut into.
         repeats: how often they are cut anew.
         seed: of the cuts.
@@ -110,7 +116,7 @@ def _trained_again(run: Run, left_out: Bool[np.ndarray, "again sample"], *, stop
 
 
 def _readings(run: Run, stack: State, *, classes: bool) -> Float64[np.ndarray, "again sample column"]:
-    """The loss of every sample in every re-run; behind it the probabilities of the classes, where there are some."""
+    """The distance from the label of every sample in every re-run, and behind it the probabilities of the classes."""
     like = next(iter(stack.params.values()))
     parts, order = [], []
     with evaluating(run.task):
@@ -125,7 +131,10 @@ def _readings(run: Run, stack: State, *, classes: bool) -> Float64[np.ndarray, "
 def _columns(task: Task, batch: Batch, *, classes: bool) -> Callable[[Tree, Tree], Tensor]:
     def read(params: Tree, buffers: Tree) -> Tensor:
         outputs, _ = task.outputs(params, buffers, batch)
-        losses = task.losses_of(outputs, batch)[:, None]
-        return torch.cat([losses, class_scores(outputs, batch).softmax(1)], 1) if classes else losses
+        if not classes:
+            return task.losses_of(outputs, batch)[:, None]
+        chances = class_scores(outputs, batch).softmax(1)
+        labels = one_hot(class_labels(batch), chances.shape[1])
+        return torch.cat([(chances - labels).norm(dim=1, keepdim=True), chances], 1)
 
     return read
