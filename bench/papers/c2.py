@@ -74,7 +74,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
 }
 SHARES = {"mnist": (0.1, 0.3), "cifar": (0.1, 0.4), "docstrings": (0.1, 0.3)}
 SETTINGS = {
-    f"{kind}-{share:.0%}".removesuffix("%"): Setting(kind, *KINDS[kind], share)
+    f"{kind}-{share * 100:.0f}": Setting(kind, *KINDS[kind], share)
     for kind, shares in SHARES.items()
     for share in shares
 }
@@ -172,7 +172,6 @@ OURS: Mapping[str, Callable[[Trained], np.ndarray]] = {
     "Diff-In": partial(by, "self-influence", checkpoints=5),
     "left out (DVE)": left_out,
     "DIT, right rows": swept,
-    "DIT, own rows": partial(by, "dit"),
     "DVE, right rows": partial(embedded, own=False),
     "DVE, own rows": partial(embedded, own=True),
 }
@@ -197,9 +196,6 @@ def main(settings: list[str], seeds: list[int]) -> None:
     columns = [name for names in (OTHERS, OURS) for name in names]
     print(line(["setting", "accuracy", *columns, "held-out less the best of the first four", *SUGGESTED]))
     print(line(["---"] * (len(columns) + 5)))
-    for seed in seeds:  # one after the other, so that what there is of every setting grows alike
-        for name in settings:
-            kept(FOLDER / f"{name}-{seed}.json", partial(figures, SETTINGS[name], seed))
     for name in settings:
         found = [kept(FOLDER / f"{name}-{seed}.json", partial(figures, SETTINGS[name], seed)) for seed in seeds]
         best = max(OTHERS, key=lambda other: sum(one[other] for one in found))

@@ -26,6 +26,7 @@ FLAGS = {
     "patterns": ["INFLUENCE", "--query", "--form"],
     "regimes": ["RUN", "INFLUENCE", "--query", "--form"],
     "trust": ["RUN", "INFLUENCE", "--task", "--queries", "--removals", "--seed"],
+    "clean": ["RUN", "--task", "--method", "--validation", "--out", "--form"],
 }
 
 Verb = Callable[..., object]

@@ -14,7 +14,7 @@ from whence.errors import BadReference, BrokenFile, NotInFile, WhenceError
 
 if TYPE_CHECKING:
     from whence.queries import Query
-    from whence.task import Task
+    from whence.task import Rows, Task
 
 Kind = TypeVar("Kind")
 
@@ -31,6 +31,13 @@ def queries_at(reference: str) -> "Query":
     from whence.queries import Query
 
     return _find(reference, Query)  # type: ignore[type-abstract]
+
+
+def rows_at(reference: str) -> "Rows":
+    """The data set that a reference names."""
+    from whence.task import Rows
+
+    return _find(reference, Rows)  # type: ignore[type-abstract]
 
 
 def beside(reference: str, name: str) -> str:
