@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -101,6 +102,16 @@ class Trained:
         """Of all visits."""
         return whence.DataValueEmbedding().embed(self.run)
 
+    @cached_property
+    def held_out(self) -> pl.DataFrame:
+        """The table of re-runs, by sample."""
+        return whence.find_mislabeled(self.run).sort("sample")
+
+    @cached_property
+    def by_loss(self) -> pl.DataFrame:
+        """The table of the losses, by sample; what it suggests is by the checkpoints."""
+        return whence.find_mislabeled(self.run, method="loss").sort("sample")
+
 
 def flipped(labels: Tensor, share: float, seed: int) -> tuple[Tensor, np.ndarray]:
     """Labels with a share of them replaced by another class, and which."""
@@ -135,6 +146,11 @@ def by(method: Any, trained: Trained, **options: Any) -> np.ndarray:
     return whence.find_mislabeled(trained.run, method=method, **options).sort("sample")["score"].to_numpy()
 
 
+def held_out(trained: Trained) -> np.ndarray:
+    """The same by re-runs, which are made once."""
+    return trained.held_out["score"].to_numpy()
+
+
 def el2n_early(trained: Trained) -> np.ndarray:
     """EL2N over the first half of the checkpoints: nearer to its paper, which looks at early training."""
     states = chosen_states(trained.run, 10)
@@ -166,7 +182,7 @@ OTHERS: Mapping[str, Callable[[Trained], np.ndarray]] = {
     "EL2N, first half": el2n_early,
 }
 OURS: Mapping[str, Callable[[Trained], np.ndarray]] = {
-    "held-out": partial(by, "held-out"),
+    "held-out": held_out,
     "mean-loss": partial(by, "mean-loss"),
     "margin": partial(by, "margin"),
     "Diff-In": partial(by, "self-influence", checkpoints=5),
@@ -183,8 +199,7 @@ def figures(setting: Setting, seed: int) -> Figures:
     with tempfile.TemporaryDirectory() as scratch:
         trained = train(setting, seed, Path(scratch) / "run")
         found = {name: precision_at(ranking(trained), trained.wrong) for name, ranking in {**OTHERS, **OURS}.items()}
-        for name, method in zip(SUGGESTED, ("held-out", "loss"), strict=True):
-            table = whence.find_mislabeled(trained.run, method=method).sort("sample")
+        for name, table in zip(SUGGESTED, (trained.held_out, trained.by_loss), strict=True):
             found[name] = float((table["suggested"].to_numpy() == trained.truth)[trained.wrong].mean())
         state, (inputs, labels) = trained.run.state(trained.run.steps), trained.right.tensors
         outputs, _ = trained.run.task.outputs(state.params, state.buffers, (inputs, labels))

@@ -13,7 +13,7 @@ import polars as pl
 from jaxtyping import Float64
 
 from whence.apply.held_out import cross
-from whence.apply.scores import ROWS, el2n, has_classes, labels, losses, margins, outputs, pieces, probabilities
+from whence.apply.scores import ROWS, class_count, el2n, labels, losses, margins, outputs, pieces, probabilities
 from whence.apply.timing import check_same
 from whence.errors import BadSetting, NotFinite
 from whence.influence.influence import Influence
@@ -189,10 +189,9 @@ def _check(
 
 def _chances(run: Run, states: Sequence[int]) -> Float64[np.ndarray, "sample label"] | None:
     """Probabilities of the classes, averaged over states; None where there are no classes."""
-    if not has_classes(run):
+    if not class_count(run):
         return None
-    found: np.ndarray = np.mean([probabilities(outputs(run, state)) for state in states], axis=0)
-    return found
+    return sum(probabilities(outputs(run, state)) / len(states) for state in states)  # type: ignore[return-value]
 
 
 def _listed(run: Run, scores: Suspicion, chances: Float64[np.ndarray, "sample label"] | None) -> pl.DataFrame:

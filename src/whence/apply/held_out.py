@@ -11,12 +11,12 @@ from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
-from whence.apply.scores import class_labels, class_scores, has_classes, pieces
+from whence.apply.scores import class_count, class_labels, class_scores, pieces
 from whence.errors import BadSetting
 from whence.methods.row_gradients import evaluating
 from whence.replay.forward import each_run, rerun
@@ -70,15 +70,16 @@ def cross(run: Run, states: Sequence[int], *, folds: int = FOLDS, repeats: int =
         raise BadSetting("folds", folds, f"a number of parts from 2 to {run.samples}, the number of samples")
     if repeats < 1:
         raise BadSetting("repeats", repeats, "a number from 1")
-    left_out, classes = parted(run.samples, folds=folds, repeats=repeats, seed=seed), has_classes(run)
-    sums = np.zeros(())  # [out or inside, sample, column]
+    left_out, classes = parted(run.samples, folds=folds, repeats=repeats, seed=seed), class_count(run)
+    out, inside = np.zeros((run.samples, 1 + classes)), np.zeros(run.samples)
     for some in np.array_split(left_out, -(-len(left_out) // _together(run))):
         for number, stack in _trained_again(run, some, stop=max(states)):
-            if number in states:
-                read = _readings(run, stack, classes=classes)
-                sums = sums + np.stack([np.einsum("as,asc->sc", part, read) for part in (some, ~some)])
-    times = len(set(states)) * repeats
-    out, inside = sums[0] / times, sums[1, :, 0] / (times * (folds - 1))
+            for places, read in _readings(run, stack, classes) if number in states else ():
+                gone = some[:, places]
+                out[places] += np.einsum("as,asc->sc", gone, read)
+                inside[places] += np.einsum("as,as->s", ~gone, read[..., 0])
+    out /= len(set(states)) * repeats
+    inside /= len(set(states)) * repeats * (folds - 1)
     return Crossed(out[:, 0], inside, out[:, 1:] if classes else None)
 
 
@@ -115,26 +116,24 @@ def _trained_again(run: Run, left_out: Bool[np.ndarray, "again sample"], *, stop
     yield from tqdm(steps, desc="training again", total=stop, unit="step", disable=None, leave=False)
 
 
-def _readings(run: Run, stack: State, *, classes: bool) -> Float64[np.ndarray, "again sample column"]:
-    """The distance from the label of every sample in every re-run, and behind it the probabilities of the classes."""
+def _readings(
+    run: Run, stack: State, classes: int
+) -> Iterator[tuple[Int64[np.ndarray, " sample"], Float64[np.ndarray, "again sample column"]]]:
+    """Some samples at a time: their distances from the label in every re-run, and the probabilities of the classes."""
     like = next(iter(stack.params.values()))
-    parts, order = [], []
     with evaluating(run.task):
         for places, slots, read in pieces(run):
             columns = _columns(run.task, cast(read, like.dtype, like.device), classes=classes)
-            parts.append(each_run(stack, columns)[:, slots].double().cpu().numpy())
-            order.append(places)
-    found: np.ndarray = np.concatenate(parts, axis=1)[:, np.argsort(np.concatenate(order))]
-    return found
+            yield places, each_run(stack, columns)[:, slots].double().cpu().numpy()
 
 
-def _columns(task: Task, batch: Batch, *, classes: bool) -> Callable[[Tree, Tree], Tensor]:
+def _columns(task: Task, batch: Batch, *, classes: int) -> Callable[[Tree, Tree], Tensor]:
     def read(params: Tree, buffers: Tree) -> Tensor:
         outputs, _ = task.outputs(params, buffers, batch)
         if not classes:
             return task.losses_of(outputs, batch)[:, None]
         chances = class_scores(outputs, batch).softmax(1)
-        labels = one_hot(class_labels(batch), chances.shape[1])
+        labels = one_hot(class_labels(batch), classes)
         return torch.cat([(chances - labels).norm(dim=1, keepdim=True), chances], 1)
 
     return read

@@ -35,13 +35,12 @@ def outputs(run: Run, state: int) -> Float64[np.ndarray, "sample label"]:
     return read_rows(run, state, class_scores)
 
 
-def has_classes(run: Run) -> bool:
-    """Whether the task's outputs are scores of classes, and its labels classes."""
+def class_count(run: Run) -> int:
+    """How many classes the task has; 0 where its outputs are no scores of classes, or its labels no classes."""
     try:
-        outputs(run, run.steps)
+        return int(outputs(run, run.steps).shape[1])
     except NoClasses:
-        return False
-    return True
+        return 0
 
 
 def labels(run: Run) -> Int64[np.ndarray, " sample"]:
