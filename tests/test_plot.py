@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import polars as pl
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection, QuadMesh
@@ -18,12 +19,14 @@ from whence.influence.influence import Influence
 from whence.influence.patterns import patterns
 from whence.influence.regimes import example
 
+RANKED = pl.DataFrame({"sample": [4, 7, 0, 1, 2], "score": [5.0, 4.0, 3.0, 2.0, 1.0]})
 DRAWINGS = {
     "curve": lambda i, ax: plot.curve(i, sample=5, ax=ax),
     "visits": lambda i, ax: plot.visits(i, sample=5, ax=ax),
     "heatmap": lambda i, ax: plot.heatmap(i, samples=[5, 0, 2], ax=ax),
     "patterns": lambda i, ax: plot.patterns(i, ax=ax),
     "regimes": lambda _, ax: plot.regimes(example(), ax=ax),
+    "detection": lambda _, ax: plot.detection(RANKED, wrong=[4, 0], ax=ax),
     "scatter": lambda i, ax: plot.scatter(i.total()[:, 1], i.total()[:, 2], ax=ax),
 }
 
@@ -152,3 +155,22 @@ def test_regimes_have_their_levels_and_boundaries() -> None:
     drawn = [[*segment[:, 0], segment[0, 1]] for segment in levels]
     np.testing.assert_allclose(drawn, [[0, 2, 9], [2, 9, 1], [9, 12, 4]])
     assert [text.get_text() for text in ax.texts] == ["start\n9 x", "basin", "end\n4 x"]
+
+
+def test_detection_goes_through_every_rank() -> None:
+    """Of five samples the first and the third are wrong; the dot is at two."""
+    ax = plot.detection({"one": RANKED, "other": RANKED.reverse()}, wrong=[4, 0])
+    curves = {str(line.get_label()): line.get_xydata() for line in ax.lines if str(line.get_label())[0] != "_"}
+    assert list(curves) == ["one: AP 0.83", "other: AP 0.83"]
+    np.testing.assert_allclose(
+        np.asarray(curves["one: AP 0.83"]), [[0.5, 1], [0.5, 0.5], [1, 2 / 3], [1, 0.5], [1, 0.4]]
+    )
+    dots = [np.asarray(line.get_xydata()).tolist() for line in ax.lines if line.get_marker() == "o"]
+    assert dots == [[[0.5, 0.5]], [[0.0, 0.0]]]
+
+
+@pytest.mark.parametrize(("wrong", "error"), [([], errors.BadSetting), ([9], errors.UnknownId)])
+def test_detection_needs_wrong_labels_that_are_there(wrong: list[int], error: type[errors.WhenceError]) -> None:
+    """None, or one that is in no table, is told."""
+    with pytest.raises(error):
+        plot.detection(pl.DataFrame({"sample": [3, 5], "score": [1.0, 0.0]}), wrong=wrong)

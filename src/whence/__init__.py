@@ -61,12 +61,14 @@ _HOME = {
     "worth_selecting": "whence.apply.timing",
     "forget": "whence.apply.forgetting",
     "judge_forgetting": "whence.apply.forgotten",
+    "find_mislabeled": "whence.apply.cleaning",
 }
 
 __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are strings
 
 if TYPE_CHECKING:
     from whence import plot as plot
+    from whence.apply.cleaning import find_mislabeled as find_mislabeled
     from whence.apply.evaluation import evaluate as evaluate
     from whence.apply.forgetting import forget as forget
     from whence.apply.forgotten import judge_forgetting as judge_forgetting

@@ -4,14 +4,14 @@ Needs matplotlib. Blue is helpful and red is harmful, as for a loss. Nothing is 
 global setting is changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from whence.errors import MissingExtra
-from whence.influence.agreement import mean_over_queries, pearson, spearman
+from whence.errors import BadSetting, MissingExtra
+from whence.influence.agreement import average_precision, mean_over_queries, pearson, spearman
 from whence.influence.influence import Influence, State
 from whence.influence.patterns import PATTERNS, shares
 from whence.influence.patterns import patterns as find_patterns
@@ -169,6 +169,46 @@ def regimes(found: Regimes, *, ax: Axes | None = None) -> Axes:
     beside.set(ylim=(0, 1.05), ylabel="learning rate ÷ its largest")
     for axes in (ax, beside):
         axes.spines["top"].set_visible(False)
+    return ax
+
+
+def detection(
+    found: pl.DataFrame | Mapping[str, pl.DataFrame], *, wrong: Sequence[int], ax: Axes | None = None
+) -> Axes:
+    """Draw how well rankings of `whence.find_mislabeled` find labels known to be wrong: precision over recall.
+
+    The dot is at as many samples as there are wrong labels; dashed is a ranking by chance. AP is the average precision.
+
+    >>> table = pl.DataFrame({"sample": [4, 7, 1, 0], "score": [3.0, 2.0, 1.0, 0.0]})
+    >>> detection({"loss": table}, wrong=[4, 1]).get_legend().get_texts()[0].get_text()
+    'loss: AP 0.83'
+
+    Args:
+        found: a table, or several by name.
+        wrong: samples whose labels are wrong.
+        ax: where to draw.
+
+    Raises:
+        BadSetting: there are no wrong labels.
+        UnknownSample: one of them is not in a table.
+    """
+    if not len(wrong):
+        raise BadSetting("wrong", wrong, "at least one sample")
+    ax = _axes(ax, (4.8, 4.2))
+    tables = {"ranking": found} if isinstance(found, pl.DataFrame) else found
+    for name, table in tables.items():
+        samples = table["sample"].to_numpy()
+        places(np.sort(samples), wrong)
+        guilty = np.isin(samples, wrong)
+        hits, count = np.cumsum(guilty), np.arange(1, len(guilty) + 1)
+        label = f"{name}: AP {average_precision(table['score'].to_numpy(), guilty):.2f}"
+        (curve,) = ax.plot(hits / hits[-1], hits / count, lw=1.6, label=label)
+        even = hits[-1] - 1
+        ax.plot(hits[even] / hits[-1], hits[even] / count[even], marker="o", color=curve.get_color())
+        ax.axhline(hits[-1] / count[-1], color=FAINT, lw=1, ls=(0, (5, 4)), zorder=0)
+    ax.legend(frameon=False, fontsize="small")
+    ax.set(xlabel="recall: share of the wrong labels found", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 

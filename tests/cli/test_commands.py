@@ -165,6 +165,29 @@ def test_trust_fails_with_code_one(place: Place, monkeypatch: pytest.MonkeyPatch
     assert cli.main(["trust", place.run, place.influence, *place.references, "--removals", "3"]) == 1
 
 
+def test_clean_lists_what_the_library_lists(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """The ranking on the screen and in the file, and for people what it is."""
+    recorded = whence.open_run(place.run, task_at(place.at("task")))
+    expected, path = whence.find_mislabeled(recorded), tmp_path / "review.csv"
+    task = ("--task", place.at("task"))
+    out, err = run(capsys, "clean", place.run, *task, "--out", str(path), "--form", "json")
+    assert [row["sample"] for row in json.loads(out)] == expected["sample"].to_list()
+    assert pl.read_csv(path)["sample"].to_list() == expected["sample"].to_list()
+    assert next_words(err)[0] == "attribute"
+    out, _ = run(capsys, "clean", place.run, *task, "--method", "loss")
+    assert out.startswith("the first 12 of 12 samples, by loss\n")
+    assert next_words(out) == ["clean", place.run, *task, "--method", "loss", "--out", "review.csv"]
+
+
+def test_clean_asks_about_a_data_set_of_the_file(place: Place, capsys: Captured) -> None:
+    """Validation rows are named like a task."""
+    recorded = whence.open_run(place.run, task_at(place.at("task")))
+    expected = whence.find_mislabeled(recorded, method="dit", validation=recorded.task.data)
+    flags = ("--task", place.at("task"), "--method", "dit", "--validation", place.at("data"), "--form", "csv")
+    out, _ = run(capsys, "clean", place.run, *flags)
+    assert pl.read_csv(StringIO(out))["sample"].to_list() == expected["sample"].to_list()
+
+
 def test_next_commands_work(place: Place, capsys: Captured) -> None:
     """From a run to a curve by typing what the command before proposed, file names filled in."""
     out, _ = run(capsys, "info", place.run)

@@ -28,6 +28,7 @@ FLAGS = {
     "trust": ["RUN", "INFLUENCE", "--task", "--queries", "--removals", "--seed"],
     "evaluate": ["RUN", "INFLUENCE", "--task", "--queries", "--bank", "--form"],
     "forget": ["RUN", "--task", "--samples", "--out", "--replay", "--test"],
+    "clean": ["RUN", "--task", "--method", "--validation", "--out", "--form"],
 }
 
 Verb = Callable[..., object]

@@ -23,7 +23,7 @@ ROWS = 256  # of the data set that go through the model at once
 
 def losses(run: Run, state: int) -> Float64[np.ndarray, " sample"]:
     r"""The task's own loss of every training sample at a state, :math:`\ell_j(\theta_t)`."""
-    return _read(run, state, run.task.losses_of)
+    return read_rows(run, state, run.task.losses_of)
 
 
 def outputs(run: Run, state: int) -> Float64[np.ndarray, "sample label"]:
@@ -32,7 +32,15 @@ def outputs(run: Run, state: int) -> Float64[np.ndarray, "sample label"]:
     Raises:
         NoClasses: the task's outputs are no scores of classes.
     """
-    return _read(run, state, class_scores)
+    return read_rows(run, state, class_scores)
+
+
+def class_count(run: Run) -> int:
+    """How many classes the task has; 0 where its outputs are no scores of classes, or its labels no classes."""
+    try:
+        return int(outputs(run, run.steps).shape[1])
+    except NoClasses:
+        return 0
 
 
 def labels(run: Run) -> Int64[np.ndarray, " sample"]:
@@ -42,7 +50,7 @@ def labels(run: Run) -> Int64[np.ndarray, " sample"]:
         NoClasses: the task's labels are no classes.
     """
     found = np.zeros(run.samples, dtype=np.int64)
-    for places, slots, batch in _pieces(run):
+    for places, slots, batch in pieces(run):
         found[places] = class_labels(batch)[slots].cpu().numpy()
     return found
 
@@ -142,12 +150,12 @@ def _gaps(
     return found
 
 
-def _read(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -> np.ndarray:
+def read_rows(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -> np.ndarray:
     """`function(outputs, batch)` of every sample at a state, `[sample, ...]`."""
     state, parts, order = run.state(number, replay=True), [], []
     like = next(iter(state.params.values()))
     with evaluating(run.task):
-        for places, slots, read in _pieces(run):
+        for places, slots, read in pieces(run):
             batch = cast(read, like.dtype, like.device)
             numbers = function(run.task.outputs(state.params, state.buffers, batch)[0], batch)
             parts.append(numbers[slots].double().cpu().numpy())
@@ -156,12 +164,15 @@ def _read(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -> np
     return found
 
 
-def _pieces(run: Run) -> Iterator[tuple[Int64[np.ndarray, " row"], list[int], Batch]]:
-    """Every sample once: places among `run.ids`, where they sit in a batch, and the batch."""
+def pieces(run: Run, rows: int = ROWS) -> Iterator[tuple[Int64[np.ndarray, " row"], list[int], Batch]]:
+    """Every sample once, at most so many rows at a time: places among `run.ids`, slots of a batch, and the batch.
+
+    Where samples have ids of their own, a batch is as it was stored, whatever its size.
+    """
     if not run.has_ids:
-        for first in range(0, run.samples, ROWS):
-            rows = list(range(first, min(first + ROWS, run.samples)))
-            yield np.array(rows), list(range(len(rows))), run.task.batch(rows)
+        for first in range(0, run.samples, rows):
+            some = list(range(first, min(first + rows, run.samples)))
+            yield np.array(some), list(range(len(some))), run.task.batch(some)
         return
     unseen = set(run.ids.tolist())
     for index in range(run.steps):

@@ -9,7 +9,21 @@ from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
-from whence.cli import attribute, curve, demo, evaluate, forget, info, patterns, regimes, show, top, trust, verify
+from whence.cli import (
+    attribute,
+    clean,
+    curve,
+    demo,
+    evaluate,
+    forget,
+    info,
+    patterns,
+    regimes,
+    show,
+    top,
+    trust,
+    verify,
+)
 from whence.errors import WhenceError
 
 VERBS = (
@@ -24,6 +38,7 @@ VERBS = (
     trust.trust,
     evaluate.evaluate,
     forget.forget,
+    clean.clean,
 )
 DESCRIPTION = (
     "Which training samples made a PyTorch model what it is, and when.\n\n"

@@ -79,7 +79,7 @@ def select(tree: Tree, run: int) -> Tree:
     return each(lambda tensor: tensor[run], tree)
 
 
-def each_run(states: State, function: Callable[[Tree, Tree], Tensor]) -> Float[Tensor, "run query"]:
+def each_run(states: State, function: Callable[[Tree, Tree], Tensor]) -> Float[Tensor, "run ..."]:
     """Read numbers off every state of a stack, at once where the model allows it."""
     with torch.no_grad():
         try:

@@ -1,0 +1,201 @@
+"""Rankings of wrong labels: each against its definition, the table, and what is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import whence
+from tests.apply.test_scores import of_numbers
+from tests.cases import rows
+from tests.methods.test_dit import BY_NAME, recorded
+from tests.record.test_ids import IDS, streamed
+from whence.apply import scores
+from whence.apply.cleaning import gradient_sizes
+from whence.apply.held_out import cross
+from whence.errors import BadSetting, NoClasses, OtherRun, RowsNotReadable
+from whence.run.run import Run
+
+WRONG = [3, 17, 40, 77, 90]
+METHODS = ["held-out", "mean-loss", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"]
+
+
+def suspicion(run: Run, **options: Any) -> np.ndarray:
+    """Scores in the order of the samples."""
+    return whence.find_mislabeled(run, **options).sort("sample")["score"].to_numpy()
+
+
+@pytest.fixture(scope="module")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A training on three clouds of points, five of them in a cloud that is not their label's."""
+    draw = torch.Generator().manual_seed(0)
+    truth = torch.arange(120) % 3
+    centres = torch.tensor([[2.0, 0.0], [-2.0, 1.0], [0.0, -3.0]])
+    inputs, labels = centres[truth] + 0.5 * torch.randn(120, 2, generator=draw), truth.clone()
+    labels[WRONG] = (truth[WRONG] + 1) % 3
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, 3)), TensorDataset(inputs, labels)
+    task, folder = whence.classification(model, data), tmp_path_factory.mktemp("blobs") / "run"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with whence.Recorder(folder, task, optimizer, checkpoints=whence.Epochs()) as recorder:
+        for _ in range(6):
+            for batch in recorder.watch(DataLoader(data, 10, shuffle=True)):
+                cross_entropy(model(batch[0]), batch[1]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return whence.open_run(folder, task)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wrong_labels_among_clouds_come_first(blobs: Run, method: Any) -> None:
+    """Where classes are clear every ranking finds them, and the cloud that they lie in is suggested."""
+    table = whence.find_mislabeled(blobs, method=method)
+    assert table.columns == ["rank", "sample", "score", "label", "suggested"]
+    assert table["rank"].to_list() == list(range(1, 121))
+    assert table["score"].is_sorted(descending=True)
+    assert sorted(table["sample"].to_list()) == list(range(120))
+    assert len(set(table["sample"][:5]) & set(WRONG)) >= 4
+    found = table.filter(pl.col("sample").is_in(WRONG))
+    assert (found["suggested"] == found["sample"] % 3).all()
+    assert (table["label"] != table["suggested"]).all()
+    assert table.sort("sample")["label"].to_list() == blobs.task.data.tensors[1].tolist()
+
+
+def test_rankings_are_what_they_say(tmp_path: Path) -> None:
+    """Averages over the given states, each with suspicious at the upper end."""
+    run, states = recorded("adamw", tmp_path), [2, 3, 5]
+    expected = {
+        "mean-loss": np.mean([scores.losses(run, state) for state in states], axis=0),
+        "margin": -scores.margins(run, states),
+        "el2n": scores.el2n(run, states),
+        "loss": scores.losses(run, run.steps),
+        "tracin": gradient_sizes(run, states),
+        "self-influence": np.abs(whence.DiffIn(states).self_influence(run)),
+    }
+    for method, wanted in expected.items():
+        np.testing.assert_allclose(suspicion(run, method=method, checkpoints=states), wanted, rtol=1e-9)
+    crossed = cross(run, states)
+    found = suspicion(run, checkpoints=states)
+    np.testing.assert_allclose(found, (crossed.out + crossed.inside) / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "two groups", "one cycle", "frozen", "tied, adamw"])
+def test_tracin_squares_the_gradient_of_every_row(name: str, tmp_path: Path) -> None:
+    """By autograd, row by row, with the rate of every parameter group at that step."""
+    run, data, states = recorded(name, tmp_path), rows(), [1, 4]
+    expected = np.zeros(run.samples)
+    for state in states:
+        model = BY_NAME[name].built()
+        model.load_state_dict(run.state(state, replay=True).params, strict=False)
+        named = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+        groups = zip(run.manifest.groups, run.step(state).settings, strict=True)
+        rates = {key: float(settings["lr"]) for group, settings in groups for key in group}  # type: ignore[arg-type]
+        for row in range(run.samples):
+            inputs, label = data[row]
+            slopes: tuple[Tensor, ...] = torch.autograd.grad(
+                cross_entropy(model(inputs[None]), label[None]), list(named.values())
+            )
+            sizes = zip(named, slopes, strict=True)
+            expected[row] += sum(rates[key] * float(slope.square().sum()) for key, slope in sizes)
+    np.testing.assert_allclose(gradient_sizes(run, states), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "made"), [("dit", whence.DIT()), ("dve", whence.DataValueEmbedding())])
+def test_harm_is_negative_influence(method: Any, made: whence.DIT | whence.DataValueEmbedding, tmp_path: Path) -> None:
+    """On the training set's own loss, on other rows, and on a window; an influence at hand gives the same."""
+    run, other = recorded("momentum", tmp_path), rows(seed=1, count=6)
+    own = made.attribute(run, whence.Loss(run.task.data, aggregate="mean"))
+    np.testing.assert_allclose(suspicion(run, method=method), -own.total()[0, 0], rtol=1e-9)
+    on_others = made.attribute(run, whence.Loss(other, aggregate="mean"), observed_at=[2, 5])
+    found = suspicion(run, method=method, validation=other, window=(2, 5))
+    np.testing.assert_allclose(found, -on_others.window(2, 5)[0], rtol=1e-9)
+    np.testing.assert_allclose(suspicion(run, method=on_others, window=(2, 5)), found, rtol=1e-9)
+    np.testing.assert_allclose(suspicion(run, method=on_others), -on_others.total()[0, -1], rtol=1e-9)
+    each = made.attribute(run, whence.Loss(other))
+    np.testing.assert_allclose(suspicion(run, method=each), -each.total()[:, 0].mean(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_the_list_is_written(blobs: Run, suffix: str, tmp_path: Path) -> None:
+    """As it is returned, in place of what was there."""
+    path = tmp_path / f"review{suffix}"
+    path.write_text("old")
+    table = whence.find_mislabeled(blobs, method="loss", out=path)
+    read = pl.read_csv(path) if suffix == ".csv" else pl.read_parquet(path)
+    assert read.equals(table)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("method", ["held-out", "mean-loss", "margin", "tracin"])
+def test_samples_with_ids_show_them(method: Any, tmp_path: Path) -> None:
+    """Every id once, with its own label."""
+    run = streamed(tmp_path / "run")
+    table = whence.find_mislabeled(run, method=method)
+    assert sorted(table["sample"].to_list()) == sorted(IDS)
+    labels = dict(zip(IDS, rows_of_ids(), strict=True))
+    assert table["label"].to_list() == [labels[sample] for sample in table["sample"].to_list()]
+
+
+def rows_of_ids() -> list[int]:
+    """Labels in the order of the ids."""
+    from tests.record.test_ids import DATA  # noqa: PLC0415
+
+    return DATA.tensors[1].tolist()
+
+
+def test_rows_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    """A stream has no training set to ask about; validation rows will do."""
+    run = streamed(tmp_path / "run")
+    with pytest.raises(BadSetting, match="validation=None"):
+        whence.find_mislabeled(run, method="dit")
+    with pytest.raises(RowsNotReadable):
+        whence.find_mislabeled(run, method="self-influence")
+
+
+@pytest.mark.parametrize("method", ["held-out", "mean-loss", "loss", "tracin", "self-influence", "dit", "dve"])
+def test_numbers_have_no_label_to_suggest(method: Any, tmp_path: Path) -> None:
+    """A regression is ranked by its losses; an outlier among the targets is the first by its loss."""
+    run = of_numbers(tmp_path / "run")
+    table = whence.find_mislabeled(run, method=method)
+    assert table["label"].is_null().all()
+    assert table["suggested"].is_null().all()
+    assert table.schema["suggested"] == pl.Int64
+    losses = scores.losses(run, run.steps)
+    assert method != "loss" or table["sample"][0] == losses.argmax()
+
+
+@pytest.mark.parametrize("method", ["margin", "el2n"])
+def test_classes_that_are_not_there_are_told(method: Any, tmp_path: Path) -> None:
+    """What compares classes cannot rank a regression."""
+    with pytest.raises(NoClasses, match="What reads losses alone works"):
+        whence.find_mislabeled(of_numbers(tmp_path / "run"), method=method)
+
+
+def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: Path) -> None:
+    """Each with what may be given instead."""
+    refused: dict[str, dict[str, Any]] = {
+        "validation": {"method": "loss", "validation": rows()},
+        "window": {"window": (0, 3)},
+        "out='review.txt'": {"out": "review.txt"},
+    }
+    for told, options in refused.items():
+        with pytest.raises(BadSetting, match=told):
+            whence.find_mislabeled(blobs, **options)
+    other = recorded("sgd", tmp_path)
+    with pytest.raises(OtherRun):
+        whence.find_mislabeled(blobs, method=whence.DIT().attribute(other, whence.Loss(rows())))
+
+
+def test_a_method_that_is_none_is_told() -> None:
+    """With those that there are, in a process without the tests' own type checks."""
+    code = "import whence\ntry: whence.find_mislabeled(None, method='guess')\nexcept whence.WhenceError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("method='guess' is no setting; give 'held-out', 'mean-loss'")
