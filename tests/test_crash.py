@@ -10,7 +10,7 @@ import pytest
 import whence
 from tests.loops import Loop, bits, moody, rows
 from tests.processes import apart, started
-from whence.errors import EmptyRun, NotARun
+from whence.errors import BadSetting, EmptyRun, NotARun
 from whence.replay.state import State
 from whence.run.run import Run
 
@@ -123,3 +123,29 @@ def influence(path: Path) -> np.ndarray:
     """All numbers of an influence."""
     found: np.ndarray = whence.open_influence(path).to_xarray()["influence"].values
     return found
+
+
+def gather(run: Path, out: Path, part: tuple[int, int]) -> None:
+    """Do a part of the pass over the training."""
+    embedding().gather(whence.open_run(run, loop().task()), out=out, part=part)
+
+
+def embedding() -> whence.DataValueEmbedding:
+    """By the samples' own gradients, as the task draws no labels."""
+    return whence.DataValueEmbedding(rank=4, fisher="empirical", segments=2)
+
+
+def test_processes_share_the_pass_over_a_training(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    """Three at once, in one folder; what `embed` makes of it is what it makes alone, bit for bit."""
+    run, out = whence.open_run(undisturbed[0], loop().task()), tmp_path / "shared"
+    processes = [started(gather, undisturbed[0], out, (part, 3)) for part in range(3)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert not list(tmp_path.glob(".*"))
+    done = len(list((out / "captured" / "done").iterdir()))
+    found = embedding().embed(run, out=out)
+    assert done == len(found.about.shards) > 3
+    np.testing.assert_array_equal(found.values(), embedding().embed(run).values())
+    with pytest.raises(BadSetting, match="part"):
+        embedding().gather(run, out=out, part=(3, 3))

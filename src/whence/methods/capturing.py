@@ -69,9 +69,11 @@ class Gathering:
         found: dict[str, tuple[int, ...]] = {name: rows for name, there in wanted.items() if there}
         return found | {"rate": rows[1:], "decay": rows[1:], "share": rows[:1]}
 
-    def fill(self, store: EmbeddingStore) -> None:
-        """Walk over the shards that are not done, and write them."""
-        spans = {shard: store.about.shards[shard] for shard in store.missing}
+    def fill(self, store: EmbeddingStore, part: tuple[int, int] = (0, 1)) -> None:
+        """Walk over the shards that are not done, and write them: of n equal stretches of shards, the i-th."""
+        (number, of), count = part, len(store.about.shards)
+        ours = range(count * number // of, count * (number + 1) // of)
+        spans = {shard: store.about.shards[shard] for shard in store.missing if shard in ours}
         total, there = sum(stop - first for first, stop in spans.values()), dict[int, State]()
         with tqdm(total=total, desc="embedding", unit="step", disable=None, leave=False) as bar:
             for shard, (first, stop) in spans.items():

@@ -11,6 +11,7 @@ In memory it is the same groups without the marks.
 """
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -126,22 +127,15 @@ class EmbeddingStore:
         """
         if path is None:
             return cls(_create(MemoryStore(), about, sample), about, _create_captured(MemoryStore(), about, captured))
-        if (path / "zarr.json").is_file():
-            group, there = _load(path, "r+")
-            if differences := there.differences(about):
-                raise DifferentEmbeddings(path, differences)
-            ongoing = not (path / "done.json").is_file()
-            return cls(group, about, zarr.open_group(path / "captured", mode="r+") if ongoing else None)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FolderTaken(path)
-        # Laid out beside its place and moved there whole: a kill leaves nothing half-made.
-        scratch = path.with_name(f".{path.name}.new")
-        shutil.rmtree(scratch, ignore_errors=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _create(scratch, about, sample)
-        _create_captured(scratch / "captured", about, captured)
-        scratch.replace(path)
-        return cls(_load(path, "r+")[0], about, zarr.open_group(path / "captured", mode="r+"))
+        if not (path / "zarr.json").is_file():
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise FolderTaken(path)
+            _lay_out(path, about, captured, sample=sample)
+        group, there = _load(path, "r+")
+        if differences := there.differences(about):
+            raise DifferentEmbeddings(path, differences)
+        ongoing = not (path / "done.json").is_file()
+        return cls(group, about, zarr.open_group(path / "captured", mode="r+") if ongoing else None)
 
     @classmethod
     def open(cls, path: Path) -> "EmbeddingStore":
@@ -213,6 +207,28 @@ class EmbeddingStore:
             return np.asarray(array[start:stop])
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             raise DamagedEmbeddings(self.path, f"{name!r} cannot be read ({error})") from error
+
+
+def _lay_out(path: Path, about: About, captured: Mapping[str, tuple[int, ...]], *, sample: np.ndarray) -> None:
+    """Make the folder beside its place and move it there whole: a kill leaves nothing half-made.
+
+    Where another process has done so meanwhile, its folder stays.
+
+    Raises:
+        OSError: it cannot be moved there for another reason.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _create(scratch, about, sample)
+    _create_captured(scratch / "captured", about, captured)
+    try:
+        scratch.replace(path)
+    except OSError:
+        if not (path / "zarr.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _create(store: Path | MemoryStore, about: About, sample: np.ndarray) -> zarr.Group:

@@ -91,6 +91,42 @@ class DataValueEmbedding:
         Raises:
             NoDraw: the task does not say how labels are drawn from the model.
         """
+        gathering, store = self._begin(run, observed_at, out)
+        if not store.finished:
+            with kept_heap():
+                gathering.fill(store)
+                _Recursion(store, run.task.device, self.damping).fill()
+        return Embeddings(run, store)
+
+    def gather(self, run: Run, *, part: tuple[int, int], out: str | Path, observed_at: ObservedAt = "end") -> None:
+        """Do a part of the pass over the training, while other processes do the others in the same folder.
+
+        The pass is most of the work, and its parts need nothing of one another: each begins at a kept state. When all
+        are done, `embed` with the same settings goes back over what they found, to the same bits as alone.
+
+        Args:
+            run: the recorded training.
+            part: (i, n): of n parts, the i-th, from 0.
+            out: folder of the result.
+            observed_at: as `embed` will be given it.
+
+        Raises:
+            BadSetting: a part that is none.
+            NoDraw: the task does not say how labels are drawn from the model.
+        """
+        if not 0 <= part[0] < part[1]:
+            raise BadSetting("part", part, "(i, n): of n parts, the i-th, from 0")
+        gathering, store = self._begin(run, observed_at, out)
+        if not store.finished:
+            with kept_heap():
+                gathering.fill(store, part)
+
+    def _begin(self, run: Run, observed_at: ObservedAt, out: str | Path | None) -> tuple[Gathering, EmbeddingStore]:
+        """What is gathered, and where; what was begun is gone on with.
+
+        Raises:
+            NoDraw: the task does not say how labels are drawn from the model.
+        """
         if self.fisher == "true" and run.task.draw is None:
             raise NoDraw
         small = projection_for(run, kind=self.projection, rank=self.rank, seed=self.seed)
@@ -108,12 +144,7 @@ class DataValueEmbedding:
             settings=self._settings,
         )
         path = None if out is None else Path(out)
-        store = EmbeddingStore.begin(path, about, gathering.shapes(about.slots), sample=slots(run))
-        if not store.finished:
-            with kept_heap():
-                gathering.fill(store)
-                _Recursion(store, run.task.device, self.damping).fill()
-        return Embeddings(run, store)
+        return gathering, EmbeddingStore.begin(path, about, gathering.shapes(about.slots), sample=slots(run))
 
     def attribute(
         self, run: Run, queries: Query, *, observed_at: ObservedAt = "end", out: str | Path | None = None
