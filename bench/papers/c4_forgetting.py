@@ -123,7 +123,7 @@ class Deletion:
             if number in (early, last):
                 held[number] = moved(now)
             before = now
-        about = {"seconds": time.process_time() - begun, "bend": float(np.median(bends))}
+        about = {"seconds": time.process_time() - begun, "bend": float(np.divide(*np.sum(bends, axis=0)))}
         return {"": (held[last], about), ", replay of 10 %": (group.replayed(early, held[early]), about)}
 
     def upwards(self) -> Iterator[State]:
