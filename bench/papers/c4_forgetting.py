@@ -220,18 +220,22 @@ ORDER = (
 )
 
 
+def figure(found: dict[str, Any], method: str, key: str) -> float:
+    """One cell of one seed; membership as what it is above that of retraining."""
+    base = found["retraining (float32)"][key] if key == "membership" else 0.0
+    return float(found[method][key] - base)
+
+
 def table(name: str, seeds: list[int]) -> None:
     """Print the table of one training."""
     found = [measured(name, seed) for seed in seeds]
     shares = list(found[0])
     print(f"\n**{SETTINGS[name].about}**, {len(seeds)} seeds\n")
-    for key in ("parameters", "predictions", "same class", "membership"):
+    for key, digits in (("parameters", 2), ("predictions", 2), ("same class", 3), ("membership", 3)):
         print(f"| {key} | " + " | ".join(f"{share} forgotten" for share in shares) + " |")
         print("|---" * (1 + len(shares)) + "|")
         for method in ORDER:
-            cells = [
-                told([one[share][method][key] for one in found], 3 if key == "membership" else 2) for share in shares
-            ]
+            cells = [told([figure(one[share], method, key) for one in found], digits) for share in shares]
             print(f"| {method} | " + " | ".join(cells) + " |")
         print()
     bends, errors, cost = [], [], []

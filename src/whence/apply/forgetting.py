@@ -88,7 +88,7 @@ def forget(
         begun = run.state(start, replay=True, dtype=dtype)
     else:
         begun, bend = first_order(group, start, method)
-        if bend > BENT:
+        if not bend <= BENT:  # also where a sweep overflowed
             _warn(group, bend)
     return state_dict(run.task, group.replayed(start, begun) if replay else begun)
 
@@ -109,7 +109,7 @@ def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
             off, far = off + bend[0], far + bend[1]
         before = now
     assert before is not None
-    return moved(before), off / far if far > 0 else 0.0
+    return moved(before), off / far if far else 0.0
 
 
 def _warn(group: Group, bend: float) -> None:

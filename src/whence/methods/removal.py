@@ -13,13 +13,14 @@ from whence.influence.tables import places
 from whence.methods.renormalize import check_renormalizable
 from whence.methods.retrain import Removal, as_trained
 from whence.replay.forward import rerun
+from whence.replay.jacobian import SECOND_MOMENTS
 from whence.replay.push import Changed, push_forward
 from whence.replay.reverse import Rules
 from whence.replay.state import State
 from whence.run.run import Precision, Run
 from whence.tree import add, norm
 
-POSITIVE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta"})
+POSITIVE = SECOND_MOMENTS | {"acc_delta"}
 
 
 @final
@@ -53,7 +54,7 @@ class Group:
 
     @property
     def first(self) -> int:
-        """The first state that the group has not changed."""
+        """The last state that the group has not changed: that of its first visit."""
         return self.removal.first(self.run)
 
     def weights(self, step: int, like: Tensor) -> Tensor:
