@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 FIRST_ORDER = DIT()  # what a removal is estimated by, unless told otherwise
 PROBES = 16  # steps at which the first order is compared with a real step
-BENT = 0.3  # from which median difference on the first order is not to be relied on
+BENT = 0.3  # from which share on the first order is not to be relied on
 
 
 def forget(
@@ -50,12 +50,12 @@ def forget(
     With k = 0 that is the first-order effect alone; with k = T it is the training without the group. BatchNorm's
     running statistics and the optimizer's moments are part of the state.
 
-    The sweep costs two to three times the training up to s, whatever the size of the group. Training again costs one,
-    so where time allows `replay=run.steps`, that is better and cheaper; use the first order to study a training. Of a
-    few gradients only are made the estimates by `DiffIn`, and of k steps those by replay alone.
+    The sweep takes about three times as long as a replay of the training up to s, whatever the size of the group. So
+    `method=None, replay=run.steps` is both cheaper and exact: train again where you can, and use the first order to
+    study a training. Estimates by `DiffIn` take a few gradients, and the replay of k steps alone takes k steps.
 
-    On the way, 16 steps are made for real from the estimated states. Where they differ by more than 30 % from what
-    first order says of them (median), the log warns.
+    On the way, 16 steps are made for real from the estimated states. Where they are off from what first order says of
+    them by more than 30 % of what they change (all together), the log warns.
 
     Args:
         run: the recorded training; or, with a `DiffIn`, checkpoints of one that was not.
@@ -88,13 +88,13 @@ def forget(
         begun = run.state(start, replay=True, dtype=dtype)
     else:
         begun, bend = first_order(group, start, method)
-        if bend > BENT:
+        if not bend <= BENT:  # also where a sweep overflowed
             _warn(group, bend)
     return state_dict(run.task, group.replayed(start, begun) if replay else begun)
 
 
 def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
-    """The state `stop` after its first-order change, and how far real steps are from what it says (median).
+    """The state `stop` after its first-order change; and the bend: how far steps are from it, of how far they go.
 
     Raises:
         BadSetting: the curvature is to be chosen, by queries that there are none of.
@@ -102,19 +102,20 @@ def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
     if not isinstance(method.curvature, Curvature):
         raise BadSetting("curvature", method.curvature, "one curvature, like whence.GaussNewton()")
     probed = frozenset(np.linspace(group.first, stop - 1, PROBES + 1).round().astype(int)[1:].tolist())
-    bends, before = [], None
+    off, far, before = 0.0, 0.0, None
     for number, now in group.sweep(stop, Rules(method.curvature, method.slope)):
         if before is not None and number - 1 in probed:
-            bends.append(group.bend(number - 1, before, now))
+            bend = group.bend(number - 1, before, now)
+            off, far = off + bend[0], far + bend[1]
         before = now
     assert before is not None
-    return moved(before), float(np.median(bends or [0.0]))
+    return moved(before), off / far if far else 0.0
 
 
 def _warn(group: Group, bend: float) -> None:
     log.warning(
-        "forgetting %d samples to first order: steps without them differ by %.0f %% from what it says (median over the "
-        "training); do not rely on it. Train again without them: replay=%d",
+        "forgetting %d samples to first order: steps without them are off by %.0f %% of what they change; most of the "
+        "way in parameters is probably left. Train again without them: replay=%d",
         *(len(group.removal.samples), 100 * bend, group.run.steps),
     )
 

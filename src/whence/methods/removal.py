@@ -14,13 +14,14 @@ from whence.methods.changes import Removal
 from whence.methods.renormalize import check_renormalizable
 from whence.methods.rerunning import as_trained
 from whence.replay.forward import rerun
+from whence.replay.jacobian import SECOND_MOMENTS
 from whence.replay.push import Changed, push_forward
 from whence.replay.reverse import Rules
 from whence.replay.state import State
 from whence.run.run import Precision, Run
 from whence.tree import add, norm
 
-POSITIVE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta"})
+POSITIVE = SECOND_MOMENTS | {"acc_delta"}
 
 
 @final
@@ -54,7 +55,7 @@ class Group:
 
     @property
     def first(self) -> int:
-        """The first state that the group has not changed."""
+        """The last state that the group has not changed: that of its first visit."""
         return self.removal.first(self.run)
 
     def weights(self, step: int, like: Tensor) -> Tensor:
@@ -76,21 +77,21 @@ class Group:
             now = Changed(self.run.state(index + 1, dtype=self.dtype) if kept else after, change)
             yield index + 1, now
 
-    def bend(self, step: int, before: Changed, after: Changed) -> float:
-        r"""How far a real step without the group is from what first order says of it.
+    def bend(self, step: int, before: Changed, after: Changed) -> tuple[float, float]:
+        r"""How far a real step without the group is from what first order says of it, and how far it moves the change.
 
-        .. math:: \frac{\| U(\theta + \dot\theta; -G) - U(\theta) - \dot\theta' \|}
-            {\| U(\theta + \dot\theta; -G) - U(\theta) - \dot\theta \|}
+        .. math:: \| U(\theta + \dot\theta; -G) - U(\theta) - \dot\theta' \|, \qquad
+            \| U(\theta + \dot\theta; -G) - U(\theta) - \dot\theta \|
 
-        relative to what the step adds to the change: 0 where training is linear at this scale.
+        The first is 0 where training is linear at this scale.
         """
         stack = self._without(step, beside(before.state, moved(before)), stop=step + 1)
         real = {name: stack.params[name][1] - stack.params[name][0] for name in after.change.params}
-        errors, steps = (
+        off, far = (
             norm({name: tensor - change.params[name] for name, tensor in real.items()})
             for change in (after.change, before.change)
         )
-        return errors / steps if steps > 0 else 0.0
+        return off, far
 
     def replayed(self, start: int, begun: State) -> State:
         """The final state when the steps from `start` on run again without the group, from another state there.
