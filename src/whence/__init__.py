@@ -55,6 +55,8 @@ _HOME = {
     "Influence": "whence.influence.influence",
     "open_influence": "whence.influence.influence",
     "patterns": "whence.influence.patterns",
+    "select_coreset": "whence.apply.coreset",
+    "compare_coresets": "whence.apply.comparing",
     "trust": "whence.apply.trust",
     "regimes": "whence.apply.timing",
     "worth_selecting": "whence.apply.timing",
@@ -64,6 +66,8 @@ __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are str
 
 if TYPE_CHECKING:
     from whence import plot as plot
+    from whence.apply.comparing import compare_coresets as compare_coresets
+    from whence.apply.coreset import select_coreset as select_coreset
     from whence.apply.timing import regimes as regimes
     from whence.apply.timing import worth_selecting as worth_selecting
     from whence.apply.trust import trust as trust

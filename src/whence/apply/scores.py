@@ -23,7 +23,7 @@ ROWS = 256  # of the data set that go through the model at once
 
 def losses(run: Run, state: int) -> Float64[np.ndarray, " sample"]:
     r"""The task's own loss of every training sample at a state, :math:`\ell_j(\theta_t)`."""
-    return _read(run, state, run.task.losses_of)
+    return read_rows(run, state, run.task.losses_of)
 
 
 def outputs(run: Run, state: int) -> Float64[np.ndarray, "sample label"]:
@@ -32,7 +32,7 @@ def outputs(run: Run, state: int) -> Float64[np.ndarray, "sample label"]:
     Raises:
         NoClasses: the task's outputs are no scores of classes.
     """
-    return _read(run, state, class_scores)
+    return read_rows(run, state, class_scores)
 
 
 def labels(run: Run) -> Int64[np.ndarray, " sample"]:
@@ -142,7 +142,7 @@ def _gaps(
     return found
 
 
-def _read(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -> np.ndarray:
+def read_rows(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -> np.ndarray:
     """`function(outputs, batch)` of every sample at a state, `[sample, ...]`."""
     state, parts, order = run.state(number, replay=True), [], []
     like = next(iter(state.params.values()))
