@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -124,13 +125,16 @@ class Trial:
         model = self.setting.build(train.tensors[0].shape[1:])
         task, optimizer = whence.classification(model, train), self.setting.optimizer(model.parameters())
         if not (self.folder / "run").exists():
-            with whence.Recorder(self.folder / "run", task, optimizer, checkpoints=whence.Epochs()) as recorder:
+            begun = self.folder / "begun"
+            rmtree(begun, ignore_errors=True)
+            with whence.Recorder(begun, task, optimizer, checkpoints=whence.Epochs()) as recorder:
                 loader = DataLoader(train, SLOTS, shuffle=True)
                 for _ in range(EPOCHS):
                     for inputs, labels in recorder.watch(loader):
                         cross_entropy(model(inputs), labels).backward()
                         optimizer.step()
                         optimizer.zero_grad()
+            begun.rename(self.folder / "run")
         return whence.open_run(self.folder / "run", task)
 
     @property

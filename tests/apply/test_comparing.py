@@ -14,6 +14,7 @@ from tests.cases import BATCHES, Case
 from tests.methods.test_dit import BY_NAME, recorded
 from tests.methods.test_exact import TEST, asked, read
 from tests.oracles.nudge import observe
+from whence.apply.comparing import Samples
 from whence.errors import BadSetting, UnknownSample
 
 JUDGE = whence.Loss(TEST)
@@ -83,7 +84,7 @@ def test_everything_changes_nothing(tmp_path: Path) -> None:
     """As a list, an array, a column, or the table of a choice; twice the same sample counts once."""
     run = recorded("adamw", tmp_path)
     everything = pl.DataFrame({"sample": range(9)})
-    forms = {
+    forms: dict[str, Samples] = {
         "list": [*range(9), 3],
         "array": np.arange(9),
         "column": everything["sample"],

@@ -124,7 +124,8 @@ def test_a_row_has_no_say_about_itself(run: Run) -> None:
 def test_herding_takes_what_brings_the_sum_closest() -> None:
     """By trying every row at every place; the mean of few is closer to that of all than nearly any other choice."""
     vectors = np.random.default_rng(0).normal(size=(9, 3))
-    goal, left, found = vectors.mean(axis=0), set(range(9)), []
+    goal, left = vectors.mean(axis=0), set(range(9))
+    found: list[int] = []
     for place in range(4):
         sums = {row: vectors[[*found, row]].sum(axis=0) for row in left}
         best = min(sums, key=lambda row: float(np.linalg.norm((place + 1) * goal - sums[row])))

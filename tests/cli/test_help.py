@@ -26,6 +26,7 @@ FLAGS = {
     "patterns": ["INFLUENCE", "--query", "--form"],
     "regimes": ["RUN", "INFLUENCE", "--query", "--form"],
     "trust": ["RUN", "INFLUENCE", "--task", "--queries", "--removals", "--seed"],
+    "coreset": ["RUN", "--task", "--fraction", "--method", "--out", "--form"],
 }
 
 Verb = Callable[..., object]

@@ -160,13 +160,13 @@ def _attributed(run: Run, method: str, queries: Query | None, *, seed: int) -> F
     """
     if method not in METHODS:
         raise BadSetting("method", method, ", ".join(map(repr, get_args(Method))) + ", an Influence or Embeddings")
-    if queries is not None:
-        return METHODS[method]().attribute(run, queries).total()[:, -1]
-    if run.has_ids:
+    if queries is None and run.has_ids:
         raise RowsNotReadable("select_coreset without queries")
     rows = np.sort(np.random.default_rng(seed).choice(run.samples, min(ASKED, run.samples), replace=False))
-    found: np.ndarray = METHODS[method]().attribute(run, Loss(run.task.data, samples=rows.tolist())).total()[:, -1]
-    found[np.arange(len(rows)), rows] = 0.0
+    asked = Loss(run.task.data, samples=rows.tolist()) if queries is None else queries
+    found: np.ndarray = METHODS[method]().attribute(run, asked).total()[:, -1]
+    if queries is None:
+        found[np.arange(len(rows)), rows] = 0.0
     return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
-from whence.cli import attribute, curve, demo, info, patterns, regimes, show, top, trust, verify
+from whence.cli import attribute, coreset, curve, demo, info, patterns, regimes, show, top, trust, verify
 from whence.errors import WhenceError
 
 VERBS = (
@@ -22,6 +22,7 @@ VERBS = (
     patterns.patterns,
     regimes.regimes,
     trust.trust,
+    coreset.coreset,
 )
 DESCRIPTION = (
     "Which training samples made a PyTorch model what it is, and when.\n\n"
