@@ -15,7 +15,7 @@ from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked
 from whence.apply.coreset import last_inputs
 from whence.apply.herding import herded, quotas
-from whence.errors import BadSetting, NoClasses, OtherRun, RowsNotReadable
+from whence.errors import BadSetting, EmbeddedElsewhere, NoClasses, OtherRun, RowsNotReadable
 from whence.run.run import Run
 
 METHODS = "dve", "dit", "diff-in", "tracin", "herding", "el2n", "loss", "random"
@@ -166,9 +166,9 @@ def test_samples_with_ids_are_told_by_their_ids(tmp_path: Path) -> None:
 
 
 def test_a_training_without_classes_is_not_balanced(tmp_path: Path) -> None:
-    """Its table has no labels; asked to balance, the error says that there are no classes."""
+    """Whole numbers are no classes: the table has no labels, and balancing them is refused."""
     draw = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(12, 2, generator=draw), torch.randn(12, 1, generator=draw))
+    data = TensorDataset(torch.randn(12, 2, generator=draw), torch.arange(12.0)[:, None])
     model = nn.Linear(2, 1)
     task = whence.regression(model, data)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -201,3 +201,5 @@ def test_what_makes_no_sense_is_refused(run: Run, tmp_path: Path) -> None:
     other = made(tmp_path / "other")
     with pytest.raises(OtherRun):
         whence.select_coreset(run, method=whence.DIT().attribute(other, whence.Loss(other.task.data, samples=[0])))
+    with pytest.raises(EmbeddedElsewhere):
+        whence.select_coreset(run, method=whence.DataValueEmbedding().embed(other))

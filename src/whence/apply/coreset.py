@@ -11,7 +11,7 @@ from torch import Tensor
 from whence.apply import scores
 from whence.apply.herding import herded, quotas
 from whence.apply.timing import check_same
-from whence.errors import BadSetting, NoClasses, RowsNotReadable
+from whence.errors import BadSetting, EmbeddedElsewhere, NoClasses, RowsNotReadable
 from whence.influence.influence import Influence
 from whence.methods.diff_in import DiffIn
 from whence.methods.dit import DIT
@@ -31,6 +31,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 Places = Int64[np.ndarray, " _"]
 Choose = Callable[[Places, int], Places]  # so many of a group
+Chooser = tuple[Float[np.ndarray, " sample"] | None, Choose]
 
 
 def select_coreset(
@@ -72,6 +73,7 @@ def select_coreset(
     Raises:
         BadSetting: a fraction out of range, or a method that is none.
         OtherRun: the influence is of another run.
+        EmbeddedElsewhere: the embeddings are of another run.
         NoClasses: classes are to be balanced, and the task has none.
         RowsNotReadable: training losses cannot be asked about, since samples have ids of their own.
     """
@@ -98,6 +100,7 @@ def _seen(run: Run) -> Places:
 
 def _labels(run: Run, *, needed: bool) -> Int64[np.ndarray, " sample"] | None:
     try:
+        scores.outputs(run, run.kept[-1])  # numbers that happen to be whole are no classes
         return scores.labels(run)
     except NoClasses:
         if needed:
@@ -114,31 +117,34 @@ def _in_turns(groups: Sequence[Places], count: int, choose: Choose) -> Places:
     return found
 
 
-def _chooser(
-    run: Run, method: str | Influence | Embeddings, queries: Query | None, *, seed: int
-) -> tuple[Float[np.ndarray, " sample"] | None, Choose]:
+def _chooser(run: Run, method: str | Influence | Embeddings, queries: Query | None, *, seed: int) -> Chooser:
     """What is told of every sample, and how some of a group are chosen."""
-    match method:
-        case "random":
-            return None, _by(np.random.default_rng(seed).random(run.samples))
-        case "el2n":
-            score = scores.el2n(run, run.epochs[:EARLY])
-            return score, _by(-score)
-        case "loss":
-            score = scores.losses(run, run.steps)
-            return score, _by(score)
-        case "herding":
-            return None, _herding(last_inputs(run, run.steps))
-        case Influence():
-            check_same(method, run)
-            found = method.total()[:, -1]
-        case "dve" | Embeddings():
-            embeddings = DataValueEmbedding().embed(run) if method == "dve" else method
-            if queries is None:
-                return None, _herding(embeddings.summed())
-            found = embeddings.attribute(queries).total()[:, -1]
-        case _:
-            found = _attributed(run, method, queries, seed=seed)
+    if isinstance(method, Influence):
+        check_same(method, run)
+        return _by_influence(method.total()[:, -1])
+    if isinstance(method, Embeddings):
+        return _by_embeddings(run, method, queries)
+    if method == "dve":
+        return _by_embeddings(run, DataValueEmbedding().embed(run), queries)
+    if method in BASELINES:
+        return BASELINES[method](run, seed)
+    return _by_influence(_attributed(run, method, queries, seed=seed))
+
+
+def _by_embeddings(run: Run, embeddings: Embeddings, queries: Query | None) -> Chooser:
+    """By what samples did to the weights, or to the queries.
+
+    Raises:
+        EmbeddedElsewhere: the embeddings are of another run.
+    """
+    if embeddings.about.run != run.id:
+        raise EmbeddedElsewhere(embeddings.path, embeddings.about.run, run.id)
+    if queries is None:
+        return None, _herding(embeddings.summed())
+    return _by_influence(embeddings.attribute(queries).total()[:, -1])
+
+
+def _by_influence(found: Float[np.ndarray, "query sample"]) -> Chooser:
     return found.mean(axis=0), _herding(found.T)
 
 
@@ -180,3 +186,23 @@ def last_inputs(run: Run, state: int) -> Float64[np.ndarray, "sample entry"]:
     finally:
         handle.remove()
     return found
+
+
+def _by_loss(run: Run, seed: int) -> Chooser:
+    del seed
+    score = scores.losses(run, run.steps)
+    return score, _by(score)
+
+
+def _by_el2n(run: Run, seed: int) -> Chooser:
+    del seed
+    score = scores.el2n(run, run.epochs[:EARLY])
+    return score, _by(-score)
+
+
+BASELINES: dict[str, Callable[[Run, int], Chooser]] = {
+    "random": lambda run, seed: (None, _by(np.random.default_rng(seed).random(run.samples))),
+    "herding": lambda run, _seed: (None, _herding(last_inputs(run, run.steps))),
+    "el2n": _by_el2n,
+    "loss": _by_loss,
+}

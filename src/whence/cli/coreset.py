@@ -43,5 +43,7 @@ def coreset(
     if out is None:
         words = ("--task", task, "--fraction", fraction, "--method", method, "--out", "kept.csv")
         show.next_command("coreset", run, *words, form=form)
-    elif form == "table":
+        return
+    if form == "table":
         show.say(f"\nall of them in {out}")
+    show.next_command("info", run, form=form)
