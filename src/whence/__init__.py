@@ -55,6 +55,8 @@ _HOME = {
     "Influence": "whence.influence.influence",
     "open_influence": "whence.influence.influence",
     "patterns": "whence.influence.patterns",
+    "select_coreset": "whence.apply.coreset",
+    "compare_coresets": "whence.apply.comparing",
     "trust": "whence.apply.trust",
     "evaluate": "whence.apply.evaluation",
     "regimes": "whence.apply.timing",
@@ -69,6 +71,8 @@ __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are str
 if TYPE_CHECKING:
     from whence import plot as plot
     from whence.apply.cleaning import find_mislabeled as find_mislabeled
+    from whence.apply.comparing import compare_coresets as compare_coresets
+    from whence.apply.coreset import select_coreset as select_coreset
     from whence.apply.evaluation import evaluate as evaluate
     from whence.apply.forgetting import forget as forget
     from whence.apply.forgotten import judge_forgetting as judge_forgetting

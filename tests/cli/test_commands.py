@@ -149,6 +149,23 @@ def test_regimes_tells_what_the_library_finds(place: Place, capsys: Captured) ->
     assert out.startswith(whence.regimes(whence.open_influence(place.influence), recorded, query=1).summary)
 
 
+def test_coreset_keeps_what_the_library_keeps(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """The whole table in a file and in the forms for machines, the first ten for people."""
+    recorded = whence.open_run(place.run, task_at(place.at("task")))
+    words = "coreset", place.run, "--task", place.at("task"), "--fraction"
+    expected = whence.select_coreset(recorded, 0.95, method="loss")
+    out, err = run(capsys, *words, "0.95", "--method", "loss", "--form", "csv", "--out", str(tmp_path / "kept.csv"))
+    assert pl.read_csv(StringIO(out)).equals(expected)
+    assert pl.read_csv(tmp_path / "kept.csv").equals(expected)
+    assert next_words(err) == ["info", place.run]
+    out, _ = run(capsys, *words, "0.95")
+    assert out.startswith("11 samples kept, by dve; the first 10\n\nsample")
+    assert len(out.splitlines()) == 2 + 11 + 2
+    assert next_words(out)[:2] == ["coreset", place.run]
+    out, _ = run(capsys, *words, "0.5", "--method", "dit", "--form", "json")
+    assert pl.read_json(StringIO(out)).equals(whence.select_coreset(recorded, 0.5, method="dit"))
+
+
 def test_trust_states_three_checks(place: Place, capsys: Captured) -> None:
     """The statement has a line for each check, and success is the exit code 0."""
     out, _ = run(capsys, "trust", place.run, place.influence, *place.references, "--removals", "12")

@@ -29,6 +29,7 @@ FLAGS = {
     "evaluate": ["RUN", "INFLUENCE", "--task", "--queries", "--bank", "--form"],
     "forget": ["RUN", "--task", "--samples", "--out", "--replay", "--test"],
     "clean": ["RUN", "--task", "--method", "--validation", "--out", "--form"],
+    "coreset": ["RUN", "--task", "--fraction", "--method", "--out", "--form"],
 }
 
 Verb = Callable[..., object]

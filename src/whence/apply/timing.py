@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
-import torch
 from jaxtyping import Bool, Float64, Int64
 
 from whence.errors import BadSetting, ImpossibleWindow, NoRegimes, OtherRun
 from whence.influence.influence import Influence, State
 from whence.influence.regimes import Regimes, of_rates
-from whence.methods.changes import Nudge, Steps
+from whence.methods.changes import Steps, sharing
 from whence.methods.retrain import perturb
 from whence.queries import Query
 from whence.replay.state import Step
@@ -131,7 +130,9 @@ def worth_selecting(
     drawn = np.where(influence.sample >= 0, np.random.default_rng(seed).random(influence.sample.shape), np.inf)
     chance = _lowest(drawn, harmful.sum(axis=1))
     left_out = [which & steps[:, None] for which in (harmful, chance) for steps in within]
-    found = perturb(run, queries, [_without(gone, influence) for gone in left_out], observed_at=(run.steps,))
+    real = influence.sample >= 0
+    changes = [sharing(real & ~gone, real) for gone in left_out]
+    found = perturb(run, queries, changes, observed_at=(run.steps,))
     change, by_chance = np.split(found.change[:, 0].mean(axis=0), 2)
     table = pl.DataFrame(
         {
@@ -187,11 +188,3 @@ def _lowest(
     """The lowest few scores of every step; of equals the first slots."""
     ranks = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1)
     return ranks < counts[:, None]
-
-
-def _without(gone: Bool[np.ndarray, "step slot"], influence: Influence) -> Nudge:
-    """Weights of 0 for some slots, the others sharing what is left: as a move away from weights of 1."""
-    real = influence.sample >= 0
-    kept = real & ~gone
-    weights = kept * (real.sum(axis=1) / np.maximum(kept.sum(axis=1), 1))[:, None]
-    return Nudge(direction=torch.from_numpy(weights - real), size=1.0)

@@ -12,6 +12,7 @@ from tyro.extras import SubcommandApp
 from whence.cli import (
     attribute,
     clean,
+    coreset,
     curve,
     demo,
     evaluate,
@@ -39,6 +40,7 @@ VERBS = (
     evaluate.evaluate,
     forget.forget,
     clean.clean,
+    coreset.coreset,
 )
 DESCRIPTION = (
     "Which training samples made a PyTorch model what it is, and when.\n\n"

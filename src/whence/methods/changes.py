@@ -4,8 +4,9 @@ import abc
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from whence.run.run import Run
@@ -42,6 +43,15 @@ class Nudge(Change):
         """Weights of a step's slots."""
         width = len(run.step(step).samples)
         return 1 + self.size * self.direction[step, :width].double()
+
+
+def sharing(kept: Bool[np.ndarray, "step slot"], real: Bool[np.ndarray, "step slot"]) -> Nudge:
+    """Weight 0 for all real slots but those kept, which share what was there: a step is as long as it was.
+
+    A step of which nothing is kept has no gradient (but the penalty's).
+    """
+    share = real.sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
+    return Nudge(direction=torch.from_numpy(kept * share[:, None] - real), size=1.0)
 
 
 @final

@@ -152,6 +152,10 @@ class Embeddings:
             found.append(pl.DataFrame({"sample": ids, "similarity": similarity}))
         return pl.concat(found).sort("similarity", descending=True, maintain_order=True).head(k)
 
+    def summed(self) -> Float[np.ndarray, "sample coordinate"]:
+        """Embeddings towards the end, summed over the visits of each sample, in the order of the run's `ids`."""
+        return np.concatenate([summed.cpu().numpy() for _, summed in self._summed(self.run.ids)])
+
     def __repr__(self) -> str:
         """Sizes and settings in two lines."""
         told = ", ".join(f"{name}={value!r}" for name, value in self.about.settings.items())
