@@ -47,6 +47,11 @@ def stack(trees: Sequence[Tree]) -> Tree:
     return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
+def joined(trees: Sequence[Tree]) -> Tree:
+    """One stack of several, one behind the other."""
+    return {name: torch.cat([tree[name] for tree in trees]) for name in trees[0]}
+
+
 def cast(value: Value, dtype: torch.dtype | None, device: torch.device | str | None = None) -> Value:
     """Move every tensor of a nested value to a device, and every floating one to a precision.
 

@@ -86,6 +86,24 @@ def query() -> whence.Custom:
     return whence.Custom(lambda model: cross_entropy(model(inputs.double()), labels), labels=["loss"])
 
 
+@pytest.mark.parametrize(
+    "method",
+    [whence.TracIn(), whence.GradientDot(), whence.DIT(curvature=whence.Zero())],
+    ids=lambda m: type(m).__name__,
+)
+def test_every_method_counts_by_id(method: Any, tmp_path: Path) -> None:
+    """A total is the sum over the slots in which the log has the id."""
+    run = streamed(tmp_path / "run")
+    influence = method.attribute(run, query())
+    values, expected = influence.values()[0, -1], dict.fromkeys(sorted(IDS), 0.0)
+    for step in run.log:
+        for slot, sample in enumerate(step.samples):
+            expected[sample] += float(values[step.index, slot])
+    assert influence.ids.tolist() == sorted(IDS)
+    assert np.abs(values).max() > 0
+    np.testing.assert_allclose(influence.total()[0, -1], list(expected.values()), rtol=1e-6)
+
+
 def test_tables_show_ids(tmp_path: Path) -> None:
     """Rankings, curves, visits, patterns and the long table agree about who is who."""
     run = streamed(tmp_path / "run")

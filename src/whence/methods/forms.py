@@ -16,10 +16,10 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from whence.methods.near import Near, joined
+from whence.methods.near import Near
 from whence.methods.row_gradients import paired, products
 from whence.task import Batch
-from whence.tree import Tree, add, each
+from whence.tree import Tree, add, each, joined
 
 Scores = Callable[[Batch], Float[Tensor, "direction row"]]
 

@@ -1,12 +1,11 @@
 """A training's loss around one of its states, by gradients and differences of gradients."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
@@ -97,8 +96,3 @@ class Near:
             vector = {name: half * product[name] for name, half in halves.items()}
             found = float(length(vector))
         return found
-
-
-def joined(stacks: Sequence[Tree]) -> Tree:
-    """One stack of several."""
-    return {name: torch.cat([tree[name] for tree in stacks]) for name in stacks[0]}

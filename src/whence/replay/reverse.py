@@ -28,7 +28,7 @@ from whence.replay.slope import Slope, Tangent
 from whence.replay.state import State, elementwise
 from whence.replay.strands import strands
 from whence.replay.transition import Piece, Transition, gathered
-from whence.tree import Tree, each
+from whence.tree import Tree, each, joined
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ class Cotangent:
     def join(self, other: "Cotangent") -> "Cotangent":
         """Both, one after the other along the query axis."""
         return Cotangent(
-            _joined(self.params, other.params),
-            _joined(self.buffers, other.buffers),
-            {name: _joined(tree, other.moments[name]) for name, tree in self.moments.items() if tree},
+            joined([self.params, other.params]),
+            joined([self.buffers, other.buffers]),
+            {name: joined([tree, other.moments[name]]) for name, tree in self.moments.items() if tree},
         )
 
     def norms(self) -> Float[Tensor, " query"]:
@@ -64,10 +64,6 @@ class Cotangent:
         by_tensor = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in self.params.values()]
         whole: Tensor = torch.linalg.vector_norm(torch.stack(by_tensor), dim=0)
         return whole
-
-
-def _joined(left: Tree, right: Tree) -> Tree:
-    return {name: torch.cat([tensor, right[name]]) for name, tensor in left.items()}
 
 
 def start(state: State, params: Tree, buffers: Tree) -> Cotangent:
@@ -184,7 +180,7 @@ def _halved(linear: Linearised, grads: Tree, buffers: Tree) -> tuple[Tree, Tree,
     middle = len(next(iter(grads.values()))) // 2
     parts = slice(0, middle), slice(middle, None)
     first, last = (pull_rows(linear, rows_of(grads, part), rows_of(buffers, part)) for part in parts)
-    return _joined(first[0], last[0]), _joined(first[1], last[1]), torch.cat([first[2], last[2]])
+    return joined([first[0], last[0]]), joined([first[1], last[1]]), torch.cat([first[2], last[2]])
 
 
 def rows_of(tree: Tree, rows: slice) -> Tree:
