@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float64
 
-from whence.apply.held_out import cross
+from whence.apply.held_out import FOLDS, cross
 from whence.apply.scores import ROWS, class_count, el2n, labels, losses, margins, outputs, pieces, probabilities
 from whence.apply.timing import check_same
 from whence.errors import BadSetting, NotFinite
@@ -89,7 +89,7 @@ def find_mislabeled(
     _check(method, validation=validation, window=window, out=out)
     asked = _Asked(run, tuple(chosen_states(run, checkpoints)), validation, window)
     if method == "held-out":
-        crossed = cross(run, asked.states)
+        crossed = cross(run, asked.states, folds=min(FOLDS, run.samples))
         scores, chances = (crossed.out + crossed.inside) / 2, crossed.chances
     else:
         scores = asked.harm_of(method) if isinstance(method, Influence) else RANKINGS[method](asked)
