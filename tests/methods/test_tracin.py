@@ -261,3 +261,36 @@ def test_a_result_says_how_it_was_made(tmp_path: Path) -> None:
 def test_the_cases_keep_every_second_state(tmp_path: Path) -> None:
     """The oracle counts on it."""
     assert recorded("sgd", tmp_path).kept == (0, 2, 4, 5)
+
+
+MANY_WAYS = ["adamw", "tied, adamw", "batchnorm, adamw", "penalty", "accumulation, batchnorm", "twice in a batch"]
+
+
+@pytest.mark.parametrize("name", MANY_WAYS)
+def test_many_queries_get_what_few_get(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether samples' gradients are formed or not; where batch norm mixes samples, they are not."""
+    run = recorded(name, tmp_path)
+    queries = whence.Loss(rows(), samples=range(len(rows())))
+    for method in (whence.TracIn(), whence.GradientDot()):
+        monkeypatch.setattr("whence.replay.products.MANY", 1000)
+        few = method.attribute(run, queries)
+        monkeypatch.setattr("whence.replay.products.MANY", 2)
+        many = method.attribute(run, queries)
+        np.testing.assert_allclose(many.values(), few.values(), rtol=1e-9, atol=1e-14)
+
+
+def test_many_queries_of_a_loss_that_couples_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sample has a gradient of its own; the derivative along each direction is taken."""
+    model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
+    task = whence.Task(model, data, lambda outputs, _: (outputs - outputs.mean(0)).square().sum(1))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with whence.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        for inputs, _ in recorder.watch(DataLoader(data, 3)):
+            outputs = model(inputs)
+            (outputs - outputs.mean(0)).square().sum(1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run = whence.open_run(tmp_path / "run", task)
+    few = whence.TracIn().attribute(run, asked()).values()
+    monkeypatch.setattr("whence.replay.products.MANY", 1)
+    np.testing.assert_array_equal(whence.TracIn().attribute(run, asked()).values(), few)

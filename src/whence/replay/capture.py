@@ -96,7 +96,8 @@ def watched(piece: Piece, params: Tree, buffers: Tree) -> "Watched":
             gradient, after, losses = whole or piece.gradient(params, buffers, None)
         else:
             gradient = _with_penalty(piece, params, dict(zip(leaves, found[len(edges) :], strict=True)))
-    return Watched(piece, losses.detach(), gradient, {name: tensor.detach() for name, tensor in after.items()}, seen)
+    left = {name: tensor.detach() for name, tensor in after.items()}
+    return Watched(piece, losses.detach(), gradient, left, seen, watching.froze)
 
 
 def _with_penalty(piece: Piece, params: Tree, gradient: Mapping[str, Tensor | None]) -> Tree:
@@ -140,6 +141,7 @@ class Watched:
         gradient: the piece's part of the step's gradient, like that of `Piece.gradient`.
         buffers: as the forward pass left them.
         seen: the graph; it is as large as that of a training step, and lives as long as this.
+        froze: whether the rows take a batch's statistics for constants, where the gradient does not.
     """
 
     piece: Piece
@@ -147,6 +149,7 @@ class Watched:
     gradient: Tree
     buffers: Tree
     seen: _Seen | None = None
+    froze: bool = False
 
     def rows(self, sides: Sequence[Reductions], losses: Sequence[Loss | None] = (None,)) -> Rows:
         """Projected gradients of the samples' losses, not divided by the batch; by loss and by set of reductions.
