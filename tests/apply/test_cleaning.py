@@ -25,7 +25,7 @@ from whence.errors import BadSetting, NoClasses, OtherRun, RowsNotReadable
 from whence.run.run import Run
 
 WRONG = [3, 17, 40, 77, 90]
-METHODS = ["held-out", "mean-loss", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"]
+METHODS = ["mean-loss", "held-out", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"]
 
 
 def suspicion(run: Run, **options: Any) -> np.ndarray:
@@ -198,4 +198,4 @@ def test_a_method_that_is_none_is_told() -> None:
     """With those that there are, in a process without the tests' own type checks."""
     code = "import whence\ntry: whence.find_mislabeled(None, method='guess')\nexcept whence.WhenceError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("method='guess' is no setting; give 'held-out', 'mean-loss'")
+    assert done.stdout.startswith("method='guess' is no setting; give 'mean-loss', 'held-out'")

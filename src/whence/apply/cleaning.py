@@ -31,7 +31,7 @@ from whence.run.run import Run
 from whence.task import Rows
 from whence.tree import cast
 
-Method = Literal["held-out", "mean-loss", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"]
+Method = Literal["mean-loss", "held-out", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"]
 Window = tuple[int, int]
 Suspicion = Float64[np.ndarray, " sample"]
 WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
@@ -43,7 +43,7 @@ WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
 def find_mislabeled(
     run: Run,
     *,
-    method: Method | Influence = "held-out",
+    method: Method | Influence = "mean-loss",
     validation: Rows | None = None,
     window: Window | None = None,
     checkpoints: int | Sequence[int] = 10,
@@ -51,9 +51,9 @@ def find_mislabeled(
 ) -> pl.DataFrame:
     """Rank the training samples by how likely their label is wrong.
 
+    * "mean-loss": loss, averaged over checkpoints;
     * "held-out": the same distance as "el2n" (the loss, where there are no classes) in re-runs of the training, half of
       it from those that left the sample out: 20 re-runs, stacked;
-    * "mean-loss": loss, averaged over checkpoints;
     * "margin": best other class less the label's, averaged over checkpoints;
     * "el2n": distance of the probabilities from the label, averaged over checkpoints;
     * "loss": loss at the end;

@@ -17,8 +17,8 @@ def clean(
     *,
     task: Reference,
     method: Literal[
-        "held-out", "mean-loss", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"
-    ] = "held-out",
+        "mean-loss", "held-out", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"
+    ] = "mean-loss",
     validation: Annotated[str | None, arg(metavar="FILE.py:NAME")] = None,
     out: Path | None = None,
     form: Form = "table",
