@@ -83,7 +83,7 @@ def test_rankings_are_what_they_say(tmp_path: Path) -> None:
     for method, wanted in expected.items():
         np.testing.assert_allclose(suspicion(run, method=method, checkpoints=states), wanted, rtol=1e-9)
     crossed = cross(run, states)
-    found = suspicion(run, checkpoints=states)
+    found = suspicion(run, method="held-out", checkpoints=states)
     np.testing.assert_allclose(found, (crossed.out + crossed.inside) / 2, rtol=1e-12)
 
 
