@@ -155,6 +155,11 @@ class Trial:
         """Influence on the validation losses, by the embeddings."""
         return self.embeddings.attribute(self.queries)
 
+    @cached_property
+    def learned(self) -> Any:
+        """The four fifths of every class with the least loss at the end."""
+        return whence.select_coreset(self.run, 0.8, method="loss")
+
     def select(self, fraction: float, method: Any, **options: Any) -> list[int]:
         """Samples kept by the library."""
         found: list[int] = whence.select_coreset(self.run, fraction, method=method, **options)["sample"].to_list()
@@ -217,6 +222,7 @@ ROWS: dict[str, Callable[[Trial, float], list[int]]] = {
     "influence alone": lambda trial, fraction: trial.most_helpful(fraction),
     "embeddings": lambda trial, fraction: trial.select(fraction, trial.embeddings),
     "embeddings, not balanced": lambda trial, fraction: trial.select(fraction, trial.embeddings, balanced=False),
+    "embeddings, learned": lambda trial, fraction: trial.select(fraction, trial.embeddings, among=trial.learned),
     "validation": lambda trial, fraction: trial.select(fraction, trial.influence),
     "validation, not balanced": lambda trial, fraction: trial.select(fraction, trial.influence, balanced=False),
 }

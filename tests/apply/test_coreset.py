@@ -15,7 +15,7 @@ from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked
 from whence.apply.coreset import last_inputs
 from whence.apply.herding import herded, quotas
-from whence.errors import BadSetting, EmbeddedElsewhere, NoClasses, OtherRun, RowsNotReadable
+from whence.errors import BadSetting, EmbeddedElsewhere, NoClasses, OtherRun, RowsNotReadable, UnknownSample
 from whence.run.run import Run
 
 METHODS = "dve", "dit", "diff-in", "tracin", "herding", "el2n", "loss", "random"
@@ -90,6 +90,18 @@ def test_scores_order_what_is_kept(run: Run) -> None:
     hard = whence.select_coreset(run, 0.25, method="el2n", balanced=False)["score"].to_numpy()
     assert (np.diff(hard) <= 0).all()
     assert hard[-1] >= whence.select_coreset(run, 1.0, method="el2n")["score"].sort(descending=True)[9]
+
+
+def test_it_may_choose_among_some(run: Run) -> None:
+    """The fraction stays one of all; of too few, all are kept; a table will do, and so will numbers."""
+    among = whence.select_coreset(run, 0.5, method="loss")
+    kept = whence.select_coreset(run, 0.2, among=among)
+    assert set(kept["sample"]) <= set(among["sample"])
+    assert kept["label"].value_counts().sort("label")["count"].to_list() == [3, 2, 2, 1]
+    assert whence.select_coreset(run, 0.2, among=among["sample"].to_list()).equals(kept)
+    assert set(whence.select_coreset(run, 0.9, among=among)["sample"]) == set(among["sample"])
+    with pytest.raises(UnknownSample):
+        whence.select_coreset(run, among=[0, ROWS])
 
 
 def test_random_draws_follow_the_seed(run: Run) -> None:

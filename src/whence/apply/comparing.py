@@ -85,14 +85,23 @@ def compare_coresets(
     return pl.DataFrame(told | {"change": loss - loss[0]} | accuracy)
 
 
+def numbers(samples: Samples) -> Int[np.ndarray, " kept"]:
+    """Samples in order, each once; of a table, its column `sample`.
+
+    >>> numbers(pl.DataFrame({"sample": [5, 2, 5]})).tolist()
+    [2, 5]
+    """
+    column = samples["sample"] if isinstance(samples, pl.DataFrame) else samples
+    return np.unique(np.asarray(column, dtype=np.int64))
+
+
 def _ids(run: Run, name: str, samples: Samples) -> Int[np.ndarray, " kept"]:
     """The samples of a part, each once.
 
     Raises:
         BadSetting: there are none.
     """
-    column = samples["sample"] if isinstance(samples, pl.DataFrame) else samples
-    found = np.unique(np.asarray(column, dtype=np.int64))
+    found = numbers(samples)
     if not len(found):
         raise BadSetting(f"coresets[{name!r}]", list(samples), "at least one sample")
     places(run.ids, found.tolist())

@@ -1,7 +1,7 @@
 """A part of the training set that stands for all of it: chosen by influence, or by the usual baselines."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 import polars as pl
@@ -9,10 +9,12 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from whence.apply import scores
+from whence.apply.comparing import Samples, numbers
 from whence.apply.herding import herded, quotas
 from whence.apply.timing import check_same
 from whence.errors import BadSetting, EmbeddedElsewhere, NoClasses, RowsNotReadable
 from whence.influence.influence import Influence
+from whence.influence.tables import places
 from whence.methods.diff_in import DiffIn
 from whence.methods.dit import DIT
 from whence.methods.embeddings import Embeddings
@@ -34,6 +36,19 @@ Choose = Callable[[Places, int], Places]  # so many of a group
 Chooser = tuple[Float[np.ndarray, " sample"] | None, Choose]
 
 
+class CoresetOptions(TypedDict, total=False):
+    """Options of a choice.
+
+    Attributes:
+        among: samples to choose from, as numbers or as a table with them; default all. Of fewer than are to be kept,
+            all are.
+        seed: of the random choices; default 0.
+    """
+
+    among: Samples
+    seed: int
+
+
 def select_coreset(
     run: Run,
     fraction: float = 0.3,
@@ -41,7 +56,7 @@ def select_coreset(
     queries: Query | None = None,
     method: str | Influence | Embeddings = "dve",
     balanced: bool | None = None,
-    seed: int = 0,
+    **options: Unpack[CoresetOptions],
 ) -> pl.DataFrame:
     r"""Keep the part of the training set that stands best for all of it.
 
@@ -57,14 +72,14 @@ def select_coreset(
 
     Args:
         run: the recorded training on everything.
-        fraction: share that is kept, above 0 and at most 1.
+        fraction: share that is kept, above 0 and at most 1, of all samples that the training saw.
         queries: losses of validation rows, best one by one; by default those of at most 256 rows of the training set,
             the influence of a row on its own loss left out. Embeddings need none.
         method: "dve", "dit" (a sweep per query: ask few), "diff-in", "tracin", or an `Influence` or `Embeddings` at
             hand. For comparison: "herding" in the inputs of the model's last layer; "el2n", the samples that the first
             epochs got most wrong; "loss", those with the least loss at the end; "random".
         balanced: every class keeps its share of samples; by default, where the task has classes.
-        seed: of the random choices.
+        **options: see `CoresetOptions`.
 
     Returns:
         One row per kept sample, the best first: sample, score, rank (from 1), and label where there are classes. The
@@ -76,15 +91,17 @@ def select_coreset(
         EmbeddedElsewhere: the embeddings are of another run.
         NoClasses: classes are to be balanced, and the task has none.
         RowsNotReadable: training losses cannot be asked about, since samples have ids of their own.
+        UnknownSample: a sample to choose from that the training set does not have.
     """
     if not 0 < fraction <= 1:
         raise BadSetting("fraction", fraction, "a share above 0 and at most 1")
-    labels, seen = _labels(run, needed=balanced is True), _seen(run)
-    groups = [seen]
+    labels, seen, among = _labels(run, needed=balanced is True), _seen(run), options.get("among")
+    pool = seen if among is None else np.intersect1d(seen, places(run.ids, numbers(among).tolist()))
+    groups = [pool]
     if labels is not None and balanced is not False:
-        groups = [seen[labels[seen] == label] for label in np.unique(labels[seen])]
-    score, choose = _chooser(run, method, queries, seed=seed)
-    chosen = _in_turns(groups, max(1, round(fraction * len(seen))), choose)
+        groups = [pool[labels[pool] == label] for label in np.unique(labels[pool])]
+    score, choose = _chooser(run, method, queries, seed=options.get("seed", 0))
+    chosen = _in_turns(groups, min(max(1, round(fraction * len(seen))), len(pool)), choose)
     table = {
         "sample": run.ids[chosen],
         "score": pl.Series([None] * len(chosen) if score is None else score[chosen], dtype=pl.Float64),
