@@ -23,8 +23,8 @@ import whence
 from bench.data import digits
 from whence.errors import EmbeddingGrew
 from whence.influence.agreement import pearson
-from whence.methods.changes import Removal
-from whence.methods.retrain import perturb
+from whence.methods.again.changes import Removal
+from whence.methods.again.retrain import perturb
 
 SAMPLES, SLOTS, EPOCHS, WIDTH, QUERIES, REMOVALS = 512, 32, 10, 32, 8, 30
 TRAININGS = {

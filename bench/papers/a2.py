@@ -16,8 +16,8 @@ from bench.papers.ones_and_sevens import EPOCHS, accuracy, recorded
 from bench.papers.rows import Figures, Row
 from whence.apply.trust import SIZES, steadiest
 from whence.influence import agreement
-from whence.methods.changes import Nudge
-from whence.methods.retrain import perturb
+from whence.methods.again.changes import Nudge
+from whence.methods.again.retrain import perturb
 
 PATTERNS = ("stable", "early", "late", "fluctuating")
 

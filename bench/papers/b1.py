@@ -24,8 +24,8 @@ import whence
 from bench import data
 from bench.cases import Case, TrainedCase
 from whence.influence.agreement import Interval, bootstrap, spearman
-from whence.methods.changes import Removal
-from whence.methods.retrain import perturb
+from whence.methods.again.changes import Removal
+from whence.methods.again.retrain import perturb
 
 REMOVALS, TEST, SINGLE = 60, 200, 8
 COLUMNS = ("last epoch", "any epoch", "all visits")

@@ -30,7 +30,7 @@ from bench.papers import docstrings
 from bench.papers.seeds import Figures, kept, line, told
 from whence.apply import scores
 from whence.influence.agreement import precision_at
-from whence.methods.course import chosen_states
+from whence.methods.few_states.course import chosen_states
 
 FOLDER = Path("runs/papers/c2")
 ROWS, RIGHT, SLOTS, SEEDS = 1000, 200, 50, range(5)

@@ -31,7 +31,7 @@ from bench import data
 from bench.models import GPT
 from whence.apply.forgetting import PROBES, forget
 from whence.apply.forgotten import Forgotten, Judge
-from whence.methods.removal import Group, moved
+from whence.methods.again.removal import Group, moved
 from whence.replay.reverse import Rules
 
 FOLDER = Path("runs/papers/c4")

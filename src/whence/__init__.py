@@ -39,19 +39,19 @@ _HOME = {
     "DIT": "whence.methods.dit",
     "TracIn": "whence.methods.tracin",
     "GradientDot": "whence.methods.tracin",
-    "DataValueEmbedding": "whence.methods.value_embedding",
-    "Embeddings": "whence.methods.embeddings",
-    "open_embeddings": "whence.methods.embeddings",
-    "DiffIn": "whence.methods.diff_in",
-    "Checkpoints": "whence.methods.checkpoints",
+    "DataValueEmbedding": "whence.methods.embedding.value_embedding",
+    "Embeddings": "whence.methods.embedding.embeddings",
+    "open_embeddings": "whence.methods.embedding.embeddings",
+    "DiffIn": "whence.methods.few_states.diff_in",
+    "Checkpoints": "whence.methods.few_states.checkpoints",
     "Hessian": "whence.replay.curvature",
     "GaussNewton": "whence.replay.curvature",
     "EmpiricalFisher": "whence.replay.curvature",
     "Zero": "whence.replay.curvature",
     "Tangent": "whence.replay.slope",
     "Secant": "whence.replay.slope",
-    "leave_one_out": "whence.methods.retrain",
-    "retrain": "whence.methods.retrain",
+    "leave_one_out": "whence.methods.again.retrain",
+    "retrain": "whence.methods.again.retrain",
     "Influence": "whence.influence.influence",
     "open_influence": "whence.influence.influence",
     "patterns": "whence.influence.patterns",
@@ -87,16 +87,16 @@ if TYPE_CHECKING:
     from whence.influence.patterns import patterns as patterns
     from whence.language import TokenMean as TokenMean
     from whence.language import language_model as language_model
-    from whence.methods.checkpoints import Checkpoints as Checkpoints
-    from whence.methods.diff_in import DiffIn as DiffIn
+    from whence.methods.again.retrain import leave_one_out as leave_one_out
+    from whence.methods.again.retrain import retrain as retrain
     from whence.methods.dit import DIT as DIT
-    from whence.methods.embeddings import Embeddings as Embeddings
-    from whence.methods.embeddings import open_embeddings as open_embeddings
-    from whence.methods.retrain import leave_one_out as leave_one_out
-    from whence.methods.retrain import retrain as retrain
+    from whence.methods.embedding.embeddings import Embeddings as Embeddings
+    from whence.methods.embedding.embeddings import open_embeddings as open_embeddings
+    from whence.methods.embedding.value_embedding import DataValueEmbedding as DataValueEmbedding
+    from whence.methods.few_states.checkpoints import Checkpoints as Checkpoints
+    from whence.methods.few_states.diff_in import DiffIn as DiffIn
     from whence.methods.tracin import GradientDot as GradientDot
     from whence.methods.tracin import TracIn as TracIn
-    from whence.methods.value_embedding import DataValueEmbedding as DataValueEmbedding
     from whence.queries import Averaged as Averaged
     from whence.queries import Custom as Custom
     from whence.queries import Feature as Feature

@@ -18,7 +18,7 @@ from tests.record.test_ids import streamed
 from whence.apply import forgetting
 from whence.errors import BadCheckpoint, BadSetting, UnknownId, UnknownSample
 from whence.influence.agreement import auc
-from whence.methods.removal import Group, moved
+from whence.methods.again.removal import Group, moved
 from whence.replay.reverse import Rules
 from whence.run.run import Run
 

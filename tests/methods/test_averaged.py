@@ -17,8 +17,8 @@ from tests.methods.test_dit import Stopped
 from tests.methods.test_exact import asked, assert_exact, read
 from tests.oracles import nudge
 from whence.errors import BadSetting, DifferentInfluence, TooLittleMemory
+from whence.methods.again.retrain import retrain
 from whence.methods.memory import Limits, budget
-from whence.methods.retrain import retrain
 from whence.queries import Query
 from whence.replay.reverse import pull_back
 from whence.replay.transition import Transition

@@ -10,7 +10,7 @@ from tests.cases import rows
 from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked
 from whence.errors import BadSetting, DamagedBank, OtherRun
-from whence.methods.rerunning import Rerunning
+from whence.methods.again.rerunning import Rerunning
 
 GROUPS = [[0], [4], [0, 3, 5]]
 

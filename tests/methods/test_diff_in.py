@@ -17,12 +17,12 @@ from tests.cases import CASES, CLASSES, FEATURES, SGD, mlp, rows
 from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked, read
 from tests.oracles.diff_in import Oracle
-from whence.methods.course import chosen_states, course_of
-from whence.methods.diff_in import REACH
-from whence.methods.differences import Differences, length
-from whence.methods.forms import Corrected
+from whence.methods.few_states.course import chosen_states, course_of
+from whence.methods.few_states.diff_in import REACH
+from whence.methods.few_states.differences import Differences, length
+from whence.methods.few_states.forms import Corrected
+from whence.methods.few_states.terms import Terms
 from whence.methods.row_gradients import evaluating
-from whence.methods.terms import Terms
 from whence.run.run import Run
 
 BY_NAME = {case.name: case for case in CASES}

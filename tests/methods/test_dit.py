@@ -51,8 +51,8 @@ def test_windows_and_visits_are_derivatives_of_their_own_retrainings(name: str, 
 
 def change(run: Run, sample: int, size: float, steps: tuple[int, int], states: tuple[int, ...]) -> np.ndarray:
     """Central difference of the queries when a sample's weight is lowered at the steps [a, b)."""
-    from whence.methods.changes import Nudge  # noqa: PLC0415
-    from whence.methods.retrain import perturb  # noqa: PLC0415
+    from whence.methods.again.changes import Nudge  # noqa: PLC0415
+    from whence.methods.again.retrain import perturb  # noqa: PLC0415
 
     direction = torch.zeros(run.steps, max(len(step.samples) for step in run.log))
     for step in run.log[steps[0] : steps[1]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from whence.errors import BadSetting
-from whence.methods.projection import Kind, Projection, projection
+from whence.methods.embedding.projection import Kind, Projection, projection
 from whence.replay.sides import Dense, Sides
 
 SHAPES = {"matrix": (6, 5), "kernel": (4, 3, 2, 2), "vector": (7,), "number": ()}

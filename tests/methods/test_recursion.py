@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from tests.oracles.value_recursion import products, value_embeddings
 from whence.errors import EmbeddingGrew
-from whence.methods.recursion import Transport, Visits, back_over
+from whence.methods.embedding.recursion import Transport, Visits, back_over
 
 STEPS, SLOTS, RANK = 9, 3, 12
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

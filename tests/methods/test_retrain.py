@@ -13,7 +13,7 @@ from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked, read
 from tests.oracles.nudge import observe
 from whence.errors import ImpossibleWindow, UnknownSample
-from whence.methods.retrain import retrain
+from whence.methods.again.retrain import retrain
 from whence.replay.forward import gradients_of_each, rerun
 
 CHOSEN = [

@@ -26,9 +26,9 @@ from whence.errors import (
     UnfinishedEmbeddings,
 )
 from whence.influence.tables import Order
-from whence.methods.capturing import Gathering
-from whence.methods.embedding_store import EmbeddingStore
-from whence.methods.projection import Kind
+from whence.methods.embedding.capturing import Gathering
+from whence.methods.embedding.embedding_store import EmbeddingStore
+from whence.methods.embedding.projection import Kind
 from whence.replay.state import State
 from whence.run.run import Run
 
@@ -134,7 +134,7 @@ def test_rows_and_columns_of_rates_come_near_to_those_of_entries(
     """Nearer than a plain rate does; the three ways to follow AdamW."""
     run = recorded("adamw", tmp_path)
     exact = whole(fisher="empirical", projection="mask").attribute(run, asked()).values()
-    monkeypatch.setattr("whence.methods.capturing.picks", lambda _: False)
+    monkeypatch.setattr("whence.methods.embedding.capturing.picks", lambda _: False)
     factored = whole(fisher="empirical").attribute(run, asked()).values()
     plain = whole(fisher="empirical", follow="rate").attribute(run, asked()).values()
 
@@ -168,7 +168,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
     run = recorded("adamw", tmp_path)
     truth = small(segments=2).embed(run, out=tmp_path / "whole").values()
     np.testing.assert_array_equal(small(segments=2).embed(run).values(), truth)
-    monkeypatch.setattr("whence.methods.embedding_store.SHORTEST", 2)
+    monkeypatch.setattr("whence.methods.embedding.embedding_store.SHORTEST", 2)
     real, writes = EmbeddingStore.write, 0
 
     def failing(self: EmbeddingStore, name: str, values: np.ndarray, start: int) -> None:
@@ -197,7 +197,7 @@ def test_between_kept_states_it_goes_on_to_the_same_bits(
 ) -> None:
     """And what is not killed never goes back to a kept state."""
     run, begun, (real, mark) = recorded(name, tmp_path), list[int](), (Gathering.before, EmbeddingStore.mark_captured)
-    monkeypatch.setattr("whence.methods.embedding_store.SHORTEST", 3)
+    monkeypatch.setattr("whence.methods.embedding.embedding_store.SHORTEST", 3)
 
     def before(self: Gathering, step: int) -> State:
         begun.append(step)
@@ -261,7 +261,7 @@ def test_the_best_samples_come_without_the_matrix(tmp_path: Path, monkeypatch: p
     embeddings = small(segments=2).embed(run)
     influence = embeddings.attribute(asked())
     for size in (10**9, 1):
-        monkeypatch.setattr("whence.methods.embeddings.SUM_BYTES", size)
+        monkeypatch.setattr("whence.methods.embedding.embeddings.SUM_BYTES", size)
         for order in get_args(Order):
             found = embeddings.top(asked(), 4, order=order)
             assert found.columns == ["query", "rank", "sample", "influence"]

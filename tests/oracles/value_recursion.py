@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from whence.methods.recursion import Visits
+from whence.methods.embedding.recursion import Visits
 
 
 def factor(visits: Visits, damping: float = 0.0) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import whence
 from tests.loops import Loop, adam, backward, mlp, moody, recorded, refused, rows
 from whence.errors import ReplayMismatch, UnexplainedGradient
-from whence.methods.retrain import retrain
+from whence.methods.again.retrain import retrain
 from whence.queries import values
 from whence.replay.transition import Transition
 from whence.run import journal

@@ -18,7 +18,7 @@ from tests.replay.layers import LAYERS, SLOTS, WIDTH, Layer, Mapped
 from whence.batchnorm import tracking
 from whence.errors import CoupledLoss
 from whence.language import language_model
-from whence.methods.projection import Projection, projection
+from whence.methods.embedding.projection import Projection, projection
 from whence.replay import explained
 from whence.replay.capture import captured, watched
 from whence.replay.sides import Sides

@@ -13,7 +13,7 @@ from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked
 from tests.oracles.group import change_by_removal
 from tests.record.test_autocast import under_autocast
-from whence.methods.removal import Group, moved
+from whence.methods.again.removal import Group, moved
 from whence.queries import gradients
 from whence.replay import strands
 from whence.replay.curvature import Curvature

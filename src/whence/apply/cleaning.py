@@ -18,13 +18,13 @@ from whence.apply.timing import check_same
 from whence.errors import BadSetting, NotFinite
 from whence.influence.influence import Influence
 from whence.influence.tables import ranking
-from whence.methods.course import chosen_states, point_at
-from whence.methods.diff_in import DiffIn
 from whence.methods.dit import DIT
+from whence.methods.embedding.value_embedding import DataValueEmbedding
+from whence.methods.few_states.course import chosen_states, point_at
+from whence.methods.few_states.diff_in import DiffIn
 from whence.methods.memory import CACHE
 from whence.methods.observe import ObservedAt
 from whence.methods.row_gradients import RowGradients, evaluating
-from whence.methods.value_embedding import DataValueEmbedding
 from whence.queries import Loss
 from whence.run.files import replacing
 from whence.run.run import Run

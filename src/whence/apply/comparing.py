@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from whence.apply.scores import class_labels, class_scores
 from whence.errors import BadSetting, NoClasses
 from whence.influence.tables import places
-from whence.methods.changes import sharing
+from whence.methods.again.changes import sharing
+from whence.methods.again.retrain import perturb
 from whence.methods.dit import slots
-from whence.methods.retrain import perturb
 from whence.methods.row_gradients import evaluating
 from whence.queries import Query
 from whence.queries.rows import RowQuery

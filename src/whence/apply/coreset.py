@@ -15,11 +15,11 @@ from whence.apply.timing import check_same
 from whence.errors import BadSetting, EmbeddedElsewhere, NoClasses, RowsNotReadable
 from whence.influence.influence import Influence
 from whence.influence.tables import places
-from whence.methods.diff_in import DiffIn
 from whence.methods.dit import DIT
-from whence.methods.embeddings import Embeddings
+from whence.methods.embedding.embeddings import Embeddings
+from whence.methods.embedding.value_embedding import DataValueEmbedding
+from whence.methods.few_states.diff_in import DiffIn
 from whence.methods.tracin import TracIn
-from whence.methods.value_embedding import DataValueEmbedding
 from whence.queries import Loss, Query
 from whence.run.run import Run
 

@@ -16,7 +16,7 @@ from whence.influence import agreement
 from whence.influence.agreement import Interval, Statistic
 from whence.influence.influence import Influence
 from whence.influence.tables import places
-from whence.methods.retrain import Denominator, Retrained, retrain
+from whence.methods.again.retrain import Denominator, Retrained, retrain
 from whence.queries import Query
 from whence.run.run import Run
 

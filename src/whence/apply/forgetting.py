@@ -12,10 +12,10 @@ from torch import Tensor
 
 from whence import compiled
 from whence.errors import BadSetting
-from whence.methods.checkpoints import Checkpoints
-from whence.methods.diff_in import DiffIn
+from whence.methods.again.removal import Group, moved
 from whence.methods.dit import DIT
-from whence.methods.removal import Group, moved
+from whence.methods.few_states.checkpoints import Checkpoints
+from whence.methods.few_states.diff_in import DiffIn
 from whence.replay.curvature import Curvature
 from whence.replay.reverse import Rules
 from whence.replay.state import State

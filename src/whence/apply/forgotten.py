@@ -10,9 +10,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from whence.influence.agreement import auc
-from whence.methods.checkpoints import matched, tensors_of
-from whence.methods.removal import Group
-from whence.methods.retrain import Denominator
+from whence.methods.again.removal import Group
+from whence.methods.again.retrain import Denominator
+from whence.methods.few_states.checkpoints import matched, tensors_of
 from whence.methods.row_gradients import evaluating
 from whence.replay.state import State
 from whence.run.run import Run

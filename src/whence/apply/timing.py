@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float64, Int64
 from whence.errors import BadSetting, ImpossibleWindow, NoRegimes, OtherRun
 from whence.influence.influence import Influence, State
 from whence.influence.regimes import Regimes, of_rates
-from whence.methods.changes import Steps, sharing
-from whence.methods.retrain import perturb
+from whence.methods.again.changes import Steps, sharing
+from whence.methods.again.retrain import perturb
 from whence.queries import Query
 from whence.replay.state import Step
 from whence.run.manifest import Manifest

@@ -18,9 +18,9 @@ from whence.influence import agreement
 from whence.influence.agreement import Interval
 from whence.influence.influence import Influence
 from whence.influence.tables import places
-from whence.methods.changes import Nudge
+from whence.methods.again.changes import Nudge
+from whence.methods.again.retrain import Denominator, perturb, retrain
 from whence.methods.dit import precision
-from whence.methods.retrain import Denominator, perturb, retrain
 from whence.queries import Query
 from whence.run.run import AUTOCAST, Run, Verification
 

@@ -37,8 +37,8 @@ def attribute(
             state).
     """
     from whence.methods.dit import DIT
+    from whence.methods.embedding.value_embedding import DataValueEmbedding
     from whence.methods.tracin import GradientDot, TracIn
-    from whence.methods.value_embedding import DataValueEmbedding
     from whence.run.run import open_run
 
     methods: dict[str, DIT | DataValueEmbedding | TracIn | GradientDot] = {

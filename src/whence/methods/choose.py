@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from whence.influence import agreement
 from whence.influence.tables import places
-from whence.methods.retrain import Denominator, retrain
+from whence.methods.again.retrain import Denominator, retrain
 from whence.queries import Query
 from whence.queries.few import few
 from whence.replay.curvature import GaussNewton, Hessian

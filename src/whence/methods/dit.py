@@ -23,6 +23,7 @@ from whence.errors import BadSetting
 from whence.influence.influence import Influence
 from whence.influence.layout import Description
 from whence.influence.writer import InfluenceWriter
+from whence.methods.again.retrain import Denominator
 from whence.methods.choose import candidates, choose
 from whence.methods.compiling import TOGETHER, Compiled, check_compiled, programs
 from whence.methods.cotangents import CotangentStore
@@ -30,7 +31,6 @@ from whence.methods.memory import Budget, Limits, begun_chunk, begun_settings, b
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.reading import Reading, reading
 from whence.methods.renormalize import check_renormalizable, renormalized
-from whence.methods.retrain import Denominator
 from whence.queries import Averaged, Query
 from whence.replay.curvature import Curvature, Hessian
 from whence.replay.heap import kept_heap

@@ -16,7 +16,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from whence.methods.course import Point
+from whence.methods.few_states.course import Point
 from whence.task import Batch, Task, size_of
 from whence.tree import Tree, add, cast, each, stack
 

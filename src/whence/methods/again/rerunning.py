@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from whence.methods.changes import Change
+from whence.methods.again.changes import Change
 from whence.queries import Averaged, Query
 from whence.replay.average import as_read
 from whence.replay.forward import rerun

@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from whence.clipping import ClipValue
-from whence.methods.embedding_store import EmbeddingStore
-from whence.methods.projection import Kind, Projection, projection
+from whence.methods.embedding.embedding_store import EmbeddingStore
+from whence.methods.embedding.projection import Kind, Projection, projection
 from whence.methods.viewpoint import rates
 from whence.replay.capture import Watched, watched
 from whence.replay.lasting import Lasting, lasting

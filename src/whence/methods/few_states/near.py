@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
-from whence.methods.course import Point
-from whence.methods.differences import Differences, length
+from whence.methods.few_states.course import Point
+from whence.methods.few_states.differences import Differences, length
+from whence.methods.few_states.subspace import Subspace, mixed
 from whence.methods.row_gradients import Proxy, RowGradients, paired
-from whence.methods.subspace import Subspace, mixed
 from whence.replay.forward import select
 from whence.task import Batch
 from whence.tree import Tree, stack

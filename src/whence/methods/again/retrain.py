@@ -15,11 +15,11 @@ from jaxtyping import Float
 
 from whence.errors import ImpossibleWindow
 from whence.influence.tables import places
-from whence.methods.bank import Bank, banked
-from whence.methods.changes import Change, Removal, Steps
+from whence.methods.again.bank import Bank, banked
+from whence.methods.again.changes import Change, Removal, Steps
+from whence.methods.again.rerunning import Rerunning, Stack
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.renormalize import check_renormalizable
-from whence.methods.rerunning import Rerunning, Stack
 from whence.queries import Query, values
 from whence.replay.forward import each_run
 from whence.run.run import Run

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from whence.compiled import parameters, plain
 from whence.errors import BadCheckpoint, DamagedFile, NoCheckpoints
-from whence.methods.course import Course, Point
-from whence.methods.differences import precise
+from whence.methods.few_states.course import Course, Point
+from whence.methods.few_states.differences import precise
 from whence.task import Task
 from whence.tree import Tree, cast
 

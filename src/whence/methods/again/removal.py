@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from whence.influence.tables import places
-from whence.methods.changes import Removal
+from whence.methods.again.changes import Removal
+from whence.methods.again.rerunning import as_trained
 from whence.methods.renormalize import check_renormalizable
-from whence.methods.rerunning import as_trained
 from whence.replay.forward import rerun
 from whence.replay.jacobian import SECOND_MOMENTS
 from whence.replay.push import Changed, push_forward

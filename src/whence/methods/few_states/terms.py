@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Float64
 from torch import Tensor
 
-from whence.methods.course import Course, Point, drawn
-from whence.methods.differences import Differences, full_precision
-from whence.methods.forms import Form
+from whence.methods.few_states.course import Course, Point, drawn
+from whence.methods.few_states.differences import Differences, full_precision
+from whence.methods.few_states.forms import Form
+from whence.methods.few_states.near import Near
 from whence.methods.memory import CACHE
-from whence.methods.near import Near
 from whence.methods.row_gradients import Proxy, RowGradients, evaluating
 from whence.queries import Query, gradients
 from whence.task import Batch

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from whence.errors import BadSetting, NoDraw
 from whence.influence.influence import Influence
-from whence.methods.capturing import Fisher, Follow, Gathering, blocks_of, projection_for
 from whence.methods.dit import precision, slots
-from whence.methods.embedding_store import About, EmbeddingStore
-from whence.methods.embeddings import Embeddings
+from whence.methods.embedding.capturing import Fisher, Follow, Gathering, blocks_of, projection_for
+from whence.methods.embedding.embedding_store import About, EmbeddingStore
+from whence.methods.embedding.embeddings import Embeddings
+from whence.methods.embedding.projection import Kind
+from whence.methods.embedding.recursion import Transport, Visits, back_over
 from whence.methods.observe import ObservedAt, observed_states
-from whence.methods.projection import Kind
-from whence.methods.recursion import Transport, Visits, back_over
 from whence.queries import Query
 from whence.replay.heap import kept_heap
 from whence.run.run import Run

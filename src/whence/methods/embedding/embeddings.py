@@ -24,11 +24,11 @@ from whence.influence import tables
 from whence.influence.influence import Influence
 from whence.influence.tables import Order
 from whence.influence.writer import InfluenceWriter
-from whence.methods.capturing import projection_for
 from whence.methods.dit import begun_writer, described
-from whence.methods.embedding_store import About, EmbeddingStore
+from whence.methods.embedding.capturing import projection_for
+from whence.methods.embedding.embedding_store import About, EmbeddingStore
+from whence.methods.embedding.projection import Projection
 from whence.methods.observe import ObservedAt, observed_states
-from whence.methods.projection import Projection
 from whence.methods.reading import slopes_at
 from whence.queries import Averaged, Query
 from whence.queries.few import Few

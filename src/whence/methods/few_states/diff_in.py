@@ -25,13 +25,13 @@ from whence.influence.influence import Influence
 from whence.influence.layout import Description
 from whence.influence.tables import places
 from whence.influence.writer import InfluenceWriter
-from whence.methods.checkpoints import Checkpoints
-from whence.methods.course import Course, course_of, spread
-from whence.methods.differences import Differences, Sides
 from whence.methods.dit import described, slots
-from whence.methods.forms import Corrected, Published
+from whence.methods.few_states.checkpoints import Checkpoints
+from whence.methods.few_states.course import Course, course_of, spread
+from whence.methods.few_states.differences import Differences, Sides
+from whence.methods.few_states.forms import Corrected, Published
+from whence.methods.few_states.terms import Terms
 from whence.methods.observe import ObservedAt, observed_states
-from whence.methods.terms import Terms
 from whence.queries import Averaged, Query
 from whence.run.run import Run
 from whence.tree import Tree, each

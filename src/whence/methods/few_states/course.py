@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 
 from whence.errors import NoSuchState, RowsNotReadable
-from whence.methods.differences import precise
+from whence.methods.few_states.differences import precise
 from whence.methods.viewpoint import rates, shares
 from whence.run.run import Run
 from whence.task import Task

@@ -16,7 +16,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from whence.methods.near import Near
+from whence.methods.few_states.near import Near
 from whence.methods.row_gradients import paired, products
 from whence.task import Batch
 from whence.tree import Tree, add, each, joined

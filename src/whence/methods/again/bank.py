@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from whence.errors import BadSetting, DamagedBank, OtherRun
-from whence.methods.changes import Removal, Steps
-from whence.methods.rerunning import Observed, Rerunning, Stack
+from whence.methods.again.changes import Removal, Steps
+from whence.methods.again.rerunning import Observed, Rerunning, Stack
 from whence.queries import Averaged
 from whence.replay.state import State
 from whence.run.files import replacing

@@ -1,0 +1,1 @@
+"""Ground truth: trainings run again with changed weights of samples."""

@@ -1,0 +1,1 @@
+"""Data Value Embedding: a vector for every visit."""

@@ -1,0 +1,1 @@
+"""Diff-In: influence from a few states."""
