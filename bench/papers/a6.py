@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import whence
 from bench import data
@@ -88,7 +88,7 @@ def _two_phases(seed: int) -> tuple[whence.Run, TensorDataset, np.ndarray]:
     folder = Path(tempfile.mkdtemp()) / "run"
     with whence.Recorder(folder, task, optimizer) as recorder:
         for phase in (first, ~first):
-            loader = DataLoader(Subset(rows, np.flatnonzero(phase).tolist()), SLOTS, shuffle=True)
+            loader = DataLoader(rows, SLOTS, sampler=SubsetRandomSampler(np.flatnonzero(phase).tolist()))
             for _ in range(EPOCHS):
                 for inputs, labels in recorder.watch(loader):
                     cross_entropy(model(inputs), labels).backward()

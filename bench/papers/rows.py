@@ -26,6 +26,7 @@ class Row:
         seeds: how many seeds.
         published: what the paper says, by figure.
         bars: what must hold, by figure, in words.
+        drawn: whether its many figures are a picture, and no lines of the table.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row:
     seeds: int = 5
     published: Mapping[str, str] = field(default_factory=dict)
     bars: Mapping[str, str] = field(default_factory=dict)
+    drawn: bool = False
 
     @property
     def path(self) -> Path:
@@ -67,11 +69,15 @@ class Row:
     def lines(self) -> list[str]:
         """The row as lines of a Markdown table, one a figure: figure, paper, bar, here, seeds."""
         kept = list(self.kept().values())
-        names = [name for name in (kept[0] if kept else ()) if name != "processor seconds"]
-        cost = np.mean([figures["processor seconds"] for figures in kept]) if kept else 0.0
+        if not kept:
+            return []
+        cost = np.mean([figures["processor seconds"] for figures in kept])
+        about = f"**{self.name}** {self.about} ({cost:.0f} s a seed)"
+        if self.drawn:
+            return [f"| {about} | drawn | | | | {len(kept)} |"]
         lines = []
-        for place, name in enumerate(names):
-            label = f"**{self.name}** {self.about} ({cost:.0f} s a seed)" if place == 0 else ""
+        for place, name in enumerate(name for name in kept[0] if name != "processor seconds"):
+            label = about if place == 0 else ""
             values = np.array([figures[name] for figures in kept])
             cells = name, self.published.get(name, ""), self.bars.get(name, ""), told(values), len(values)
             lines.append(f"| {label} | " + " | ".join(map(str, cells)) + " |")
@@ -83,9 +89,10 @@ def told(values: np.ndarray) -> str:
     known = values[np.isfinite(values)]
     if len(known) == 0:
         return "none"
-    mean, half = known.mean(), 0.0
-    if len(known) > 1:
-        half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known)))
+    mean = known.mean()
+    if len(known) == 1:
+        return f"{mean:.3g}"
+    half = float(stats.t.ppf(0.975, len(known) - 1) * stats.sem(known))
     if abs(mean) < 1e-3 and mean != 0:
         return f"{mean:.1e}, at most {known.max():.1e}"
     return f"{mean:.3f} ± {half:.3f}, median {np.median(known):.3f}"
