@@ -64,7 +64,7 @@ def phases(seed: int) -> Figures:
     early, late = np.flatnonzero(first), np.flatnonzero(~first)
     old = whence.Loss(test, samples=torch.nonzero(test.tensors[1] < 5)[:, 0].tolist(), aggregate="mean")
     influence = whence.DIT().attribute(run, old, observed_at="epochs")
-    middle = run.steps // 2
+    middle = run.epochs[EPOCHS - 1]
     table = dict(whence.patterns(influence).select("sample", "pattern").rows())
     removed = np.random.default_rng(seed).choice(late, REMOVALS, replace=False).tolist()
     window = influence.window(middle, run.steps)[:, removed].astype(np.float64)

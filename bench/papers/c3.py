@@ -81,6 +81,6 @@ def measure(seed: int, *, rate: float) -> Figures:
 
 
 ROWS = tuple(
-    Row(f"C3-{name}", f"Diff-In on digits, SGD lr {rate:g}", partial(measure, rate=rate), 5, drawn=True)
+    Row(f"C3-{name}", f"Diff-In on digits, SGD lr {rate:g}", partial(measure, rate=rate), 3, drawn=True)
     for name, rate in RATES.items()
 )
