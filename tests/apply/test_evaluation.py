@@ -83,6 +83,8 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
         whence.evaluate(run, {"told": np.zeros((1, 2))}, asked())
     with pytest.raises(BadSetting, match="shares"):
         whence.evaluate(run, found, shares=(5.0,))
+    with pytest.raises(BadSetting, match="removal=4 is no setting; give only removals, shares, groups"):
+        whence.evaluate(run, found, removal=4)  # type: ignore[call-arg]
     with pytest.raises(BadSetting, match="several by name"):
         whence.evaluate(run, {}, asked())
     with pytest.raises(BadSetting, match="removals"):
