@@ -120,6 +120,8 @@ def evaluate(
     if wrong is not None:
         guilty = np.zeros(len(run.ids), dtype=bool)
         guilty[places(run.ids, wrong)] = True
+        if not 0 < guilty.sum() < len(guilty):
+            raise BadSetting("wrong", f"{guilty.sum()} samples", "None, or some samples of the training set, not all")
         rows += _finding(scores, guilty, seed=effort.get("seed", 0))
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
 
