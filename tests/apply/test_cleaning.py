@@ -185,6 +185,9 @@ def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: P
         "validation": {"method": "loss", "validation": rows()},
         "window": {"window": (0, 3)},
         "out='review.txt'": {"out": "review.txt"},
+        "checkpoints=0": {"checkpoints": 0},
+        "one or more states": {"checkpoints": []},
+        "state 0 is untrained": {"checkpoints": [0, 2]},
     }
     for told, options in refused.items():
         with pytest.raises(BadSetting, match=told):

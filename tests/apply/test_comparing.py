@@ -113,8 +113,10 @@ def test_numbers_have_losses_and_no_accuracy(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
-    """An empty part, a sample that is none, fewer than no draws."""
+    """No part, an empty part, a sample that is none, fewer than no draws."""
     run = recorded("sgd", tmp_path)
+    with pytest.raises(BadSetting, match="at least one part"):
+        whence.compare_coresets(run, {}, JUDGE)
     with pytest.raises(BadSetting, match="nothing"):
         whence.compare_coresets(run, {"nothing": []}, JUDGE)
     with pytest.raises(UnknownSample, match="9"):

@@ -173,7 +173,7 @@ def test_samples_with_ids_are_told_by_their_ids(tmp_path: Path) -> None:
     table = whence.select_coreset(run, 0.5, method="dve")
     assert table["sample"].is_between(100, 100 + ROWS - 1).all()
     assert table["label"].to_list() == run.task.data.tensors[1][table["sample"].to_numpy() - 100].tolist()
-    with pytest.raises(RowsNotReadable):
+    with pytest.raises(RowsNotReadable, match="Give queries=, or a method that needs none \\('dve', 'random'"):
         whence.select_coreset(run, method="dit")
 
 

@@ -69,24 +69,36 @@ def test_samples_known_to_be_wrong_are_looked_for(tmp_path: Path) -> None:
     assert table["reruns"].to_list() == [0, 0, 0]
 
 
+def test_an_effort_that_is_none_is_refused(tmp_path: Path) -> None:
+    """A misspelt option, a share above all, one removal, no wrong samples."""
+    run = recorded("sgd", tmp_path)
+    scores = {"told": np.zeros((len(asked().names), run.samples))}
+    with pytest.raises(BadSetting, match="removal=4 is no setting; give only removals, shares, groups"):
+        whence.evaluate(run, scores, asked(), removal=4)  # type: ignore[call-arg]
+    with pytest.raises(BadSetting, match="shares"):
+        whence.evaluate(run, scores, asked(), removals=0, shares=(5.0,))
+    with pytest.raises(BadSetting, match="removals"):
+        whence.evaluate(run, scores, asked(), removals=1)
+    with pytest.raises(BadSetting, match="wrong='0 samples'"):
+        whence.evaluate(run, scores, asked(), wrong=[], removals=0, shares=())
+
+
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
-    """Another run, other queries, an earlier end, other shapes, shares that are none."""
+    """Another run, other queries, an earlier end, other shapes, nothing to judge."""
     run = recorded("sgd", tmp_path)
     found = whence.DIT().attribute(run, asked())
     with pytest.raises(OtherRun):
         whence.evaluate(recorded("sgd", tmp_path / "again"), found)
-    with pytest.raises(WithoutQueries):
+    with pytest.raises(WithoutQueries, match=r"Give queries=, the ones named"):
+        whence.evaluate(run, found, whence.Loss(run.task.data, aggregate="mean"))
+    with pytest.raises(WithoutQueries, match=r"Give queries=, a whence\.Loss"):
         whence.evaluate(run, {"told": found.total()[:, -1].astype(np.float64)})
     with pytest.raises(NotObserved):
         whence.evaluate(run, whence.DIT().attribute(run, asked(), observed_at=1))
     with pytest.raises(BadSetting, match="shape"):
         whence.evaluate(run, {"told": np.zeros((1, 2))}, asked())
-    with pytest.raises(BadSetting, match="shares"):
-        whence.evaluate(run, found, shares=(5.0,))
     with pytest.raises(BadSetting, match="several by name"):
         whence.evaluate(run, {}, asked())
-    with pytest.raises(BadSetting, match="removals"):
-        whence.evaluate(run, found, removals=1)
     renormalized = whence.DIT(denominator="renormalize").attribute(run, asked())
     with pytest.raises(BadSetting, match="denominator"):
         whence.evaluate(run, {"keep": found, "share": renormalized})

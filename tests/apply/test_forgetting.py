@@ -173,6 +173,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         whence.forget(run, [2], replay=1, method=whence.DiffIn())
     with pytest.raises(BadSetting, match="GaussNewton"):
         whence.forget(run, [2], method=whence.DIT(curvature="auto"))
+    with pytest.raises(BadSetting, match="at least one row"):
+        whence.judge_forgetting(run, [2], {}, test=[])
     with pytest.raises(BadCheckpoint, match="has no parameter"):
         whence.judge_forgetting(run, [2], {}, test=TEST)
 

@@ -95,6 +95,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         whence.regimes(influence, recorded("sgd", tmp_path / "again"))
     with pytest.raises(BadSetting, match="drop"):
         whence.worth_selecting(run, influence, asked(), drop=1.0)
+    with pytest.raises(BadSetting, match="ranges"):
+        whence.worth_selecting(run, influence, asked(), ranges={})
     with pytest.raises(ImpossibleWindow):
         whence.worth_selecting(run, influence, asked(), ranges={"too long": [(0, run.steps + 1)]})
     flat = replace(example(), levels=(1.0, 1.0, 1.0))

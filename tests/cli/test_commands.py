@@ -192,7 +192,7 @@ def test_clean_lists_what_the_library_lists(place: Place, capsys: Captured, tmp_
     assert pl.read_csv(path)["sample"].to_list() == expected["sample"].to_list()
     assert next_words(err)[0] == "attribute"
     out, _ = run(capsys, "clean", place.run, *task, "--method", "loss")
-    assert out.startswith("the first 12 of 12 samples, by loss\n")
+    assert out.startswith("the 12 most suspicious of 12 samples, by loss\n")
     assert next_words(out) == ["clean", place.run, *task, "--method", "loss", "--out", "review.csv"]
 
 

@@ -68,6 +68,27 @@ def test_no_queries_in_a_file(capsys: Captured, place: Place, tmp_path: Path) ->
     assert "There is no Query in it." in failing(capsys, "attribute", place.run, *flags)
 
 
+def test_only_data_sets_are_named_as_such(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """Strings and classes have a length and items, too; and nothing is written before the rows are found."""
+    flags = ("--task", place.at("task"), "--samples", "3", "--out", str(tmp_path / "model.safetensors"))
+    said = failing(capsys, "forget", place.run, *flags, "--test", place.at("nothing"))
+    assert said.endswith("my_file.py has no 'nothing'. A data set there: data.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("coreset", "--out", "kept.parquet"), "out='kept.parquet' is no setting; give the name of a file that ends"),
+        (("forget", "--samples", "3", "--out", "model.pt"), "ends with .safetensors"),
+        (("forget", "--out", "model.safetensors", "--samples"), "give at least one sample to forget"),
+    ],
+)
+def test_files_and_samples_that_are_none(place: Place, capsys: Captured, *, words: tuple[str, ...], said: str) -> None:
+    """A file is not written in a format that its name denies, and nothing is not forgotten."""
+    assert said in failing(capsys, words[0], place.run, "--task", place.at("task"), *words[1:])
+
+
 def test_errors_of_the_library_are_lines_too(place: Place, capsys: Captured, tmp_path: Path) -> None:
     """A folder without a run or an influence, an unknown sample, query or window: no traceback."""
     assert "holds no run" in failing(capsys, "info", str(tmp_path))

@@ -72,5 +72,9 @@ def test_a_bank_of_another_run_or_of_something_else_is_refused(tmp_path: Path) -
     with pytest.raises(BadSetting, match="bank"):
         whence.retrain(run, whence.Averaged(asked()), GROUPS, bank=bank)
     next(bank.iterdir()).write_bytes(b"something else")
-    with pytest.raises(DamagedBank, match="Delete it"):
+    with pytest.raises(DamagedBank, match="delete the file"):
         whence.retrain(run, asked(), GROUPS, bank=bank)
+    with pytest.raises(DamagedBank, match="a folder of its own"):
+        whence.retrain(run, asked(), GROUPS, bank=run.path / "states")
+    with pytest.raises(BadSetting, match="this is a file"):
+        whence.retrain(run, asked(), GROUPS, bank=run.path / "manifest.json")

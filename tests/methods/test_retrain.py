@@ -12,7 +12,7 @@ from tests.cases import CASES, Case, rows, train
 from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked, read
 from tests.oracles.nudge import observe
-from whence.errors import ImpossibleWindow, UnknownSample
+from whence.errors import BadSetting, ImpossibleWindow, UnknownSample
 from whence.methods.again.retrain import retrain
 from whence.replay.forward import gradients_of_each, rerun
 
@@ -133,6 +133,8 @@ def test_impossible_removals_are_refused(tmp_path: Path) -> None:
         whence.leave_one_out(run, asked(), samples=[2, 9])
     with pytest.raises(ImpossibleWindow, match="7"):
         whence.leave_one_out(run, asked(), samples=[2], window=(1, 7))
+    with pytest.raises(BadSetting, match="weigth=2 is no setting; give only denominator, dtype, batch, weight, bank"):
+        whence.leave_one_out(run, asked(), samples=[2], weigth=2)  # type: ignore[call-arg]
 
 
 def test_the_plain_loop_is_what_was_recorded(tmp_path: Path) -> None:

@@ -62,9 +62,11 @@ def compare_coresets(
         rows with classes, accuracy on these rows.
 
     Raises:
-        BadSetting: a part is empty, or the number of draws is below 0.
+        BadSetting: there is no part, one is empty, or the number of draws is below 0.
         UnknownSample: a sample that the training set does not have.
     """
+    if not coresets:
+        raise BadSetting("coresets", dict(coresets), "at least one part by name, like {'mine': samples}")
     if draws < 0:
         raise BadSetting("draws", draws, "a number from 0")
     table, draw = slots(run), np.random.default_rng(seed)

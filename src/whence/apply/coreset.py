@@ -184,7 +184,8 @@ def _attributed(run: Run, method: str, queries: Query | None, *, seed: int) -> F
     if method not in METHODS:
         raise BadSetting("method", method, ", ".join(map(repr, get_args(Method))) + ", an Influence or Embeddings")
     if queries is None and run.has_ids:
-        raise RowsNotReadable("select_coreset without queries")
+        others = ", ".join(map(repr, ("dve", *BASELINES)))
+        raise RowsNotReadable(f"{method!r} without queries", f"Give queries=, or a method that needs none ({others})")
     rows = np.sort(np.random.default_rng(seed).choice(run.samples, min(ASKED, run.samples), replace=False))
     asked = Loss(run.task.data, samples=rows.tolist()) if queries is None else queries
     found: np.ndarray = METHODS[method]().attribute(run, asked).total()[:, -1]

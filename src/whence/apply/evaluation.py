@@ -16,7 +16,7 @@ from whence.influence import agreement
 from whence.influence.agreement import Interval, Statistic
 from whence.influence.influence import Influence
 from whence.influence.tables import places
-from whence.methods.again.retrain import Denominator, Retrained, retrain
+from whence.methods.again.retrain import Denominator, Retrained, check_options, retrain
 from whence.queries import Query
 from whence.run.run import Run
 
@@ -98,9 +98,10 @@ def evaluate(
         OtherRun: an influence is of another run.
         WithoutQueries: the queries are not known, or not those of an influence.
         NotObserved: an influence does not see the end of training.
-        BadSetting: a share or a number of removals that is none; scores of another shape; influences of two kinds of
-            denominator, which no removal can judge together.
+        BadSetting: an option, a share or a number of removals that is none; scores of another shape; influences of two
+            kinds of denominator, which no removal can judge together.
     """
+    check_options(effort, Effort)
     if not isinstance(influence, Influence) and not influence:
         raise BadSetting("influence", influence, "an influence, or several by name")
     named = {influence.method: influence} if isinstance(influence, Influence) else dict(influence)
@@ -119,6 +120,8 @@ def evaluate(
     if wrong is not None:
         guilty = np.zeros(len(run.ids), dtype=bool)
         guilty[places(run.ids, wrong)] = True
+        if not 0 < guilty.sum() < len(guilty):
+            raise BadSetting("wrong", f"{guilty.sum()} samples", "None, or some samples of the training set, not all")
         rows += _finding(scores, guilty, seed=effort.get("seed", 0))
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
 

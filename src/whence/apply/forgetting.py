@@ -78,6 +78,8 @@ def forget(
         if replay:
             raise BadSetting("replay", replay, "0 with a DiffIn, which knows no state to go on from")
         return _by_diff_in(run, samples, method)
+    if method is not None and not isinstance(method, DIT):
+        raise BadSetting("method", method, "whence.DIT(), whence.DiffIn(form='corrected') or None")
     if isinstance(run, Checkpoints):
         raise BadSetting("method", method, "whence.DiffIn(form='corrected'): checkpoints hold no steps to run")
     if not 0 <= replay <= run.steps:

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import final, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from whence.errors import BadSetting
 from whence.influence.agreement import auc
 from whence.methods.again.removal import Group
 from whence.methods.again.retrain import Denominator
@@ -98,7 +99,12 @@ def judge_forgetting(
         UnknownSample: a sample that the training set does not have.
         UnknownId: a sample that the training did not see, where samples have ids of their own.
         BadCheckpoint: the state is not of this model; the message names the tensor.
+        BadSetting: there are no test rows, or the denominator is none.
     """
+    if not len(test):
+        raise BadSetting("test", test, "at least one row that was not trained on")
+    if denominator not in get_args(Denominator):
+        raise BadSetting("denominator", denominator, "'keep' or 'renormalize'")
     return Judge.of(run, samples, denominator=denominator)(state, test)
 
 

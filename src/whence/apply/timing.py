@@ -117,13 +117,15 @@ def worth_selecting(
 
     Raises:
         OtherRun: the influence is of another run.
-        BadSetting: `drop` is not between 0 and 1.
+        BadSetting: `drop` is not between 0 and 1, or there is no range.
         NoRegimes: no ranges are given, and the run has no three regimes.
         ImpossibleWindow: a stretch does not lie within the training.
     """
     check_same(influence, run)
     if not 0 < drop < 1:
         raise BadSetting("drop", drop, "a share between 0 and 1")
+    if ranges is not None and not ranges:
+        raise BadSetting("ranges", ranges, "None, or at least one range by name, like {'first tenth': [(0, 40)]}")
     chosen = of_regimes(regimes(influence, run)) if ranges is None else ranges
     within = [_within(stretches, run.steps) for stretches in chosen.values()]
     harmful = _most_harmful(influence, drop)

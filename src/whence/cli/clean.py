@@ -44,7 +44,7 @@ def clean(
     table = find_mislabeled(open_run(run, task_at(task)), method=method, validation=rows, out=out)
     first = table.head(FIRST) if form == "table" else table
     where = "" if out is None else f"; all of them are in {out}"
-    show.table(first, form, caption=f"the first {len(first)} of {len(table)} samples, by {method}{where}")
+    show.table(first, form, caption=f"the {len(first)} most suspicious of {len(table)} samples, by {method}{where}")
     if out is None:
         show.next_command("clean", run, "--task", task, "--method", method, "--out", "review.csv", form=form)
     else:

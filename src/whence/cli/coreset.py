@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from whence.cli import show
-from whence.cli.arguments import Form, Reference, RunFolder
+from whence.cli.arguments import Form, Reference, RunFolder, check_file
 from whence.cli.reference import task_at
 
 FIRST = 10  # rows of the printed table
@@ -29,15 +29,18 @@ def coreset(
         fraction: Share of the samples that is kept.
         method: What stands for a sample: dve (what it did to the weights), dit, diff-in, tracin (influence on losses of
             training rows), herding (its features); or what orders samples one by one: el2n, loss, random.
-        out: File for the whole table, as CSV; best first.
+        out: File for the whole table, .csv; best first.
         form: How to print; a table shows the first ten.
     """
     from whence.apply.coreset import select_coreset
+    from whence.run.files import replacing
     from whence.run.run import open_run
 
+    check_file(out, ".csv")
     found = select_coreset(open_run(run, task_at(task)), fraction, method=method)
     if out is not None:
-        found.write_csv(out)
+        with replacing(out) as scratch:
+            found.write_csv(scratch)
     told = f"{len(found)} samples kept, by {method}" + (f"; the first {FIRST}" if len(found) > FIRST else "")
     show.table(found.head(FIRST) if form == "table" else found, form, caption=told)
     if out is None:

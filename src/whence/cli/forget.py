@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from whence.cli import show
-from whence.cli.arguments import Reference, RunFolder
+from whence.cli.arguments import Reference, RunFolder, check_file
 from whence.cli.reference import beside, rows_at, task_at
 
 Samples = Annotated[tuple[int, ...], arg(metavar="SAMPLE ...")]
@@ -22,7 +22,7 @@ def forget(
     replay: int = 0,
     test: Optional = None,
 ) -> None:
-    """Remove the influence of some samples from the trained model, and write its state_dict to a new file.
+    """Remove the influence of some samples from the trained model, and write its state_dict to a file.
 
     Example: whence forget runs/digits --task my_file.py:task --samples 12 77 --replay 50 --out forgotten.safetensors
 
@@ -33,23 +33,31 @@ def forget(
         run: Folder of a recorded training.
         task: The whence.Task of the training: a Python file and a name in it (the task, or a function that makes it).
         samples: Rows of the training set to forget (or ids, where samples have ids).
-        out: File for the parameters and buffers, in the safetensors format.
+        out: File for the parameters and buffers, .safetensors; it is written anew.
         replay: How many of the last steps run again, truly without the samples; all of them is retraining.
         test: A data set that was not trained on, a Python file and a name in it: compare with retraining on its rows.
+
+    Raises:
+        BadSetting: No samples are named.
     """
     from safetensors.torch import save_file
 
     from whence.apply.forgetting import forget as forgotten
     from whence.apply.forgotten import judge_forgetting
+    from whence.errors import BadSetting
     from whence.run.files import replacing
     from whence.run.run import open_run
 
+    check_file(out, ".safetensors")
+    if not samples:
+        raise BadSetting("samples", "", "at least one sample to forget")
+    rows = None if test is None else rows_at(test)
     recorded = open_run(run, task_at(task))
     state = forgotten(recorded, samples, replay=replay)
     with replacing(out) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, scratch)
     show.say(f"{len(set(samples))} samples forgotten, {len(state)} tensors written to {out}")
-    if test is not None:
-        show.say(judge_forgetting(recorded, samples, state, test=rows_at(test)))
+    if rows is not None:
+        show.say(judge_forgetting(recorded, samples, state, test=rows))
     again = ("--replay", recorded.steps if test else replay, "--test", test or beside(task, "test"))
     show.next_command("forget", run, "--task", task, "--samples", *samples, "--out", out, *again)

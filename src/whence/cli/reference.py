@@ -8,7 +8,7 @@ from inspect import isfunction
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 from whence.errors import BadReference, BrokenFile, NotInFile, WhenceError
 
@@ -37,7 +37,7 @@ def rows_at(reference: str) -> "Rows":
     """The data set that a reference names."""
     from whence.task import Rows
 
-    return _find(reference, Rows)  # type: ignore[type-abstract]
+    return _find(reference, Rows, called="data set")  # type: ignore[type-abstract]
 
 
 def beside(reference: str, name: str) -> str:
@@ -49,7 +49,7 @@ def beside(reference: str, name: str) -> str:
     return f"{reference.rpartition(':')[0]}:{name}"
 
 
-def _find(reference: str, kind: type[Kind]) -> Kind:
+def _find(reference: str, kind: type[Kind], *, called: str | None = None) -> Kind:
     place, _, name = reference.rpartition(":")
     if not place or not name:
         raise BadReference(reference)
@@ -59,10 +59,11 @@ def _find(reference: str, kind: type[Kind]) -> Kind:
     module = _load(path.resolve())
     found = getattr(module, name, None)
     # A function that makes the object is as good as the object.
-    if callable(found) and not isinstance(found, kind):
+    if callable(found) and not _is(found, kind):
         found = _running(path, found)
-    if not isinstance(found, kind):
-        raise NotInFile(reference, kind.__name__, found=type(found).__name__, there=_there(module, kind))
+    if not _is(found, kind):
+        wanted = called or kind.__name__
+        raise NotInFile(reference, wanted, found=type(found).__name__, there=_there(module, kind))
     return found
 
 
@@ -98,7 +99,13 @@ def _running(path: Path, function: Callable[..., object], *arguments: object) ->
 
 def _there(module: ModuleType, kind: type) -> list[str]:
     """Names of a file that hold what is wanted, or a function that says that it makes it."""
-    return [name for name, value in vars(module).items() if isinstance(value, kind) or _makes(value, kind)]
+    own = {name: value for name, value in vars(module).items() if not name.startswith("__")}
+    return [name for name, value in own.items() if _is(value, kind) or _makes(value, kind)]
+
+
+def _is(value: object, kind: type[Kind]) -> TypeGuard[Kind]:
+    """A class or a string has the methods of a data set without being one."""
+    return isinstance(value, kind) and not isinstance(value, type | str)
 
 
 def _makes(value: object, kind: type) -> bool:

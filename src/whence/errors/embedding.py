@@ -35,7 +35,8 @@ class NoDraw(WhenceError):
         self.args = (
             "fisher='true' draws labels from the model, and this task does not say how. Give Task(draw=...): a "
             "function of outputs, batch and generator that draws labels by the outputs and returns the losses [slot] "
-            "with them; whence.classification, regression and language_model have one. Or use fisher='empirical'.",
+            "with them; whence.classification, regression and language_model have one. Or embed with "
+            "whence.DataValueEmbedding(fisher='empirical').",
         )
 
 

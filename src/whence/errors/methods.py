@@ -45,9 +45,10 @@ class WithoutQueries(WhenceError):
     """An influence is to be checked, and what was asked is not known."""
 
     def __init__(self, names: Sequence[str]) -> None:
+        which = f"the ones named {listed(names, most=6)}" if names else "a whence.Loss, for example"
         self.args = (
-            f"The checks ask the queries again, and this influence comes without them. Give the same queries: "
-            f"trust(run, influence, queries=...), with the names {listed(names, most=6)}.",
+            "The checks ask the queries again; an influence from disk comes without them, and it has to be the same "
+            f"ones. Give queries=, {which}.",
         )
 
 
@@ -65,10 +66,10 @@ class CoupledLoss(WhenceError):
 class RowsNotReadable(WhenceError):
     """A method reads rows by number, and the run's samples are ids."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, instead: str = "Use whence.DIT or whence.TracIn") -> None:
         self.args = (
             f"{method} reads rows of the training set by number, and the samples of this run are ids. "
-            "Use whence.DIT or whence.TracIn, or record a run of a data set with row numbers.",
+            f"{instead}, or record a run of a data set with row numbers.",
         )
 
 
@@ -93,4 +94,7 @@ class DamagedBank(WhenceError):
     """A file of a bank of re-runs is not what was written."""
 
     def __init__(self, path: Path, why: str) -> None:
-        self.args = (f"{path} is no file of a bank of re-runs ({why}). Delete it, and its re-runs are made again.",)
+        self.args = (
+            f"{path} is no file of a bank of re-runs ({why}). Give bank= a folder of its own; if this is it, delete "
+            "the file, and its re-runs are made again.",
+        )

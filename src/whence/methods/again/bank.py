@@ -109,8 +109,10 @@ def banked(bank: Bank, again: Rerunning, removals: Sequence[Removal]) -> Iterato
     """The stacks of all removals: from the bank where it has them, else run again and put there first.
 
     Raises:
-        BadSetting: the queries read an average over the training, and a bank has single states.
+        BadSetting: the queries read an average over the training, and a bank has single states; or it is no folder.
     """
+    if bank.folder.is_file():
+        raise BadSetting("bank", str(bank.folder), "a folder, which need not exist yet: this is a file")
     if isinstance(again.queries, Averaged):
         raise BadSetting("bank", bank.folder, "none where queries are Averaged: a bank keeps states, no averages")
     missing = set(range(len(removals)))
@@ -131,5 +133,7 @@ def _head(path: Path) -> Kept:
     try:
         with safe_open(path, framework="pt") as file:
             return msgspec.json.decode(file.metadata()["head"], type=Kept)
-    except (SafetensorError, msgspec.DecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
+        raise DamagedBank(path, "it does not say what was left out") from error
+    except (SafetensorError, msgspec.DecodeError) as error:
         raise DamagedBank(path, str(error)) from error

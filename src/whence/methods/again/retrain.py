@@ -4,7 +4,7 @@ A removed sample keeps its place in the batch and loses its loss term (weight 0)
 two runs of this same engine, the unperturbed one riding along in every stack, never against the recorded weights.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, final
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from whence.errors import ImpossibleWindow
+from whence.errors import BadSetting, ImpossibleWindow
 from whence.influence.tables import places
 from whence.methods.again.bank import Bank, banked
 from whence.methods.again.changes import Change, Removal, Steps
@@ -127,8 +127,10 @@ def retrain(
     Raises:
         UnknownSample: a sample that the training set does not have.
         UnknownId: a sample that the training did not see, where samples have ids of their own.
-        BadSetting: a bank together with queries of an average over the training, which it cannot answer.
+        BadSetting: an option that is none; a bank together with queries of an average over the training, which it
+            cannot answer.
     """
+    check_options(options, RerunOptions)
     places(run.ids, [sample for group in removals for sample in group])
     renormalize = options.get("denominator", "keep") == "renormalize"
     if renormalize:
@@ -140,6 +142,17 @@ def retrain(
     bank = options.get("bank")
     stacks = again.stacks(removed) if bank is None else banked(Bank(Path(bank), run, dtype), again, removed)
     return _read(run, queries, stacks, observed_at=states, changes=len(removed))
+
+
+def check_options(given: Mapping[str, object], known: type) -> None:
+    """A misspelt option would be left out without a word.
+
+    Raises:
+        BadSetting: tells the options that there are.
+    """
+    for name, value in given.items():
+        if name not in known.__annotations__:
+            raise BadSetting(name, value, f"only {', '.join(known.__annotations__)}")
 
 
 def perturb(

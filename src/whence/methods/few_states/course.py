@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from whence.errors import NoSuchState, RowsNotReadable
+from whence.errors import BadSetting, NoSuchState, RowsNotReadable
 from whence.methods.few_states.differences import precise
 from whence.methods.viewpoint import rates, shares
 from whence.run.run import Run
@@ -98,8 +98,13 @@ def chosen_states(run: Run, checkpoints: int | Sequence[int]) -> list[int]:
 
     Raises:
         NoSuchState: a state that the run does not have.
+        BadSetting: no state at all, or the one before training, which knows nothing.
     """
+    if not (checkpoints > 0 if isinstance(checkpoints, int) else len(checkpoints)):
+        raise BadSetting("checkpoints", checkpoints, "a number from 1, or the numbers of one or more states")
     if not isinstance(checkpoints, int):
+        if 0 in checkpoints:
+            raise BadSetting("checkpoints", list(checkpoints), f"states from 1 to {run.steps}: state 0 is untrained")
         for state in checkpoints:
             if not 0 < state <= run.steps:
                 raise NoSuchState(state, run.steps, "state")
