@@ -4,6 +4,7 @@ Decisions: the user's model is copied once as a skeleton without weights, so not
 model; tied parameters are one entry, under the first of their names; a batch is whatever the collate function returns.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -22,6 +23,8 @@ from whence.batchnorm import STATISTICS, RunningStatistics, tracking
 from whence.clipping import ClipNorm, ClipValue
 from whence.errors import BadIds, BadLoss, BadReduction, SharedStorage
 from whence.tree import Tree, cast, plain
+
+log = logging.getLogger(__name__)
 
 Batch = Any  # whatever the collate function returns
 Result = TypeVar("Result")
@@ -221,10 +224,17 @@ class _Binding(nn.Module):
         self.model = model
         self.statistics = RunningStatistics(model)
         self.modules_by_name = dict(model.named_modules())
+        self.one_by_one = False
 
     def forward(self, function: Callable[[nn.Module], Any]) -> Any:
         """Hand the model, with the swapped tensors, to the function."""
         return function(self.model)
+
+    def note_one_by_one(self, error: Exception) -> None:
+        """Say once that rows cannot be differentiated at once, and why."""
+        if not self.one_by_one:
+            log.warning("rows of this model are differentiated one by one: %s", str(error).partition("\n")[0])
+        self.one_by_one = True
 
     def set_modes(self, evaluating: Sequence[str] | None) -> None:
         """Put the named modules into eval mode and all others into train mode; None: all into eval mode."""

@@ -3,7 +3,6 @@
 BatchNorm uses the state's running statistics, and dropout drops nothing.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from whence.methods.few_states.course import Point
 from whence.task import Batch, Task, size_of
 from whence.tree import Tree, add, cast, each, stack
-
-log = logging.getLogger(__name__)
 
 
 @final
@@ -49,7 +46,7 @@ class RowGradients:
         try:
             found: Tree = vmap(slope, in_dims=tuple(axes))(*leaves)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            log.warning("rows of this model are differentiated one by one: %s", str(error).partition("\n")[0])
+            self.task.binding.note_one_by_one(error)
             parts = [
                 [leaf if axis is None else leaf[row] for leaf, axis in zip(leaves, axes, strict=True)]
                 for row in range(size)

@@ -37,7 +37,8 @@ class Few(Query):
         for part in self.queries.parts(task, like, together=together):
             wanted = [index for index, row in enumerate(part.queries) if row in place]
             if wanted:
-                yield Part(tuple(place[part.queries[i]] for i in wanted), part.weights[wanted], part.function)
+                rows = tuple(place[part.queries[i]] for i in wanted)
+                yield replace(part, queries=rows, weights=part.weights[wanted])
 
 
 def few(queries: Query, count: int) -> Query:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from whence.errors import BadQuery
 from whence.queries.query import Mode, Part, Query
-from whence.task import Task
+from whence.task import Batch, Task
 
 
 @final
@@ -43,7 +43,8 @@ class Parameter(Query):
             raise BadQuery(f"parameter {self.name!r}", f"the model has {known}")
         count = len(self.entries)
 
-        def read(model: nn.Module) -> Tensor:
+        def read(model: nn.Module, batch: Batch) -> Tensor:
+            del batch
             owner, _, leaf = self.name.rpartition(".")
             tensor = getattr(model.get_submodule(owner), leaf)
             return torch.stack([tensor[entry] for entry in self.entries])
@@ -75,7 +76,8 @@ class Custom(Query):
         del task, like, together
         count = len(self.labels)
 
-        def read(model: nn.Module) -> Tensor:
+        def read(model: nn.Module, batch: Batch) -> Tensor:
+            del batch
             numbers = self.function(model).reshape(-1)
             if len(numbers) != count:
                 raise BadQuery(f"{count} labels", f"the function returns {len(numbers)} numbers")

@@ -73,22 +73,24 @@ class RowQuery(Query):
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """Blocks of rows; one row at a time where every row is a query that is differentiated on its own."""
-        size = self.batch if together or self.aggregate or self.mode == "train" else 1
-        wide = len(self.columns)
-        for first in range(0, len(self.rows), size):
-            rows = self.rows[first : first + size]
+        alone = not (together or self.aggregate or self.mode == "train")
+        size, at_once = (1, self.batch) if alone else (self.batch, 1)
+        every, wide = self.rows, len(self.columns)
+
+        def numbers(model: nn.Module, batch: Batch) -> Tensor:
+            return self.score(task, model, batch).flatten()
+
+        for first in range(0, len(every), size):
+            rows = every[first : first + size]
             read = plain((self.collate or task.collate)([self.data[row] for row in rows]))
             batch = cast(read, like.dtype, like.device)
             eye = torch.eye(len(rows) * wide, dtype=torch.float64)
             if self.aggregate:
-                mean = eye.view(len(rows), wide, -1).sum(0) / (len(self.rows) if self.aggregate == "mean" else 1)
-                yield Part(tuple(range(wide)), mean, self._numbers(task, batch))
+                mean = eye.view(len(rows), wide, -1).sum(0) / (len(every) if self.aggregate == "mean" else 1)
+                yield Part(tuple(range(wide)), mean, numbers, batch)
             else:
                 queries = range(first * wide, (first + len(rows)) * wide)
-                yield Part(tuple(queries), eye, self._numbers(task, batch))
-
-    def _numbers(self, task: Task, batch: Batch) -> Callable[[nn.Module], Tensor]:
-        return lambda model: self.score(task, model, batch).flatten()
+                yield Part(tuple(queries), eye, numbers, batch, at_once)
 
 
 def Loss(
