@@ -91,14 +91,14 @@ def _ids(run: Run, name: str, samples: Samples) -> Int[np.ndarray, " kept"]:
     """The samples of a part, each once.
 
     Raises:
-        BadSetting: there are none.
+        BadSetting: there are none, or a mask instead.
     """
     column = samples["sample"] if isinstance(samples, pl.DataFrame) else samples
-    found = np.unique(np.asarray(column, dtype=np.int64))
-    if not len(found):
-        raise BadSetting(f"coresets[{name!r}]", list(samples), "at least one sample")
+    found = np.unique(np.asarray(column))
+    if not len(found) or found.dtype.kind not in "iu":  # a mask of true and false would be the samples 0 and 1
+        raise BadSetting(f"coresets[{name!r}]", list(column)[:6], "one or more samples, by their numbers")
     places(run.ids, found.tolist())
-    return found
+    return found.astype(np.int64)
 
 
 def _drawn(draw: np.random.Generator, seen: Int[np.ndarray, " sample"], size: int) -> Int[np.ndarray, " kept"]:
