@@ -58,7 +58,7 @@ def main(seeds: list[int]) -> None:
             given = influence(recorded, name, queries, method=method)
             exact = exact or given
             agreed = pearson(exact.total()[:, -1], given.total()[:, -1])[0] if name == "validation" else np.nan
-            found = whence.regimes(given, recorded)
+            found = whence.regimes(recorded, given)
             print(line(f"{method}, {name}", seed, found), end=f" {agreed:.2f} |\n", flush=True)
             if (seed, method, name) == (0, "dit", "validation"):
                 axes = whence.plot.regimes(found)

@@ -108,6 +108,13 @@ def test_tracin_squares_the_gradient_of_every_row(name: str, tmp_path: Path) -> 
     np.testing.assert_allclose(gradient_sizes(run, states), expected, rtol=1e-9)
 
 
+def test_a_sample_never_seen_did_no_harm(tmp_path: Path) -> None:
+    """None at all, and a table does not show it as less than that."""
+    run = recorded("twice in a batch", tmp_path)
+    table = whence.find_mislabeled(run, method=whence.DIT().attribute(run, whence.Loss(rows())))
+    assert str(table.filter(pl.col("sample") == 8)["score"].item()) == "0.0"
+
+
 @pytest.mark.parametrize(("method", "made"), [("dit", whence.DIT()), ("dve", whence.DataValueEmbedding())])
 def test_harm_is_negative_influence(method: Any, made: whence.DIT | whence.DataValueEmbedding, tmp_path: Path) -> None:
     """On the training set's own loss, on other rows, and on a window; an influence at hand gives the same."""

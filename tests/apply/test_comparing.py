@@ -121,5 +121,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         whence.compare_coresets(run, {"nothing": []}, JUDGE)
     with pytest.raises(UnknownSample, match="9"):
         whence.compare_coresets(run, {"part": [1, 9]}, JUDGE)
+    with pytest.raises(BadSetting, match="by their numbers"):
+        whence.compare_coresets(run, {"mask": pl.Series([True, False, True])}, JUDGE)
     with pytest.raises(BadSetting, match="draws"):
         whence.compare_coresets(run, {"part": [1]}, JUDGE, draws=-1)

@@ -22,7 +22,7 @@ def test_regimes_divide_by_the_learning_rate_of_the_run(tmp_path: Path) -> None:
     """Slots times the mean size of the influence, over the rate of the step, step by step."""
     run = recorded("momentum", tmp_path)
     influence = whence.DIT().attribute(run, asked())
-    found = whence.regimes(influence, run)
+    found = whence.regimes(run, influence)
     for place, step in enumerate(found.step.tolist()):
         sizes = np.abs(influence.values()[:, 0, step, : len(run.step(step).samples)])
         expected = len(run.step(step).samples) * sizes.mean() / 0.3
@@ -92,7 +92,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     run = recorded("sgd", tmp_path)
     influence = whence.DIT().attribute(run, asked())
     with pytest.raises(OtherRun):
-        whence.regimes(influence, recorded("sgd", tmp_path / "again"))
+        whence.regimes(recorded("sgd", tmp_path / "again"), influence)
     with pytest.raises(BadSetting, match="drop"):
         whence.worth_selecting(run, influence, asked(), drop=1.0)
     with pytest.raises(BadSetting, match="ranges"):

@@ -141,12 +141,12 @@ def test_patterns_counts_every_sample_once(place: Place, capsys: Captured) -> No
 def test_regimes_tells_what_the_library_finds(place: Place, capsys: Captured) -> None:
     """A row per regime without a task, and the sentence above the table for people."""
     recorded = whence.open_run(place.run, task_at(place.at("task")))
-    expected = whence.regimes(whence.open_influence(place.influence), recorded)
+    expected = whence.regimes(recorded, whence.open_influence(place.influence))
     out, err = run(capsys, "regimes", place.run, place.influence, "--form", "csv")
     assert pl.read_csv(StringIO(out)).rows() == expected.table().rows()
     assert next_words(err) == ["top", place.influence]
     out, _ = run(capsys, "regimes", place.run, place.influence, "--query", "1")
-    assert out.startswith(whence.regimes(whence.open_influence(place.influence), recorded, query=1).summary)
+    assert out.startswith(whence.regimes(recorded, whence.open_influence(place.influence), query=1).summary)
 
 
 def test_coreset_keeps_what_the_library_keeps(place: Place, capsys: Captured, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ class _Asked:
         """The negative influence, in the mean over queries: of all visits at the end, or on a window."""
         check_same(influence, self.run)
         last = influence.observed_at[-1]
-        found: np.ndarray = -influence.window(*(self.window or (0, last))).mean(axis=0)
+        found: np.ndarray = 0.0 - influence.window(*(self.window or (0, last))).mean(axis=0)  # 0 - 0 has no sign
         return found
 
 

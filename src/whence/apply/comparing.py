@@ -87,25 +87,25 @@ def compare_coresets(
     return pl.DataFrame(told | {"change": loss - loss[0]} | accuracy)
 
 
-def numbers(samples: Samples) -> Int[np.ndarray, " kept"]:
+def numbers(samples: Samples, *, name: str = "samples") -> Int[np.ndarray, " kept"]:
     """Samples in order, each once; of a table, its column `sample`.
 
     >>> numbers(pl.DataFrame({"sample": [5, 2, 5]})).tolist()
     [2, 5]
+
+    Raises:
+        BadSetting: there are none, or a mask instead: of true and false, which would be the samples 0 and 1.
     """
     column = samples["sample"] if isinstance(samples, pl.DataFrame) else samples
-    return np.unique(np.asarray(column, dtype=np.int64))
+    found = np.unique(np.asarray(column))
+    if not len(found) or found.dtype.kind not in "iu":
+        raise BadSetting(name, list(column)[:6], "one or more samples, by their numbers")
+    return found.astype(np.int64)
 
 
 def _ids(run: Run, name: str, samples: Samples) -> Int[np.ndarray, " kept"]:
-    """The samples of a part, each once.
-
-    Raises:
-        BadSetting: there are none.
-    """
-    found = numbers(samples)
-    if not len(found):
-        raise BadSetting(f"coresets[{name!r}]", list(samples), "at least one sample")
+    """The samples of a part, each once."""
+    found = numbers(samples, name=f"coresets[{name!r}]")
     places(run.ids, found.tolist())
     return found
 

@@ -96,7 +96,7 @@ def select_coreset(
     if not 0 < fraction <= 1:
         raise BadSetting("fraction", fraction, "a share above 0 and at most 1")
     labels, seen, among = _labels(run, needed=balanced is True), _seen(run), options.get("among")
-    pool = seen if among is None else np.intersect1d(seen, places(run.ids, numbers(among).tolist()))
+    pool = seen if among is None else np.intersect1d(seen, places(run.ids, numbers(among, name="among").tolist()))
     groups = [pool]
     if labels is not None and balanced is not False:
         groups = [pool[labels[pool] == label] for label in np.unique(labels[pool])]

@@ -103,7 +103,7 @@ def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
     """
     if not isinstance(method.curvature, Curvature):
         raise BadSetting("curvature", method.curvature, "one curvature, like whence.GaussNewton()")
-    probed = frozenset(np.linspace(group.first, stop - 1, PROBES + 1).round().astype(int)[1:].tolist())
+    probed = frozenset(np.linspace(group.first, stop - 1, PROBES).round().astype(int).tolist())
     off, far, before = 0.0, 0.0, None
     for number, now in group.sweep(stop, Rules(method.curvature, method.slope)):
         if before is not None and number - 1 in probed:

@@ -21,8 +21,8 @@ Ranges = Mapping[str, Sequence[Steps]]
 
 
 def regimes(
-    influence: Influence,
     run: Run,
+    influence: Influence,
     *,
     observed_at: State = "end",
     query: int | str | None = None,
@@ -46,8 +46,8 @@ def regimes(
     without any influence.
 
     Args:
-        influence: by any method.
-        run: the run it was made from.
+        run: the recorded training.
+        influence: made from it, by any method.
         observed_at: state that the queries read; "end" is the last observed one.
         query: for this one only; by default the mean is over all.
         ratio: how many times the basin's level the other two must be.
@@ -126,7 +126,7 @@ def worth_selecting(
         raise BadSetting("drop", drop, "a share between 0 and 1")
     if ranges is not None and not ranges:
         raise BadSetting("ranges", ranges, "None, or at least one range by name, like {'first tenth': [(0, 40)]}")
-    chosen = of_regimes(regimes(influence, run)) if ranges is None else ranges
+    chosen = of_regimes(regimes(run, influence)) if ranges is None else ranges
     within = [_within(stretches, run.steps) for stretches in chosen.values()]
     harmful = _most_harmful(influence, drop)
     drawn = np.where(influence.sample >= 0, np.random.default_rng(seed).random(influence.sample.shape), np.inf)
