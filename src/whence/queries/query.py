@@ -60,7 +60,7 @@ class Query(abc.ABC):
 
     @abc.abstractmethod
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
-        """The parts, with batches on the device and in the precision of `like`; few large ones if together."""
+        """The parts, which read batches on the device and in the precision of `like`; few large ones if together."""
 
 
 def values(query: Query, task: Task, *, params: Tree, buffers: Tree) -> Float[Tensor, " query"]:
