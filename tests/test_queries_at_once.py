@@ -151,10 +151,12 @@ def test_rows_that_share_batch_statistics_stay_together() -> None:
 
 
 def test_gradients_at_once_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows at a time, if there is room for no more."""
+    """Two rows at a time, if there is room for no more; one by one, if two are too few to gain by it."""
     task = labelled()
     entries = sum(tensor.numel() for tensor in task.parameters().values()) + 10
     monkeypatch.setattr("whence.queries.query.BLOCK", 2 * 8 * entries)
+    check(whence.Loss(DATA), apart(whence.Loss(DATA)), task, 7)
+    monkeypatch.setattr("whence.queries.query.FEWEST", 2)
     check(whence.Loss(DATA), apart(whence.Loss(DATA)), task, 4)
 
 

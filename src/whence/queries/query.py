@@ -21,7 +21,7 @@ from whence.tree import Tree, each
 
 Mode = Literal["eval", "train"]
 Slope = tuple[tuple[int, ...], Tensor, Sequence[Tree]]  # queries, and their values and gradients
-BLOCK = 128 * 2**20  # bytes of gradients that are taken at once
+BLOCK, FEWEST = 128 * 2**20, 32  # bytes of gradients taken at once; where fewer rows fit, one by one is faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Query(abc.ABC):
 
     @abc.abstractmethod
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
-        """The parts, with batches on the device and in the precision of `like`; few large ones if together."""
+        """The parts, which read batches on the device and in the precision of `like`; few large ones if together."""
 
 
 def values(query: Query, task: Task, *, params: Tree, buffers: Tree) -> Float[Tensor, " query"]:
@@ -84,9 +84,9 @@ def gradients(
     like = next(iter(params.values()))
     found = like.new_zeros(len(query.names))
     sums = [each(lambda tensor: tensor.new_zeros(len(found), *tensor.shape), tree) for tree in inputs]
-    most = BLOCK // max(1, sum(tensor.nbytes for tree in inputs for tensor in tree.values()))
+    room = BLOCK // max(1, sum(tensor.nbytes for tree in inputs for tensor in tree.values()))
     with _asking(query, task):
-        for block in _blocks(query.parts(task, like, together=False), most):
+        for block in _blocks(query.parts(task, like, together=False), room if room >= FEWEST else 1):
             for queries, value, trees in slopes.of(block):
                 rows = torch.tensor(queries, device=like.device)
                 found.index_add_(0, rows, value.to(found))

@@ -78,12 +78,11 @@ class RowQuery(Query):
         every, wide = self.rows, len(self.columns)
 
         def numbers(model: nn.Module, batch: Batch) -> Tensor:
-            return self.score(task, model, batch).flatten()
+            return self.score(task, model, cast(batch, like.dtype, like.device)).flatten()
 
         for first in range(0, len(every), size):
             rows = every[first : first + size]
-            read = plain((self.collate or task.collate)([self.data[row] for row in rows]))
-            batch = cast(read, like.dtype, like.device)
+            batch = plain((self.collate or task.collate)([self.data[row] for row in rows]))
             eye = torch.eye(len(rows) * wide, dtype=torch.float64)
             if self.aggregate:
                 mean = eye.view(len(rows), wide, -1).sum(0) / (len(every) if self.aggregate == "mean" else 1)
