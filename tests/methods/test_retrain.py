@@ -135,6 +135,8 @@ def test_impossible_removals_are_refused(tmp_path: Path) -> None:
         whence.leave_one_out(run, asked(), samples=[2], window=(1, 7))
     with pytest.raises(BadSetting, match="weigth=2 is no setting; give only denominator, dtype, batch, weight, bank"):
         whence.leave_one_out(run, asked(), samples=[2], weigth=2)  # type: ignore[call-arg]
+    with pytest.raises(BadSetting, match="denominator='share' is no setting; give 'keep' or 'renormalize'"):
+        whence.leave_one_out(run, asked(), samples=[2], denominator="share")  # type: ignore[arg-type]
 
 
 def test_the_plain_loop_is_what_was_recorded(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ two runs of this same engine, the unperturbed one riding along in every stack, n
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack, final
+from typing import Literal, TypedDict, Unpack, final, get_args
 
 import numpy as np
 import torch
@@ -132,7 +132,10 @@ def retrain(
     """
     check_options(options, RerunOptions)
     places(run.ids, [sample for group in removals for sample in group])
-    renormalize = options.get("denominator", "keep") == "renormalize"
+    denominator = options.get("denominator", "keep")
+    if denominator not in get_args(Denominator):
+        raise BadSetting("denominator", denominator, " or ".join(map(repr, get_args(Denominator))))
+    renormalize = denominator == "renormalize"
     if renormalize:
         check_renormalizable(run)
     kept, between = options.get("weight", 0.0), steps or (0, run.steps)
