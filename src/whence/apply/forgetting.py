@@ -116,8 +116,8 @@ def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
 
 def _warn(group: Group, bend: float) -> None:
     log.warning(
-        "forgetting %d samples to first order: steps without them are off by %.0f %% of what they change; most of the "
-        "way in parameters is probably left. Train again without them: replay=%d",
+        "forgetting %d samples to first order: steps without them are off by %.0f %% of what they change; much of the "
+        "way in parameters may be left. Train again without them: replay=%d",
         *(len(group.removal.samples), 100 * bend, group.run.steps),
     )
 
