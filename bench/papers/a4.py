@@ -6,17 +6,14 @@ samples as there are wrong labels, and 1 - 2 misses / n, probably the paper's "a
 ranking that finds none has .80 there.
 """
 
-import tempfile
-from pathlib import Path
-
 import torch
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import whence
 from bench import data
 from bench.models import ViT
 from bench.papers.c2 import flipped
+from bench.papers.classifier import recorded
 from bench.papers.rows import Figures, Row
 from whence.influence.agreement import detection_accuracy, precision_at
 
@@ -31,15 +28,8 @@ def measure(seed: int) -> Figures:
     torch.manual_seed(seed)
     shape = train.tensors[0].shape[1:]
     model = ViT((shape[0], shape[1], shape[2]), shape[1] // 4)
-    task, folder = whence.classification(model, rows), Path(tempfile.mkdtemp()) / "run"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    with whence.Recorder(folder, task, optimizer, checkpoints=whence.Epochs()) as recorder:
-        for _ in range(EPOCHS):
-            for inputs, targets in recorder.watch(DataLoader(rows, SLOTS, shuffle=True)):
-                cross_entropy(model(inputs), targets).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    run = whence.open_run(folder, task)
+    run = recorded(model, optimizer, rows, slots=SLOTS, epochs=EPOCHS, checkpoints=whence.Epochs())
     influence = whence.DIT().attribute(run, whence.Loss(right, aggregate="mean"), observed_at=run.epochs[-2:])
     last = (run.epochs[-2], run.epochs[-1])
     ranked = {

@@ -5,17 +5,14 @@
 parts it from float64. The exact sweep is beside it, through ReLU and batch statistics.
 """
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, relu
-from torch.utils.data import DataLoader
+from torch.nn.functional import relu
 
 import whence
 from bench import data
+from bench.papers import classifier
 from bench.papers.rows import Figures, Row
 from whence.influence import agreement
 
@@ -47,15 +44,9 @@ def recorded(seed: int) -> tuple[whence.Run, whence.Loss]:
     train, test, _ = data.cifar(SAMPLES)
     torch.manual_seed(seed)
     model = resnet(train.tensors[0].shape[1])
-    task = whence.classification(model, train)
-    optimizer, folder = torch.optim.SGD(model.parameters(), lr=0.1), Path(tempfile.mkdtemp()) / "run"
-    with whence.Recorder(folder, task, optimizer, checkpoints=whence.Epochs()) as recorder:
-        for _ in range(EPOCHS):
-            for inputs, labels in recorder.watch(DataLoader(train, SLOTS, shuffle=True)):
-                cross_entropy(model(inputs), labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    return whence.open_run(folder, task), whence.Loss(test, aggregate="mean")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = classifier.recorded(model, optimizer, train, slots=SLOTS, epochs=EPOCHS, checkpoints=whence.Epochs())
+    return run, whence.Loss(test, aggregate="mean")
 
 
 def measure(seed: int) -> Figures:

@@ -5,20 +5,18 @@ signed Pearson with leave-one-out of 40 samples. Precision: of self-influence by
 labels. Cost in trainings.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import whence
 from bench import data
+from bench.papers import classifier
 from bench.papers.rows import Figures, Row
 from whence.influence import agreement
 
@@ -38,17 +36,11 @@ def recorded(seed: int, rate: float) -> tuple[whence.Run, whence.Loss, np.ndarra
     rows = TensorDataset(inputs, torch.where(torch.from_numpy(wrong), shifted, labels))
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
-    task, folder = whence.classification(model, rows), Path(tempfile.mkdtemp()) / "run"
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     begun = time.process_time()
-    with whence.Recorder(folder, task, optimizer, checkpoints=whence.Every(10)) as recorder:
-        for _ in range(EPOCHS):
-            for batch, targets in recorder.watch(DataLoader(rows, SLOTS, shuffle=True)):
-                cross_entropy(model(batch), targets).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+    run = classifier.recorded(model, optimizer, rows, slots=SLOTS, epochs=EPOCHS, checkpoints=whence.Every(10))
     spent = time.process_time() - begun
-    return whence.open_run(folder, task), whence.Loss(test, aggregate="mean"), wrong, spent
+    return run, whence.Loss(test, aggregate="mean"), wrong, spent
 
 
 def settings(steps: int) -> dict[str, dict[str, object]]:
