@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import whence
 from bench import data
 from bench.models import GPT
+from bench.papers.seeds import half_width
 from whence.apply.forgetting import PROBES, forget
 from whence.apply.forgotten import Forgotten, Judge
 from whence.methods.again.removal import Group, moved
@@ -203,7 +204,7 @@ def told(values: list[float], digits: int = 2) -> str:
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) < 2:
         return mean
-    return f"{mean} ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.{digits}f}"
+    return f"{mean} ± {half_width(values):.{digits}f}"
 
 
 ORDER = (

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+
+from bench.papers.seeds import Figures, half_width
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"
-Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def told(values: np.ndarray) -> str:
     mean = known.mean()
     if len(known) == 1:
         return f"{mean:.3g}"
-    half = float(stats.t.ppf(0.975, len(known) - 1) * stats.sem(known))
+    half = half_width(known)
     if abs(mean) < 1e-3 and mean != 0:
         return f"{mean:.1e}, at most {known.max():.1e}"
     return f"{mean:.3f} ± {half:.3f}, median {np.median(known):.3f}"

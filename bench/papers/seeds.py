@@ -22,9 +22,13 @@ def kept(place: Path, compute: Callable[[], Figures]) -> Figures:
 
 def told(values: Sequence[float], *, signed: bool = False) -> str:
     """Mean and 95 % interval (Student's t) over seeds, like `.85 ± .02`."""
+    return f"{np.mean(values):{'+' if signed else ''}.3f} ± {half_width(values):.3f}"
+
+
+def half_width(values: Sequence[float] | np.ndarray) -> float:
+    """Half of the 95 % t interval of a mean; NaN of one value."""
     found = np.asarray(values, dtype=np.float64)
-    half = float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)) if len(found) > 1 else float("nan")
-    return f"{found.mean():{'+' if signed else ''}.3f} ± {half:.3f}"
+    return float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)) if len(found) > 1 else float("nan")
 
 
 def line(cells: Sequence[object]) -> str:
