@@ -191,6 +191,7 @@ def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: P
     refused: dict[str, dict[str, Any]] = {
         "validation": {"method": "loss", "validation": rows()},
         "window": {"window": (0, 3)},
+        "the earlier first": {"window": (3, 3), "method": "dit"},
         "out='review.txt'": {"out": "review.txt"},
         "checkpoints=0": {"checkpoints": 0},
         "one or more states": {"checkpoints": []},

@@ -112,6 +112,16 @@ def test_numbers_have_losses_and_no_accuracy(tmp_path: Path) -> None:
     assert table["loss"].is_finite().all()
 
 
+def test_samples_that_no_batch_held_are_not_counted(tmp_path: Path) -> None:
+    """A part of them alone is none."""
+    run = recorded("twice in a batch", tmp_path)
+    assert 8 not in run.seen
+    table = whence.compare_coresets(run, {"part": [0, 1, 8]}, asked(), draws=1)
+    assert dict(table.select("name", "kept").iter_rows()) == {"everything": len(run.seen), "part": 2, "random 2": 2}
+    with pytest.raises(BadSetting, match="in a recorded batch"):
+        whence.compare_coresets(run, {"part": [8]}, asked())
+
+
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     """No part, an empty part, a sample that is none, fewer than no draws."""
     run = recorded("sgd", tmp_path)

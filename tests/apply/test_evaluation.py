@@ -97,6 +97,10 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
         whence.evaluate(run, whence.DIT().attribute(run, asked(), observed_at=1))
     with pytest.raises(BadSetting, match="shape"):
         whence.evaluate(run, {"told": np.zeros((1, 2))}, asked())
+    with pytest.raises(BadSetting, match="1 scores that are not finite"):
+        bad = np.zeros((len(asked().names), run.samples))
+        bad[0, 1] = np.nan
+        whence.evaluate(run, {"told": bad}, asked())
     with pytest.raises(BadSetting, match="several by name"):
         whence.evaluate(run, {}, asked())
     renormalized = whence.DIT(denominator="renormalize").attribute(run, asked())

@@ -95,7 +95,7 @@ def find_mislabeled(
         scores = asked.harm_of(method) if isinstance(method, Influence) else RANKINGS[method](asked)
         chances = _chances(run, asked.states)
     if unknown := run.ids[~np.isfinite(scores)].tolist():
-        raise NotFinite(unknown)
+        raise NotFinite(unknown, scored=True)
     table = _listed(run, scores, chances)
     if out is not None:
         with replacing(Path(out)) as scratch:
@@ -183,6 +183,8 @@ def _check(
         raise BadSetting("validation", "...", "None, or method='dit' or 'dve' with it")
     if window is not None and not swept and not given:
         raise BadSetting("window", window, "None, or method='dit', 'dve' or an influence with it")
+    if window is not None and not window[0] < window[1]:
+        raise BadSetting("window", window, "two states, the earlier first")
     if out is not None and Path(out).suffix not in WRITERS:
         raise BadSetting("out", str(out), f"the name of a file that ends with {' or '.join(WRITERS)}")
 

@@ -57,9 +57,9 @@ def compare_coresets(
         dtype: precision of the trainings; by default the recorded one.
 
     Returns:
-        A row for everything, one for each part, and one for random samples of each of their sizes: name, kept, loss
-        (the mean of the queries after the training), change (against everything), and, where the queries are scores of
-        rows with classes, accuracy on these rows.
+        A row for everything, one for each part, and one for random samples of each of their sizes: name, kept (of the
+        samples that the training saw), loss (the mean of the queries after the training), change (against everything),
+        and, where the queries are scores of rows with classes, accuracy on these rows.
 
     Raises:
         BadSetting: there is no part, one is empty, or the number of draws is below 0.
@@ -71,8 +71,8 @@ def compare_coresets(
         raise BadSetting("draws", draws, "a number from 0")
     table, draw = slots(run), np.random.default_rng(seed)
     parts = {name: _ids(run, name, samples) for name, samples in coresets.items()}
-    sizes, seen = sorted({len(part) for part in parts.values()}), np.unique(table[table >= 0])
-    drawn = {f"random {size}": [_drawn(draw, seen, size) for _ in range(draws)] for size in sizes if draws}
+    sizes = sorted({len(part) for part in parts.values()})
+    drawn = {f"random {n}": [draw.choice(run.seen, n, replace=False) for _ in range(draws)] for n in sizes if draws}
     named = [(name, [part]) for name, part in parts.items()] + list(drawn.items())
     judged = _with_accuracy(run, queries)
     changes = [sharing(np.isin(table, part), table >= 0) for _, group in named for part in group]
@@ -82,7 +82,7 @@ def compare_coresets(
     means = [part.mean(axis=1) for part in np.split(change, stops[:-1], axis=1)]
     after = base + np.array([np.zeros_like(base), *means])  # [row, query]
     loss = after[:, 0] if judged else after.mean(axis=1)
-    told = {"name": ["everything", *(name for name, _ in named)], "kept": [len(seen), *kept], "loss": loss}
+    told = {"name": ["everything", *(name for name, _ in named)], "kept": [len(run.seen), *kept], "loss": loss}
     accuracy = {"accuracy": after[:, 1]} if judged else {}
     return pl.DataFrame(told | {"change": loss - loss[0]} | accuracy)
 
@@ -104,14 +104,16 @@ def numbers(samples: Samples, *, name: str = "samples") -> Int[np.ndarray, " kep
 
 
 def _ids(run: Run, name: str, samples: Samples) -> Int[np.ndarray, " kept"]:
-    """The samples of a part, each once."""
+    """The samples of a part that the training saw, each once; what it never saw, it cannot be trained on.
+
+    Raises:
+        BadSetting: there are none.
+    """
     found = numbers(samples, name=f"coresets[{name!r}]")
     places(run.ids, found.tolist())
-    return found
-
-
-def _drawn(draw: np.random.Generator, seen: Int[np.ndarray, " sample"], size: int) -> Int[np.ndarray, " kept"]:
-    return draw.choice(seen, min(size, len(seen)), replace=False)
+    if not len(seen := np.intersect1d(found, run.seen)):
+        raise BadSetting(f"coresets[{name!r}]", found[:6].tolist(), "some samples that were in a recorded batch")
+    return seen
 
 
 def _with_accuracy(run: Run, queries: Query) -> RowQuery | None:

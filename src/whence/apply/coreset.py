@@ -112,7 +112,7 @@ def select_coreset(
 
 def _seen(run: Run) -> Places:
     """Places of the samples that the training saw."""
-    return np.flatnonzero(np.isin(run.ids, np.concatenate([np.asarray(step.samples) for step in run.log])))
+    return np.flatnonzero(np.isin(run.ids, run.seen))
 
 
 def _labels(run: Run, *, needed: bool) -> Int64[np.ndarray, " sample"] | None:

@@ -98,8 +98,8 @@ def evaluate(
         OtherRun: an influence is of another run.
         WithoutQueries: the queries are not known, or not those of an influence.
         NotObserved: an influence does not see the end of training.
-        BadSetting: an option, a share or a number of removals that is none; scores of another shape; influences of two
-            kinds of denominator, which no removal can judge together.
+        BadSetting: an option, a share or a number of removals that is none; scores of another shape, or not finite;
+            influences of two kinds of denominator, which no removal can judge together.
     """
     check_options(effort, Effort)
     if not isinstance(influence, Influence) and not influence:
@@ -159,7 +159,7 @@ def _trials(run: Run, truth: Truth, **effort: Unpack[Effort]) -> Iterator[Trial]
     Raises:
         BadSetting: a share or a number of removals that is none.
     """
-    seed, ids = effort.get("seed", 0), run.ids
+    seed = effort.get("seed", 0)
     single, count = effort.get("removals", 32), effort.get("groups", 32)
     for name, value in (("removals", single), ("groups", count)):
         if value == 1 or value < 0:
@@ -169,13 +169,13 @@ def _trials(run: Run, truth: Truth, **effort: Unpack[Effort]) -> Iterator[Trial]
     for share in effort.get("shares", (0.05,)):
         if not 0 < share < 1:
             raise BadSetting("shares", share, "shares of the training set, above 0 and below 1")
-        size = max(1, round(share * len(ids)))
+        size = max(1, round(share * len(run.seen)))
         draw = np.random.default_rng((seed, size))
-        groups = [sorted(draw.choice(ids, size, replace=False).tolist()) for _ in range(count)]
+        groups = [sorted(draw.choice(run.seen, size, replace=False).tolist()) for _ in range(count)]
         planned.append(({f"LDS, {share:.0%}": agreement.spearman}, groups))
     for measures, removed in planned:
         if removed:
-            yield Trial(measures, [np.array(places(ids, group)) for group in removed], truth(removed).change[:, -1])
+            yield Trial(measures, [np.array(places(run.ids, group)) for group in removed], truth(removed).change[:, -1])
 
 
 def _finding(scores: Mapping[str, Scores], guilty: Bool[np.ndarray, " sample"], *, seed: int) -> Iterator[Row]:
@@ -214,9 +214,11 @@ def _scores(found: Influence | Scores, *, name: str, shape: tuple[int, int]) -> 
     """Totals at the end.
 
     Raises:
-        BadSetting: scores of another shape.
+        BadSetting: scores of another shape, or not finite.
     """
     scores = found.total()[:, -1] if isinstance(found, Influence) else found
     if scores.shape != shape:
         raise BadSetting(f"influence[{name!r}]", scores.shape, f"scores of the shape [query, sample], here {shape}")
+    if unknown := int((~np.isfinite(scores)).sum()):
+        raise BadSetting(f"influence[{name!r}]", f"{unknown} scores that are not finite", "finite scores")
     return scores.astype(np.float64)

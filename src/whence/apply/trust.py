@@ -274,6 +274,5 @@ def removal_check(run: Run, influence: Influence, queries: Query, *, samples: Se
 
 def draw_visited(run: Run, count: int, *, seed: int) -> tuple[int, ...]:
     """Samples that the training visited, drawn without replacement."""
-    visited = np.unique(np.concatenate([np.asarray(step.samples) for step in run.log]))
-    drawn = np.random.default_rng(seed).choice(visited, size=min(count, len(visited)), replace=False)
+    drawn = np.random.default_rng(seed).choice(run.seen, size=min(count, len(run.seen)), replace=False)
     return tuple(sorted(int(sample) for sample in drawn))

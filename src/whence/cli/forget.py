@@ -59,5 +59,6 @@ def forget(
     show.say(f"{len(set(samples))} samples forgotten, {len(state)} tensors written to {out}")
     if rows is not None:
         show.say(judge_forgetting(recorded, samples, state, test=rows))
-    again = ("--replay", recorded.steps if test else replay, "--test", test or beside(task, "test"))
-    show.next_command("forget", run, "--task", task, "--samples", *samples, "--out", out, *again)
+    if test is None or replay < recorded.steps:  # else it is the training without the samples, compared with itself
+        again = ("--replay", recorded.steps if test else replay, "--test", test or beside(task, "test"))
+        show.next_command("forget", run, "--task", task, "--samples", *samples, "--out", out, *again)

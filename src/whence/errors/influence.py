@@ -92,13 +92,15 @@ class NoRegimes(WhenceError):
 
 
 class NotFinite(WhenceError):
-    """Some influence is NaN or infinite."""
+    """Some influence, or another score of samples, is NaN or infinite."""
 
-    def __init__(self, samples: Sequence[int]) -> None:
-        self.args = (
-            f"The influence of {len(samples)} samples is not finite: {listed(samples)}. "
-            "The sweep overflowed: look at its growth in the trust check, try a calmer curvature.",
+    def __init__(self, samples: Sequence[int], *, scored: bool = False) -> None:
+        what, why = (
+            ("score", "Losses of the training overflowed, or a sweep did: rank by checkpoints=[...] before that.")
+            if scored
+            else ("influence", "The sweep overflowed: look at its growth in the trust check, try a calmer curvature.")
         )
+        self.args = (f"The {what} of {len(samples)} samples is not finite: {listed(samples)}. {why}",)
 
 
 class NotAnInfluence(WhenceError):

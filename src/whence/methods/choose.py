@@ -70,10 +70,9 @@ def choose(
         denominator: what a removal does to its batch's mean.
     """
     some, draw = few(queries, ASKED), np.random.default_rng(SEED)
-    visited = np.unique(np.concatenate([np.asarray(step.samples) for step in run.log]))
-    ones = draw.choice(visited, min(ONES, len(visited)), replace=False)
-    size = max(1, len(visited) // SHARE)
-    groups = [draw.choice(visited, size, replace=False) for _ in range(GROUPS)]
+    ones = draw.choice(run.seen, min(ONES, len(run.seen)), replace=False)
+    size = max(1, len(run.seen) // SHARE)
+    groups = [draw.choice(run.seen, size, replace=False) for _ in range(GROUPS)]
     removals = [[int(one)] for one in ones] + [[int(sample) for sample in group] for group in groups]
     actual = retrain(run, some, removals, observed_at=state, denominator=denominator).change[:, 0]
     columns = [np.asarray(places(run.ids, group)) for group in removals]  # ids need not count from 0

@@ -69,10 +69,12 @@ class Run:
     @cached_property
     def ids(self) -> Int64[np.ndarray, " sample"]:
         """Every sample in order: row numbers of the training set, or the ids that were seen."""
-        if self.manifest.samples is not None:
-            return np.arange(self.manifest.samples)
-        seen = (np.asarray(step.samples, dtype=np.int64) for step in self.log)
-        return np.unique(np.concatenate(list(seen)))
+        return self.seen if self.manifest.samples is None else np.arange(self.manifest.samples)
+
+    @cached_property
+    def seen(self) -> Int64[np.ndarray, " seen"]:
+        """The samples that were in some batch, in order."""
+        return np.unique(np.concatenate([np.asarray(step.samples, dtype=np.int64) for step in self.log]))
 
     @property
     def has_ids(self) -> bool:

@@ -83,14 +83,13 @@ def course_of(run: Run, checkpoints: int | Sequence[int]) -> Course:
     if run.has_ids:
         raise RowsNotReadable("DiffIn")
     states = chosen_states(run, checkpoints)
-    seen = np.unique(np.concatenate([np.asarray(step.samples, dtype=np.int64) for step in run.log]))
     points = {state: point_at(run, state) for state in {*states, run.steps}}
 
     def look(state: int) -> Point:
         return points[state] if state in points else point_at(run, state)
 
     looked_at = tuple(points[state] for state in states)
-    return Course(run.task, run.steps, looked_at, points[run.steps], seen, look, scale_of(run))
+    return Course(run.task, run.steps, looked_at, points[run.steps], run.seen, look, scale_of(run))
 
 
 def chosen_states(run: Run, checkpoints: int | Sequence[int]) -> list[int]:
