@@ -18,7 +18,7 @@ from bench import sweep
 from bench.models import sentences
 from whence.methods.embedding.embedding_store import EmbeddingStore
 
-STEPS, REPEATS = 48, 2
+STEPS, REPEATS = 192, 2
 QUERIES, SWEPT, SHORT = 1000, 16, 4  # asked of the embeddings; and of a sweep, over so many steps with all states kept
 FISHERS = "empirical", "true"
 

@@ -34,6 +34,7 @@ Fisher = Literal["true", "empirical"]
 Follow = Literal["optimizer", "rate"]
 Arrays = dict[str, Tensor]
 ROUNDING = 1e-5  # of a sample's gradient: a step's gradient below it is none
+LOOKED_AT = 2**13  # entries of a parameter, for their median
 
 
 @final
@@ -216,7 +217,7 @@ class Gathering:
 
 
 def at_most_usual(rate: Tensor, gradient: Tensor) -> Tensor:
-    """A parameter's rates, none larger than their median where there is a gradient.
+    """A parameter's rates, none larger than their median where there is a gradient (of thousands of its entries).
 
     Adam divides an entry that hardly ever had a gradient by almost nothing, but only until it gets one: what it is
     divided by grows with it. Here that counts as fixed, and so may not be taken at its word.
@@ -224,7 +225,8 @@ def at_most_usual(rate: Tensor, gradient: Tensor) -> Tensor:
     >>> at_most_usual(torch.tensor([1.0, 2.0, 1e6, 0.1]), torch.tensor([1.0, 1.0, 1.0, 0.0]))
     tensor([1.0000, 2.0000, 2.0000, 0.1000])
     """
-    some = rate[gradient != 0].abs()
+    every = -(-rate.numel() // LOOKED_AT) | 1  # odd, so that it meets every column of most matrices
+    some = rate.flatten()[::every][gradient.flatten()[::every] != 0].abs()
     usual = float(some.median()) if len(some) else 0.0
     return rate.clamp(-usual, usual) if usual > 0 else rate
 
