@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import whence
@@ -106,6 +107,30 @@ def branching(folder: Path) -> Run:
             optimizer.step()
             optimizer.zero_grad()
     return whence.open_run(folder, task)
+
+
+def test_models_that_look_at_their_masks_are_traced(
+    tmp_path: Path, traced_only: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPT-2 of `transformers` looks at numbers unless it is told that it is being compiled."""
+    transformers = pytest.importorskip("transformers", reason="pip install 'whence[hf]'")
+    torch.manual_seed(0)
+    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    size = {"n_positions": 5, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11}
+    config = transformers.GPT2Config(**size, **still, bos_token_id=0, eos_token_id=0, attn_implementation="eager")
+    model = transformers.GPT2LMHeadModel(config)
+    data = TensorDataset(torch.randint(11, (8, 5)), torch.randint(11, (8, 5)))
+    task, optimizer = whence.language_model(model, data), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with whence.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        for tokens, targets in recorder.watch(DataLoader(data, batch_size=4)):
+            cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run, query = whence.open_run(tmp_path / "run", task), whence.Loss(data, samples=[0, 1])
+    found = ALWAYS.attribute(run, query)
+    assert len(traced_only) == 1
+    assert "cannot be compiled" not in caplog.text
+    np.testing.assert_allclose(found.values(), whence.DIT(chunk=2).attribute(run, query).values(), rtol=1e-3, atol=1e-6)
 
 
 def test_what_cannot_be_traced_goes_on_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

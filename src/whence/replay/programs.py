@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.compiler import _compile_session_context
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -113,7 +114,8 @@ def _compiled(product: Product, directions: tuple[Tree, Tree], inputs: Inputs) -
         return tree_flatten(product(tuple(point), a, b))[0]
 
     try:
-        traced = make_fx(flattened, tracing_mode="fake")(*flat)
+        with _compile_session_context():  # models ask `is_compiling` before they look at a number (transformers' masks)
+            traced = make_fx(flattened, tracing_mode="fake")(*flat)
         program = Program(torch.compile(traced, dynamic=False), spec, rows)
         found = tree_flatten(program(inputs, *directions))[0]
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as problem:
