@@ -142,6 +142,7 @@ def embedding(rank: int, **settings: Any) -> Callable[[TrainedCase], np.ndarray]
 METHODS: dict[str, Callable[[TrainedCase], np.ndarray]] = {
     "embedding, empirical, rank 256": embedding(256, fisher="empirical"),
     "embedding, true, rank 256": embedding(256, fisher="true"),
+    "embedding, true, rank 256, together": embedding(256, layers="together"),
     "gradient-dot": partial(ours, whence.GradientDot()),
     "dattri DVEmb, Kronecker 512": partial(dattri, factors="kronecker", dimensions=512),
     "dattri DVEmb, Kronecker 768": partial(dattri, factors="kronecker", dimensions=768),

@@ -22,7 +22,7 @@ from typing import Any, Literal, cast, final
 import msgspec
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from whence.errors import (
@@ -264,7 +264,7 @@ def _array(
     dtype: str,
     axes: tuple[str, ...] | None = None,
 ) -> None:
-    """An array of the group; one without names of its axes does not last, and is written as it is."""
+    """An array of the group, as it is: random numbers hardly shrink. One without names of its axes does not last."""
     whole = (min(shard, shape[0]), *shape[1:])
     group.create_array(
         name,
@@ -273,7 +273,7 @@ def _array(
         shards=whole if axes else None,
         chunks=chunk_shape(whole, np.dtype(dtype).itemsize) if axes else whole,
         dimension_names=axes,
-        compressors=(ZstdCodec(), Crc32cCodec()) if axes else (Crc32cCodec(),),
+        compressors=(Crc32cCodec(),),
     )
 
 

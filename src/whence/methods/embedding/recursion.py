@@ -137,8 +137,8 @@ def weights(visits: Visits, damping: float) -> Float[Tensor, "slot slot"]:
 
 
 def _growth(after: Tensor, before: Tensor) -> float:
-    """The largest factor by which a row grew."""
-    sizes, starts = (torch.linalg.vector_norm(rows, dim=1) for rows in (after, before))
-    if not bool(torch.isfinite(sizes).all()):
-        return math.inf
-    return float(torch.where(starts > 0, sizes / starts, 0.0).max()) if len(sizes) else 0.0
+    """The largest factor by which a row grew; NaN where one is not a number."""
+    if not len(after):
+        return 0.0
+    starts = before.square().sum(1).clamp_min(torch.finfo(before.dtype).tiny)
+    return math.sqrt(float((after.square().sum(1) / starts).max()))
