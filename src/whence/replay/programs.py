@@ -6,14 +6,14 @@ directions depend on, is taken before, so a step costs one gradient more than un
 """
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.compiler import _compile_session_context
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -114,7 +114,7 @@ def _compiled(product: Product, directions: tuple[Tree, Tree], inputs: Inputs) -
         return tree_flatten(product(tuple(point), a, b))[0]
 
     try:
-        with _compile_session_context():  # models ask `is_compiling` before they look at a number (transformers' masks)
+        with _told_to_be_compiling():
             traced = make_fx(flattened, tracing_mode="fake")(*flat)
         program = Program(torch.compile(traced, dynamic=False), spec, rows)
         found = tree_flatten(program(inputs, *directions))[0]
@@ -126,6 +126,17 @@ def _compiled(product: Product, directions: tuple[Tree, Tree], inputs: Inputs) -
         log.warning("the compiled product differs by %.1e from the ordinary one; going on without", apart)
         return None
     return program
+
+
+@contextmanager
+def _told_to_be_compiling() -> Iterator[None]:
+    """Models that ask `torch.compiler.is_compiling` look at no number of a batch then (transformers' masks)."""
+    before = torch.compiler.is_compiling()
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _product(curvature: Curvature, piece: Piece) -> Product:
