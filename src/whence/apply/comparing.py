@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from whence.apply.scores import class_labels, class_scores
-from whence.errors import BadSetting, NoClasses
+from whence.apply.scores import are_classes, class_labels, class_scores
+from whence.errors import BadSetting
 from whence.influence.tables import places
 from whence.methods.again.changes import sharing
 from whence.methods.again.retrain import perturb
@@ -135,9 +135,4 @@ def _has_classes(run: Run, queries: RowQuery) -> bool:
     read = (queries.collate or run.task.collate)([queries.data[queries.rows[0]]])
     batch = cast(plain(read), like.dtype, like.device)
     with evaluating(run.task):
-        outputs, _ = run.task.outputs(state.params, state.buffers, batch)
-        try:
-            class_scores(outputs, batch)
-        except NoClasses:
-            return False
-    return True
+        return are_classes(run.task.outputs(state.params, state.buffers, batch)[0], batch)

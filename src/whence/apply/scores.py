@@ -127,6 +127,15 @@ def class_scores(outputs: Any, batch: Batch) -> Float[Tensor, "slot label"]:
     return found
 
 
+def are_classes(outputs: Any, batch: Batch) -> bool:
+    """Whether the outputs are scores of classes, and the labels are numbers of these."""
+    try:
+        class_scores(outputs, batch)
+    except NoClasses:
+        return False
+    return True
+
+
 def class_labels(batch: Batch) -> Int64[Tensor, " slot"]:
     """The classes in a batch.
 
