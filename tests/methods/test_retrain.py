@@ -13,7 +13,9 @@ from tests.methods.test_dit import recorded
 from tests.methods.test_exact import asked, read
 from tests.oracles.nudge import observe
 from whence.errors import BadSetting, ImpossibleWindow, UnknownSample
+from whence.methods.again import rerunning
 from whence.methods.again.retrain import retrain
+from whence.methods.memory import bytes_of_activations
 from whence.replay.forward import gradients_of_each, rerun
 
 CHOSEN = [
@@ -89,6 +91,18 @@ def test_stacks_of_any_size_agree_and_have_no_noise(tmp_path: Path) -> None:
     np.testing.assert_allclose(parts.change, whole.change, rtol=1e-9, atol=1e-15)
     np.testing.assert_allclose(whole.base, observe(BY_NAME["adamw"], read, [2, 5]), rtol=1e-12)
     assert whole.noise.max() <= 1e-14
+
+
+def test_large_activations_make_small_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between 8 and 64 at once, by the bytes that a step keeps in the precision of the re-runs."""
+    run = recorded("sgd", tmp_path)
+    kept = bytes_of_activations(run, twice=False)
+    assert rerunning.at_once(run, None) == 64
+    monkeypatch.setattr(rerunning, "ROOM", 20 * kept)
+    assert rerunning.at_once(run, torch.float64) == 20
+    assert rerunning.at_once(run, torch.float32) == 40
+    monkeypatch.setattr(rerunning, "ROOM", kept)
+    assert rerunning.at_once(run, None) == 8
 
 
 def test_a_sample_never_seen_changes_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from whence.methods.again.changes import Change
+from whence.methods.memory import bytes_of_activations
 from whence.queries import Averaged, Query
 from whence.replay.average import as_read
 from whence.replay.forward import rerun
@@ -16,6 +17,8 @@ from whence.replay.state import State
 from whence.run.run import Run
 from whence.tree import Tree
 
+FEWEST, MOST = 8, 64  # trainings at once
+ROOM = 128 * 2**20  # bytes of activations up to which more at once are faster on a processor
 Observed = Iterator[tuple[int, State]]  # number of a state, and the stack of states there
 Stack = tuple[list[int], Observed]  # places of its changes among all; the unperturbed run is first and last
 
@@ -29,22 +32,23 @@ class Rerunning:
         run: the training.
         observed_at: numbers of the states that are looked at.
         dtype: precision; None for the recorded one.
-        batch: how many changes are run at once.
+        batch: how many changes are run at once; None for as many as are of use.
         queries: what will be asked: an average over the training, if these read one.
     """
 
     run: Run
     observed_at: tuple[int, ...]
     dtype: torch.dtype | None
-    batch: int
+    batch: int | None
     queries: Query
 
     def stacks(self, changes: Sequence[Change]) -> Iterator[Stack]:
         """All changes, those that begin at about the same step together."""
         order = sorted(range(len(changes)), key=lambda place: changes[place].first(self.run))
-        blocks = range(0, len(order), self.batch)
+        together = self.batch or (at_once(self.run, self.dtype) if len(changes) > FEWEST else FEWEST)
+        blocks = range(0, len(order), together)
         for begin in tqdm(blocks, desc="re-running", unit="stack", disable=None, leave=False):
-            some = order[begin : begin + self.batch]
+            some = order[begin : begin + together]
             yield some, self.observed([changes[place] for place in some])
 
     def observed(self, changes: Sequence[Change]) -> Observed:
@@ -89,3 +93,14 @@ def as_trained(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
         yield grads, buffers
         kept = index + 1 in run.kept
         state = run.state(index + 1) if kept else transition.moved(state, transition.clipped(grads), buffers)
+
+
+def at_once(run: Run, dtype: torch.dtype | None) -> int:
+    """How many re-runs share a stack where nobody says so: fewer, where their activations outgrow a cache."""
+    if run.task.device.type != "cpu":
+        return MOST
+    kept = bytes_of_activations(run, twice=False)
+    if dtype is not None:
+        like = next(tensor.dtype for tensor in run.state(run.kept[-1]).params.values() if tensor.is_floating_point())
+        kept = kept * dtype.itemsize // like.itemsize
+    return max(FEWEST, min(MOST, ROOM // max(kept, 1)))

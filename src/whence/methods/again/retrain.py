@@ -34,7 +34,8 @@ class RerunOptions(TypedDict, total=False):
     Attributes:
         denominator: "keep" (default) or "renormalize" the batch's denominator.
         dtype: precision of the re-runs; default float64, None for the recorded one.
-        batch: how many trainings run at once; default 64.
+        batch: how many trainings run at once; by default 64, and on a processor fewer (from 8) where their activations
+            are large.
         weight: weight that a left-out sample's loss keeps; default 0. With 2 it is counted twice instead.
         bank: folder in which re-runs are kept, and found again whatever is asked of them; none by default. It holds
             the parameters and buffers of every re-run at every observed state, in `dtype`.
@@ -42,7 +43,7 @@ class RerunOptions(TypedDict, total=False):
 
     denominator: Denominator
     dtype: torch.dtype | None
-    batch: int
+    batch: int | None
     weight: float
     bank: str | Path | None
 
@@ -141,7 +142,7 @@ def retrain(
     kept, between = options.get("weight", 0.0), steps or (0, run.steps)
     removed = [Removal(frozenset(group), between, renormalize=renormalize, weight=kept) for group in removals]
     states, dtype = observed_states(run, observed_at), options.get("dtype", torch.float64)
-    again = Rerunning(run=run, observed_at=states, dtype=dtype, batch=options.get("batch", 64), queries=queries)
+    again = Rerunning(run=run, observed_at=states, dtype=dtype, batch=options.get("batch"), queries=queries)
     bank = options.get("bank")
     stacks = again.stacks(removed) if bank is None else banked(Bank(Path(bank), run, dtype), again, removed)
     return _read(run, queries, stacks, observed_at=states, changes=len(removed))
@@ -165,7 +166,7 @@ def perturb(
     *,
     observed_at: tuple[int, ...],
     dtype: torch.dtype | None = torch.float64,
-    batch: int = 64,
+    batch: int | None = None,
 ) -> Retrained:
     """Run the training again under each change of weights, in stacks that start at their first changed step."""
     again = Rerunning(run=run, observed_at=observed_at, dtype=dtype, batch=batch, queries=queries)
