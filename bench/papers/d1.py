@@ -6,6 +6,7 @@ beside them; what is not there yet is measured. One seed, as there.
 
 import json
 from functools import partial
+from math import isnan, nan
 
 from bench.measure import measure as measured
 from bench.measure import results
@@ -35,7 +36,7 @@ def measure(seed: int, *, activation: str) -> Figures:
         found |= {f"lr {rate}, {what}": spearman(name, what) for what in OURS}
         there = [path.stem for path in results(name, quick=False).glob("*.json")]
         peers = [spearman(name, what) for what in there if not what.startswith(("whence", "truth"))]
-        found[f"lr {rate}, best peer"] = max(peers, default=float("nan"))
+        found[f"lr {rate}, best peer"] = max((peer for peer in peers if not isnan(peer)), default=nan)
     return found
 
 
