@@ -48,7 +48,7 @@ class Effort(TypedDict, total=False):
 
     Attributes:
         removals: how many samples are left out, one at a time; default 32.
-        shares: shares of the training set that are left out together; default 5 %.
+        shares: shares of the samples seen in training that are left out together; default 5 %.
         groups: how many random groups of each share; default 32.
         seed: of all draws; default 0.
         bank: folder in which the re-runs are kept and found again; none by default.
@@ -168,7 +168,7 @@ def _trials(run: Run, truth: Truth, **effort: Unpack[Effort]) -> Iterator[Trial]
     planned: list[tuple[Mapping[str, Statistic], list[list[int]]]] = [(ONE_BY_ONE, drawn)]
     for share in effort.get("shares", (0.05,)):
         if not 0 < share < 1:
-            raise BadSetting("shares", share, "shares of the training set, above 0 and below 1")
+            raise BadSetting("shares", share, "shares of the samples, above 0 and below 1")
         size = max(1, round(share * len(run.seen)))
         draw = np.random.default_rng((seed, size))
         groups = [sorted(draw.choice(run.seen, size, replace=False).tolist()) for _ in range(count)]
