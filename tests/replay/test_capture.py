@@ -3,7 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from whence.errors import CoupledLoss
 from whence.language import language_model
 from whence.methods.embedding.projection import Projection, projection
 from whence.replay import explained
-from whence.replay.capture import captured, watched
+from whence.replay.capture import watched
+from whence.replay.rows import Loss, Reductions, Rows
 from whence.replay.sides import Sides
 from whence.replay.state import Fed, Step
 from whence.replay.transition import Piece, Transition
@@ -57,6 +58,24 @@ def piece_of(layer: Layer, *, reduce: Any = "mean", loss: Any = loss) -> list[Pi
     step = Step(0, fed, ({"lr": 0.1},), 0.0)
     task = Task(model, [], loss, reduce=reduce)
     return Transition(task, Update("SGD", (learning,), ({"lr": 0.1},)), step, (batch,)).pieces()
+
+
+@dataclass
+class Captured:
+    """Everything about a micro-batch at once."""
+
+    rows: Rows
+    losses: Tensor
+    gradient: Tree
+    buffers: Tree
+
+
+def captured(
+    piece: Piece, params: Tree, buffers: Tree, *, sides: Sequence[Reductions], losses: Sequence[Loss] = ()
+) -> Captured:
+    """Rows of the task's loss and of further ones."""
+    found = watched(piece, params, buffers)
+    return Captured(found.rows(sides, [None, *losses]), found.losses, found.gradient, found.buffers)
 
 
 def drawn(piece: Piece, rank: int = 9, **options: Any) -> Projection:

@@ -11,61 +11,21 @@ at steps 1, 2, 4, 8, ... Parameters for which it does not hold (in a recurrent l
 sample.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from whence.replay.explained import Parts, Reductions, grads, slopes_of, unexplained
+from whence.replay.explained import grads, slopes_of, unexplained
+from whence.replay.rows import Cotangents, Loss, Parts, Reductions, Rows, parts_of, row_of, unshared
 from whence.replay.transition import Piece
 from whence.replay.uses import Use
 from whence.replay.watching import Watching
-from whence.task import Batch
 from whence.tree import Tree
-
-Loss = Callable[[Any, Batch], Tensor]  # outputs, batch -> [slot]
-Rows = tuple[tuple[Float[Tensor, "slot rank"], ...], ...]  # by loss and by set of reductions
-Cotangents = dict[GradientEdge, Tensor | None]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """What one pass over a micro-batch found.
-
-    Attributes:
-        rows: projected gradients of the samples' losses (not divided by the batch), by loss and by set of reductions,
-            each `[slot, layer-rank]`; of no slots where the update did not consume the piece.
-        losses: the task's losses `[slot]`, as `Piece.loss` gives them.
-        gradient: the piece's part of the step's gradient, like that of `Piece.gradient`.
-        buffers: as the forward pass left them.
-    """
-
-    rows: Rows
-    losses: Float[Tensor, " slot"]
-    gradient: Tree
-    buffers: Tree
-
-
-def captured(
-    piece: Piece, params: Tree, buffers: Tree, *, sides: Sequence[Reductions], losses: Sequence[Loss] = ()
-) -> Captured:
-    """Capture the projected gradients of a micro-batch's samples, all at once: see `watched`.
-
-    Args:
-        piece: the micro-batch; its modules are put into the recorded modes.
-        params: where the gradients are taken.
-        buffers: before the forward pass.
-        sides: sets of reductions.
-        losses: further losses, read off the same outputs.
-    """
-    found = watched(piece, params, buffers)
-    return Captured(found.rows(sides, [None, *losses]), found.losses, found.gradient, found.buffers)
 
 
 def watched(piece: Piece, params: Tree, buffers: Tree) -> "Watched":
@@ -170,9 +130,9 @@ class Watched:
         # Under autocast the factors are as coarse as training's; their products need not be.
         with torch.enable_grad(), torch.autocast(self.losses.device.type, enabled=False):
             read = [self.seen.losses if loss is None else loss(self.seen.outputs, self.piece.batch) for loss in losses]
-            own = [loss is None for loss in losses]
-            parts = self._parts([self._cotangents(loss) for loss in read], sides)
-            return self._joined(read, self._unshared(parts, own), sides)
+            parts = parts_of(self.seen.uses, [self._cotangents(loss) for loss in read], sides)
+            pairs = zip(losses, parts, strict=True)
+            return self._joined(read, [self._unshared(one) if loss is None else one for loss, one in pairs], sides)
 
     def _cotangents(self, losses: Tensor) -> Cotangents:
         assert self.seen is not None
@@ -181,30 +141,8 @@ class Watched:
         edges = list(self.seen.cotangents)
         return dict(zip(edges, grads(losses.sum(), edges), strict=True))
 
-    def _parts(self, cotangents: Sequence[Cotangents], sides: Sequence[Reductions]) -> list[list[Parts]]:
-        """Small gradients by loss, set of reductions and parameter, summed over the parameter's uses."""
-        assert self.seen is not None
-        found: list[list[Parts]] = [[{} for _ in sides] for _ in cotangents]
-        for use in self.seen.uses:
-            reductions = [one[use.name] for one in sides if use.name in one]
-            if not reductions:
-                continue
-            factors = use.factors(reductions)
-            for of_loss, of_edge in zip(found, cotangents, strict=True):
-                b = of_edge[use.edge]
-                small = [] if b is None else use.rows(b, factors, reductions)
-                for parts, rows in zip(of_loss, small, strict=False):
-                    parts[use.name] = parts[use.name] + rows if use.name in parts else rows
-        return found
-
-    def _unshared(self, parts: list[list[Parts]], own: Sequence[bool]) -> list[list[Parts]]:
-        """The task's own losses were weighted with their shares, for the sake of the gradient."""
-        share = self.piece.share.to(self.losses)
-        inverse = torch.where(share != 0, 1 / share, 0)[:, None]
-        return [
-            [{name: part * inverse for name, part in of_set.items()} for of_set in of_loss] if weighted else of_loss
-            for of_loss, weighted in zip(parts, own, strict=True)
-        ]
+    def _unshared(self, of_loss: list[Parts]) -> list[Parts]:
+        return unshared(of_loss, self.piece.share.to(self.losses))
 
     def _joined(self, losses: Sequence[Tensor], parts: list[list[Parts]], sides: Sequence[Reductions]) -> Rows:
         """All parameters behind each other; the unexplained ones one sample at a time."""
@@ -214,7 +152,8 @@ class Watched:
         for of_loss, loss in zip(parts, losses, strict=True):
             slopes = [slopes_of(one, alone) for one in loss] if alone else []
             whole = {name: torch.stack([each[name] for each in slopes]) for name in alone}
-            rows.append(tuple(_row(part, whole, one, like=loss) for part, one in zip(of_loss, sides, strict=True)))
+            pairs = zip(of_loss, sides, strict=True)
+            rows.append(tuple(row_of(part | _small(whole, one), one, like=loss) for part, one in pairs))
         return tuple(rows)
 
     def _unexplained(self, reductions: Reductions) -> frozenset[str]:
@@ -222,14 +161,12 @@ class Watched:
         seen = self.seen
 
         def parts() -> Parts:
-            return self._unshared(self._parts([seen.cotangents], [reductions]), [True])[0][0]
+            return self._unshared(parts_of(seen.uses, [seen.cotangents], [reductions])[0])[0]
 
         kind = tuple(reductions), tuple(use.kind for use in seen.uses)
         ends = seen.outputs, seen.losses
         return unexplained(self.piece, ends, seen.leaves, kind=kind, reductions=reductions, parts=parts)
 
 
-def _row(parts: Parts, whole: Tree, reductions: Reductions, *, like: Tensor) -> Float[Tensor, "slot rank"]:
-    found = parts | {name: reductions[name].reduce(tensor) for name, tensor in whole.items()}
-    zeros = (like.new_zeros(len(like), one.rank) for one in reductions.values())
-    return torch.cat([found.get(name, zero) for name, zero in zip(reductions, zeros, strict=True)], 1)
+def _small(whole: Tree, reductions: Reductions) -> Parts:
+    return {name: reductions[name].reduce(tensor) for name, tensor in whole.items()}

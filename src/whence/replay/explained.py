@@ -5,7 +5,7 @@ weighted loss. A misread layout, an unseen use, or losses that depend on other s
 """
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from whence.errors import CoupledLoss, listed
-from whence.replay.sides import Sides
+from whence.replay.rows import Parts, Reductions
 from whence.replay.transition import Piece
 from whence.tree import Tree, norm
 
 log = logging.getLogger(__name__)
-Reductions = Mapping[str, Sides]
-Parts = dict[str, Tensor]  # [slot, rank] by parameter
 
 AGREES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative difference that counts as none
 # What was found about a model, by the ways in which it used its parameters; and at which step and micro-batch.
