@@ -180,10 +180,10 @@ def train(case: Case, model: nn.Module, data: TensorDataset, weights: Weights | 
     yield from steps(case, model, optimizer, iter(loader(case, data)), weights)
 
 
-def record(case: Case, model: nn.Module, data: TensorDataset, path: Path) -> None:
+def record(case: Case, model: nn.Module, data: TensorDataset, path: Path, **options: Any) -> None:
     """The same loop with a recorder beside it."""
     optimizer = case.optimizer(model)
-    with whence.Recorder(path, case.task(model, data), optimizer, checkpoints=whence.Every(2)) as recorder:
+    with whence.Recorder(path, case.task(model, data), optimizer, checkpoints=whence.Every(2), **options) as recorder:
         for _ in steps(case, model, optimizer, iter(recorder.watch(loader(case, data))), None):
             pass
 

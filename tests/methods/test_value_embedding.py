@@ -26,7 +26,7 @@ from whence.errors import (
     UnfinishedEmbeddings,
 )
 from whence.influence.tables import Order
-from whence.methods.embedding.capturing import Gathering
+from whence.methods.embedding.capturing import Walk
 from whence.methods.embedding.embedding_store import EmbeddingStore
 from whence.methods.embedding.projection import Kind
 from whence.replay.state import State
@@ -134,7 +134,7 @@ def test_rows_and_columns_of_rates_come_near_to_those_of_entries(
     """Nearer than a plain rate does; the three ways to follow AdamW."""
     run = recorded("adamw", tmp_path)
     exact = whole(fisher="empirical", projection="mask").attribute(run, asked()).values()
-    monkeypatch.setattr("whence.methods.embedding.capturing.picks", lambda _: False)
+    monkeypatch.setattr("whence.methods.embedding.step_rows.picks", lambda _: False)
     factored = whole(fisher="empirical").attribute(run, asked()).values()
     plain = whole(fisher="empirical", follow="rate").attribute(run, asked()).values()
 
@@ -196,14 +196,14 @@ def test_between_kept_states_it_goes_on_to_the_same_bits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what is not killed never goes back to a kept state."""
-    run, begun, (real, mark) = recorded(name, tmp_path), list[int](), (Gathering.before, EmbeddingStore.mark_captured)
+    run, begun, (real, mark) = recorded(name, tmp_path), list[int](), (Walk.before, EmbeddingStore.mark_captured)
     monkeypatch.setattr("whence.methods.embedding.embedding_store.SHORTEST", 3)
 
-    def before(self: Gathering, step: int) -> State:
+    def before(self: Walk, step: int) -> State:
         begun.append(step)
         return real(self, step)
 
-    monkeypatch.setattr(Gathering, "before", before)
+    monkeypatch.setattr(Walk, "before", before)
     truth = small(fisher="empirical").embed(run).values()
 
     def failing(self: EmbeddingStore, shard: int) -> None:

@@ -40,6 +40,17 @@ class NoDraw(WhenceError):
         )
 
 
+class NotCaptured(WhenceError):
+    """Rows cannot be captured from the loop's own passes."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        self.args = (
+            f"Step {step}: what Recorder(capture=...) saw of the loop does not tell the samples' gradients: {reason}. "
+            "It needs a model that is called as a whole, eagerly and once per batch, without BatchNorm in train mode, "
+            "recurrent layers or a scaled loss. Record without capture=; embed(run) finds the same afterwards.",
+        )
+
+
 class NotEmbedded(WhenceError):
     """Embeddings do not lead to a state."""
 

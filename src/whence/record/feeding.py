@@ -7,7 +7,7 @@ Decisions: a backward pass on fresh gradients opens a new list of batches, any o
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from whence.compiled import buffers, modules
 from whence.errors import OtherSlots, SparseGradient, StaleGradient, UnwatchedStep
+from whence.record.beside import Ongoing
 from whence.record.randomness import generators
 from whence.replay.state import Fed
 from whence.run.tensors import copied, digest
@@ -37,6 +38,7 @@ class Yielded:
         buffers: the model's buffers.
         passes: how often batch norm had moved its statistics.
         counted: whether the step consumes its gradient; if not, it only moved those statistics.
+        heard: what else listens to the passes on it.
     """
 
     samples: tuple[int, ...]
@@ -47,6 +49,7 @@ class Yielded:
     buffers: Tree
     passes: int
     counted: bool = True
+    heard: Any = None
 
     def noted(self) -> Fed:
         """What the log says of it."""
@@ -62,10 +65,12 @@ class Feeding:
         consumed: batches whose gradients the coming step consumes, in order.
         evaluating: modules that were in eval mode at the last backward pass.
         autocast: the precision that the model was last called under; empty without autocast.
+        beside: what else listens.
     """
 
     def __init__(self, task: Task, trained: Mapping[str, nn.Parameter]) -> None:
         self._task, self._trained = task, trained
+        self.beside: Ongoing | None = None
         self._hooks: dict[str, RemovableHandle] = {}
         self._copies: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._now: Yielded | None = None
@@ -106,7 +111,8 @@ class Feeding:
         self.let_pass()
         batch = plain(batch)
         world = generators(self._task.device), self.buffers(), self._passes()
-        self._now = Yielded(samples, epoch, digest(batch), copied(batch) if keep else None, *world)
+        content = copied(batch) if keep else None
+        self._now = Yielded(samples, epoch, digest(batch), content, *world, heard=self._hear(batch))
 
     def let_pass(self) -> None:
         """A batch that moved batch norm and led to no gradient still belongs to the history of the statistics."""
@@ -128,15 +134,20 @@ class Feeding:
         if size_of(batch) != len(self._now.samples):
             raise OtherSlots(size_of(batch), len(self._now.samples))
         random = generators(self._task.device)
-        self._now = replace(self._now, content=copied(batch), digest=digest(batch), random=random)
+        fed = {"content": copied(batch), "digest": digest(batch), "random": random}
+        self._now = replace(self._now, **fed, heard=self._hear(batch))
 
     def stepped(self) -> None:
         """Go on to the next step; another one on the same batch has a forward pass of its own, from here."""
-        random = generators(self._task.device)
-        self._now = replace(self.consumed[-1], random=random, buffers=self.buffers(), passes=self._passes())
+        random, last = generators(self._task.device), self.consumed[-1]
         self.consumed = []
         self.step += 1
+        heard = last.heard and self._hear(last.heard.batch)
+        self._now = replace(last, random=random, buffers=self.buffers(), passes=self._passes(), heard=heard)
         self.listen()
+
+    def _hear(self, batch: Batch) -> Any:
+        return self.beside and self.beside.listen(batch, self.step, len(self.consumed))
 
     def left(self) -> Tree:
         """The model's buffers as the last step left them, whatever was fed since and led to no step."""

@@ -30,8 +30,10 @@ class Proof:
         power_of_four = step.index.bit_count() == 1 and step.index.bit_length() % 2 == 1
         return new or step.index < 2 or power_of_four
 
-    def check(self, transition: Transition, state: State, consumed: Tree) -> None:
+    def check(self, transition: Transition, state: State, consumed: Tree) -> float:
         """Compute the step's gradient as a replay will, and compare it with the one that the optimizer consumes.
+
+        Returns the relative difference that is allowed.
 
         Raises:
             UnexplainedGradient: they differ.
@@ -46,6 +48,7 @@ class Proof:
         if not off <= allowed:
             norms = {"ours": norm(ours), "theirs": norm(consumed)}
             raise UnexplainedGradient(transition.step.index, off, allowed, **norms)
+        return allowed
 
 
 def default_tolerance(step: Step, consumed: Tree) -> float:

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from whence.compiled import parameters
 from whence.errors import BadOptimizer, ChangedOutside, Diverged, RunExists, UnwatchedStep
+from whence.record.beside import Beside
 from whence.record.feeding import Feeding
 from whence.record.policy import CheckpointPolicy, Every
 from whence.record.proof import Proof, read_again
@@ -34,6 +35,7 @@ from whence.run.manifest import NAME, Manifest
 from whence.run.store import Writer
 from whence.task import Batch, Task
 from whence.tree import Tree, norm
+from whence.tree import cast as cast_to
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Recorder:
         keep_batches: store what was fed, for rows that cannot be read again (random augmentation).
         tolerance: relative difference up to which a replayed gradient counts as the loop's; default 1e-9 in float64,
             5e-2 under autocast, else 1e-3.
+        capture: a `DataValueEmbedding` whose pass over the training is to be made by the training itself.
 
     Raises:
         UnsupportedOptimizer: the optimizer has no derivative.
@@ -57,7 +60,7 @@ class Recorder:
         UnreadableData: the task's data set cannot be read by row number.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         path: str | Path,
         task: Task,
@@ -66,6 +69,7 @@ class Recorder:
         checkpoints: CheckpointPolicy | None = None,
         keep_batches: bool = False,
         tolerance: float | None = None,
+        capture: Beside | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise BadOptimizer(f"got a {type(optimizer).__name__}; a run has one torch.optim optimizer")
@@ -77,7 +81,7 @@ class Recorder:
         self._params = parameters(task.model)
         self._groups = _group_names(self._params, optimizer)
         self._trained = {name: self._params[name] for group in self._groups for name in group}
-        self._proof = Proof(tolerance)
+        self._proof, self._capture = Proof(tolerance), capture
         self._feeding = Feeding(task, self._trained)
         self._overheard: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._epoch = self._last_epoch = -1
@@ -92,8 +96,10 @@ class Recorder:
         """
         if (self._folder / NAME).exists():
             raise RunExists(self._folder)
-        self._writer = Writer(self._folder, self._manifest())
-        self._kept: list[int] = []
+        manifest, self._kept = self._manifest(), list[int]()
+        self._writer = Writer(self._folder, manifest)
+        if self._capture is not None:
+            self._feeding.beside = self._capture.beside(self._task, manifest, self._trained, keep=self._writer.add)
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -108,6 +114,8 @@ class Recorder:
         self._feeding.stop()
         for hook in self._hooks:
             hook.remove()
+        if self._feeding.beside is not None:
+            self._feeding.beside.finish()
         if error is not None:
             return
         changed = self._changed_outside()
@@ -163,6 +171,10 @@ class Recorder:
             self._writer.keep_batches(step.index, tuple(y.content for y in consumed))
         if self._proof.due(step):
             self._prove(step, state)
+        if self._feeding.beside is not None:
+            fed = cast_to(tuple(y.heard.batch for y in consumed), None, self._task.device)
+            heard, transition = [y.heard for y in consumed], self._transition(step, fed)
+            self._feeding.beside.stepped(transition, state, heard, consumed=self._grads())
         self._pending = step
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -218,10 +230,15 @@ class Recorder:
         self._kept = [kept for kept in self._kept if kept not in dropped]
 
     def _prove(self, step: Step, state: State) -> None:
-        task, update = self._task, Update(self._kind, self._groups, step.settings)
+        task, grads, fed = self._task, self._grads(), self._feeding.consumed
         with preserved((task.model, task.predict, task.loss, task.collate, task.data)):
-            batches = tuple(read_again(task, step.index, y) for y in self._feeding.consumed)
-            self._proof.check(Transition(task, update, step, batches), state, self._grads())
+            transition = self._transition(step, tuple(read_again(task, step.index, y) for y in fed))
+            allowed = self._proof.check(transition, state, grads)
+            if self._feeding.beside is not None:
+                self._feeding.beside.prove(transition, state, [y.heard for y in fed], tolerance=allowed)
+
+    def _transition(self, step: Step, batches: tuple[Batch, ...]) -> Transition:
+        return Transition(self._task, Update(self._kind, self._groups, step.settings), step, batches)
 
     def _live(self) -> Tree:
         return {name: parameter.detach() for name, parameter in self._params.items()}

@@ -44,10 +44,13 @@ class Watching(TorchFunctionMode):
         leaves: the parameters, by name.
         slots: how many samples the batch has.
         batch: what is fed; places in tables that come from it differ from sample to sample.
+        aside: the pass is somebody else's. It stays as it is, whose batch statistics would else become constants; and
+            what is made of parameters alone is made again, in a graph that the other's backward pass does not free.
     """
 
-    def __init__(self, leaves: Tree, slots: int, batch: Any) -> None:
+    def __init__(self, leaves: Tree, slots: int, batch: Any, *, aside: bool = False) -> None:
         TorchFunctionMode.__init__(self)
+        self._aside = aside
         self.uses: list[Use] = []
         self.froze = False  # batch statistics were taken for constants
         self._slots, self._flat = slots, "flat"
@@ -55,6 +58,8 @@ class Watching(TorchFunctionMode):
         self._by_channel = partial(_by_channel, slots=slots)
         self._names = {id(leaf): name for name, leaf in leaves.items()}
         self._leaves = leaves
+        # The same as some tensors made of parameters alone, in a graph of our own; keys are theirs.
+        self._twins = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves.values()} if aside else {}
         self._alone: dict[int, tuple[Tensor, frozenset[str]]] = {
             id(leaf): (leaf, frozenset({name})) for name, leaf in leaves.items()
         }  # tensors made of parameters alone, and of which
@@ -142,6 +147,8 @@ class Watching(TorchFunctionMode):
         rows = places.dim() > 1 and len(places) == self._slots
         if id(places) not in self._fed and not rows:
             self._keep_alone(out, [call["weight"]])  # like a table of positions: no sample's own
+            if self._aside:
+                self._twins[id(out)] = nn.functional.embedding(**(call | {"weight": self._twin(call["weight"])}))
         elif places.dim() and places.numel() % self._slots == 0:
             layout = layout_of(out, self._slots) or "flat"
             arranged = partial(by_slot, slots=self._slots, layout=layout)
@@ -186,6 +193,8 @@ class Watching(TorchFunctionMode):
         """A batch's own statistics become constants: otherwise every loss depends on every sample."""
         call = _signature("batch_norm", args, kwargs)
         x = call["input"]
+        if call["training"] and self._aside:
+            return func(*args, **kwargs)
         if call["training"]:
             self.froze = True
             axes = [axis for axis in range(x.dim()) if axis != 1]
@@ -210,12 +219,27 @@ class Watching(TorchFunctionMode):
             if self._spreads(source, shape):
                 spread = self._spread(source, source.expand(shape))
                 return func(*(spread if place == own[0] else other for place in (0, 1)))
+        sources = [t for t in _tensors_of(args, {}) if t.requires_grad]
+        twin = self._again(func, args) if self._aside and self._all_alone(sources) else None
         found = func(*args)
         if name in {"expand", "repeat"} and own == [0] and self._spreads(args[0], found.shape):
             return self._spread(args[0], found)
         if isinstance(found, Tensor) and found.requires_grad:
-            self._keep_alone(found, [t for t in _tensors_of(args, {}) if t.requires_grad])
+            self._keep_alone(found, sources)
+            if twin is not None:
+                self._twins[id(found)] = twin
         return found
+
+    def _again(self, func: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """The same in our own graph, before it happens, and with the same random numbers."""
+        with torch.random.fork_rng([arg.device for arg in _tensors_of(args, {})[:1] if arg.is_cuda]):
+            return func(*map(self._twin, args))
+
+    def _twin(self, value: Any) -> Any:
+        """What stands for a value in our own graph."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._twin, value))
+        return self._twins.get(id(value), value)
 
     def _spreads(self, source: Tensor, shape: torch.Size) -> bool:
         """Whether a broadcast to this shape gives every slot the same."""
@@ -226,13 +250,17 @@ class Watching(TorchFunctionMode):
         arranged = partial(summed_to, shape=source.shape)
         for name in self._alone[id(source)][1]:
             leaf = self._leaves[name]
-            self._add(Spread, leaf, spread, arranged=arranged, leaf=leaf, source=source)
+            own = {"leaf": self._twin(leaf), "source": self._twin(source)}
+            self._add(Spread, leaf, spread, arranged=arranged, **own)
         return spread
 
     def _keep_alone(self, found: Tensor, sources: list[Tensor]) -> None:
-        if all(id(source) in self._alone for source in sources):
+        if self._all_alone(sources):
             names = frozenset(chain.from_iterable(self._alone[id(source)][1] for source in sources))
             self._alone[id(found)] = found, names
+
+    def _all_alone(self, sources: list[Tensor]) -> bool:
+        return all(id(source) in self._alone for source in sources)
 
 
 def _by_channel(x: Tensor, slots: int) -> Tensor:

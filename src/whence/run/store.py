@@ -104,7 +104,7 @@ class Writer:
 
     def keep_state(self, number: int, state: State) -> None:
         """Keep one state."""
-        self._add(state_file(number), pack_state(state))
+        self.add(state_file(number), pack_state(state))
 
     def drop_states(self, numbers: Iterable[int]) -> None:
         """Forget states; the manifest forgets them first."""
@@ -139,12 +139,13 @@ class Writer:
             return
         content = BytesIO()
         journal.table(self._tail).write_parquet(content, compression="zstd")
-        self._add(segment_file(self._first), content.getvalue())
+        self.add(segment_file(self._first), content.getvalue())
         (self.folder / journal_file(self._first)).unlink()
         self._first += len(self._tail)
         self._tail = []
 
-    def _add(self, name: str, content: bytes) -> None:
+    def add(self, name: str, content: bytes) -> None:
+        """Write a file of the run, and then its name and checksum into the manifest."""
         with replacing(self.folder / name) as scratch:
             scratch.write_bytes(content)
         self.manifest = self.manifest.with_file(name, checksum(content))

@@ -25,9 +25,8 @@ from whence.influence.influence import Influence
 from whence.influence.tables import Order
 from whence.influence.writer import InfluenceWriter
 from whence.methods.dit import begun_writer, described
-from whence.methods.embedding.capturing import projection_for
 from whence.methods.embedding.embedding_store import About, EmbeddingStore
-from whence.methods.embedding.projection import Projection
+from whence.methods.embedding.projection import Projection, projection_for
 from whence.methods.observe import ObservedAt, observed_states
 from whence.methods.reading import slopes_at
 from whence.queries import Averaged, Query
@@ -86,7 +85,8 @@ class Embeddings:
     def projection(self) -> Projection:
         """The projection, drawn again."""
         told = self.about.settings
-        return projection_for(self.run, kind=told["projection"], rank=told["rank"], seed=told["seed"])  # type: ignore[arg-type]
+        chosen = {"kind": told["projection"], "rank": told["rank"], "seed": told["seed"]}
+        return projection_for(self.run.task, self.run.manifest, **chosen)  # type: ignore[arg-type]
 
     def values(self, start: int = 0, stop: int | None = None) -> Float[np.ndarray, "step slot coordinate"]:
         """The vectors of the visits in steps [start, stop), each towards the next observed state."""

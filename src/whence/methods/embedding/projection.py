@@ -6,10 +6,10 @@ The small gradients of all parameters lie behind each other along one axis, `lay
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import isqrt
 from typing import Literal, final
 
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from whence.errors import BadSetting
 from whence.replay.sides import Dense, Picked, Side, Sides
+from whence.run.manifest import Manifest
+from whence.task import Task
 from whence.tree import Tree
 
 Kind = Literal["gaussian", "orthonormal", "mask"]
@@ -120,6 +122,39 @@ def projection(
         ]
         found[name] = Sides(*(_moved(side, like) for side in sides))
     return Projection(found)
+
+
+def projection_for(task: Task, manifest: Manifest, *, kind: Kind, rank: int, seed: int) -> Projection:
+    """The projection of a training's parameters; those of one module stand behind each other."""
+    params = manifest.params
+    shapes = {name: params[name].shape for name in by_module(name for group in manifest.groups for name in group)}
+    precisions = (getattr(torch, one.dtype) for one in params.values())
+    precise = next(precision for precision in precisions if precision.is_floating_point)
+    like = torch.empty((), dtype=precise, device=task.device)
+    return projection(shapes, kind=kind, rank=rank, seed=seed, like=like)
+
+
+def by_module(names: Iterable[str]) -> list[str]:
+    """Names of parameters with those of one module behind each other.
+
+    >>> by_module(["a.weight", "b.weight", "a.bias"])
+    ['a.weight', 'a.bias', 'b.weight']
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(chain.from_iterable(found.values()))
+
+
+def blocks_of(whole: Projection, *, dense: bool) -> dict[str, tuple[int, int]]:
+    """The coordinates that the recursion treats together: a module's, or all."""
+    if dense:
+        return {"all layers": (0, whole.rank)}
+    found: dict[str, tuple[int, int]] = {}
+    for name, place in whole.layout.items():
+        module = name.rpartition(".")[0] or "model"
+        found[module] = (found.get(module, (place.start, 0))[0], place.stop)
+    return found
 
 
 def ranks_of(sizes: tuple[int, ...], rank: int) -> tuple[int, ...]:

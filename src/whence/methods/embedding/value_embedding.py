@@ -6,27 +6,33 @@ in the small space of a random projection, layer by layer. D is what the optimiz
 matrix of a batch: a choice.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from whence.errors import BadSetting, NoDraw
 from whence.influence.influence import Influence
 from whence.methods.dit import precision, slots
-from whence.methods.embedding.capturing import Fisher, Follow, Gathering, blocks_of, projection_for
+from whence.methods.embedding.alongside import Alongside
+from whence.methods.embedding.capturing import Gathering
 from whence.methods.embedding.embedding_store import About, EmbeddingStore
 from whence.methods.embedding.embeddings import Embeddings
-from whence.methods.embedding.projection import Kind
+from whence.methods.embedding.kept_rows import KeptRows, RowsWriter
+from whence.methods.embedding.projection import Kind, blocks_of, projection_for
 from whence.methods.embedding.recursion import Transport, Visits, back_over
+from whence.methods.embedding.step_rows import Fisher, Follow, StepRows
 from whence.methods.observe import ObservedAt, observed_states
 from whence.queries import Query
 from whence.replay.heap import kept_heap
+from whence.run.manifest import Manifest
 from whence.run.run import Run
+from whence.task import Task
 
 Layers = Literal["apart", "together"]
 
@@ -127,10 +133,7 @@ class DataValueEmbedding:
         Raises:
             NoDraw: the task does not say how labels are drawn from the model.
         """
-        if self.fisher == "true" and run.task.draw is None:
-            raise NoDraw
-        small = projection_for(run, kind=self.projection, rank=self.rank, seed=self.seed)
-        gathering = Gathering(run, small, self.fisher, self.follow, self.seed)
+        what = self._what(run.task, run.manifest)
         cuts = {-(-run.steps * part // self.segments) for part in range(1, self.segments + 1)}
         about = About(
             run=run.id,
@@ -138,13 +141,42 @@ class DataValueEmbedding:
             slots=max(len(step.samples) for step in run.log),
             samples=run.samples,
             observed_at=tuple(sorted({*observed_states(run, observed_at), *cuts})),
-            layout={name: (place.start, place.stop) for name, place in small.layout.items()},
-            blocks=blocks_of(small, dense=self.layers == "together"),
+            layout={name: (place.start, place.stop) for name, place in what.projection.layout.items()},
+            blocks=blocks_of(what.projection, dense=self.layers == "together"),
             dtype=precision(run),
             settings=self._settings,
         )
         path = None if out is None else Path(out)
-        return gathering, EmbeddingStore.begin(path, about, gathering.shapes(about.slots), sample=slots(run))
+        store = EmbeddingStore.begin(path, about, what.sizes(about.slots), sample=slots(run))
+        return Gathering(run, what, KeptRows(run, self._of_rows)), store
+
+    def _what(self, task: Task, manifest: Manifest) -> StepRows:
+        """What is gathered at a step.
+
+        Raises:
+            NoDraw: the task does not say how labels are drawn from the model.
+        """
+        if self.fisher == "true" and task.draw is None:
+            raise NoDraw
+        small = projection_for(task, manifest, kind=self.projection, rank=self.rank, seed=self.seed)
+        shapes = {name: layout.shape for name, layout in manifest.params.items()}
+        return StepRows(task, manifest.optimizer, shapes, small, self.fisher, self.follow, self.seed)
+
+    def beside(
+        self, task: Task, manifest: Manifest, trained: Mapping[str, nn.Parameter], *, keep: Callable[[str, bytes], None]
+    ) -> Alongside:
+        """Capture a training while it runs: `Recorder(..., capture=DataValueEmbedding(...))` calls this.
+
+        Args:
+            task: of the training, with the live model.
+            manifest: of its recording.
+            trained: the live parameters that the optimizer holds.
+            keep: adds a file to the recording.
+
+        Raises:
+            NoDraw: the task does not say how labels are drawn from the model.
+        """
+        return Alongside(self._what(task, manifest), trained, RowsWriter(keep, self._of_rows))
 
     def attribute(
         self, run: Run, queries: Query, *, observed_at: ObservedAt = "end", out: str | Path | None = None
@@ -164,8 +196,12 @@ class DataValueEmbedding:
 
     @property
     def _settings(self) -> dict[str, object]:
-        names = ("rank", "fisher", "projection", "follow", "layers", "damping", "seed")
-        return {name: getattr(self, name) for name in names}
+        return self._of_rows | {"layers": self.layers, "damping": self.damping}
+
+    @property
+    def _of_rows(self) -> dict[str, object]:
+        """The settings that the pass over the training depends on."""
+        return {name: getattr(self, name) for name in ("rank", "fisher", "projection", "follow", "seed")}
 
 
 @final

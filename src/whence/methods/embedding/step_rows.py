@@ -1,0 +1,205 @@
+"""What Data Value Embedding wants to know of a step: small gradients of its samples, and what the update makes of them.
+
+What the update makes of a gradient is a number per entry (`lasting.py`). Where that is the same for all entries of a
+parameter, or where a mask picks entries, it is a number per coordinate of the projection. Elsewhere it is taken as the
+product of a number per row and one per column, which a projection of a matrix's two sides lets through: rows and
+columns are scaled before they are mixed.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, final, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from whence.clipping import ClipValue
+from whence.methods.embedding.projection import Projection
+from whence.methods.viewpoint import rates
+from whence.replay.lasting import Lasting, lasting
+from whence.replay.rows import Loss, Reductions, Rows
+from whence.replay.sides import Picked
+from whence.replay.state import State
+from whence.replay.transition import Piece, Transition
+from whence.replay.update import LINEAR
+from whence.task import Batch, Task
+from whence.tree import Tree
+
+Fisher = Literal["true", "empirical"]
+Follow = Literal["optimizer", "rate"]
+Arrays = dict[str, Tensor]
+ROUNDING = 1e-5  # of a sample's gradient: a step's gradient below it is none
+LOOKED_AT = 2**13  # entries of a parameter, for their median
+
+
+@runtime_checkable
+class Seen(Protocol):
+    """A pass over a micro-batch that rows can be had of."""
+
+    def rows(self, sides: Sequence[Reductions], losses: Sequence[Loss | None] = (None,)) -> Rows:
+        """Projected gradients of the samples' losses, by loss (None: the task's) and by set of reductions."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """What is gathered at every step, and how.
+
+    Attributes:
+        task: of the training.
+        optimizer: its class's name.
+        shapes: of all parameters.
+        projection: of the trained ones.
+        fisher: whether the curvature is made of the samples' own gradients, or of those with drawn labels.
+        follow: whether the update is the optimizer's, or a plain step by its learning rate.
+        seed: of the drawn labels.
+    """
+
+    task: Task
+    optimizer: str
+    shapes: Mapping[str, tuple[int, ...]]
+    projection: Projection
+    fisher: Fisher
+    follow: Follow
+    seed: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether the update is one number per coordinate."""
+        uniform = self.optimizer in LINEAR and not isinstance(self.task.clip, ClipValue)
+        return self.follow == "rate" or uniform or picks(self.projection)
+
+    def sizes(self, slots: int) -> dict[str, tuple[int, ...]]:
+        """The arrays of a step."""
+        rows, true = (slots, self.projection.rank), self.fisher == "true"
+        wanted = {"fisher": True, "gradient": true and self.plain, "moved": not self.plain}
+        wanted |= {"fisher_moved": true and not self.plain}
+        found: dict[str, tuple[int, ...]] = {name: rows for name, there in wanted.items() if there}
+        return found | {"rate": rows[1:], "decay": rows[1:], "share": rows[:1]}
+
+    def drawn(self, step: int, piece: int) -> Loss | None:
+        """The loss with drawn labels, always the same of a piece, where the curvature is made of those."""
+        draw = self.task.draw
+        if self.fisher == "empirical" or draw is None:
+            return None
+        digest = hashlib.sha256(f"{self.seed}/{step}/{piece}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "little", signed=True)
+
+        def losses(outputs: Any, batch: Batch) -> Tensor:
+            return draw(outputs, batch, torch.Generator(self.task.device).manual_seed(seed))
+
+        return losses
+
+    def rows(self, seen: Seen, drawn: Loss | None, answer: Lasting | None) -> Arrays:
+        """The samples' projected gradients, as they are and, given what the update answers, as it moves them.
+
+        Args:
+            seen: a micro-batch's pass.
+            drawn: its loss with drawn labels, where the curvature is made of those.
+            answer: None where the update is one number per coordinate.
+        """
+        small = self.projection.sides
+        if answer is None:
+            found = seen.rows([small], [None] if drawn is None else [drawn, None])
+            return dict(zip(("fisher", "gradient"), (one[0] for one in found), strict=False))
+        scaled = self.projection.scaled(factors(self.projection, answer.rate)).sides
+        if drawn is None:
+            return dict(zip(("fisher", "moved"), seen.rows([small, scaled])[0], strict=True))
+        both = dict(zip(("fisher", "fisher_moved"), seen.rows([small, scaled], [drawn])[0], strict=True))
+        return both | {"moved": seen.rows([scaled])[0][0]}
+
+    def arrays(self, rows: Sequence[Arrays], pieces: Sequence[Piece], *, total: Tree, answer: Lasting) -> Arrays:
+        """All that is kept of a step.
+
+        Args:
+            rows: of its micro-batches.
+            pieces: the micro-batches.
+            total: the step's gradient.
+            answer: what the update makes of lasting changes.
+        """
+        joined = {name: torch.cat([of_piece[name] for of_piece in rows]) for name in rows[0]}
+        return self._without_rounding(joined, total) | {
+            "rate": self._by_coordinate(answer.rate, absent=0.0),
+            "decay": self._by_coordinate(answer.decay, absent=1.0),
+            "share": torch.cat([piece.share for piece in pieces if piece.counted]),
+        }
+
+    def answer(self, transition: Transition, state: State, gradient: Tree) -> Lasting:
+        """What the update makes of lasting changes, given the step's gradient before clipping."""
+        if self.follow == "optimizer":
+            answer = lasting(transition, state, gradient)
+            return replace(answer, rate={n: at_most_usual(rate, gradient[n]) for n, rate in answer.rate.items()})
+        by_group = zip(transition.update.groups, rates(transition.step), strict=True)
+        rate = {name: torch.full_like(gradient[name], r) for group, r in by_group for name in group if name in gradient}
+        return Lasting(rate, {name: torch.ones_like(tensor) for name, tensor in rate.items()})
+
+    def _without_rounding(self, rows: Arrays, total: Tree) -> Arrays:
+        """Drop the rows of a bias in front of BatchNorm, say: frozen statistics show it a gradient where there is none.
+
+        Adam would divide it by the rounding that is there instead.
+        """
+        if self.task.running:
+            for name, place in self.projection.layout.items():
+                usual = rows["fisher"][:, place].square().sum(1).mean().sqrt()
+                if name in total and total[name].norm() <= ROUNDING * usual:
+                    for tensor in rows.values():
+                        tensor[:, place] = 0.0
+        return rows
+
+    def _by_coordinate(self, tree: Tree, absent: float) -> Float[Tensor, " coordinate"]:
+        """A number of every entry as one of every coordinate: that of the picked entry, or the parameter's mean."""
+        names = self.projection.layout
+        like = next(iter(tree.values()))
+        if picks(self.projection):
+            full = {n: tree[n] if n in tree else like.new_full(self.shapes[n], absent) for n in names}
+            return self.projection.of_diagonal(full)
+        means = {name: tree[name].mean() if name in tree else like.new_tensor(absent) for name in names}
+        return torch.cat([means[name].expand(place.stop - place.start) for name, place in names.items()])
+
+
+def at_most_usual(rate: Tensor, gradient: Tensor) -> Tensor:
+    """A parameter's rates, none larger than their median where there is a gradient (of thousands of its entries).
+
+    Adam divides an entry that hardly ever had a gradient by almost nothing, but only until it gets one: what it is
+    divided by grows with it. Here that counts as fixed, and so may not be taken at its word.
+
+    >>> at_most_usual(torch.tensor([1.0, 2.0, 1e6, 0.1]), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    tensor([1.0000, 2.0000, 2.0000, 0.1000])
+    """
+    every = -(-rate.numel() // LOOKED_AT) | 1  # odd, so that it meets every column of most matrices
+    some = rate.flatten()[::every][gradient.flatten()[::every] != 0].abs()
+    usual = float(some.median()) if len(some) else 0.0
+    return rate.clamp(-usual, usual) if usual > 0 else rate
+
+
+def picks(whole: Projection) -> bool:
+    """Whether a projection picks entries and mixes none."""
+    every = (side for sides in whole.sides.values() for side in (sides.left, sides.right) if side is not None)
+    return all(isinstance(side, Picked) for side in every)
+
+
+def factors(whole: Projection, rate: Tree) -> dict[str, tuple[Tensor, ...]]:
+    r"""Every parameter's numbers as products of one for the row and one for the column, of vectors as they are.
+
+    .. math:: d_{ij} \approx \exp(\overline{\log d}_{i \cdot} + \overline{\log d}_{\cdot j} - \overline{\log d})
+    """
+    found = {}
+    for name, sides in whole.sides.items():
+        if name not in rate:
+            ones = next(iter(rate.values()))
+            found[name] = tuple(ones.new_ones(s.size) for s in (sides.left, sides.right) if s is not None)
+        elif sides.right is None:
+            found[name] = (rate[name].flatten(),)
+        else:
+            found[name] = _outer(rate[name].reshape(sides.left.size, sides.right.size))
+    return found
+
+
+def _outer(matrix: Float[Tensor, "left right"]) -> tuple[Tensor, Tensor]:
+    largest = matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)
+    logs = matrix.abs().clamp_min(1e-12 * largest).log()
+    left = (logs.mean(1) - logs.mean()).exp()
+    return left * matrix.sum().sign(), logs.mean(0).exp()

@@ -1,0 +1,44 @@
+"""What else may listen to a training beside its recorder."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from whence.replay.state import State
+from whence.replay.transition import Transition
+from whence.run.manifest import Manifest
+from whence.task import Batch, Task
+from whence.tree import Tree
+
+
+@runtime_checkable
+class Ongoing(Protocol):
+    """Listens while a training runs."""
+
+    def listen(self, batch: Batch, step: int, piece: int) -> Any:
+        """A batch is about to be fed, presumably as this piece of this step: hear the passes on it."""
+        ...
+
+    def stepped(self, transition: Transition, state: State, heard: Sequence[Any], *, consumed: Tree) -> None:
+        """The optimizer is about to step by a gradient; what was heard of each of the step's batches."""
+        ...
+
+    def prove(self, transition: Transition, state: State, heard: Sequence[Any], *, tolerance: float) -> None:
+        """The same step as a replay will see it: refuse to go on if what was heard is not that."""
+        ...
+
+    def finish(self) -> None:
+        """The training is over, or failed."""
+        ...
+
+
+@runtime_checkable
+class Beside(Protocol):
+    """Begins to listen when a recording begins."""
+
+    def beside(
+        self, task: Task, manifest: Manifest, trained: Mapping[str, nn.Parameter], *, keep: Callable[[str, bytes], None]
+    ) -> Ongoing:
+        """What listens; it may keep files in the recording."""
+        ...
