@@ -37,6 +37,18 @@ def plain() -> float:
     return seconds(lambda: sweep.train(task, optimizer, ready))
 
 
+def captured(fisher: str, out: Path) -> float:
+    """Of a recorded training that captures rows while it runs."""
+    task, optimizer, loader = sweep.prepared(STEPS)
+
+    def recorded() -> None:
+        capture = whence.DataValueEmbedding(fisher=fisher)  # type: ignore[arg-type]
+        with whence.Recorder(out, task, optimizer, capture=capture) as recorder:
+            sweep.train(task, optimizer, recorder.watch(loader))
+
+    return seconds(recorded)
+
+
 def embedded(run: whence.Run, fisher: str, out: Path) -> tuple[float, float]:
     """Of the pass over the training and the recursion together, and of the recursion alone."""
     captured: list[float] = []
@@ -76,14 +88,16 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     sweep.record(STEPS, folder / "run")
     run = whence.open_run(folder / "run", sweep.prepared(STEPS)[0])
-    units, times = [], dict[str, list[tuple[float, float]]]()
+    units, times = [], dict[str, list[tuple[float, float, float]]]()
     for repeat in range(REPEATS):
         units.append(plain())
         for fisher in FISHERS:
-            times.setdefault(fisher, []).append(embedded(run, fisher, folder / f"{fisher}{repeat}"))
+            beside = captured(fisher, folder / f"run with {fisher}{repeat}")
+            times.setdefault(fisher, []).append((*embedded(run, fisher, folder / f"{fisher}{repeat}"), beside))
     unit = min(units)
     for fisher, found in times.items():
-        whole, recursion = map(min, zip(*found, strict=True))
+        whole, recursion, beside = map(min, zip(*found, strict=True))
+        print(f"{'':17} recorded and captured / training {beside / unit:.2f}")
         print(f"{fisher + ' Fisher':17} embedding / training            {whole / unit:.2f}")
         print(f"{'':17} steps a second: recursion / training {unit / recursion:.1f}", flush=True)
     embeddings = whence.open_embeddings(folder / "true0", run)

@@ -1,21 +1,28 @@
-"""Does a sweep by differences fit into training's own memory? python -m bench.own_memory.
+"""Does a sweep by differences fit into training's own memory, and capturing beside it? python -m bench.own_memory.
 
-Peak resident memory of the GPT of bench.sweep, trained or swept for one query, each in a process of its own that has
-done everything once in small, so that imported libraries are no part of it.
+Peak resident memory of the GPT of bench.sweep, trained, captured while it trains, or swept for one query, each in a
+process of its own that has done everything once in small, so that imported libraries are no part of it.
 """
 
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import whence
 from bench import memory, sweep
+from bench.models import GPT, sentences
 
-STEPS = 4
+STEPS = 6  # the recorder proves the first two and the fifth
+CAPTURES = {
+    "recording": None,
+    "capturing, empirical": whence.DataValueEmbedding(fisher="empirical"),
+    "capturing, true": whence.DataValueEmbedding(),
+}
 POLICIES = {
     "Hessian, difference": whence.Hessian("difference"),
     "Gauss-Newton, difference": whence.GaussNewton("difference"),
@@ -25,12 +32,27 @@ POLICIES = {
 
 def in_small() -> None:
     """Load what training, recording and sweeping load."""
-    data = TensorDataset(torch.randn(8, 4), torch.randint(0, 2, (8,)))
-    task = whence.classification(torch.nn.Linear(4, 2), data)
+    data = sentences(8, context=8)
+    task = whence.language_model(GPT(width=8, layers=1, context=8), data)
     optimizer, loader = torch.optim.AdamW(task.model.parameters()), DataLoader(data, batch_size=4)
-    run = memory.trained(task, optimizer, loader, folder=Path(tempfile.mkdtemp()) / "run")
+    folder = record(task, optimizer, loader, capture=CAPTURES["capturing, true"])
+    run = whence.open_run(folder, task)
     for policy in POLICIES.values():
         whence.DIT(curvature=policy).attribute(run, whence.Loss(data, samples=[0]))
+
+
+def record(
+    task: whence.Task,
+    optimizer: torch.optim.Optimizer,
+    loader: "DataLoader[Any]",
+    *,
+    capture: whence.DataValueEmbedding | None,
+) -> Path:
+    """Record a training; where to."""
+    folder = Path(tempfile.mkdtemp()) / "run"
+    with whence.Recorder(folder, task, optimizer, capture=capture) as recorder:
+        sweep.train(task, optimizer, recorder.watch(loader))
+    return folder
 
 
 def alone(what: str, folder: str) -> None:
@@ -41,6 +63,8 @@ def alone(what: str, folder: str) -> None:
     task, optimizer, loader = sweep.prepared(STEPS)
     if what == "training":
         sweep.train(task, optimizer, loader)
+    elif what in CAPTURES:
+        record(task, optimizer, loader, capture=CAPTURES[what])
     else:
         run = whence.open_run(folder, task)
         whence.DIT(curvature=POLICIES[what], chunk=1).attribute(run, whence.Loss(task.data, samples=[0]))
@@ -56,7 +80,7 @@ def main() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "bench.own_memory"]
     print("what                        MiB  / training")
     unit = 0.0
-    for what in ("training", *POLICIES):
+    for what in ("training", *CAPTURES, *POLICIES):
         found = float(subprocess.run([*command, what, folder], check=True, capture_output=True, text=True).stdout)
         unit = unit or found
         print(f"{what:25} {found:5.0f}  {found / unit:10.2f}", flush=True)

@@ -20,12 +20,14 @@ class Ongoing(Protocol):
         """A batch is about to be fed, presumably as this piece of this step: hear the passes on it."""
         ...
 
-    def stepped(self, transition: Transition, state: State, heard: Sequence[Any], *, consumed: Tree) -> None:
+    def stepped(
+        self, transition: Transition, state: State, heard: Sequence[Any], *, consumed: Tree, proving: bool
+    ) -> None:
         """The optimizer is about to step by a gradient; what was heard of each of the step's batches."""
         ...
 
-    def prove(self, transition: Transition, state: State, heard: Sequence[Any], *, tolerance: float) -> None:
-        """The same step as a replay will see it: refuse to go on if what was heard is not that."""
+    def prove(self, transition: Transition, state: State, *, tolerance: float) -> None:
+        """The same step as a replay will see it, after `stepped`: refuse to go on if what was heard is not that."""
         ...
 
     def finish(self) -> None:

@@ -169,12 +169,13 @@ class Recorder:
             self._keep(state)
         if any(fed.stored for fed in step.fed):
             self._writer.keep_batches(step.index, tuple(y.content for y in consumed))
-        if self._proof.due(step):
-            self._prove(step, state)
+        proving = self._proof.due(step)
         if self._feeding.beside is not None:
-            fed = cast_to(tuple(y.heard.batch for y in consumed), None, self._task.device)
-            heard, transition = [y.heard for y in consumed], self._transition(step, fed)
-            self._feeding.beside.stepped(transition, state, heard, consumed=self._grads())
+            heard = [y.heard for y in consumed]
+            transition = self._transition(step, cast_to(tuple(one.batch for one in heard), None, self._task.device))
+            self._feeding.beside.stepped(transition, state, heard, consumed=self._grads(), proving=proving)
+        if proving:
+            self._prove(step, state)
         self._pending = step
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -235,7 +236,7 @@ class Recorder:
             transition = self._transition(step, tuple(read_again(task, step.index, y) for y in fed))
             allowed = self._proof.check(transition, state, grads)
             if self._feeding.beside is not None:
-                self._feeding.beside.prove(transition, state, [y.heard for y in fed], tolerance=allowed)
+                self._feeding.beside.prove(transition, state, tolerance=allowed)
 
     def _transition(self, step: Step, batches: tuple[Batch, ...]) -> Transition:
         return Transition(self._task, Update(self._kind, self._groups, step.settings), step, batches)

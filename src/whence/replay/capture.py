@@ -38,9 +38,8 @@ def watched(piece: Piece, params: Tree, buffers: Tree) -> "Watched":
     """
     task, moving = piece.transition.task, piece.transition.moving
     with torch.enable_grad(), piece.transition.replaying(twice=False):
-        # Before anything is watched: torch.func keeps the frame that calls it until the garbage collector comes.
         normed = any(isinstance(module, _BatchNorm) and module.training for module in task.binding.modules())
-        whole = piece.gradient(params, buffers, None) if normed or not piece.counted else None
+        whole = piece.slopes(params, buffers, None) if normed or not piece.counted else None
         if whole is not None and not piece.counted:
             return Watched(piece, whole[2], whole[0], whole[1])
         leaves = {name: params[name].detach().requires_grad_() for name in moving}
@@ -53,7 +52,7 @@ def watched(piece: Piece, params: Tree, buffers: Tree) -> "Watched":
         found = grads((own * piece.share.to(own)).sum(), [*edges, *leaves.values()])
         seen = _Seen(leaves, watching.uses, outputs, own, dict(zip(edges, found, strict=False)))
         if watching.froze:
-            gradient, after, losses = whole or piece.gradient(params, buffers, None)
+            gradient, after, losses = whole or piece.slopes(params, buffers, None)
         else:
             gradient = _with_penalty(piece, params, dict(zip(leaves, found[len(edges) :], strict=True)))
     left = {name: tensor.detach() for name, tensor in after.items()}

@@ -53,10 +53,10 @@ def pushed_apart(piece: Piece, both: Both, *, weights: Tensor) -> Pushed:
 
     def at(sign: float) -> tuple[Tree, Tree]:
         some = {name: tensor + sign * size * change.buffers[name] for name, tensor in running.items()}
-        value, after, _ = piece.gradient(state.params | moved(sign), state.buffers | some, 1 + sign * size * weights)
+        value, after, _ = piece.slopes(state.params | moved(sign), state.buffers | some, 1 + sign * size * weights)
         return value, {name: after[name] for name in running}
 
-    value, after, _ = piece.gradient(state.params, state.buffers, None)
+    value, after, _ = piece.slopes(state.params, state.buffers, None)
     slopes, left = (
         {name: (tensor - down[name]) / (2 * size) for name, tensor in up.items()}
         for up, down in zip(at(1.0), at(-1.0), strict=True)

@@ -15,7 +15,7 @@ from whence.replay.dropout import SameDropout
 from whence.replay.state import State, Step
 from whence.replay.update import Update
 from whence.task import Batch, Task
-from whence.tree import Tree, add
+from whence.tree import Tree, add, each
 
 Weights = Float[Tensor, "*run slot"]
 Gradient = tuple[Tree, Tree, Tensor]  # gradient, buffers after, loss of every slot
@@ -61,11 +61,13 @@ class Transition:
         shares = dict(zip(counted, found, strict=True))
         return [Piece(self, index, shares.get(index, torch.zeros(0))) for index in range(len(self.batches))]
 
-    def walk(self, state: State, weights: Weights | None = None) -> "Iterator[tuple[Tree, Gradient]]":
-        """The micro-batches in order: the buffers before each, and its part of the gradient."""
+    def walk(
+        self, state: State, weights: Weights | None = None, *, traced: bool = False
+    ) -> "Iterator[tuple[Tree, Gradient]]":
+        """The micro-batches in order: the buffers before each, and its part of the gradient, traceable or not."""
         buffers = state.buffers
         for piece, part in zip(self.pieces(), self.split(weights), strict=True):
-            found = piece.gradient(state.params, buffers, part)
+            found = (piece.gradient if traced else piece.slopes)(state.params, buffers, part)
             yield buffers, found
             buffers = found[1]
 
@@ -94,7 +96,7 @@ class Transition:
         """Gradients of a stack of states before clipping, each with its own sample weights, and the buffers left."""
 
         def gradient(params: Tree, buffers: Tree, w: Tensor) -> tuple[Tree, Tree]:
-            walked = list(self.walk(State(params, buffers), w))
+            walked = list(self.walk(State(params, buffers), w, traced=True))
             return gathered(walked)[0], walked[-1][1][1]
 
         with self.replaying():
@@ -174,6 +176,17 @@ class Piece:
 
         gradient, (after, losses) = grad(loss, has_aux=True)(moving)
         return gradient, after, losses
+
+    def slopes(self, params: Tree, buffers: Tree, weights: Tensor | None) -> Gradient:
+        """The same as training takes it, to the bit. Not traceable: `torch.func.grad` keeps a graph of its own."""
+        leaves = {name: params[name].detach().requires_grad_() for name in self.transition.moving}
+        with torch.enable_grad():
+            total, (after, losses) = self.loss(params | leaves, buffers, weights)
+        found = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        if total.requires_grad:
+            taken = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            found = dict(zip(leaves, taken, strict=True))
+        return found, each(Tensor.detach, after), losses.detach()
 
     def loss(self, params: Tree, buffers: Tree, weights: Tensor | None) -> tuple[Tensor, tuple[Tree, Tensor]]:
         """The piece's loss, the buffers that its forward pass leaves, and the losses `[slot]`."""

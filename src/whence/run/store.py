@@ -5,6 +5,7 @@ states/00000050.safetensors       state 50
 steps/00000000.parquet            the step log from step 0 on
 steps/00001000.journal            the steps since, one line each, written as they happen
 batches/00000012.safetensors      what step 12 was fed, where it cannot be read again
+rows/00000000.safetensors         what was captured beside the steps from 0 on
 """
 
 from collections.abc import Iterable, Iterator, Sequence

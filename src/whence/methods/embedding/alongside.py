@@ -31,6 +31,8 @@ class Alongside:
         self._what, self._trained, self._writer = what, trained, writer
         self._now: Heard | None = None
         self._raw: Tree = {}  # gradients before clipping
+        self._own: list[Tensor] = []  # rows of the last step, for its proof
+        self._losses = torch.zeros(0)
         what.task.binding  # noqa: B018 - the skeleton is copied before there are hooks that it would copy
         model, depth = what.task.model, [0]
 
@@ -60,14 +62,17 @@ class Alongside:
         self._now = Heard(self._what.task, batch, leaves, drawn=self._what.drawn(step, piece))
         return self._now
 
-    def stepped(self, transition: Transition, state: State, heard: Sequence[Heard], *, consumed: Tree) -> None:
-        """Write down what a step leaves that is about to be made.
+    def stepped(
+        self, transition: Transition, state: State, heard: Sequence[Heard], *, consumed: Tree, proving: bool
+    ) -> None:
+        """Write down what a step leaves that is about to be made, and let go of what was heard.
 
         Args:
             transition: the step.
             state: the state before it.
             heard: by micro-batch.
             consumed: the gradient that the optimizer is given.
+            proving: `prove` comes next.
 
         Raises:
             NotCaptured: the passes were not seen.
@@ -75,34 +80,37 @@ class Alongside:
         what, pieces = self._what, transition.pieces()
         gradient = {name: self._raw.get(name, tensor) for name, tensor in consumed.items()}
         answer = what.answer(transition, state, gradient)
-        rows, losses = [], []
+        rows, losses, self._own = [], [], []
         for piece, one in zip(pieces, heard, strict=True):
             if piece.counted:
                 passed = one.passed(piece)
                 rows.append(what.rows(passed, one.drawn, None if what.plain else answer))
                 losses.append(passed.losses)
+                if proving:
+                    self._own.append(passed.rows([what.projection.sides])[0][0])
+            one.forget()
         arrays = what.arrays(rows, pieces, total=gradient, answer=answer)
-        self._writer.add(transition.step.index, arrays | {"loss": torch.cat(losses)})
+        self._losses = torch.cat(losses)
+        self._writer.add(transition.step.index, arrays | {"loss": self._losses})
 
-    def prove(self, transition: Transition, state: State, heard: Sequence[Heard], *, tolerance: float) -> None:
-        """Compare the rows of a step with those of a replay.
+    def prove(self, transition: Transition, state: State, *, tolerance: float) -> None:
+        """Compare the losses and gradients of the step's samples with those of a replay.
 
         Raises:
             NotCaptured: they differ.
         """
-        small, buffers, step = self._what.projection.sides, state.buffers, transition.step.index
-        for piece, one in zip(transition.pieces(), heard, strict=True):
+        buffers, step, rows, losses = state.buffers, transition.step.index, [], []
+        for piece in transition.pieces():
             seen = watched(piece, state.params, buffers)
             buffers = seen.buffers
-            if not piece.counted:
-                continue
             if seen.froze:
                 raise NotCaptured(step, "BatchNorm in train mode makes every loss depend on every sample")
-            passed = one.passed(piece)
-            ours, theirs = (found.rows([small])[0][0] for found in (passed, seen))
-            off = max(_apart(passed.losses, seen.losses), _apart(ours, theirs))
-            if not off <= tolerance:
-                raise NotCaptured(step, f"losses or gradients differ from those of a replay by {off:.2g} (relative)")
+            if piece.counted:
+                rows.append(seen.rows([self._what.projection.sides])[0][0])
+                losses.append(seen.losses)
+        off = max(_apart(self._losses, torch.cat(losses)), _apart(torch.cat(self._own), torch.cat(rows)))
+        if not off <= tolerance:
+            raise NotCaptured(step, f"losses or gradients differ from those of a replay by {off:.2g} (relative)")
 
     def finish(self) -> None:
         """Stop listening, and write what waits."""

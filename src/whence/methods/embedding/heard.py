@@ -37,8 +37,8 @@ class Heard:
         self._given: list[Any] = []
         self._losses: Tensor | None = None
         self._edges: list[GradientEdge] = []
-        self._received: list[Tensor | None] = []
-        self._of_drawn: list[Tensor | None] = []
+        self._received: dict[int, Tensor] = {}  # by place of the edge
+        self._of_drawn: Cotangents = {}
 
     def enter(self) -> None:
         """The model is about to be called."""
@@ -47,8 +47,8 @@ class Heard:
     def leave(self, output: Any) -> None:
         """The model was called; once `predict` would have all it asks for, its outputs are those of the batch."""
         self._watching.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if self._losses is not None:
-            return
+        if self._losses is not None or output is None:
+            return  # there are outputs already, or the call failed
         self._given.append(output)
         outputs = self._predicted()
         if outputs is not None:
@@ -62,10 +62,15 @@ class Heard:
         """
         if self._losses is None:
             raise NotCaptured(piece.transition.step.index, "the model's call on its batch was not seen")
-        cotangents: dict[Loss | None, Cotangents] = {None: dict(zip(self._edges, self._received, strict=True))}
-        if self.drawn is not None:
-            cotangents[self.drawn] = dict(zip(self._edges, self._of_drawn, strict=True))
+        own = {edge: self._received.get(place) for place, edge in enumerate(self._edges)}
+        cotangents: dict[Loss | None, Cotangents] = {self.drawn: self._of_drawn, None: own}
         return Passed(self._watching.uses, cotangents, self._losses, piece.share.to(self._losses))
+
+    def forget(self) -> None:
+        """Let go of the passes: what they kept is as large as a training step."""
+        self._watching.uses.clear()
+        self._received.clear()
+        self._given, self._edges, self._of_drawn = [], [], {}
 
     def _predicted(self) -> Any:
         """What the task's `predict` makes of what the model returned; None while it asks for more calls."""
@@ -81,22 +86,21 @@ class Heard:
         with torch.no_grad():
             self._losses = self._task.losses_of(outputs, self.batch)
         self._edges = list(dict.fromkeys(use.edge for use in self._watching.uses))
-        self._received = [None] * len(self._edges)
-        self._of_drawn = [None] * len(self._edges)
         if self.drawn is not None:
             with torch.autocast(self._task.device.type, enabled=False):
-                self._of_drawn = grads(self.drawn(outputs, self.batch).sum(), self._edges)
+                found = grads(self.drawn(outputs, self.batch).sum(), self._edges)
+            self._of_drawn = dict(zip(self._edges, found, strict=True))
         for place, edge in enumerate(self._edges):
             edge.node.register_prehook(_receiver(self._received, place, edge.output_nr))
 
 
-def _receiver(received: list[Tensor | None], place: int, output: int) -> Callable[[Sequence[Tensor | None]], None]:
+def _receiver(received: dict[int, Tensor], place: int, output: int) -> Callable[[Sequence[Tensor | None]], None]:
     """A hook. It must not hold what holds the graph: no garbage collector looks into that."""
 
     def receive(cotangents: Sequence[Tensor | None]) -> None:
-        now, before = cotangents[output], received[place]
-        if now is not None:
-            received[place] = now.detach() if before is None else before + now.detach()
+        found = cotangents[output]
+        if found is not None:
+            received[place] = received[place] + found.detach() if place in received else found.detach()
 
     return receive
 
