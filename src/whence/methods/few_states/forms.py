@@ -11,17 +11,28 @@ The corrected term has no H_z G_B: G_z at the state has moved along the training
 
 import abc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
 
+from whence.methods.few_states.course import Point
 from whence.methods.few_states.near import Near
 from whence.methods.row_gradients import products
 from whence.task import Batch
 from whence.tree import Tree, add, each, joined
 
 Scores = Callable[[Batch], Float[Tensor, "direction row"]]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Gradients of rows at the end of a training."""
+
+    point: Point
+    slopes: Tree
 
 
 class Form(abc.ABC):
@@ -39,8 +50,8 @@ class Form(abc.ABC):
         """A state's terms of every row of a batch, paired with stacks of gradients, one after the other."""
 
     @abc.abstractmethod
-    def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
-        """A state's terms of every row, each paired with the gradient of its own loss, `ends` at the end."""
+    def own(self, near: Near, batch: Batch, ends: Ends) -> Float[Tensor, " row"]:
+        """A state's terms of every row, each paired with the gradient of its own loss, which `ends` has at the end."""
 
     @abc.abstractmethod
     def change(self, near: Near, total: Callable[[Tree], Tree]) -> Tree:
@@ -67,10 +78,10 @@ class Corrected(Form):
         bent = near.bent(slopes)
         return {name: tensor - near.point.state * bent[name] for name, tensor in near.point.scaled(slopes).items()}
 
-    def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
+    def own(self, near: Near, batch: Batch, ends: Ends) -> Float[Tensor, " row"]:
         """One curvature product a row: nothing is shared."""
-        slopes = near.gradients(batch)
-        return near.paired(ends, slopes) - near.point.state * near.bilinear(ends, slopes)
+        slopes = ends.slopes if near.point is ends.point else near.gradients(batch)
+        return near.paired(ends.slopes, slopes) - near.point.state * near.bilinear(ends.slopes, slopes)
 
     def change(self, near: Near, total: Callable[[Tree], Tree]) -> Tree:
         """One curvature product for all."""
@@ -101,7 +112,7 @@ class Published(Form):
 
         return found
 
-    def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
+    def own(self, near: Near, batch: Batch, ends: Ends) -> Float[Tensor, " row"]:
         """One curvature product a row: nothing is shared."""
         del ends
         apart, slopes = near.along_step(lambda trained: near.rows.each(batch, trained))

@@ -84,14 +84,14 @@ class Near:
     def within(self, rank: int) -> "Near":
         """The same, with the curvature between rows taken through so many directions; the log says where it is coarse.
 
-        They are drawn from the gradients of the proxy batch's rows, and a rough product with the curvature, at half the
-        cost, turns them to where it is large.
+        They are drawn from the gradients of the proxy batch's rows, and turned to where curvature is large. For that,
+        and for the check, one-sided differences do, at half the cost.
         """
         rows = [self.gradients(batch) for batch in self.proxy.batches]
         rough = replace(self, differences=replace(self.differences, sides="one-sided"))
         found = Subspace.spanned(rough.bent(orthonormal(mixed(rows, rank))), self.bent)
         some = {name: tensor[:CHECKED] for name, tensor in rows[0].items()}
-        exact = self.bilinear(some, some)
+        exact = rough.bilinear(some, some)
         off = float((found.bilinear(some, some) - exact).norm() / exact.norm().clamp_min(1e-30))
         if off > COARSE:
             log.warning("at state %d, rank %d is off by %.0f %%: raise rank=", self.point.state, rank, 100 * off)
