@@ -117,6 +117,15 @@ def test_no_direction_has_no_derivative_and_a_huge_one_does_not_overflow() -> No
         np.testing.assert_allclose(huge, 1e30, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("sides", "allowed"), [("central", 1e-9), ("one-sided", 0.0)])
+def test_differences_also_tell_the_value(sides: Any, allowed: float) -> None:
+    """By their own two evaluations: the mean of both sides, or the one at the point itself."""
+    at = {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    slope, value = Differences(sides=sides).around(lambda tree: {"y": tree["x"] ** 3}, at, {"x": at["x"]})
+    assert abs(value["y"] - at["x"] ** 3).max() <= allowed
+    assert abs(slope["y"] - 3 * at["x"] ** 3).max() <= (1e-8 if sides == "central" else 0.02)
+
+
 def smooth_run(folder: Path, epochs: int = 4, lr: float = 0.02) -> Run:
     """Plain descent over all rows of a small set, again and again; every epoch's end is kept."""
     torch.manual_seed(7)

@@ -109,8 +109,3 @@ def products(directions: Tree, rows: Tree) -> Float[Tensor, "direction row"]:
     return sum(  # type: ignore[return-value]
         directions[name].flatten(1) @ rows[name].flatten(1).T for name in directions
     )
-
-
-def paired(left: Tree, right: Tree) -> Float[Tensor, " row"]:
-    """Inner products of two stacks, row by row."""
-    return sum((left[name] * right[name]).flatten(1).sum(1) for name in left)  # type: ignore[return-value]

@@ -39,6 +39,10 @@ class Differences:
 
     def __call__(self, function: Callable[[Tree], Tree], at: Tree, direction: Tree) -> Tree:
         """Derivative of a function of parameters along a direction; traceable by `vmap` in the direction."""
+        return self.around(function, at, direction)[0]
+
+    def around(self, function: Callable[[Tree], Tree], at: Tree, direction: Tree) -> tuple[Tree, Tree]:
+        """The derivative and, at no further cost, the value: the mean of both sides, if central, as exact."""
         size = length(direction)
         nothing, far = size < TINY, self.move(size.dtype)
         scale = torch.where(nothing, torch.zeros_like(size), size)
@@ -49,7 +53,9 @@ class Differences:
             behind, apart = function({name: at[name] - tensor for name, tensor in moved.items()}), 2 * far
         else:
             behind, apart = function({name: at[name] for name in moved}), far
-        return {name: (tensor - behind[name]) * (scale / apart) for name, tensor in ahead.items()}
+        slope = {name: (tensor - behind[name]) * (scale / apart) for name, tensor in ahead.items()}
+        middle = 0.5 if self.sides == "central" else 0.0
+        return slope, {name: torch.lerp(behind[name], tensor, middle) for name, tensor in ahead.items()}
 
     def move(self, dtype: torch.dtype) -> float:
         """How far the parameters are moved in a precision."""

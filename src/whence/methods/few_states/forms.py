@@ -11,17 +11,28 @@ The corrected term has no H_z G_B: G_z at the state has moved along the training
 
 import abc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
 
+from whence.methods.few_states.course import Point
 from whence.methods.few_states.near import Near
-from whence.methods.row_gradients import paired, products
+from whence.methods.row_gradients import products
 from whence.task import Batch
 from whence.tree import Tree, add, each, joined
 
 Scores = Callable[[Batch], Float[Tensor, "direction row"]]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Gradients of rows at the end of a training."""
+
+    point: Point
+    slopes: Tree
 
 
 class Form(abc.ABC):
@@ -39,8 +50,8 @@ class Form(abc.ABC):
         """A state's terms of every row of a batch, paired with stacks of gradients, one after the other."""
 
     @abc.abstractmethod
-    def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
-        """A state's terms of every row, each paired with the gradient of its own loss, `ends` at the end."""
+    def own(self, near: Near, batch: Batch, ends: Ends) -> Float[Tensor, " row"]:
+        """A state's terms of every row, each paired with the gradient of its own loss, which `ends` has at the end."""
 
     @abc.abstractmethod
     def change(self, near: Near, total: Callable[[Tree], Tree]) -> Tree:
@@ -60,17 +71,17 @@ class Corrected(Form):
 
     def scores(self, near: Near, slopes: Sequence[Tree]) -> Scores:
         """By symmetry a single product for all rows: <g, G - t H D G> = <g - t H D g, G>."""
-        directions = joined([self._direction(near, near.point.scaled(some)) for some in slopes])
+        directions = joined([self._direction(near, some) for some in slopes])
         return lambda batch: products(directions, near.gradients(batch))
 
-    def _direction(self, near: Near, scaled: Tree) -> Tree:
-        bent = near.point.scaled(near.curved(scaled))
-        return {name: tensor - near.point.state * bent[name] for name, tensor in scaled.items()}
+    def _direction(self, near: Near, slopes: Tree) -> Tree:
+        bent = near.bent(slopes)
+        return {name: tensor - near.point.state * bent[name] for name, tensor in near.point.scaled(slopes).items()}
 
-    def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
+    def own(self, near: Near, batch: Batch, ends: Ends) -> Float[Tensor, " row"]:
         """One curvature product a row: nothing is shared."""
-        scaled, slopes = near.point.scaled(ends), near.gradients(batch)
-        return paired(scaled, slopes) - near.point.state * near.bilinear(scaled, near.point.scaled(slopes))
+        slopes = ends.slopes if near.point is ends.point else near.gradients(batch)
+        return near.paired(ends.slopes, slopes) - near.point.state * near.bilinear(ends.slopes, slopes)
 
     def change(self, near: Near, total: Callable[[Tree], Tree]) -> Tree:
         """One curvature product for all."""
@@ -93,25 +104,23 @@ class Published(Form):
 
     def scores(self, near: Near, slopes: Sequence[Tree]) -> Scores:
         """By symmetry a single product for all rows, and a difference of each row's own."""
-        scaled = near.point.scaled(joined(slopes))
-        curved = near.point.scaled(near.curved(scaled))
+        scaled, bent = near.point.scaled(joined(slopes)), near.bent(joined(slopes))
 
         def found(batch: Batch) -> Tensor:
-            own = near.along_step(lambda trained: {"": products(scaled, near.rows.each(batch, trained))})[""]
-            return -near.point.state * (products(curved, near.gradients(batch)) + own)
+            apart, rows = near.along_step(lambda trained: near.rows.each(batch, trained))
+            return -near.point.state * (products(bent, rows) + products(scaled, apart))
 
         return found
 
-    def own(self, near: Near, batch: Batch, ends: Tree) -> Float[Tensor, " row"]:
+    def own(self, near: Near, batch: Batch, ends: Ends) -> Float[Tensor, " row"]:
         """One curvature product a row: nothing is shared."""
         del ends
-        scaled = near.point.scaled(near.gradients(batch))
-        bent = near.along_step(lambda trained: {"": paired(scaled, near.rows.each(batch, trained))})[""]
-        return -near.point.state * (near.bilinear(scaled, scaled) + bent)
+        apart, slopes = near.along_step(lambda trained: near.rows.each(batch, trained))
+        return -near.point.state * (near.bilinear(slopes, slopes) + near.paired(slopes, apart))
 
     def change(self, near: Near, total: Callable[[Tree], Tree]) -> Tree:
         """One curvature product for all, and a difference of their gradient."""
-        step = near.point.scaled(total(near.point.trained))
-        bent = near.differences(near.proxy.gradient, near.point.trained, step)
-        both = near.point.scaled(add(bent, near.along_step(total)))
+        apart, slope = near.along_step(total)
+        bent = near.differences(near.proxy.gradient, near.point.trained, near.point.scaled(slope))
+        both = near.point.scaled(add(bent, apart))
         return each(lambda tensor: -near.point.state * tensor, both)

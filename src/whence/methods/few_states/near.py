@@ -12,8 +12,8 @@ from torch.func import vmap
 
 from whence.methods.few_states.course import Point
 from whence.methods.few_states.differences import Differences, length
-from whence.methods.few_states.subspace import Subspace, mixed
-from whence.methods.row_gradients import Proxy, RowGradients, paired
+from whence.methods.few_states.subspace import Subspace, mixed, orthonormal
+from whence.methods.row_gradients import Proxy, RowGradients
 from whence.replay.forward import select
 from whence.task import Batch
 from whence.tree import Tree, stack
@@ -48,9 +48,9 @@ class Near:
         """The gradient of every row of a batch, G_z."""
         return self.rows.each(batch, self.point.trained)
 
-    def along_step(self, function: Callable[[Tree], Tree]) -> Tree:
-        """The derivative, along that step, of what is made of rows' gradients: all that is asked of H_z."""
-        return self.differences(function, self.point.trained, self.step)
+    def along_step(self, function: Callable[[Tree], Tree]) -> tuple[Tree, Tree]:
+        """The derivative along that step of gradients of rows, all that is asked of H_z; and the gradients."""
+        return self.differences.around(function, self.point.trained, self.step)
 
     def curved(self, directions: Tree) -> Tree:
         """Curvature products with a stack of directions, H_B v, `[direction, ...]`."""
@@ -65,21 +65,33 @@ class Near:
             found = stack([product(select(directions, row)) for row in range(number)])
         return found
 
+    def bent(self, directions: Tree) -> Tree:
+        """Curvature products between what steps make of two gradients, with a stack of the one: D H_B D v."""
+        return self.point.scaled(self.curved(self.point.scaled(directions)))
+
+    def paired(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:
+        """Inner products of a stack with what steps make of another, row by row."""
+        return sum(  # type: ignore[return-value]
+            rate * (left[name] * right[name]).flatten(1).sum(1) for name, rate in self.point.rates.items()
+        )
+
     def bilinear(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:
-        """The products of two stacks through the curvature, row by row."""
+        """The products, row by row, of what steps make of two stacks, through the curvature."""
         if self.subspace is not None:
             return self.subspace.bilinear(left, right)
-        return paired(left, self.curved(right))
+        return self.paired(left, self.curved(self.point.scaled(right)))
 
     def within(self, rank: int) -> "Near":
         """The same, with the curvature between rows taken through so many directions; the log says where it is coarse.
 
-        They are drawn from what steps make of the proxy batch's rows.
+        They are drawn from the gradients of the proxy batch's rows, and turned to where curvature is large. For that,
+        and for the check, one-sided differences do, at half the cost.
         """
-        steps = [self.point.scaled(self.gradients(batch)) for batch in self.proxy.batches]
-        found = Subspace.spanned(mixed(steps, rank), self.curved)
-        some = {name: tensor[:CHECKED] for name, tensor in steps[0].items()}
-        exact = self.bilinear(some, some)
+        rows = [self.gradients(batch) for batch in self.proxy.batches]
+        rough = replace(self, differences=replace(self.differences, sides="one-sided"))
+        found = Subspace.spanned(rough.bent(orthonormal(mixed(rows, rank))), self.bent)
+        some = {name: tensor[:CHECKED] for name, tensor in rows[0].items()}
+        exact = rough.bilinear(some, some)
         off = float((found.bilinear(some, some) - exact).norm() / exact.norm().clamp_min(1e-30))
         if off > COARSE:
             log.warning("at state %d, rank %d is off by %.0f %%: raise rank=", self.point.state, rank, 100 * off)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from whence.methods.row_gradients import products
-from whence.tree import Tree, add
+from whence.tree import Tree, add, joined
 
 
 @final
@@ -24,27 +24,28 @@ class Subspace:
     """Some directions, and the curvature products with them.
 
     Attributes:
-        basis: Q, `[direction, ...]`, orthonormal.
-        curved: H Q, `[direction, ...]`.
-        inner: Q H Q, `[direction, direction]`.
+        directions: Q, and behind it W, `[direction, ...]`.
+        inner: how what two vectors have along them is paired: (-Q W, 1; 1, 0).
     """
 
-    basis: Tree
-    curved: Tree
+    directions: Tree
     inner: Tensor
 
     @staticmethod
     def spanned(directions: Tree, curve: Callable[[Tree], Tree]) -> "Subspace":
-        """What some directions span, after one product with the curvature: that turns them to where it is large."""
-        basis = orthonormal(curve(orthonormal(directions)))
+        """What some directions span."""
+        basis = orthonormal(directions)
         curved = curve(basis)
-        return Subspace(basis, curved, products(basis, curved))
+        within = products(basis, curved)
+        one = torch.eye(len(within)).to(within)
+        inner = torch.cat([torch.cat([-within, one], 1), torch.cat([one, torch.zeros_like(one)], 1)])
+        return Subspace(joined([basis, curved]), inner)
 
     def bilinear(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:
         """The products of two stacks through the curvature, row by row."""
-        ours, theirs = products(self.basis, left), products(self.basis, right)
-        across = ours * products(self.curved, right) + products(self.curved, left) * theirs
-        return across.sum(0) - (ours * (self.inner @ theirs)).sum(0)
+        ours = products(self.directions, left)
+        theirs = ours if right is left else products(self.directions, right)
+        return (ours * (self.inner @ theirs)).sum(0)
 
 
 def orthonormal(directions: Tree) -> Tree:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from whence.methods.few_states.course import Course, Point, drawn
 from whence.methods.few_states.differences import Differences, full_precision
-from whence.methods.few_states.forms import Form
+from whence.methods.few_states.forms import Ends, Form
 from whence.methods.few_states.near import Near
 from whence.methods.memory import CACHE
 from whence.methods.row_gradients import Proxy, RowGradients, evaluating
@@ -114,7 +114,7 @@ class Terms:
         return gradients(queries, self.course.task, params=point.params, buffers=point.buffers, trained=names)[1]
 
     def _own(self, nears: Sequence[Near], last: RowGradients, batch: Batch) -> Float64[np.ndarray, " row"]:
-        ends = last.each(batch, last.point.trained) if self.form.at_the_end else {}
+        ends = Ends(last.point, last.each(batch, last.point.trained) if self.form.at_the_end else {})
         terms: Tensor = sum(self.form.own(near, batch, ends) for near in nears)  # type: ignore[assignment]
         return terms.double().cpu().numpy()
 
