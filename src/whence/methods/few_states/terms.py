@@ -19,6 +19,7 @@ from whence.methods.few_states.near import Near
 from whence.methods.memory import CACHE
 from whence.methods.row_gradients import Proxy, RowGradients, evaluating
 from whence.queries import Query, gradients
+from whence.replay.heap import kept_heap
 from whence.task import Batch
 from whence.tree import Tree, add, each
 
@@ -61,7 +62,7 @@ class Terms:
 
     def reach(self) -> float:
         """T times rate times the largest curvature, at the steepest of the states: the sums want it far below 1."""
-        with evaluating(self.course.task), full_precision():
+        with evaluating(self.course.task), full_precision(), kept_heap():
             return self.course.steps * max(near.steepness() for near in self._nears())
 
     def of_queries(
@@ -76,7 +77,7 @@ class Terms:
             [ends[place] for place in places] if self.form.at_the_end else [self._slopes(queries, point)]
             for point, places in zip(course.points, alive, strict=True)
         ]
-        with evaluating(course.task), full_precision():
+        with evaluating(course.task), full_precision(), kept_heap():
             nears = self._nears()
             told = [place for place, places in enumerate(alive) if places]
             scores = {place: self.form.scores(nears[place], slopes[place]) for place in told}
@@ -90,7 +91,7 @@ class Terms:
 
     def of_themselves(self, rows: Sequence[int], *, rank: int | None) -> Float64[np.ndarray, " row"]:
         """The sums of some rows, each paired with its own loss; through so many directions, if that is cheaper."""
-        with evaluating(self.course.task), full_precision():
+        with evaluating(self.course.task), full_precision(), kept_heap():
             nears = self._nears()
             if rank is not None and 2 * rank < len(rows):
                 nears = [near.within(rank) for near in nears]
@@ -99,7 +100,7 @@ class Terms:
 
     def of_removal(self, rows: Sequence[int]) -> Tree:
         """The change of the parameters when some rows are removed together."""
-        with evaluating(self.course.task), full_precision():
+        with evaluating(self.course.task), full_precision(), kept_heap():
             return reduce(add, [self._change(near, rows) for near in self._nears()])
 
     def _nears(self) -> list[Near]:
