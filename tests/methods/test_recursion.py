@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from tests.oracles.value_recursion import products, value_embeddings
 from whence.errors import EmbeddingGrew
-from whence.methods.embedding.recursion import Transport, Visits, back_over
+from whence.methods.embedding.recursion import Transport, Visits, back_over, weights
 
 STEPS, SLOTS, RANK = 9, 3, 12
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -37,7 +37,7 @@ def back(some: list[Visits], transport: Transport, *, first: int = 0, damping: f
     """The embeddings by step."""
     numbers = range(first + len(some) - 1, first - 1, -1)
     return {
-        number: back_over(visits, transport, damping=damping, step=number, block="layer")
+        number: back_over(visits, transport, weights=weights([visits], damping)[0], step=number, block="layer")
         for number, visits in zip(numbers, reversed(some), strict=True)
     }
 

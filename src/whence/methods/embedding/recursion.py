@@ -10,6 +10,7 @@ curvature is made of, those of :math:`\hat X` what the update makes of them. Kep
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -92,7 +93,7 @@ class Transport:
 
 
 def back_over(
-    visits: Visits, transport: Transport, *, damping: float, step: int, block: str
+    visits: Visits, transport: Transport, *, weights: Float[Tensor, "slot slot"], step: int, block: str
 ) -> Float[Tensor, "slot rank"]:
     r"""What every slot of a step moved the end by, and P taken back over the step.
 
@@ -101,7 +102,7 @@ def back_over(
     Args:
         visits: the step.
         transport: P behind it.
-        damping: see `weights`.
+        weights: of the step's curvature in the block, see `weights`.
         step: its number, for an error.
         block: name of the coordinates, for an error.
 
@@ -114,12 +115,12 @@ def back_over(
     growth = _growth(found, visits.moved)
     if not growth <= GROWTH:
         raise EmbeddingGrew(step, block, growth)
-    transport.through(weights(visits, damping).T @ drawn, visits.fisher, visits.decay)
+    transport.through(weights.T @ drawn, visits.fisher, visits.decay)
     return visits.share[:, None] * found
 
 
-def weights(visits: Visits, damping: float) -> Float[Tensor, "slot slot"]:
-    r"""The matrix W of a step's curvature :math:`\hat X^\top W \hat G`, damped.
+def weights(blocks: Sequence[Visits], damping: float) -> Float[Tensor, "block slot slot"]:
+    r"""The matrices W of a step's curvature :math:`\hat X^\top W \hat G`, damped, of all its blocks at once.
 
     .. math:: W = C (1 + \kappa\, \hat G \hat X^\top C)^{-1}
 
@@ -127,11 +128,11 @@ def weights(visits: Visits, damping: float) -> Float[Tensor, "slot slot"]:
     λ: nothing is damped at κ = 0, no step overshoots its minimum's mirror image from κ = 1/2 on, and κ = 1 is an
     implicit step.
     """
-    share = torch.diag(visits.share)
+    share = torch.diag(blocks[0].share).expand(len(blocks), -1, -1)
     if not damping:
         return share
-    inner = damping * (visits.fisher @ visits.fisher_moved.T) * visits.share
-    inner.diagonal().add_(1)
+    inner = damping * torch.stack([one.fisher @ one.fisher_moved.T for one in blocks]) * blocks[0].share
+    inner.diagonal(dim1=1, dim2=2).add_(1)
     found: Tensor = torch.linalg.solve(inner, share, left=False)
     return found
 

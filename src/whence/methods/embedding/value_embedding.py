@@ -25,7 +25,7 @@ from whence.methods.embedding.embedding_store import About, EmbeddingStore
 from whence.methods.embedding.embeddings import Embeddings
 from whence.methods.embedding.kept_rows import KeptRows, RowsWriter
 from whence.methods.embedding.projection import Kind, blocks_of, projection_for
-from whence.methods.embedding.recursion import Transport, Visits, back_over
+from whence.methods.embedding.recursion import Transport, Visits, back_over, weights
 from whence.methods.embedding.step_rows import Fisher, Follow, StepRows
 from whence.methods.observe import ObservedAt, observed_states
 from whence.queries import Query
@@ -233,11 +233,14 @@ class _Recursion:
         self.store.finish()
 
     def _back(self, of_step: dict[str, Tensor], transports: list[Transport], *, step: int) -> Tensor:
-        blocks = zip(self.store.about.blocks.items(), transports, strict=True)
-        parts = []
-        for (block, (start, stop)), transport in blocks:
-            visits = visits_of(of_step, slice(start, stop))
-            parts.append(back_over(visits, transport, damping=self.damping, step=step, block=block))
+        blocks = self.store.about.blocks
+        visits = [visits_of(of_step, slice(start, stop)) for start, stop in blocks.values()]
+        parts = [
+            back_over(one, transport, weights=weight, step=step, block=block)
+            for block, one, transport, weight in zip(
+                blocks, visits, transports, weights(visits, self.damping), strict=True
+            )
+        ]
         return torch.cat(parts, 1)
 
     def _transports(self) -> list[Transport]:
