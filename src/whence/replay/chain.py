@@ -15,11 +15,10 @@ from torch.func import grad, vjp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from whence.errors import NoOutputs
-from whence.replay.linearised import Linearised, Product, differentiated, free, nudged
+from whence.replay.linearised import Linearised, Product, Tensors, differentiated, free, leaves, nudged, transposed
+from whence.replay.smooth import Smooth, straight
 from whence.replay.transition import Piece
 from whence.tree import Tree, add
-
-Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,8 @@ def through(piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor, cut: 
     """Gradient of a piece, and products with the curvature of what follows a cut; a penalty keeps its own."""
     if not piece.counted:  # only its running statistics matter, and their way is exact
         return differentiated(piece, params, buffers, weights=weights)
-    begun = Beginning.of(piece, params, buffers, cut=cut)
+    with Smooth():
+        begun = Beginning.of(piece, params, buffers, cut=cut)
     with torch.enable_grad(), piece.randomness():
         head = cut.head(piece, begun.outputs, weights)
     gradient, push = begun.sloped(head.slopes, twice=product == "autograd")
@@ -142,10 +142,7 @@ class Beginning:
     @staticmethod
     def of(piece: Piece, params: Tree, buffers: Tree, *, cut: Cut) -> "Beginning":
         """Run it forward once."""
-        trained, running = (
-            {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
-            for tree in free(piece, params, buffers)
-        )
+        trained, running = (leaves(tree) for tree in free(piece, params, buffers))
         with torch.enable_grad(), piece.randomness():
             outputs, after = piece.transition.task.outputs(params | trained, buffers | running, piece.batch)
             ends = cut.ends(piece, outputs)
@@ -158,12 +155,12 @@ class Beginning:
         The gradient is linear in the slopes, so J a is its transposed derivative by them: no forward mode needed.
         """
         knobs = tuple(slope.detach().requires_grad_(twice) for slope in slopes)
-        with torch.enable_grad():
-            found = _grad(self.ends, tuple(self.moving.values()), knobs, create_graph=twice)
+        with torch.enable_grad(), straight():
+            found = transposed(self.ends, tuple(self.moving.values()), knobs, create_graph=twice)
         gradient = dict(zip(self.moving, found, strict=True))
 
         def push(a: Tree) -> Tensors:
-            return _grad(tuple(gradient.values()), knobs, tuple(a[name] for name in gradient))
+            return transposed(tuple(gradient.values()), knobs, tuple(a[name] for name in gradient))
 
         return {name: tensor.detach() for name, tensor in gradient.items()}, push
 
@@ -173,23 +170,9 @@ class Beginning:
         outputs = (*self.ends[: len(curved)], *(self.after[name] for name in b))
         if not outputs:
             return {}, {}
-        found = _grad(outputs, sources, (*curved, *b.values()))
+        found = transposed(outputs, sources, (*curved, *b.values()))
         split = len(self.trained)
         return dict(zip(self.trained, found[:split], strict=True)), dict(zip(self.running, found[split:], strict=True))
-
-
-def _grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors, *, create_graph: bool = False) -> Tensors:
-    """Transposed product; the graph is kept, and what nothing depends on has zero."""
-    pairs = [(output, c) for output, c in zip(outputs, cotangents, strict=True) if output.requires_grad]
-    return torch.autograd.grad(
-        [output for output, _ in pairs],
-        inputs,
-        [c for _, c in pairs],
-        retain_graph=True,
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
 
 
 def _differences(piece: Piece, params: Tree, buffers: Tree, *, cut: Cut) -> Callable[[Tree], Tensors]:

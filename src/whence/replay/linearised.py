@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from whence.replay.heap import hand_back
+from whence.replay.smooth import Smooth
 from whence.replay.transition import Piece
 from whence.tree import Tree, add, each
 
+Tensors = tuple[Tensor, ...]
 Product = Literal["autograd", "difference"]
 # (cotangent of the gradient, of the running buffers) -> (curvature product, of the running buffers, scores [slot])
 Pull = Callable[[Tree, Tree], tuple[Tree, Tree, Tensor]]
@@ -42,14 +44,20 @@ class Linearised:
 
 def differentiated(piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
     """Exact, by reverse mode over reverse mode."""
-    trained, running = free(piece, params, buffers)
+    trained, running = (leaves(tree) for tree in free(piece, params, buffers))
+    moving, w = {name: trained[name] for name in piece.transition.moving}, weights.detach().requires_grad_()
+    with torch.enable_grad(), Smooth():
+        total, (after, losses) = piece.loss(params | trained, buffers | running, w)
+        gradient = transposed((total,), tuple(moving.values()), (torch.ones_like(total),), create_graph=True)
 
-    def gradient(part: Tree, some: Tree, w: Tensor) -> tuple[tuple[Tree, Tree], tuple[Tree, Tensor]]:
-        value, after, losses = piece.gradient(params | part, buffers | some, w)
-        return (value, {name: after[name] for name in running}), (after, losses)
+    def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
+        outputs = (*gradient, *(after[name] for name in b))
+        given = (*(a[name] for name in moving), *b.values())
+        *found, scores = transposed(outputs, (*trained.values(), *running.values(), w), given)
+        return dict(zip(trained, found, strict=False)), dict(zip(running, found[len(trained) :], strict=True)), scores
 
-    (value, _), pull, (after, losses) = vjp(gradient, trained, running, weights, has_aux=True)  # type: ignore[misc]
-    return Linearised(value, after, losses, lambda a, b: pull((a, b)))
+    value = dict(zip(moving, (tensor.detach() for tensor in gradient), strict=True))
+    return Linearised(value, each(Tensor.detach, after), losses.detach(), pull)
 
 
 def differenced(piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
@@ -140,6 +148,25 @@ def free(piece: Piece, params: Tree, buffers: Tree) -> tuple[Tree, Tree]:
     transition = piece.transition
     running = {name: buffers[name] for name in transition.task.running if name in buffers}
     return {name: params[name] for name in transition.trained}, running
+
+
+def leaves(tree: Tree) -> Tree:
+    """The same tensors, to be differentiated by."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
+
+
+def transposed(outputs: Tensors, inputs: Tensors, cotangents: Tensors, *, create_graph: bool = False) -> Tensors:
+    """Transposed product; the graph is kept, and what nothing depends on has zero."""
+    pairs = [(output, c) for output, c in zip(outputs, cotangents, strict=True) if output.requires_grad]
+    return torch.autograd.grad(
+        [output for output, _ in pairs],
+        inputs,
+        [c for _, c in pairs],
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
 
 def nudged(params: Tree, direction: Tree) -> Nudge:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from whence.replay.along import along
-from whence.replay.chain import Beginning, Cut, Tensors, penalty_of
-from whence.replay.linearised import Product, free, nudged
+from whence.replay.chain import Beginning, Cut, penalty_of
+from whence.replay.linearised import Product, Tensors, free, nudged
 from whence.replay.state import State
 from whence.replay.transition import Piece
 from whence.tree import Tree, add, each
