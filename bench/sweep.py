@@ -20,8 +20,13 @@ import whence
 from bench.models import GPT, sentences
 from whence.record.policy import CheckpointPolicy
 
-SLOTS, REPEATS = 32, 3
-STEPS, RECORDED = 24, 150  # of the run that is swept, and of the one that is recorded with the default policy
+SLOTS, REPEATS, QUERIES = 32, 2, (1, 16)
+STEPS, RECORDED = 12, 150  # of the run that is swept, and of the one that is recorded with the default policy
+POLICIES = {
+    "Hessian": whence.Hessian(),
+    "Gauss-Newton": whence.GaussNewton(),
+    "Hessian by differences": whence.Hessian("difference"),
+}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -74,15 +79,19 @@ def main() -> None:
     """Print the table."""
     folder = Path(tempfile.mkdtemp())
     run = swept_run(folder / "short")
-    queries = {count: whence.Loss(run.task.data, samples=range(count)) for count in (1, 16)}
-    times: dict[object, list[float]] = {"plain": [], 1: [], 16: []}
+    queries = [whence.Loss(run.task.data, samples=range(count)) for count in QUERIES]
+    units, times = [], dict[tuple[str, int], list[float]]()
     for _ in range(REPEATS):
-        times["plain"].append(plain(STEPS))
-        for count, query in queries.items():
-            times[count].append(seconds(partial(whence.DIT().attribute, run, query)))
-    unit, one, many = (min(found) for found in times.values())
-    print(f"sweep, 1 query / plain       {one / unit:.2f}")
-    print(f"each further query of 16     {(many - one) / 15 / unit:.2f}", flush=True)
+        for name, policy in POLICIES.items():
+            units.append(plain(STEPS))
+            for count, query in zip(QUERIES, queries, strict=True):
+                swept = seconds(partial(whence.DIT(curvature=policy).attribute, run, query))
+                times.setdefault((name, count), []).append(swept)
+    unit, few, most = min(units), *QUERIES
+    print("sweep / plain            1 query   16 queries   each further")
+    for name in POLICIES:
+        one, many = min(times[name, few]) / unit, min(times[name, most]) / unit
+        print(f"{name:24}{one:8.2f}{many:13.1f}{(many - one) / (most - few):15.2f}", flush=True)
     recorded = min(record(RECORDED, folder / f"long{repeat}") for repeat in range(REPEATS))
     alone = min(plain(RECORDED) for _ in range(REPEATS))
     print(f"recording / plain            {recorded / alone:.3f}")
