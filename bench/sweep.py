@@ -80,17 +80,16 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     run = swept_run(folder / "short")
     queries = [whence.Loss(run.task.data, samples=range(count)) for count in QUERIES]
-    units, times = [], dict[tuple[str, int], list[float]]()
-    for _ in range(REPEATS):
-        for name, policy in POLICIES.items():
-            units.append(plain(STEPS))
-            for count, query in zip(QUERIES, queries, strict=True):
-                swept = seconds(partial(whence.DIT(curvature=policy).attribute, run, query))
-                times.setdefault((name, count), []).append(swept)
-    unit, few, most = min(units), *QUERIES
+    few, most = QUERIES
     print("sweep / plain            1 query   16 queries   each further")
-    for name in POLICIES:
-        one, many = min(times[name, few]) / unit, min(times[name, most]) / unit
+    for name, policy in POLICIES.items():
+        times: dict[int, list[float]] = {0: [], few: [], most: []}
+        for _ in range(REPEATS):
+            times[0].append(plain(STEPS))
+            for count, query in zip(QUERIES, queries, strict=True):
+                times[count].append(seconds(partial(whence.DIT(curvature=policy).attribute, run, query)))
+        unit, one, many = (min(found) for found in times.values())
+        one, many = one / unit, many / unit
         print(f"{name:24}{one:8.2f}{many:13.1f}{(many - one) / (most - few):15.2f}", flush=True)
     recorded = min(record(RECORDED, folder / f"long{repeat}") for repeat in range(REPEATS))
     alone = min(plain(RECORDED) for _ in range(REPEATS))
