@@ -18,6 +18,7 @@ from whence.errors import (
     BadOptimizer,
     BadPolicy,
     BadReduction,
+    BadSetting,
     ChangedOutside,
     Diverged,
     OtherSlots,
@@ -78,6 +79,17 @@ def with_two_optimizers(path: Path) -> None:
     loop = Loop.of(mlp())
     loop.optimizer = [loop.optimizer, loop.optimizer]  # type: ignore[assignment]
     record(loop, path)
+
+
+def test_only_embeddings_are_captured(tmp_path: Path) -> None:
+    """Another method is named, and what can be captured."""
+    with refused(BadSetting, "capture=TracIn", "a whence.DataValueEmbedding"):
+        apart(with_another_method, tmp_path)
+
+
+def with_another_method(path: Path) -> None:
+    """A recorder that is to capture scores of another kind."""
+    Loop.of(mlp()).recorder(path, capture=whence.TracIn())
 
 
 def test_a_second_optimizer_moves_a_parameter(tmp_path: Path) -> None:

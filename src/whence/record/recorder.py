@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.weak import WeakIdKeyDictionary
 
 from whence.compiled import parameters
-from whence.errors import BadOptimizer, ChangedOutside, Diverged, RunExists, UnwatchedStep
+from whence.errors import BadOptimizer, BadSetting, ChangedOutside, Diverged, RunExists, UnwatchedStep
 from whence.record.beside import Beside
 from whence.record.feeding import Feeding
 from whence.record.policy import CheckpointPolicy, Every
@@ -57,6 +57,7 @@ class Recorder:
     Raises:
         UnsupportedOptimizer: the optimizer has no derivative.
         BadOptimizer: several optimizers, or one that holds tensors that are not the model's.
+        BadSetting: something else than an embedding is to be captured.
         UnreadableData: the task's data set cannot be read by row number.
     """
 
@@ -73,6 +74,8 @@ class Recorder:
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise BadOptimizer(f"got a {type(optimizer).__name__}; a run has one torch.optim optimizer")
+        if capture is not None and not isinstance(capture, Beside):
+            raise BadSetting("capture", capture, "a whence.DataValueEmbedding")
         check_data(task)
         self._kind = supported(type(optimizer))
         self._folder, self._task, self._optimizer = Path(path), task, optimizer
