@@ -100,7 +100,7 @@ class _Elementwise(_Layer):
         self._x = inputs[0].requires_grad_()
         with torch.enable_grad():
             value = self._function(self._x)
-            (self._slope,) = grad(value, self._x, torch.ones_like(value), create_graph=True)
+            (self._slope,) = grad(value, self._x, _ones(value), create_graph=True)
         self._first = self._slope.detach()
         return value.detach()
 
@@ -114,7 +114,11 @@ class _Elementwise(_Layer):
 
     @cached_property
     def _second(self) -> Tensor:
-        return grad(self._slope, self._x, torch.ones_like(self._x))[0]
+        return grad(self._slope, self._x, _ones(self._x))[0]
+
+
+def _ones(like: Tensor) -> Tensor:
+    return like.new_ones(()).expand_as(like)  # which takes no memory
 
 
 @final
