@@ -64,7 +64,7 @@ def piece_of(layer: Layer, *, reduce: Any = "mean", loss: Any = loss) -> list[Pi
 class Captured:
     """Everything about a micro-batch at once."""
 
-    rows: Rows
+    rows: Sequence[Rows]  # by loss, and by set of reductions
     losses: Tensor
     gradient: Tree
     buffers: Tree
@@ -75,7 +75,8 @@ def captured(
 ) -> Captured:
     """Rows of the task's loss and of further ones."""
     found = watched(piece, params, buffers)
-    return Captured(found.rows(sides, [None, *losses]), found.losses, found.gradient, found.buffers)
+    rows = [found.rows([(loss, one) for one in sides]) for loss in (None, *losses)]
+    return Captured(rows, found.losses, found.gradient, found.buffers)
 
 
 def drawn(piece: Piece, rank: int = 9, **options: Any) -> Projection:
@@ -209,7 +210,7 @@ def test_nothing_of_a_pass_outlives_it(layer: Layer) -> None:
     gc.disable()
     try:
         found = watched(piece, params, buffers)
-        found.rows([own.sides])
+        found.rows([(None, own.sides)])
         assert found.seen is not None
         kept = [weakref.ref(held) for held in (found.seen.losses, *found.seen.uses)]
         del found
@@ -238,10 +239,9 @@ def test_reductions_may_depend_on_the_gradient() -> None:
     found = watched(piece, params, {})
     factors = {name: (g.abs().sum(-1),) if g.dim() > 1 else (g.abs(),) for name, g in found.gradient.items()}
     scaled = own.scaled(factors)
-    once = captured(piece, params, {}, sides=(own.sides, scaled.sides), losses=(other_loss,))
-    (later,), (task_scaled,) = found.rows([own.sides], [other_loss])[0], found.rows([scaled.sides])[0]
-    torch.testing.assert_close(later, once.rows[1][0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(task_scaled, once.rows[0][1], rtol=1e-12, atol=1e-12)
+    asked = [(other_loss, own.sides), (None, scaled.sides), (None, own.sides), (other_loss, scaled.sides)]
+    for together, one in zip(watched(piece, params, {}).rows(asked), asked, strict=True):
+        torch.testing.assert_close(found.rows([one])[0], together, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

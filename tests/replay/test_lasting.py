@@ -31,7 +31,7 @@ def at(run: Run, step: int) -> tuple[Lasting, State, Tree]:
     """A step's lasting answer, the state after it, and its gradient."""
     transition, state = run.transition(step), run.state(step, replay=True)
     grads, _, _ = transition.raw_gradient(state)
-    return lasting(transition, state, grads), transition.advance(state), grads
+    return lasting(transition.task, transition.update, state, grads=grads), transition.advance(state), grads
 
 
 @pytest.mark.parametrize("step", [0, 3])

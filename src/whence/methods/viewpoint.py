@@ -5,7 +5,7 @@ r"""What visits are worth at one state: the rate times the product of a query's 
 over the parameter groups g, with the rates and the reduction of the visit's own step t.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from whence.methods.renormalize import coupled
 from whence.queries import Query, gradients
 from whence.replay.products import slot_products
-from whence.replay.state import Fed, State, Step
+from whence.replay.state import Fed, Setting, State, Step
 from whence.replay.transition import Piece
 from whence.run.run import Run
 from whence.tree import Tree, cast
@@ -46,7 +46,8 @@ class Viewpoint:
     def in_batch(self, index: int) -> tuple[Float[np.ndarray, "query slot"], Float[np.ndarray, " slot"]]:
         """The scores of a step's visits, and their losses, every sample in its batch of that visit."""
         transition = self.run.transition(index)
-        found = slot_products(transition.pieces(), self.state, self.scaled(rates(transition.step)), chunk=self.chunk)
+        directions = self.scaled(rates(transition.step.settings))
+        found = slot_products(transition.pieces(), self.state, directions, chunk=self.chunk)
         scores, losses = (tensor.cpu().numpy() for tensor in found)
         return scores, losses
 
@@ -68,10 +69,10 @@ class Viewpoint:
         return {name: factor * self.slopes[name] for group, factor in groups for name in group}
 
 
-def rates(step: Step) -> tuple[float, ...]:
-    """The learning rate of every parameter group as the step used it; negative where the loss was maximized."""
-    signs = (-1.0 if setting.get("maximize") else 1.0 for setting in step.settings)
-    return tuple(sign * float(setting["lr"]) for sign, setting in zip(signs, step.settings, strict=True))  # type: ignore[arg-type]
+def rates(settings: Sequence[Mapping[str, Setting]]) -> tuple[float, ...]:
+    """The learning rate of every parameter group as a step used it; negative where the loss was maximized."""
+    signs = (-1.0 if setting.get("maximize") else 1.0 for setting in settings)
+    return tuple(sign * float(setting["lr"]) for sign, setting in zip(signs, settings, strict=True))  # type: ignore[arg-type]
 
 
 def shares(run: Run, index: int) -> Float[Tensor, " slot"]:
@@ -104,7 +105,7 @@ class Tables:
     def of(view: Viewpoint, indices: Sequence[int]) -> "Tables":
         """Take the products at a viewpoint."""
         steps = [view.run.step(index) for index in indices]
-        found, classes = np.unique([rates(step) for step in steps], axis=1, return_inverse=True)
+        found, classes = np.unique([rates(step.settings) for step in steps], axis=1, return_inverse=True)
         ones = [(classes == one).astype(float).tolist() for one in range(found.shape[1])]
         samples, products = {}, {}
         for kind, like in {_kind(step): step for step in steps}.items():
@@ -119,7 +120,7 @@ class Tables:
         kind = _kind(step)
         columns = np.searchsorted(self.samples[kind], step.samples)
         rate = np.zeros(len(self.products[kind]))
-        rate[self.classes] = rates(step)
+        rate[self.classes] = rates(step.settings)
         visited = np.tensordot(rate, self.products[kind][:, :, columns], axes=1)
         return visited * shares(self.run, index).cpu().numpy(), np.full(len(columns), np.nan)
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from whence.replay.state import State
 from whence.replay.transition import Transition
+from whence.replay.update import Update
 from whence.run.manifest import Manifest
 from whence.task import Batch, Task
 from whence.tree import Tree
@@ -20,10 +21,11 @@ class Ongoing(Protocol):
         """A batch is about to be fed, presumably as this piece of this step: hear the passes on it."""
         ...
 
-    def stepped(
-        self, transition: Transition, state: State, heard: Sequence[Any], *, consumed: Tree, proving: bool
-    ) -> None:
-        """The optimizer is about to step by a gradient; what was heard of each of the step's batches."""
+    def stepped(self, transition: Transition, state: State, heard: Sequence[Any], *, consumed: Tree) -> bool:
+        """The optimizer is about to step by a gradient; what was heard of each of the step's batches.
+
+        Returns whether that is to be proven.
+        """
         ...
 
     def prove(self, transition: Transition, state: State, *, tolerance: float) -> None:
@@ -40,7 +42,13 @@ class Beside(Protocol):
     """Begins to listen when a recording begins."""
 
     def beside(
-        self, task: Task, manifest: Manifest, trained: Mapping[str, nn.Parameter], *, keep: Callable[[str, bytes], None]
+        self,
+        task: Task,
+        manifest: Manifest,
+        trained: Mapping[str, nn.Parameter],
+        *,
+        keep: Callable[[str, bytes], None],
+        now: Callable[[], tuple[Update, State]],
     ) -> Ongoing:
-        """What listens; it may keep files in the recording."""
+        """What listens; it may keep files in the recording, and ask for the update and the state as they are."""
         ...

@@ -30,10 +30,12 @@ class Proof:
         power_of_four = step.index.bit_count() == 1 and step.index.bit_length() % 2 == 1
         return new or step.index < 2 or power_of_four
 
-    def check(self, transition: Transition, state: State, consumed: Tree) -> float:
-        """Compute the step's gradient as a replay will, and compare it with the one that the optimizer consumes.
+    def tolerance(self, step: Step, consumed: Tree) -> float:
+        """The relative difference that is allowed."""
+        return self._tolerance or default_tolerance(step, consumed)
 
-        Returns the relative difference that is allowed.
+    def check(self, transition: Transition, state: State, consumed: Tree) -> None:
+        """Compute the step's gradient as a replay will, and compare it with the one that the optimizer consumes.
 
         Raises:
             UnexplainedGradient: they differ.
@@ -44,11 +46,10 @@ class Proof:
         ours = transition.clipped(grads)
         gap = norm({name: ours[name] - consumed[name] for name in ours})
         off = gap / max(norm(consumed), norm(ours), 1e-30)
-        allowed = self._tolerance or default_tolerance(transition.step, consumed)
+        allowed = self.tolerance(transition.step, consumed)
         if not off <= allowed:
             norms = {"ours": norm(ours), "theirs": norm(consumed)}
             raise UnexplainedGradient(transition.step.index, off, allowed, **norms)
-        return allowed
 
 
 def default_tolerance(step: Step, consumed: Tree) -> float:

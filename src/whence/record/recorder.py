@@ -27,7 +27,8 @@ from whence.record.policy import CheckpointPolicy, Every
 from whence.record.proof import Proof, read_again
 from whence.record.randomness import preserved
 from whence.record.watch import Overheard, Told, check_data, check_loader
-from whence.replay.state import State, Step, settings_of
+from whence.replay.heap import hand_back
+from whence.replay.state import Setting, State, Step, settings_of
 from whence.replay.transition import Transition
 from whence.replay.update import Update, supported, tensors_of
 from whence.run.check import layouts
@@ -102,7 +103,8 @@ class Recorder:
         manifest, self._kept = self._manifest(), list[int]()
         self._writer = Writer(self._folder, manifest)
         if self._capture is not None:
-            self._feeding.beside = self._capture.beside(self._task, manifest, self._trained, keep=self._writer.add)
+            of = self._task, manifest, self._trained
+            self._feeding.beside = self._capture.beside(*of, keep=self._writer.add, now=self._now)
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -172,13 +174,13 @@ class Recorder:
             self._keep(state)
         if any(fed.stored for fed in step.fed):
             self._writer.keep_batches(step.index, tuple(y.content for y in consumed))
-        proving = self._proof.due(step)
+        due, beside = self._proof.due(step), False
         if self._feeding.beside is not None:
             heard = [y.heard for y in consumed]
             transition = self._transition(step, cast_to(tuple(one.batch for one in heard), None, self._task.device))
-            self._feeding.beside.stepped(transition, state, heard, consumed=self._grads(), proving=proving)
-        if proving:
-            self._prove(step, state)
+            beside = self._feeding.beside.stepped(transition, state, heard, consumed=self._grads())
+        if due or beside:
+            self._prove(step, state, due=due, beside=beside)
         self._pending = step
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -213,7 +215,7 @@ class Recorder:
         return Step(
             index=feeding.step,
             fed=tuple(y.noted() for y in feeding.consumed),
-            settings=tuple(map(settings_of, _plain_groups(self._optimizer))),
+            settings=self._settings(),
             norm=size,
             idle=tuple(name for name in self._trained if name not in grads),
             evaluating=feeding.evaluating,
@@ -233,16 +235,29 @@ class Recorder:
         self._writer.drop_states(dropped)
         self._kept = [kept for kept in self._kept if kept not in dropped]
 
-    def _prove(self, step: Step, state: State) -> None:
+    def _prove(self, step: Step, state: State, *, due: bool, beside: bool) -> None:
         task, grads, fed = self._task, self._grads(), self._feeding.consumed
+        hand_back()  # a pass of our own would not fit into the holes that the loop's left
         with preserved((task.model, task.predict, task.loss, task.collate, task.data)):
             transition = self._transition(step, tuple(read_again(task, step.index, y) for y in fed))
-            allowed = self._proof.check(transition, state, grads)
-            if self._feeding.beside is not None:
-                self._feeding.beside.prove(transition, state, tolerance=allowed)
+            if due:
+                self._proof.check(transition, state, grads)
+            if beside and self._feeding.beside is not None:
+                self._feeding.beside.prove(transition, state, tolerance=self._proof.tolerance(step, grads))
+        hand_back()
 
     def _transition(self, step: Step, batches: tuple[Batch, ...]) -> Transition:
-        return Transition(self._task, Update(self._kind, self._groups, step.settings), step, batches)
+        return Transition(self._task, self._update(step.settings), step, batches)
+
+    def _update(self, settings: tuple[dict[str, Setting], ...]) -> Update:
+        return Update(self._kind, self._groups, settings)
+
+    def _now(self) -> tuple[Update, State]:
+        """What an update would be at this moment, and the state before it, but for buffers."""
+        return self._update(self._settings()), State(self._live(), {}, self._moments())
+
+    def _settings(self) -> tuple[dict[str, Setting], ...]:
+        return tuple(map(settings_of, _plain_groups(self._optimizer)))
 
     def _live(self) -> Tree:
         return {name: parameter.detach() for name, parameter in self._params.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from whence.replay.explained import grads, slopes_of, unexplained
-from whence.replay.rows import Cotangents, Loss, Parts, Reductions, Rows, parts_of, row_of, unshared
+from whence.replay.rows import Asked, Cotangents, Loss, Parts, Reductions, Rows, parts_of, row_of
 from whence.replay.transition import Piece
 from whence.replay.uses import Use
 from whence.replay.watching import Watching
@@ -110,28 +110,31 @@ class Watched:
     seen: _Seen | None = None
     froze: bool = False
 
-    def rows(self, sides: Sequence[Reductions], losses: Sequence[Loss | None] = (None,)) -> Rows:
-        """Projected gradients of the samples' losses, not divided by the batch; by loss and by set of reductions.
+    def rows(self, asked: Sequence[Asked]) -> Rows:
+        """Projected gradients of the samples' losses, not divided by the batch.
 
         With BatchNorm in train mode every loss depends on every sample; the rows then take the batch's statistics for
         constants (the step's gradient does not). Elsewhere they are exact. A slot whose share of the step's loss is
         zero has a row of zeros under the task's loss. A piece that the update did not consume has no rows.
 
         Args:
-            sides: sets of reductions, all of the same parameters in the same order; parameters that the step does not
-                move have zeros.
-            losses: read off the model's outputs; None is the task's own, which costs no backward pass.
+            asked: losses, read off the model's outputs (the task's own costs no backward pass), and sets of reductions,
+                all of the same parameters in the same order; parameters that the step does not move have zeros.
         """
         if self.seen is None:
             like = next(iter(self.gradient.values()))
-            none = tuple(like.new_zeros(0, sum(one.rank for one in reductions.values())) for reductions in sides)
-            return (none,) * len(losses)
+            return tuple(like.new_zeros(0, sum(one.rank for one in reductions.values())) for _, reductions in asked)
         # Under autocast the factors are as coarse as training's; their products need not be.
         with torch.enable_grad(), torch.autocast(self.losses.device.type, enabled=False):
-            read = [self.seen.losses if loss is None else loss(self.seen.outputs, self.piece.batch) for loss in losses]
-            parts = parts_of(self.seen.uses, [self._cotangents(loss) for loss in read], sides)
-            pairs = zip(losses, parts, strict=True)
-            return self._joined(read, [self._unshared(one) if loss is None else one for loss, one in pairs], sides)
+            outputs, batch = self.seen.outputs, self.piece.batch
+            read = {loss: self.seen.losses if loss is None else loss(outputs, batch) for loss, _ in asked}
+            cotangents = {loss: self._cotangents(losses) for loss, losses in read.items()}
+            parts = parts_of(self.seen.uses, cotangents, asked, share=self._share)
+            return self._joined(asked, parts, read)
+
+    @property
+    def _share(self) -> Tensor:
+        return self.piece.share.to(self.losses)
 
     def _cotangents(self, losses: Tensor) -> Cotangents:
         assert self.seen is not None
@@ -140,19 +143,15 @@ class Watched:
         edges = list(self.seen.cotangents)
         return dict(zip(edges, grads(losses.sum(), edges), strict=True))
 
-    def _unshared(self, of_loss: list[Parts]) -> list[Parts]:
-        return unshared(of_loss, self.piece.share.to(self.losses))
-
-    def _joined(self, losses: Sequence[Tensor], parts: list[list[Parts]], sides: Sequence[Reductions]) -> Rows:
+    def _joined(self, asked: Sequence[Asked], parts: Sequence[Parts], read: Mapping[Loss | None, Tensor]) -> Rows:
         """All parameters behind each other; the unexplained ones one sample at a time."""
         assert self.seen is not None
-        alone = {name: self.seen.leaves[name] for name in self._unexplained(sides[0])}
+        alone = {name: self.seen.leaves[name] for name in self._unexplained(asked[0][1])}
+        slopes = {loss: [slopes_of(one, alone) for one in losses] if alone else [] for loss, losses in read.items()}
         rows = []
-        for of_loss, loss in zip(parts, losses, strict=True):
-            slopes = [slopes_of(one, alone) for one in loss] if alone else []
-            whole = {name: torch.stack([each[name] for each in slopes]) for name in alone}
-            pairs = zip(of_loss, sides, strict=True)
-            rows.append(tuple(row_of(part | _small(whole, one), one, like=loss) for part, one in pairs))
+        for (loss, reductions), found in zip(asked, parts, strict=True):
+            whole = {name: torch.stack([each[name] for each in slopes[loss]]) for name in alone}
+            rows.append(row_of(found | _small(whole, reductions), reductions, like=self.losses))
         return tuple(rows)
 
     def _unexplained(self, reductions: Reductions) -> frozenset[str]:
@@ -160,7 +159,7 @@ class Watched:
         seen = self.seen
 
         def parts() -> Parts:
-            return self._unshared(parts_of(seen.uses, [seen.cotangents], [reductions])[0])[0]
+            return parts_of(seen.uses, {None: seen.cotangents}, [(None, reductions)], share=self._share)[0]
 
         kind = tuple(reductions), tuple(use.kind for use in seen.uses)
         ends = seen.outputs, seen.losses

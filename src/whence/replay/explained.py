@@ -6,10 +6,12 @@ weighted loss. A misread layout, an unseen use, or losses that depend on other s
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -53,35 +55,55 @@ def unexplained(
     place = number, piece.index
     if kind not in found or (number & (number - 1) == 0 and found[kind][0] != place):
         outputs, losses = ends
-        random = torch.Generator().manual_seed(number)
-        omega = (1 + torch.rand(len(losses), generator=random)).to(losses) * (piece.share.to(losses) != 0)
+        omega = weights(len(losses), number).to(losses) * (piece.share.to(losses) != 0)
         agrees = _agrees(outputs, losses)
         _refuse_coupled(outputs, losses, omega, agrees=agrees)
         small = {name: leaf for name, leaf in leaves.items() if name in reductions}
-        slopes = slopes_of((omega * losses).sum(), small)
-        found[kind] = place, _off(parts(), slopes, reductions, omega=omega, agrees=agrees)
+        truth = Weighted(omega, slopes_of((omega * losses).sum(), small), agrees)
+        found[kind] = place, truth.unlike(parts(), reductions)
         if off := found[kind][1]:
             log.info("differentiated sample by sample: %s", listed(sorted(off), most=6))
     return found[kind][1]
+
+
+def weights(slots: int, seed: int) -> Float[Tensor, " slot"]:
+    """Random weights of samples, between 1 and 2."""
+    return 1 + torch.rand(slots, generator=torch.Generator().manual_seed(seed))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """What the small gradients of samples must add up to.
+
+    Attributes:
+        omega: random weights of the samples.
+        slopes: the gradient of their weighted loss.
+        agrees: the relative difference that counts as none.
+    """
+
+    omega: Float[Tensor, " slot"]
+    slopes: Tree
+    agrees: float
+
+    def unlike(self, parts: Parts, reductions: Reductions) -> frozenset[str]:
+        """The parameters whose small gradients do not."""
+        # A gradient that cancels (of a bias before softmax, say) is rounding of others.
+        rounding = 100 * torch.finfo(self.omega.dtype).eps * norm(self.slopes)
+        off = set()
+        for name, slope in self.slopes.items():
+            wanted = reductions[name].reduce(slope[None])[0]
+            rows = parts.get(name, wanted.new_zeros(len(self.omega), len(wanted))) * self.omega[:, None]
+            allowed = self.agrees * (rows.norm(dim=1).sum() + wanted.norm()) + rounding
+            if not (rows.sum(0) - wanted).norm() <= allowed:
+                off.add(name)
+        return frozenset(off)
 
 
 def _agrees(outputs: Any, losses: Tensor) -> float:
     """As close as the coarsest of them (under autocast, the outputs) allows."""
     ends = [losses, *(end for end in tree_leaves(outputs) if isinstance(end, Tensor) and end.is_floating_point())]
     return max(AGREES.get(end.dtype, AGREES[torch.bfloat16]) for end in ends)
-
-
-def _off(parts: Parts, slopes: Tree, reductions: Reductions, *, omega: Tensor, agrees: float) -> frozenset[str]:
-    # A gradient that cancels (of a bias before softmax, say) is rounding of others.
-    rounding = 100 * torch.finfo(omega.dtype).eps * norm(slopes)
-    off = set()
-    for name, slope in slopes.items():
-        wanted = reductions[name].reduce(slope[None])[0]
-        rows = parts.get(name, wanted.new_zeros(len(omega), len(wanted))) * omega[:, None]
-        allowed = agrees * (rows.norm(dim=1).sum() + wanted.norm()) + rounding
-        if not (rows.sum(0) - wanted).norm() <= allowed:
-            off.add(name)
-    return frozenset(off)
 
 
 def _refuse_coupled(outputs: Any, losses: Tensor, omega: Tensor, *, agrees: float) -> None:

@@ -18,8 +18,8 @@ from torch.func import grad, vjp
 from whence.replay.jacobian import GRADIENT, PARAMETER, SECOND_MOMENTS, Entries, jacobian
 from whence.replay.state import State
 from whence.replay.strands import Strand, strands
-from whence.replay.transition import Transition
 from whence.replay.update import LINEAR, Update
+from whence.task import Task
 from whence.tree import Tree, each
 
 FOLLOWING = ("exp_avg", "momentum_buffer")  # moments that a step goes along
@@ -40,30 +40,31 @@ class Lasting:
     decay: Tree
 
 
-def lasting(transition: Transition, state: State, grads: Tree) -> Lasting:
+def lasting(task: Task, update: Update, state: State, *, grads: Tree) -> Lasting:
     """What a step makes of lasting changes.
 
     The penalty's curvature counts as if it were diagonal, which it is for sums over the entries.
 
     Args:
-        transition: the step.
+        task: of the training.
+        update: the step's.
         state: the state before it.
-        grads: its gradient before clipping.
+        grads: its gradient before clipping, whole, or of some parameters if nothing is clipped.
     """
-    clipped, clip = transition.clipped(grads), transition.task.clip
-    state = _begun(transition.update, state, clipped)
+    clipped = grads if task.clip is None else task.clip(grads)
+    state = _begun(update, state, clipped)
     rate, decay = (each(torch.empty_like, grads) for _ in range(2))
-    for strand in strands(transition.update, state, clipped):
-        alike = transition.update.optimizer in LINEAR  # one entry tells all
-        entries = jacobian(transition.update, state, clipped, strand=_first_entry(strand) if alike else strand)
+    for strand in strands(update, state, clipped):
+        alike = update.optimizer in LINEAR  # one entry tells all
+        entries = jacobian(update, state, clipped, strand=_first_entry(strand) if alike else strand)
         moved = {source: _lasting(entries, source) for source in (GRADIENT, PARAMETER)}
         for span, place in strand.parts():
             some = slice(None) if alike else place
             rate[span.name].view(-1)[span.start : span.stop] = -moved[GRADIENT][some]
             decay[span.name].view(-1)[span.start : span.stop] = moved[PARAMETER][some]
-    if clip is not None:
-        rate = {name: rate[name] * slope for name, slope in clip.slope(grads).items()}
-    bent = _penalty(transition, state)
+    if task.clip is not None:
+        rate = {name: rate[name] * slope for name, slope in task.clip.slope(grads).items()}
+    bent = _penalty(task, state, grads)
     return Lasting(rate, decay | {name: decay[name] - rate[name] * bent[name] for name in bent})
 
 
@@ -110,12 +111,12 @@ def _at_fixed(entries: Entries, output: str, source: str) -> Tensor:
     return found
 
 
-def _penalty(transition: Transition, state: State) -> Tree:
+def _penalty(task: Task, state: State, grads: Tree) -> Tree:
     """The diagonal of the penalty's second derivative, if it has one and that is diagonal."""
-    penalty = transition.task.penalty
+    penalty = task.penalty
     if penalty is None:
         return {}
-    moving = {name: state.params[name] for name in transition.moving}
+    moving = {name: state.params[name] for name in grads}
 
     def slopes(part: Tree) -> Tree:
         found: Tree = grad(lambda some: penalty(state.params | some))(part)

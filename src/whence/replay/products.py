@@ -70,7 +70,7 @@ def _by_gradients(piece: Piece, state: State, directions: Tree) -> Found | None:
     if found.froze:
         return None
     try:
-        ((rows,),) = found.rows([{name: _whole(tensor) for name, tensor in moving.items()}])
+        (rows,) = found.rows([(None, {name: _whole(tensor) for name, tensor in moving.items()})])
     except CoupledLoss:
         return None
     parts = torch.split(rows, [tensor.numel() for tensor in moving.values()], 1)

@@ -1,7 +1,7 @@
 """Small gradients of samples: from the uses of parameters in a pass, and the cotangents of what came of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -14,31 +14,71 @@ from whence.task import Batch
 
 Loss = Callable[[Any, Batch], Tensor]  # outputs, batch -> [slot]
 Reductions = Mapping[str, Sides]
-Parts = dict[str, Tensor]  # [slot, rank] by parameter
+Asked = tuple[Loss | None, Reductions]  # of which loss (None: the task's), and made small how
 Cotangents = Mapping[GradientEdge, Tensor | None]
-Rows = tuple[tuple[Float[Tensor, "slot rank"], ...], ...]  # by loss and by set of reductions
+Parts = dict[str, Tensor]  # [slot, rank] by parameter
+Rows = tuple[Float[Tensor, "slot rank"], ...]  # by what was asked
 
 
-def parts_of(uses: Sequence[Use], cotangents: Sequence[Cotangents], sides: Sequence[Reductions]) -> list[list[Parts]]:
-    """Small gradients by loss, set of reductions and parameter, summed over the parameter's uses."""
-    found: list[list[Parts]] = [[{} for _ in sides] for _ in cotangents]
+@final
+class Gathered:
+    """Sums up small gradients over the uses of their parameters.
+
+    Args:
+        losses: of which one or another small form will be added (None: the task's, weighted with shares of a step's).
+    """
+
+    def __init__(self, losses: Sequence[Loss | None]) -> None:
+        self._losses = losses
+        self._parts: list[Parts] = [{} for _ in losses]
+
+    def add(self, use: Use, condensed: Mapping[Loss | None, Tensor], sides: Sequence[Sides]) -> None:
+        """Add what follows from a use.
+
+        Args:
+            use: of a parameter.
+            condensed: what the use keeps of its cotangent under each loss; losses that are not there add nothing.
+            sides: of the parameter, by place in `losses`.
+        """
+        places = [place for place, loss in enumerate(self._losses) if loss in condensed]
+        factors = _factors(use, [sides[place] for place in places])
+        for loss, kept in condensed.items():
+            ours = [place for place in places if self._losses[place] is loss]
+            found = use.rows(kept, [factors[id(sides[place])] for place in ours], [sides[place] for place in ours])
+            for place, rows in zip(ours, found, strict=True):
+                part = self._parts[place]
+                part[use.name] = part[use.name] + rows if use.name in part else rows
+
+    def parts(self, share: Float[Tensor, " slot"]) -> list[Parts]:
+        """By place in `losses`, of single losses: without the shares that the task's was weighted with."""
+        inverse = torch.where(share != 0, 1 / share, 0)[:, None]
+        return [
+            {name: part * inverse for name, part in parts.items()} if loss is None else parts
+            for loss, parts in zip(self._losses, self._parts, strict=True)
+        ]
+
+
+def _factors(use: Use, sides: Sequence[Sides]) -> dict[int, Tensor]:
+    """The use's other factor by reduction, each made once."""
+    apart = list({id(one): one for one in sides}.values())
+    return {id(one): factor for one, factor in zip(apart, use.factors(apart), strict=True)}
+
+
+def parts_of(
+    uses: Sequence[Use],
+    cotangents: Mapping[Loss | None, Cotangents],
+    asked: Sequence[Asked],
+    *,
+    share: Float[Tensor, " slot"],
+) -> list[Parts]:
+    """Small gradients by what was asked, from the cotangents of all uses."""
+    found = Gathered([loss for loss, _ in asked])
     for use in uses:
-        reductions = [one[use.name] for one in sides if use.name in one]
-        if not reductions:
-            continue
-        factors = use.factors(reductions)
-        for of_loss, of_edge in zip(found, cotangents, strict=True):
-            b = of_edge[use.edge]
-            small = [] if b is None else use.rows(b, factors, reductions)
-            for parts, rows in zip(of_loss, small, strict=False):
-                parts[use.name] = parts[use.name] + rows if use.name in parts else rows
-    return found
-
-
-def unshared(of_loss: Sequence[Parts], share: Float[Tensor, " slot"]) -> list[Parts]:
-    """Small gradients of single losses, of which the cotangents were weighted with their shares of a step's loss."""
-    inverse = torch.where(share != 0, 1 / share, 0)[:, None]
-    return [{name: part * inverse for name, part in of_set.items()} for of_set in of_loss]
+        given = {loss: b for loss, of_loss in cotangents.items() if (b := of_loss[use.edge]) is not None}
+        if given and all(use.name in reductions for _, reductions in asked):
+            kept = {loss: use.condensed(b) for loss, b in given.items()}
+            found.add(use, kept, [reductions[use.name] for _, reductions in asked])
+    return found.parts(share)
 
 
 def row_of(parts: Parts, reductions: Reductions, *, like: Float[Tensor, " slot"]) -> Float[Tensor, "slot rank"]:

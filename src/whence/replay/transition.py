@@ -71,16 +71,17 @@ class Transition:
             yield buffers, found
             buffers = found[1]
 
-    def raw_gradient(self, state: State, *, autocast: bool = True) -> Gradient:
+    def raw_gradient(self, state: State, *, weights: Tensor | None = None, autocast: bool = True) -> Gradient:
         """Gradient of L_t before clipping, the buffers it leaves, and the losses `[slot]`.
 
         Args:
             state: the state before the step.
+            weights: of the samples `[slot]`; None: ones.
             autocast: in the precision of the training, rather than in that of the derivatives.
         """
         self.set_modes()  # and training's own kernels, so that a replay meets the recording to the bit
         with self.precision() if autocast else nullcontext():
-            walked = list(self.walk(state))
+            walked = list(self.walk(state, weights))
         return gathered(walked)[0], walked[-1][1][1], gathered(walked)[1]
 
     def clipped(self, grads: Tree) -> Tree:

@@ -37,19 +37,22 @@ class Use(abc.ABC):
     layout: str
 
     @abc.abstractmethod
-    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
-        """Small gradients `[slot, rank]` by set of reductions, given the (raw) cotangent.
+    def rows(self, condensed: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+        """Small gradients `[slot, rank]` by set of reductions.
 
         Args:
-            cotangent: b.
+            condensed: what `condensed` left of the cotangent b.
             factors: as `factors` reduced the other factor.
             sides: sets of reductions.
         """
 
+    def condensed(self, cotangent: Tensor) -> Tensor:
+        """All that must be kept of a (raw) cotangent, whatever the reductions will be."""
+        return self.arranged(cotangent)
+
     def factors(self, sides: Sequence[Sides]) -> list[Tensor]:
         """The parameter's other factor, reduced by every set of reductions; the same for all cotangents."""
-        del sides
-        return []
+        return [torch.empty(0)] * len(sides)
 
     @property
     def kind(self) -> tuple[str, str, str]:
@@ -63,23 +66,23 @@ class Outer(Use):
     r"""A matrix product: :math:`\sum b a^\top` over the tokens, for every group of features.
 
     Attributes:
-        inputs: a, `[slot, token, group x feature]`.
+        inputs: makes a, `[slot, token, group x feature]`, which a convolution's pass itself does not hold.
         groups: how many blocks of features have products of their own.
         turned: the parameter's first axis is that of the inputs.
     """
 
-    inputs: Tensor
+    inputs: Callable[[], Tensor]
     groups: int = 1
     turned: bool = False
 
     def factors(self, sides: Sequence[Sides]) -> list[Tensor]:
         """Reduced inputs."""
-        x = self._split(self.inputs) if self.groups > 1 else self.inputs
+        x = self._split(self.inputs()) if self.groups > 1 else self.inputs()
         return reduced([one.left if self.turned else _right(one) for one in sides], x)
 
-    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+    def rows(self, condensed: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
         """The reduced factors' product."""
-        b = self.arranged(cotangent)
+        b = condensed
         if self.groups > 1:
             mixed = [torch.einsum("stgo,stgr->srgo", self._split(b), a).flatten(2) for a in factors]
             return [one.left.reduce(each).mT.flatten(1) for one, each in zip(sides, mixed, strict=True)]
@@ -112,9 +115,9 @@ class Lookup(Use):
         counted = (self.places != self.ignored)[..., None]
         return [unit * counted for unit in units]
 
-    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+    def rows(self, condensed: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
         """Reduced unit vectors times reduced cotangents."""
-        vectors = reduced([_right(one) for one in sides], self.arranged(cotangent))
+        vectors = reduced([_right(one) for one in sides], condensed)
         return [(units.mT @ b).flatten(1) for units, b in zip(factors, vectors, strict=True)]
 
 
@@ -124,17 +127,20 @@ class Scale(Use):
     """A factor for every feature: the sum over tokens of b times what it multiplied.
 
     Attributes:
-        inputs: what it multiplied, `[slot, token, feature]`; None: it was added.
+        inputs: makes what it multiplied, `[slot, token, feature]`; None: it was added.
     """
 
-    inputs: Tensor | None = None
+    inputs: Callable[[], Tensor] | None = None
 
-    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
-        """Sums, reduced like whole gradients."""
-        del factors
+    def condensed(self, cotangent: Tensor) -> Tensor:
+        """The samples' whole gradients: they are small."""
         b = self.arranged(cotangent)
-        whole = (b if self.inputs is None else b * self.inputs).sum(1)
-        return [one.reduce(whole) for one in sides]
+        return (b if self.inputs is None else b * self.inputs()).sum(1)
+
+    def rows(self, condensed: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+        """Reduced like whole gradients."""
+        del factors
+        return [one.reduce(condensed) for one in sides]
 
 
 @final
@@ -150,10 +156,10 @@ class Spread(Use):
     leaf: Tensor
     source: Tensor
 
-    def rows(self, cotangent: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
+    def rows(self, condensed: Tensor, factors: Sequence[Tensor], sides: Sequence[Sides]) -> list[Tensor]:
         """Each sample's cotangent, taken back through the short way from the source to the parameter."""
         del factors
-        whole = self._pulled(self.arranged(cotangent))
+        whole = self._pulled(condensed)
         return [one.reduce(whole) for one in sides]
 
     def _pulled(self, cotangent: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Watching(TorchFunctionMode):
         if layout is None:
             return
         arranged = partial(by_slot, slots=self._slots, layout=layout)
-        inputs = arranged(x.detach())
+        inputs = partial(arranged, x.detach())
         self._add(Outer, weight, out, arranged=arranged, layout=layout, inputs=inputs, turned=turned)
         self._add(Scale, bias, out, arranged=arranged, layout=layout)
 
@@ -137,8 +137,12 @@ class Watching(TorchFunctionMode):
         x, weight = call["input"], call["weight"]
         if x.dim() != weight.dim() or len(x) % self._slots:
             return
-        seen = patches(x.detach(), weight.shape[2:], {key: call[key] for key in ("stride", "padding", "dilation")})
-        inputs = by_slot(seen, self._slots, "first")
+        x, size, slots = x.detach(), weight.shape[2:], self._slots
+        conv = {key: call[key] for key in ("stride", "padding", "dilation")}
+
+        def inputs() -> Tensor:
+            return by_slot(patches(x, size, conv), slots, "first")
+
         self._add(Outer, weight, out, arranged=self._by_channel, inputs=inputs, groups=call["groups"])
         self._add(Scale, call["bias"], out, arranged=self._by_channel)
 
@@ -177,7 +181,9 @@ class Watching(TorchFunctionMode):
         def arranged(tensor: Tensor) -> Tensor:
             return by_slot(flat(tensor), slots, layout)
 
-        inputs = arranged(kind(x, shape, **eps))
+        def inputs() -> Tensor:
+            return arranged(kind(x, shape, **eps))
+
         self._add(Scale, call["weight"], out, arranged=arranged, layout=layout, inputs=inputs)
         self._add(Scale, call.get("bias"), out, arranged=arranged, layout=layout)
 
@@ -185,7 +191,11 @@ class Watching(TorchFunctionMode):
         x = call["input"].detach()
         if len(x) % self._slots:
             return
-        inputs = self._by_channel(nn.functional.group_norm(x, call["num_groups"], eps=call["eps"]))
+        by_channel = self._by_channel
+
+        def inputs() -> Tensor:
+            return by_channel(nn.functional.group_norm(x, call["num_groups"], eps=call["eps"]))
+
         self._add(Scale, call["weight"], out, arranged=self._by_channel, inputs=inputs)
         self._add(Scale, call["bias"], out, arranged=self._by_channel)
 
@@ -205,7 +215,11 @@ class Watching(TorchFunctionMode):
         out = func(**(call | statistics))
         if len(x) % self._slots == 0 and out.requires_grad:
             plain = statistics | {"weight": None, "bias": None, "input": x.detach(), "eps": call["eps"]}
-            inputs = self._by_channel(nn.functional.batch_norm(**plain))
+            by_channel = self._by_channel
+
+            def inputs() -> Tensor:
+                return by_channel(nn.functional.batch_norm(**plain))
+
             self._add(Scale, call["weight"], out, arranged=self._by_channel, inputs=inputs)
             self._add(Scale, call["bias"], out, arranged=self._by_channel)
         return out

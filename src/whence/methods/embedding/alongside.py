@@ -2,39 +2,147 @@
 
 The model's calls are watched (`watching.py`), and the cotangents of what parameters helped to compute are taken from
 the loop's backward pass as they come by. Nothing is computed twice; labels drawn from the model cost a backward pass to
-the activations. What was seen proves itself at the steps that the recorder proves: against the rows of a replay.
+the activations.
+
+What was seen proves itself whenever the model uses its parameters in another way, and at steps 0, 1, 2, 4, 8, ...: with
+random weights of the samples, their rows must add up to the gradient that a replay finds with those weights.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from whence.errors import NotCaptured
-from whence.methods.embedding.heard import Heard
+from whence.errors import NotCaptured, listed
+from whence.methods.embedding.early import Early, Now
+from whence.methods.embedding.heard import PROOF, Heard
 from whence.methods.embedding.kept_rows import RowsWriter
 from whence.methods.embedding.step_rows import StepRows
-from whence.replay.capture import watched
+from whence.replay.explained import Weighted, weights
+from whence.replay.lasting import Lasting
 from whence.replay.state import State
 from whence.replay.transition import Transition
 from whence.task import Batch
 from whence.tree import Tree
+
+log = logging.getLogger(__name__)
 
 
 @final
 class Alongside:
     """Listens to the model of a training, and writes down what every step leaves."""
 
-    def __init__(self, what: StepRows, trained: Mapping[str, nn.Parameter], writer: RowsWriter) -> None:
+    def __init__(self, what: StepRows, trained: Mapping[str, nn.Parameter], writer: RowsWriter, *, now: Now) -> None:
         self._what, self._trained, self._writer = what, trained, writer
         self._now: Heard | None = None
         self._raw: Tree = {}  # gradients before clipping
-        self._own: list[Tensor] = []  # rows of the last step, for its proof
-        self._losses = torch.zeros(0)
+        self._proof: tuple[Tensor, Tree] | None = None  # rows of a step's own gradients, and its gradient
+        self._proven: dict[Hashable, int] = {}  # ways of using parameters, and the step that first met them
+        self._early = None if what.plain or what.task.clip is not None else Early(what, now)
         what.task.binding  # noqa: B018 - the skeleton is copied before there are hooks that it would copy
-        model, depth = what.task.model, [0]
+        self._hooks = self._listening(what.task.model)
+        self._noted = dict[str, RemovableHandle]()
+
+    def listen(self, batch: Batch, step: int, piece: int) -> Heard:
+        """Hear the passes on the batch that is about to be fed."""
+        leaves: Tree = {name: parameter for name, parameter in self._trained.items() if parameter.requires_grad}
+        if self._what.task.clip is not None or self._early is not None:
+            self._noted |= {n: self._note_gradient(n, p) for n, p in leaves.items() if n not in self._noted}
+        proves = partial(self._proves, step)
+        self._now = Heard(self._what, batch, leaves, drawn=self._what.drawn(step, piece), proves=proves)
+        return self._now
+
+    def stepped(self, transition: Transition, state: State, heard: Sequence[Heard], *, consumed: Tree) -> bool:
+        """Write down what a step leaves that is about to be made, and let go of what was heard.
+
+        Returns whether that is to be proven.
+
+        Args:
+            transition: the step.
+            state: the state before it.
+            heard: by micro-batch.
+            consumed: the gradient that the optimizer is given.
+
+        Raises:
+            NotCaptured: the passes were not seen.
+        """
+        gradient = {name: self._raw.get(name, tensor) for name, tensor in consumed.items()}
+        answer = self._answer(transition, state, gradient, heard=heard)
+        self._proof = None
+        if answer is not None:
+            self._write(transition, heard, gradient, answer=answer)
+        for one in heard:
+            one.forget()
+        return self._proof is not None
+
+    def prove(self, transition: Transition, state: State, *, tolerance: float) -> None:
+        """Compare what the step left with a replay.
+
+        Raises:
+            NotCaptured: the rows do not add up to the gradient.
+        """
+        assert self._proof is not None
+        (rows, gradient), self._proof = self._proof, None
+        step, pieces = transition.step.index, transition.pieces()
+        random = weights(sum(transition.sizes), step)
+        found = transition.raw_gradient(state, weights=random)[0]
+        parts = zip(pieces, torch.split(random, list(transition.sizes)), strict=True)
+        # Beyond the gradient of the step itself, which may have a penalty's in it.
+        omega = torch.cat([piece.share.to(rows) * (part.to(rows) - 1) for piece, part in parts if piece.counted])
+        truth = Weighted(omega, {name: found[name] - gradient[name] for name in found}, tolerance)
+        layout = self._what.projection.layout
+        unlike = truth.unlike({name: rows[:, place] for name, place in layout.items()}, self._what.projection.sides)
+        if unlike:
+            raise NotCaptured(step, f"they do not add up to the gradient of {listed(sorted(unlike), most=3)}")
+
+    def finish(self) -> None:
+        """Stop listening, and write what waits."""
+        for hook in (*self._hooks, *self._noted.values()):
+            hook.remove()
+        self._now = None
+        self._writer.flush()
+
+    def _write(self, transition: Transition, heard: Sequence[Heard], gradient: Tree, *, answer: Lasting) -> None:
+        pairs = zip(transition.pieces(), heard, strict=True)
+        found = [one.rows(piece) for piece, one in pairs if piece.counted]
+        if all(PROOF in rows for rows, _ in found):
+            self._proof = torch.cat([rows.pop(PROOF) for rows, _ in found]), gradient
+        rows = [{name: array for name, array in rows.items() if name != PROOF} for rows, _ in found]
+        arrays = self._what.arrays(rows, transition.pieces(), total=gradient, answer=answer)
+        losses = torch.cat([losses for _, losses in found])
+        self._writer.add(transition.step.index, arrays | {"loss": losses})
+
+    def _answer(
+        self, transition: Transition, state: State, gradient: Tree, *, heard: Sequence[Heard]
+    ) -> Lasting | None:
+        """What the update makes of the gradient, with all rows settled; None where some were settled too early."""
+        what, early = self._what, self._early
+        known = Lasting({}, {}) if early is None else early.taken(transition.update, gradient)
+        if known is None:
+            log.info("step %d is replayed later: its gradient changed after it was there", transition.step.index)
+            self._early = None
+            self._proven.clear()
+            return None
+        rest = {name: tensor for name, tensor in gradient.items() if name not in known.rate}
+        if not rest:
+            return known
+        answer = what.answer(transition.update, state, rest)
+        if not what.plain:
+            scaled = what.scaled(answer.rate)
+            for one in heard:
+                one.settle(scaled)
+        return Lasting(known.rate | answer.rate, known.decay | answer.decay)
+
+    def _proves(self, step: int, kinds: Hashable) -> bool:
+        """Whether a pass of this kind is to prove itself."""
+        return self._proven.setdefault(kinds, step) == step or step & (step - 1) == 0
+
+    def _listening(self, model: nn.Module) -> list[RemovableHandle]:
+        depth = [0]
 
         def enter(module: nn.Module, args: object) -> None:
             del args
@@ -52,81 +160,19 @@ class Alongside:
             if not depth[0] and self._now is not None:
                 self._now.leave(output)
 
-        self._hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
-        if what.task.clip is not None:
-            self._hooks += [self._note_raw(name, p) for name, p in trained.items()]
+        return [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
 
-    def listen(self, batch: Batch, step: int, piece: int) -> Heard:
-        """Hear the passes on the batch that is about to be fed."""
-        leaves: Tree = {name: parameter for name, parameter in self._trained.items() if parameter.requires_grad}
-        self._now = Heard(self._what.task, batch, leaves, drawn=self._what.drawn(step, piece))
-        return self._now
-
-    def stepped(
-        self, transition: Transition, state: State, heard: Sequence[Heard], *, consumed: Tree, proving: bool
-    ) -> None:
-        """Write down what a step leaves that is about to be made, and let go of what was heard.
-
-        Args:
-            transition: the step.
-            state: the state before it.
-            heard: by micro-batch.
-            consumed: the gradient that the optimizer is given.
-            proving: `prove` comes next.
-
-        Raises:
-            NotCaptured: the passes were not seen.
-        """
-        what, pieces = self._what, transition.pieces()
-        gradient = {name: self._raw.get(name, tensor) for name, tensor in consumed.items()}
-        answer = what.answer(transition, state, gradient)
-        rows, losses, self._own = [], [], []
-        for piece, one in zip(pieces, heard, strict=True):
-            if piece.counted:
-                passed = one.passed(piece)
-                rows.append(what.rows(passed, one.drawn, None if what.plain else answer))
-                losses.append(passed.losses)
-                if proving:
-                    self._own.append(passed.rows([what.projection.sides])[0][0])
-            one.forget()
-        arrays = what.arrays(rows, pieces, total=gradient, answer=answer)
-        self._losses = torch.cat(losses)
-        self._writer.add(transition.step.index, arrays | {"loss": self._losses})
-
-    def prove(self, transition: Transition, state: State, *, tolerance: float) -> None:
-        """Compare the losses and gradients of the step's samples with those of a replay.
-
-        Raises:
-            NotCaptured: they differ.
-        """
-        buffers, step, rows, losses = state.buffers, transition.step.index, [], []
-        for piece in transition.pieces():
-            seen = watched(piece, state.params, buffers)
-            buffers = seen.buffers
-            if seen.froze:
-                raise NotCaptured(step, "BatchNorm in train mode makes every loss depend on every sample")
-            if piece.counted:
-                rows.append(seen.rows([self._what.projection.sides])[0][0])
-                losses.append(seen.losses)
-        off = max(_apart(self._losses, torch.cat(losses)), _apart(torch.cat(self._own), torch.cat(rows)))
-        if not off <= tolerance:
-            raise NotCaptured(step, f"losses or gradients differ from those of a replay by {off:.2g} (relative)")
-
-    def finish(self) -> None:
-        """Stop listening, and write what waits."""
-        for hook in self._hooks:
-            hook.remove()
-        self._now = None
-        self._writer.flush()
-
-    def _note_raw(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
+    def _note_gradient(self, name: str, parameter: Tensor) -> RemovableHandle:
         def note(updated: Tensor) -> None:
-            assert updated.grad is not None
-            self._raw[name] = updated.grad.detach().clone()
+            gradient, now = updated.grad, self._now
+            assert gradient is not None
+            if self._what.task.clip is not None:
+                self._raw[name] = gradient.detach().clone()
+            elif self._early is not None and now is not None:
+                rate = self._early.arrived(name, gradient, waiting=now.fresh)
+                if rate:
+                    now.settle(self._what.scaled(rate))
+                    now.fresh = 0
 
         found: RemovableHandle = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
         return found
-
-
-def _apart(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))

@@ -112,20 +112,22 @@ class Walk:
 
     def _step(self, transition: Transition, state: State) -> tuple[Arrays, tuple[Tree, Tree]]:
         """A step's arrays with its losses, and what `_gradient` finds."""
-        what, pieces, buffers = self._what, transition.pieces(), state.buffers
+        what, pieces, buffers, update = self._what, transition.pieces(), state.buffers, transition.update
         total, answer, apart = dict[str, Tensor](), None, self._apart(transition)
         if apart:
             total, after = self._gradient(transition, state)
-            answer = what.answer(transition, state, total)
+            answer = what.answer(update, state, total)
         rows, losses = [], []
         for piece in pieces:
             seen = watched(piece, state.params, buffers)
             if not apart:
                 total, after = add(total, seen.gradient), seen.buffers
-                answer = None if what.plain else what.answer(transition, state, total)
+                answer = None if what.plain else what.answer(update, state, total)
             drawn = what.drawn(transition.step.index, piece.index)
-            rows.append(what.rows(seen, drawn, None if what.plain else answer))
+            scaled = None if what.plain or answer is None else what.projection.sides | what.scaled(answer.rate)
+            asked = what.asked(drawn, scaled)
+            rows.append(dict(zip(asked, seen.rows(list(asked.values())), strict=True)))
             losses.append(seen.losses)
             buffers = seen.buffers
-        answer = answer or what.answer(transition, state, total)
+        answer = answer or what.answer(update, state, total)
         return what.arrays(rows, pieces, total=total, answer=answer) | {"loss": torch.cat(losses)}, (total, after)

@@ -1,44 +1,61 @@
-"""What was heard of a loop's own passes on one batch: uses of parameters, and cotangents as they came by."""
+"""What was heard of a loop's own passes on one batch: uses of parameters, and what they make of cotangents."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, cast, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from whence.errors import NotCaptured
+from whence.methods.embedding.step_rows import Arrays, StepRows
 from whence.replay.explained import grads
-from whence.replay.rows import Cotangents, Loss, Reductions, Rows, parts_of, row_of, unshared
+from whence.replay.rows import Asked, Gathered, Loss, Reductions, row_of
 from whence.replay.transition import Piece
-from whence.replay.uses import Use
 from whence.replay.watching import Watching
-from whence.task import Batch, Task, size_of
+from whence.task import Batch, size_of
 from whence.tree import Tree
+
+PROOF = "proof"  # beside the arrays
 
 
 @final
 class Heard:
     """Listens to the calls of a model on one batch, and to the backward pass that follows.
 
+    Cotangents become rows as soon as their reductions are known: when they come by, where the update is one number per
+    coordinate, or else when `settle` is told.
+
     Args:
-        task: of the training.
+        what: is wanted of a step.
         batch: that is fed.
         leaves: the live parameters.
         drawn: the loss with drawn labels, where it is wanted.
+        proves: whether a pass that used its parameters in these ways is to prove itself.
+
+    Attributes:
+        fresh: bytes of the cotangents that came by; whoever settles may set it back.
+        proving: whether the pass is to prove itself; its rows then have the task's own gradients, too.
     """
 
-    def __init__(self, task: Task, batch: Batch, leaves: Tree, *, drawn: Loss | None) -> None:
-        self.batch, self.drawn = batch, drawn
-        self._task = task
+    def __init__(
+        self,
+        what: StepRows,
+        batch: Batch,
+        leaves: Tree,
+        *,
+        drawn: Loss | None,
+        proves: Callable[[Hashable], bool],
+    ) -> None:
+        self.batch, self.fresh, self.proving = batch, 0, False
+        self._what, self._proves = what, proves
         self._watching = Watching(leaves, size_of(batch), batch, aside=True)
         self._given: list[Any] = []
         self._losses: Tensor | None = None
-        self._edges: list[GradientEdge] = []
-        self._received: dict[int, Tensor] = {}  # by place of the edge
-        self._of_drawn: Cotangents = {}
+        self._drawn = drawn
+        self._gathered = Gathered([])
+        self._by_edge: list[list[int]] = []  # numbers of uses
+        self._kept: dict[int, dict[Loss | None, Tensor]] = {}  # condensed cotangents, by use
 
     def enter(self) -> None:
         """The model is about to be called."""
@@ -54,84 +71,96 @@ class Heard:
         if outputs is not None:
             self._begin(outputs)
 
-    def passed(self, piece: Piece) -> "Passed":
-        """The passes, as those of a micro-batch of a step.
+    def settle(self, scaled: Reductions) -> None:
+        """Make rows for these parameters of what was kept, now that it is known how the update moves them."""
+        asked = self._asked(scaled)
+        for number, use in enumerate(self._watching.uses):
+            if use.name in scaled and number in self._kept:
+                self._add(number, self._kept.pop(number), asked)
+
+    def rows(self, piece: Piece) -> tuple[Arrays, Tensor]:
+        """The arrays of a micro-batch's rows (the proof's, too), and its losses `[slot]`, once all is settled.
 
         Raises:
             NotCaptured: the model's call was not seen.
         """
         if self._losses is None:
             raise NotCaptured(piece.transition.step.index, "the model's call on its batch was not seen")
-        own = {edge: self._received.get(place) for place, edge in enumerate(self._edges)}
-        cotangents: dict[Loss | None, Cotangents] = {self.drawn: self._of_drawn, None: own}
-        return Passed(self._watching.uses, cotangents, self._losses, piece.share.to(self._losses))
+        parts = zip(self._asked({}), self._gathered.parts(piece.share.to(self._losses)), strict=True)
+        small = self._what.projection.sides
+        return {name: row_of(part, small, like=self._losses) for name, part in parts}, self._losses
 
     def forget(self) -> None:
         """Let go of the passes: what they kept is as large as a training step."""
         self._watching.uses.clear()
-        self._received.clear()
-        self._given, self._edges, self._of_drawn = [], [], {}
+        self._kept.clear()
+        self._given, self._by_edge = [], []
+
+    def _asked(self, scaled: Reductions) -> dict[str, Asked]:
+        what = self._what
+        asked = what.asked(self._drawn, None if what.plain else scaled)
+        return asked | {PROOF: (None, what.projection.sides)} if self.proving else asked
 
     def _predicted(self) -> Any:
         """What the task's `predict` makes of what the model returned; None while it asks for more calls."""
-        devices = [self._task.device] if self._task.device.type == "cuda" else []
+        task = self._what.task
+        devices = [task.device] if task.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             try:
-                stand_in = cast("nn.Module", _Answering(self._task.model, iter(self._given)))
-                return self._task.predict(stand_in, self.batch)
+                stand_in = cast("nn.Module", _Answering(task.model, iter(self._given)))
+                return task.predict(stand_in, self.batch)
             except _Unanswered:
                 return None
 
     def _begin(self, outputs: Any) -> None:
+        """The uses are known: listen to the backward pass, after those of our own."""
+        task, uses = self._what.task, self._watching.uses
+        self.proving = self._proves(tuple(use.kind for use in uses))
         with torch.no_grad():
-            self._losses = self._task.losses_of(outputs, self.batch)
-        self._edges = list(dict.fromkeys(use.edge for use in self._watching.uses))
-        if self.drawn is not None:
-            with torch.autocast(self._task.device.type, enabled=False):
-                found = grads(self.drawn(outputs, self.batch).sum(), self._edges)
-            self._of_drawn = dict(zip(self._edges, found, strict=True))
-        for place, edge in enumerate(self._edges):
-            edge.node.register_prehook(_receiver(self._received, place, edge.output_nr))
+            self._losses = task.losses_of(outputs, self.batch)
+        by_edge: dict[Any, list[int]] = {}
+        for number, use in enumerate(uses):
+            by_edge.setdefault(use.edge, []).append(number)
+        self._by_edge = list(by_edge.values())
+        self._gathered = Gathered([loss for loss, _ in self._asked({}).values()])
+        if self._drawn is not None:
+            with torch.autocast(task.device.type, enabled=False):
+                found = grads(self._drawn(outputs, self.batch).sum(), list(by_edge))
+            for place in range(len(found)):
+                self._arrived(self._drawn, place, found[place])
+                found[place] = None  # some of it has become smaller
+        for place, edge in enumerate(by_edge):
+            edge.node.register_prehook(_receiver(weakref.ref(self), place, edge.output_nr))
+
+    def _arrived(self, loss: Loss | None, place: int, cotangent: Tensor | None) -> None:
+        if cotangent is None or not self._by_edge:
+            return
+        if loss is None:
+            self.fresh += cotangent.nbytes
+        for number in self._by_edge[place]:
+            condensed = self._watching.uses[number].condensed(cotangent.detach())
+            if self._what.plain:
+                self._add(number, {loss: condensed}, self._asked({}))
+            else:
+                kept = self._kept.setdefault(number, {})
+                kept[loss] = kept[loss] + condensed if loss in kept else condensed
+
+    def _add(self, number: int, condensed: dict[Loss | None, Tensor], asked: dict[str, Asked]) -> None:
+        use = self._watching.uses[number]
+        # Under autocast the factors are as coarse as training's; their products need not be.
+        with torch.autocast(self._what.task.device.type, enabled=False):
+            self._gathered.add(use, condensed, [reductions[use.name] for _, reductions in asked.values()])
 
 
-def _receiver(received: dict[int, Tensor], place: int, output: int) -> Callable[[Sequence[Tensor | None]], None]:
+def _receiver(heard: "weakref.ref[Heard]", place: int, output: int) -> Callable[[Sequence[Tensor | None]], None]:
     """A hook. It must not hold what holds the graph: no garbage collector looks into that."""
 
     def receive(cotangents: Sequence[Tensor | None]) -> None:
-        found = cotangents[output]
-        if found is not None:
-            received[place] = received[place] + found.detach() if place in received else found.detach()
+        listening = heard()
+        if listening is not None:
+            listening._arrived(None, place, cotangents[output])
 
     return receive
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Passed:
-    """One forward and backward pass of the loop's own.
-
-    Attributes:
-        uses: of parameters.
-        cotangents: of the uses, by loss (None: the task's, weighted with the shares).
-        losses: of the task, `[slot]`.
-        share: of every slot, in the step's loss.
-    """
-
-    uses: Sequence[Use]
-    cotangents: Mapping[Loss | None, Cotangents]
-    losses: Float[Tensor, " slot"]
-    share: Float[Tensor, " slot"]
-
-    def rows(self, sides: Sequence[Reductions], losses: Sequence[Loss | None] = (None,)) -> Rows:
-        """Projected gradients of the samples' losses, by loss and by set of reductions."""
-        with torch.enable_grad(), torch.autocast(self.losses.device.type, enabled=False):
-            parts = parts_of(self.uses, [self.cotangents[loss] for loss in losses], sides)
-        pairs = zip(losses, parts, strict=True)
-        single = [unshared(one, self.share) if loss is None else one for loss, one in pairs]
-        return tuple(
-            tuple(row_of(part, one, like=self.losses) for part, one in zip(of_loss, sides, strict=True))
-            for of_loss in single
-        )
 
 
 class _Unanswered(Exception):  # noqa: N818 - no error of anyone's

@@ -18,7 +18,7 @@ from whence.run.run import Run
 
 log = logging.getLogger(__name__)
 Settings = Mapping[str, object]
-BYTES, STEPS = 64 * 2**20, 100  # after which a stretch is written
+BYTES, STEPS = 4 * 2**20, 100  # after which a stretch is written
 TOLD = "settings"
 
 

@@ -9,7 +9,7 @@ columns are scaled before they are mixed.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, final, runtime_checkable
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,11 @@ from whence.clipping import ClipValue
 from whence.methods.embedding.projection import Projection
 from whence.methods.viewpoint import rates
 from whence.replay.lasting import Lasting, lasting
-from whence.replay.rows import Loss, Reductions, Rows
-from whence.replay.sides import Picked
+from whence.replay.rows import Asked, Loss, Reductions
+from whence.replay.sides import Picked, Sides
 from whence.replay.state import State
-from whence.replay.transition import Piece, Transition
-from whence.replay.update import LINEAR
+from whence.replay.transition import Piece
+from whence.replay.update import LINEAR, Update
 from whence.task import Batch, Task
 from whence.tree import Tree
 
@@ -32,15 +32,6 @@ Follow = Literal["optimizer", "rate"]
 Arrays = dict[str, Tensor]
 ROUNDING = 1e-5  # of a sample's gradient: a step's gradient below it is none
 LOOKED_AT = 2**13  # entries of a parameter, for their median
-
-
-@runtime_checkable
-class Seen(Protocol):
-    """A pass over a micro-batch that rows can be had of."""
-
-    def rows(self, sides: Sequence[Reductions], losses: Sequence[Loss | None] = (None,)) -> Rows:
-        """Projected gradients of the samples' losses, by loss (None: the task's) and by set of reductions."""
-        ...
 
 
 @final
@@ -93,23 +84,24 @@ class StepRows:
 
         return losses
 
-    def rows(self, seen: Seen, drawn: Loss | None, answer: Lasting | None) -> Arrays:
-        """The samples' projected gradients, as they are and, given what the update answers, as it moves them.
+    def asked(self, drawn: Loss | None, scaled: Reductions | None) -> dict[str, Asked]:
+        """What arrays a micro-batch's rows are kept in.
 
         Args:
-            seen: a micro-batch's pass.
             drawn: its loss with drawn labels, where the curvature is made of those.
-            answer: None where the update is one number per coordinate.
+            scaled: reductions of gradients as the update moves them; None where it is one number per coordinate.
         """
         small = self.projection.sides
-        if answer is None:
-            found = seen.rows([small], [None] if drawn is None else [drawn, None])
-            return dict(zip(("fisher", "gradient"), (one[0] for one in found), strict=False))
-        scaled = self.projection.scaled(factors(self.projection, answer.rate)).sides
-        if drawn is None:
-            return dict(zip(("fisher", "moved"), seen.rows([small, scaled])[0], strict=True))
-        both = dict(zip(("fisher", "fisher_moved"), seen.rows([small, scaled], [drawn])[0], strict=True))
-        return both | {"moved": seen.rows([scaled])[0][0]}
+        found: dict[str, Asked] = {"fisher": (drawn, small)}
+        if scaled is None:
+            return found if drawn is None else found | {"gradient": (None, small)}
+        found["moved"] = (None, scaled)
+        return found if drawn is None else found | {"fisher_moved": (drawn, scaled)}
+
+    def scaled(self, rate: Tree) -> dict[str, Sides]:
+        """The projection of gradients as the update moves them, of these parameters."""
+        found = factors(self.projection, rate)
+        return {name: self.projection.sides[name].scaled(*found[name]) for name in rate}
 
     def arrays(self, rows: Sequence[Arrays], pieces: Sequence[Piece], *, total: Tree, answer: Lasting) -> Arrays:
         """All that is kept of a step.
@@ -127,12 +119,12 @@ class StepRows:
             "share": torch.cat([piece.share for piece in pieces if piece.counted]),
         }
 
-    def answer(self, transition: Transition, state: State, gradient: Tree) -> Lasting:
-        """What the update makes of lasting changes, given the step's gradient before clipping."""
+    def answer(self, update: Update, state: State, gradient: Tree) -> Lasting:
+        """What the update makes of lasting changes, given the step's gradient before clipping, or a part of it."""
         if self.follow == "optimizer":
-            answer = lasting(transition, state, gradient)
+            answer = lasting(self.task, update, state, grads=gradient)
             return replace(answer, rate={n: at_most_usual(rate, gradient[n]) for n, rate in answer.rate.items()})
-        by_group = zip(transition.update.groups, rates(transition.step), strict=True)
+        by_group = zip(update.groups, rates(update.settings), strict=True)
         rate = {name: torch.full_like(gradient[name], r) for group, r in by_group for name in group if name in gradient}
         return Lasting(rate, {name: torch.ones_like(tensor) for name, tensor in rate.items()})
 
@@ -182,19 +174,15 @@ def picks(whole: Projection) -> bool:
 
 
 def factors(whole: Projection, rate: Tree) -> dict[str, tuple[Tensor, ...]]:
-    r"""Every parameter's numbers as products of one for the row and one for the column, of vectors as they are.
+    r"""Numbers of parameters as products of one for the row and one for the column, of vectors as they are.
 
     .. math:: d_{ij} \approx \exp(\overline{\log d}_{i \cdot} + \overline{\log d}_{\cdot j} - \overline{\log d})
     """
-    found = {}
-    for name, sides in whole.sides.items():
-        if name not in rate:
-            ones = next(iter(rate.values()))
-            found[name] = tuple(ones.new_ones(s.size) for s in (sides.left, sides.right) if s is not None)
-        elif sides.right is None:
-            found[name] = (rate[name].flatten(),)
-        else:
-            found[name] = _outer(rate[name].reshape(sides.left.size, sides.right.size))
+    found: dict[str, tuple[Tensor, ...]] = {}
+    for name, numbers in rate.items():
+        sides = whole.sides[name]
+        matrix = sides.right is not None
+        found[name] = _outer(numbers.reshape(sides.left.size, -1)) if matrix else (numbers.flatten(),)
     return found
 
 

@@ -21,6 +21,7 @@ from whence.influence.influence import Influence
 from whence.methods.dit import precision, slots
 from whence.methods.embedding.alongside import Alongside
 from whence.methods.embedding.capturing import Gathering
+from whence.methods.embedding.early import Now
 from whence.methods.embedding.embedding_store import About, EmbeddingStore
 from whence.methods.embedding.embeddings import Embeddings
 from whence.methods.embedding.kept_rows import KeptRows, RowsWriter
@@ -163,7 +164,13 @@ class DataValueEmbedding:
         return StepRows(task, manifest.optimizer, shapes, small, self.fisher, self.follow, self.seed)
 
     def beside(
-        self, task: Task, manifest: Manifest, trained: Mapping[str, nn.Parameter], *, keep: Callable[[str, bytes], None]
+        self,
+        task: Task,
+        manifest: Manifest,
+        trained: Mapping[str, nn.Parameter],
+        *,
+        keep: Callable[[str, bytes], None],
+        now: Now,
     ) -> Alongside:
         """Capture a training while it runs: `Recorder(..., capture=DataValueEmbedding(...))` calls this.
 
@@ -172,11 +179,12 @@ class DataValueEmbedding:
             manifest: of its recording.
             trained: the live parameters that the optimizer holds.
             keep: adds a file to the recording.
+            now: the update and the state as they are.
 
         Raises:
             NoDraw: the task does not say how labels are drawn from the model.
         """
-        return Alongside(self._what(task, manifest), trained, RowsWriter(keep, self._of_rows))
+        return Alongside(self._what(task, manifest), trained, RowsWriter(keep, self._of_rows), now=now)
 
     def attribute(
         self, run: Run, queries: Query, *, observed_at: ObservedAt = "end", out: str | Path | None = None

@@ -116,7 +116,7 @@ def chosen_states(run: Run, checkpoints: int | Sequence[int]) -> list[int]:
 def point_at(run: Run, number: int) -> Point:
     """A state of a run, replayed where it was not kept; its rates are those of the update from it, or of the last."""
     state, step = run.state(number, replay=True), run.step(min(number, run.steps - 1))
-    groups = zip(run.manifest.groups, rates(step), strict=True)
+    groups = zip(run.manifest.groups, rates(step.settings), strict=True)
     by_name = {name: rate * (name not in step.idle) for group, rate in groups for name in group}
     return Point(number, precise(state.params), precise(state.buffers), by_name)
 

@@ -1,0 +1,128 @@
+"""Rows that were made before the step are right, or are made again by a replay."""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import whence
+from tests.cases import ADAMW, Case, mlp, one_group, rows
+from tests.loops import backward, refused
+from tests.methods.test_alongside import begun, captured, embedding, same
+from whence.errors import NotCaptured
+from whence.methods.embedding import early
+from whence.methods.embedding.heard import Heard
+from whence.methods.embedding.kept_rows import KeptRows
+from whence.run.run import Run
+
+Between = Callable[[torch.optim.Optimizer, int], None]  # what a loop does between backward pass and step
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter is settled as soon as its gradient is there."""
+    monkeypatch.setattr(early, "ENTRIES", 1)
+
+
+def train(path: Path, between: Between, **options: Any) -> Run:
+    """Six steps."""
+    data, model = rows(), mlp().double()
+    task, optimizer = whence.classification(model, data), torch.optim.AdamW(model.parameters(), lr=0.01)
+    with whence.Recorder(path, task, optimizer, capture=embedding(**options)) as recorder:
+        for _ in range(2):
+            for number, (inputs, labels) in enumerate(recorder.watch(DataLoader(data, batch_size=3))):
+                backward(nn.functional.cross_entropy(model(inputs), labels))
+                between(optimizer, number)
+                optimizer.step()
+                optimizer.zero_grad()
+    return whence.open_run(path, task)
+
+
+def kept(run: Run) -> list[bool]:
+    """Whether a step was captured."""
+    found = KeptRows(run, embedding()._of_rows)
+    return [found.step(step) is not None for step in range(run.steps)]
+
+
+def nothing(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """As most loops."""
+
+
+def schedule(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """Settings that the gradient did not meet."""
+    optimizer.param_groups[0]["lr"] = 0.01 / (1 + number)
+
+
+def clip(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """A gradient that was written to."""
+    del number
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad.mul_(1.0)
+
+
+@pytest.mark.parametrize(("between", "lost"), [(nothing, None), (schedule, 1), (clip, 0)])
+def test_what_happens_before_the_step(between: Between, lost: int | None, tmp_path: Path) -> None:
+    """A wrong guess costs one step's capture, which is replayed; from then on rows wait for the step."""
+    run = train(tmp_path / "run", between)
+    assert kept(run) == [step != lost for step in range(6)]
+    same(run, embedding())
+
+
+def test_accumulated_gradients(tmp_path: Path) -> None:
+    """A further micro-batch changes the gradient."""
+    run = captured(Case("adamw", one_group(ADAMW, lr=0.01), accumulate=2), tmp_path / "run", embedding())
+    assert not kept(run)[0]
+    assert all(kept(run)[1:])
+    same(run, embedding())
+
+
+def test_cotangents_do_not_wait_for_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left when the backward pass is over, which is the point."""
+    waiting = []
+
+    def note(optimizer: torch.optim.Optimizer, number: int) -> None:
+        del optimizer, number
+        waiting.append(len(heard()._kept))  # type: ignore[union-attr]
+
+    heard: Callable[[], Heard | None] = lambda: None  # noqa: E731
+    real = Heard.enter
+
+    def noting(self: Heard) -> None:
+        nonlocal heard
+        heard = weakref.ref(self)
+        real(self)
+
+    monkeypatch.setattr(Heard, "enter", noting)
+    train(tmp_path / "run", note, fisher="empirical")
+    assert waiting == [0] * 6
+
+
+def test_rows_that_are_wrong_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here two samples change places, which their sum does not tell."""
+    real = Heard.rows
+
+    def swapped(self: Heard, piece: Any) -> tuple[dict[str, Tensor], Tensor]:
+        arrays, losses = real(self, piece)
+        return {name: array.flip(0) for name, array in arrays.items()}, losses
+
+    monkeypatch.setattr(Heard, "rows", swapped)
+    with refused(NotCaptured, "Step 0", "do not add up to the gradient of"):
+        train(tmp_path / "run", nothing)
+
+
+def test_a_scaled_loss_is_refused(tmp_path: Path) -> None:
+    """Where the loop takes the scale back from the gradients, nobody takes it back from the cotangents."""
+    task, optimizer, recorder, loader = begun(tmp_path / "run")
+    with refused(NotCaptured, "Step 1", "scaled loss"), recorder:  # the first step is left to a replay
+        for inputs, labels in recorder.watch(loader):
+            backward(1024 * cross_entropy(task.model(inputs), labels))
+            for parameter in task.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad /= 1024
+            optimizer.step()
+            optimizer.zero_grad()
