@@ -120,7 +120,7 @@ def test_a_scaled_loss_is_refused(tmp_path: Path) -> None:
     task, optimizer, recorder, loader = begun(tmp_path / "run")
     with refused(NotCaptured, "Step 1", "scaled loss"), recorder:  # the first step is left to a replay
         for inputs, labels in recorder.watch(loader):
-            backward(1024 * cross_entropy(task.model(inputs), labels))
+            backward(1024 * nn.functional.cross_entropy(task.model(inputs), labels))
             for parameter in task.model.parameters():
                 assert parameter.grad is not None
                 parameter.grad /= 1024

@@ -137,12 +137,9 @@ class Watching(TorchFunctionMode):
         x, weight = call["input"], call["weight"]
         if x.dim() != weight.dim() or len(x) % self._slots:
             return
-        x, size, slots = x.detach(), weight.shape[2:], self._slots
         conv = {key: call[key] for key in ("stride", "padding", "dilation")}
-
-        def inputs() -> Tensor:
-            return by_slot(patches(x, size, conv), slots, "first")
-
+        seen = partial(patches, x.detach(), weight.shape[2:], conv)
+        inputs = _then(seen, partial(by_slot, slots=self._slots, layout="first"))
         self._add(Outer, weight, out, arranged=self._by_channel, inputs=inputs, groups=call["groups"])
         self._add(Scale, call["bias"], out, arranged=self._by_channel)
 
@@ -181,9 +178,7 @@ class Watching(TorchFunctionMode):
         def arranged(tensor: Tensor) -> Tensor:
             return by_slot(flat(tensor), slots, layout)
 
-        def inputs() -> Tensor:
-            return arranged(kind(x, shape, **eps))
-
+        inputs = _then(partial(kind, x, shape, **eps), arranged)
         self._add(Scale, call["weight"], out, arranged=arranged, layout=layout, inputs=inputs)
         self._add(Scale, call.get("bias"), out, arranged=arranged, layout=layout)
 
@@ -191,11 +186,7 @@ class Watching(TorchFunctionMode):
         x = call["input"].detach()
         if len(x) % self._slots:
             return
-        by_channel = self._by_channel
-
-        def inputs() -> Tensor:
-            return by_channel(nn.functional.group_norm(x, call["num_groups"], eps=call["eps"]))
-
+        inputs = _then(partial(nn.functional.group_norm, x, call["num_groups"], eps=call["eps"]), self._by_channel)
         self._add(Scale, call["weight"], out, arranged=self._by_channel, inputs=inputs)
         self._add(Scale, call["bias"], out, arranged=self._by_channel)
 
@@ -215,11 +206,7 @@ class Watching(TorchFunctionMode):
         out = func(**(call | statistics))
         if len(x) % self._slots == 0 and out.requires_grad:
             plain = statistics | {"weight": None, "bias": None, "input": x.detach(), "eps": call["eps"]}
-            by_channel = self._by_channel
-
-            def inputs() -> Tensor:
-                return by_channel(nn.functional.batch_norm(**plain))
-
+            inputs = _then(partial(nn.functional.batch_norm, **plain), self._by_channel)
             self._add(Scale, call["weight"], out, arranged=self._by_channel, inputs=inputs)
             self._add(Scale, call["bias"], out, arranged=self._by_channel)
         return out
@@ -275,6 +262,11 @@ class Watching(TorchFunctionMode):
 
     def _all_alone(self, sources: list[Tensor]) -> bool:
         return all(id(source) in self._alone for source in sources)
+
+
+def _then(make: Callable[[], Tensor], arranged: Arranged) -> Callable[[], Tensor]:
+    """What a use needs of its inputs, made when it is asked for."""
+    return lambda: arranged(make())
 
 
 def _by_channel(x: Tensor, slots: int) -> Tensor:
