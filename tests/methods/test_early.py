@@ -15,9 +15,10 @@ from tests.cases import ADAMW, Case, mlp, one_group, rows
 from tests.loops import backward, refused
 from tests.methods.test_alongside import begun, captured, embedding, same
 from whence.errors import NotCaptured
-from whence.methods.embedding import early
+from whence.methods.embedding import early, kept_rows
 from whence.methods.embedding.heard import Heard
 from whence.methods.embedding.kept_rows import KeptRows
+from whence.replay.transition import Piece
 from whence.run.run import Run
 
 Between = Callable[[torch.optim.Optimizer, int], None]  # what a loop does between backward pass and step
@@ -103,16 +104,22 @@ def test_cotangents_do_not_wait_for_the_step(tmp_path: Path, monkeypatch: pytest
 
 
 def test_rows_that_are_wrong_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here two samples change places, which their sum does not tell."""
+    """Two samples that change places, which their sum does not tell; what came since the last proof is taken back."""
     real = Heard.rows
 
-    def swapped(self: Heard, piece: Any) -> tuple[dict[str, Tensor], Tensor]:
+    def swapped(self: Heard, piece: Piece) -> tuple[dict[str, Tensor], Tensor]:
         arrays, losses = real(self, piece)
-        return {name: array.flip(0) for name, array in arrays.items()}, losses
+        wrong = piece.transition.step.index >= 3
+        return {name: array.flip(0) if wrong else array for name, array in arrays.items()}, losses
 
     monkeypatch.setattr(Heard, "rows", swapped)
-    with refused(NotCaptured, "Step 0", "do not add up to the gradient of"):
+    monkeypatch.setattr(kept_rows, "STEPS", 1)
+    with refused(NotCaptured, "Step 4", "do not add up to the gradient of"):
         train(tmp_path / "run", nothing)
+    data, model = rows(), mlp().double()
+    run = whence.open_run(tmp_path / "run", whence.classification(model, data))
+    assert kept(run) == [True, True, True, False]
+    same(run, embedding())
 
 
 def test_a_scaled_loss_is_refused(tmp_path: Path) -> None:

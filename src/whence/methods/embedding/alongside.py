@@ -80,7 +80,7 @@ class Alongside:
         return self._proof is not None
 
     def prove(self, transition: Transition, state: State, *, tolerance: float) -> None:
-        """Compare what the step left with a replay.
+        """Compare what the step left with a replay; what came since the last such proof goes, if it does not agree.
 
         Raises:
             NotCaptured: the rows do not add up to the gradient.
@@ -97,7 +97,9 @@ class Alongside:
         layout = self._what.projection.layout
         unlike = truth.unlike({name: rows[:, place] for name, place in layout.items()}, self._what.projection.sides)
         if unlike:
+            self._writer.distrust()
             raise NotCaptured(step, f"they do not add up to the gradient of {listed(sorted(unlike), most=3)}")
+        self._writer.proven()
 
     def finish(self) -> None:
         """Stop listening, and write what waits."""

@@ -36,6 +36,7 @@ class RowsWriter:
         self._told = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8)
         self._waiting: dict[int, Arrays] = {}
         self._bytes = 0
+        self._unproven: list[str] = []  # files since the last proof
 
     def add(self, step: int, arrays: Arrays) -> None:
         """Add what a step left."""
@@ -48,8 +49,19 @@ class RowsWriter:
         """Write what waits."""
         if self._waiting:
             found = {f"{step}:{name}": rows for step, arrays in self._waiting.items() for name, rows in arrays.items()}
-            self._keep(f"rows/{min(self._waiting):08d}.safetensors", save(found | {TOLD: self._told}))
+            self._unproven.append(f"rows/{min(self._waiting):08d}.safetensors")
+            self._keep(self._unproven[-1], save(found | {TOLD: self._told}))
         self._waiting, self._bytes = {}, 0
+
+    def proven(self) -> None:
+        """What was added so far is right."""
+        self._unproven.clear()
+
+    def distrust(self) -> None:
+        """Take back what was added since it was last known to be right."""
+        self._waiting, self._bytes = {}, 0
+        for name in self._unproven:
+            self._keep(name, save({TOLD: self._told}))
 
 
 @final
