@@ -10,6 +10,7 @@ random weights of the samples, their rows must add up to the gradient that a rep
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, final
 
@@ -23,6 +24,7 @@ from whence.methods.embedding.heard import PROOF, Heard
 from whence.methods.embedding.kept_rows import RowsWriter
 from whence.methods.embedding.step_rows import StepRows
 from whence.replay.explained import Weighted, weights
+from whence.replay.heap import kept_heap
 from whence.replay.lasting import Lasting
 from whence.replay.state import State
 from whence.replay.transition import Transition
@@ -43,6 +45,8 @@ class Alongside:
         self._proof: tuple[Tensor, Tree] | None = None  # rows of a step's own gradients, and its gradient
         self._proven: dict[Hashable, int] = {}  # ways of using parameters, and the step that first met them
         self._early = None if what.plain or what.task.clip is not None else Early(what, now)
+        self._heap = ExitStack()
+        self._heap.enter_context(kept_heap())  # what waits for a step comes and goes with every step
         what.task.binding  # noqa: B018 - the skeleton is copied before there are hooks that it would copy
         self._hooks = self._listening(what.task.model)
         self._noted = dict[str, RemovableHandle]()
@@ -105,6 +109,7 @@ class Alongside:
         """Stop listening, and write what waits."""
         for hook in (*self._hooks, *self._noted.values()):
             hook.remove()
+        self._heap.close()
         self._now = None
         self._writer.flush()
 
