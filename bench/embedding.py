@@ -1,8 +1,8 @@
 """What embeddings cost, in units of plain training: python -m bench.embedding.
 
-The GPT of bench.sweep under AdamW, recorded with the default policy; rank 256. Processor time on one thread, of parts
-that take turns in one process, and of each the least time: a shared machine adds to a time and never takes from it.
-Training gets its batches ready-made, without what a loader spends on collating rows.
+The GPT of bench.sweep under AdamW, recorded with the default policy; rank 256. Processor time on one thread. Between
+any two steps of what is measured, a step of plain training is taken and timed apart, so that a slow minute of a shared
+machine is one for both; its batches are ready-made, without what a loader spends on collating rows.
 """
 
 import tempfile
@@ -15,10 +15,12 @@ import torch
 
 import whence
 from bench import sweep
+from bench.beats import Beats, after_each
 from bench.models import sentences
-from whence.methods.embedding.embedding_store import EmbeddingStore
+from whence.methods.embedding.capturing import Walk
+from whence.methods.embedding.value_embedding import _Recursion
 
-STEPS, REPEATS = 192, 2
+STEPS = 192
 QUERIES, SWEPT, SHORT = 1000, 16, 4  # asked of the embeddings; and of a sweep, over so many steps with all states kept
 FISHERS = "empirical", "true"
 
@@ -30,41 +32,29 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - begun
 
 
-def plain() -> float:
-    """Of the training alone."""
-    task, optimizer, loader = sweep.prepared(STEPS)
-    ready = list(loader)
-    return seconds(lambda: sweep.train(task, optimizer, ready))
-
-
 def captured(fisher: str, out: Path) -> float:
-    """Of a recorded training that captures rows while it runs."""
+    """A recorded training that captures rows while it runs."""
     task, optimizer, loader = sweep.prepared(STEPS)
-
-    def recorded() -> None:
-        capture = whence.DataValueEmbedding(fisher=fisher)  # type: ignore[arg-type]
-        with whence.Recorder(out, task, optimizer, capture=capture) as recorder:
-            sweep.train(task, optimizer, recorder.watch(loader))
-
-    return seconds(recorded)
+    beats = Beats(sweep.stepping())
+    capture = whence.DataValueEmbedding(fisher=fisher)  # type: ignore[arg-type]
+    with whence.Recorder(out, task, optimizer, capture=capture) as recorder:
+        for batch in recorder.watch(loader):
+            sweep.train(task, optimizer, [batch])
+            beats()
+    return beats.ratio(STEPS)
 
 
 def embedded(run: whence.Run, fisher: str, out: Path) -> tuple[float, float]:
-    """Of the pass over the training and the recursion together, and of the recursion alone."""
-    captured: list[float] = []
-    real = EmbeddingStore.mark_captured
-
-    def noting(store: EmbeddingStore, shard: int) -> None:
-        real(store, shard)
-        captured.append(time.process_time())
-
-    EmbeddingStore.mark_captured = noting  # type: ignore[method-assign]
-    begun = time.process_time()
-    try:
-        whence.DataValueEmbedding(fisher=fisher).embed(run, out=out)  # type: ignore[arg-type]
-    finally:
-        EmbeddingStore.mark_captured = real  # type: ignore[method-assign]
-    return time.process_time() - begun, time.process_time() - captured[-1]
+    """The pass over the training, and the recursion."""
+    made = whence.DataValueEmbedding(fisher=fisher)  # type: ignore[arg-type]
+    beats = Beats(sweep.stepping())
+    with after_each(Walk, "step", beats):
+        made.gather(run, part=(0, 1), out=out)
+    gathering = beats.ratio(STEPS)
+    beats = Beats(sweep.stepping())
+    with after_each(_Recursion, "_back", beats):
+        made.embed(run, out=out)
+    return gathering, beats.ratio(STEPS)
 
 
 def swept(folder: Path) -> float:
@@ -88,25 +78,21 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     sweep.record(STEPS, folder / "run")
     run = whence.open_run(folder / "run", sweep.prepared(STEPS)[0])
-    units, times = [], dict[str, list[tuple[float, float, float]]]()
-    for repeat in range(REPEATS):
-        units.append(plain())
-        for fisher in FISHERS:
-            beside = captured(fisher, folder / f"run with {fisher}{repeat}")
-            times.setdefault(fisher, []).append((*embedded(run, fisher, folder / f"{fisher}{repeat}"), beside))
-    unit = min(units)
-    for fisher, found in times.items():
-        whole, recursion, beside = map(min, zip(*found, strict=True))
-        print(f"{'':17} recorded and captured / training {beside / unit:.2f}")
-        print(f"{fisher + ' Fisher':17} embedding / training            {whole / unit:.2f}")
-        print(f"{'':17} steps a second: recursion / training {unit / recursion:.1f}", flush=True)
-    embeddings = whence.open_embeddings(folder / "true0", run)
+    for fisher in FISHERS:
+        beside = captured(fisher, folder / f"run with {fisher}")
+        gathering, recursion = embedded(run, fisher, folder / fisher)
+        print(f"{'':17} recorded and captured / training {beside:.2f}")
+        print(f"{fisher + ' Fisher':17} embedding / training            {gathering + recursion:.2f}")
+        print(f"{'':17} steps a second: recursion / training {1 / recursion:.1f}", flush=True)
+    embeddings = whence.open_embeddings(folder / "true", run)
     about = embeddings.about
     formula = about.steps * about.slots * sum(stop - start for start, stop in about.layout.values()) * 4
-    print(f"bytes on disk / formula  {bytes_of(folder / 'true0') / formula:.3f}", flush=True)
-    queries = whence.Loss(sentences(QUERIES), samples=range(QUERIES))
+    print(f"bytes on disk / formula  {bytes_of(folder / 'true') / formula:.3f}", flush=True)
+    queries, beats = whence.Loss(sentences(QUERIES), samples=range(QUERIES)), Beats(sweep.stepping())
     asked = seconds(lambda: embeddings.attribute(queries))
-    print(f"{QUERIES} queries / training  {asked / unit:.2f}", flush=True)
+    for _ in range(SHORT * SWEPT):
+        beats()
+    print(f"{QUERIES} queries / training  {asked / STEPS / beats.unit:.2f}", flush=True)
     exact = swept(folder / "short")
     print(f"{QUERIES} queries / the same by the exact sweep, extrapolated  {asked / exact:.5f}")
 

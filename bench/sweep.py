@@ -1,14 +1,13 @@
 """What recording and a sweep cost, in units of plain training: python -m bench.sweep.
 
-An 818 k-parameter GPT (4 layers, width 128, context 64), AdamW, batches of 32, against a plain loop over the same
-batches in the same process. The parts take turns, and the ratio of their fastest times is printed: a shared machine
-adds to a time and never takes from it. Every state is kept, so the sweep recomputes none.
+An 818 k-parameter GPT (4 layers, width 128, context 64), AdamW, batches of 32, with steps of a plain loop between those
+of what is measured. Every state is kept, so the sweep recomputes none.
 """
 
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import whence
+from bench.beats import Beats, after_each
 from bench.models import GPT, sentences
 from whence.record.policy import CheckpointPolicy
+from whence.replay import reverse
+from whence.replay.curvature import Curvature
 
-SLOTS, REPEATS, QUERIES = 32, 2, (1, 16)
+SLOTS, QUERIES, BEATS = 32, (1, 16), 4
 STEPS, RECORDED = 12, 150  # of the run that is swept, and of the one that is recorded with the default policy
 POLICIES = {
     "Hessian": whence.Hessian(),
@@ -52,6 +54,13 @@ def train(task: whence.Task, optimizer: torch.optim.Optimizer, batches: Iterable
         optimizer.zero_grad()
 
 
+def stepping() -> Callable[[], None]:
+    """Takes a step of a plain training, whose batches are ready-made, without what a loader spends on them."""
+    task, optimizer, loader = prepared(16)
+    batches = cycle(list(loader))
+    return lambda: train(task, optimizer, [next(batches)])
+
+
 def plain(steps: int) -> float:
     """Time of the loop alone."""
     task, optimizer, loader = prepared(steps)
@@ -75,25 +84,35 @@ def swept_run(folder: Path, steps: int = STEPS) -> whence.Run:
     return whence.open_run(folder, prepared(steps)[0])
 
 
+def swept(run: whence.Run, policy: Curvature, count: int) -> float:
+    """A sweep for so many queries."""
+    queries = whence.Loss(run.task.data, samples=range(count))
+    beats = Beats(stepping(), clock=time.perf_counter, each=BEATS)
+    with after_each(reverse, "pull_back", beats):
+        whence.DIT(curvature=policy).attribute(run, queries)
+    return beats.ratio(run.steps)
+
+
+def recorded(folder: Path) -> float:
+    """A recorded loop with the default policy."""
+    task, optimizer, loader = prepared(RECORDED)
+    beats = Beats(stepping(), clock=time.perf_counter)
+    with whence.Recorder(folder, task, optimizer) as recorder:
+        for batch in recorder.watch(loader):
+            train(task, optimizer, [batch])
+            beats()
+    return beats.ratio(RECORDED)
+
+
 def main() -> None:
     """Print the table."""
     folder = Path(tempfile.mkdtemp())
-    run = swept_run(folder / "short")
-    queries = [whence.Loss(run.task.data, samples=range(count)) for count in QUERIES]
-    few, most = QUERIES
+    run, (few, most) = swept_run(folder / "short"), QUERIES
     print("sweep / plain            1 query   16 queries   each further")
     for name, policy in POLICIES.items():
-        times: dict[int, list[float]] = {0: [], few: [], most: []}
-        for _ in range(REPEATS):
-            times[0].append(plain(STEPS))
-            for count, query in zip(QUERIES, queries, strict=True):
-                times[count].append(seconds(partial(whence.DIT(curvature=policy).attribute, run, query)))
-        unit, one, many = (min(found) for found in times.values())
-        one, many = one / unit, many / unit
+        one, many = (swept(run, policy, count) for count in QUERIES)
         print(f"{name:24}{one:8.2f}{many:13.1f}{(many - one) / (most - few):15.2f}", flush=True)
-    recorded = min(record(RECORDED, folder / f"long{repeat}") for repeat in range(REPEATS))
-    alone = min(plain(RECORDED) for _ in range(REPEATS))
-    print(f"recording / plain            {recorded / alone:.3f}")
+    print(f"recording / plain            {recorded(folder / 'long'):.3f}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ computed once a step, strand by strand, and then applied to any number of cotang
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from whence.replay.state import COUNTS, State, elementwise
 from whence.replay.strands import Strand
@@ -69,17 +71,39 @@ def _products(entries: Entries, after: Tree) -> Tree:
     return pulled
 
 
-def jacobian(update: Update, state: State, grads: Tree, *, strand: Strand) -> Entries:
+def jacobian(
+    update: Update, state: State, grads: Tree, *, strand: Strand, held: frozenset[str] = frozenset()
+) -> Entries:
     """The derivative of every output of the update by every input, at a strand's entries.
 
     Outputs are `PARAMETER` and the optimizer's elementwise moments, inputs the same and `GRADIENT`. Pairs that are
     zero everywhere may be missing.
+
+    Args:
+        update: the step's.
+        state: before it.
+        grads: what the optimizer consumes.
+        strand: where.
+        held: moments that count as constants, as the update leaves them.
     """
-    alone, leaves, counts = alone_at(update, state, grads, strand=strand)
-    dead = _never_moved(alone, leaves, counts)
+    alone, inputs, counts = alone_at(update, state, grads, strand=strand)
+    dead = _never_moved(alone, inputs, counts)
     with torch.enable_grad():
-        leaves = {key: leaf.requires_grad_() for key, leaf in leaves.items()}
-        return _diagonals(_bury(_traced(alone, _revive(leaves, dead), counts), dead), leaves)
+        leaves = {key: tensor.requires_grad_() for key, tensor in inputs.items() if key not in held}
+        with _Holding() if held else nullcontext():
+            outputs = _traced(alone, _revive(inputs | leaves, dead), counts)
+        return _diagonals(_bury(outputs, dead), leaves)
+
+
+class _Holding(TorchFunctionMode):
+    """What has no derivative gets none by being updated in place."""
+
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation; one that overwrites a constant, as if all were constants."""
+        name = getattr(function, "__name__", "")
+        overwrites = name.endswith("_") and not name.endswith("__") and isinstance(args[0], Tensor)
+        with torch.no_grad() if overwrites and not args[0].requires_grad else nullcontext():
+            return function(*args, **kwargs or {})
 
 
 def alone_at(update: Update, state: State, grads: Tree, *, strand: Strand) -> tuple[Update, Tree, Tree]:

@@ -56,12 +56,13 @@ def lasting(task: Task, update: Update, state: State, *, grads: Tree) -> Lasting
     rate, decay = (each(torch.empty_like, grads) for _ in range(2))
     for strand in strands(update, state, clipped):
         alike = update.optimizer in LINEAR  # one entry tells all
-        entries = jacobian(update, state, clipped, strand=_first_entry(strand) if alike else strand)
+        some = _first_entry(strand) if alike else strand
+        entries = jacobian(update, state, clipped, strand=some, held=FIXED)
         moved = {source: _lasting(entries, source) for source in (GRADIENT, PARAMETER)}
         for span, place in strand.parts():
-            some = slice(None) if alike else place
-            rate[span.name].view(-1)[span.start : span.stop] = -moved[GRADIENT][some]
-            decay[span.name].view(-1)[span.start : span.stop] = moved[PARAMETER][some]
+            part = slice(None) if alike else place
+            rate[span.name].view(-1)[span.start : span.stop] = -moved[GRADIENT][part]
+            decay[span.name].view(-1)[span.start : span.stop] = moved[PARAMETER][part]
     if task.clip is not None:
         rate = {name: rate[name] * slope for name, slope in task.clip.slope(grads).items()}
     bent = _penalty(task, state, grads)
@@ -90,24 +91,11 @@ def _before_all(key: str, moment: Tensor) -> Tensor:
 
 def _lasting(entries: Entries, source: str) -> Tensor:
     """How far a lasting change of an input moves the parameter."""
-    found = _at_fixed(entries, PARAMETER, source)
+    found = entries.get((PARAMETER, source), torch.zeros_like(entries[PARAMETER, PARAMETER]))
     for key in FOLLOWING:
-        if (PARAMETER, key) in entries:
-            settled = _at_fixed(entries, key, source) / (1 - entries[key, key])
+        if (PARAMETER, key) in entries and (key, source) in entries:
+            settled = entries[key, source] / (1 - entries[key, key])
             found = found + entries[PARAMETER, key] * settled
-    return found
-
-
-def _at_fixed(entries: Entries, output: str, source: str) -> Tensor:
-    """An entry of the derivative without what goes through the moments that a step is divided by."""
-    zero = torch.zeros_like(entries[PARAMETER, PARAMETER])
-    found = entries.get((output, source), zero)
-    for key in FIXED:
-        if (output, key) in entries and (key, source) in entries:
-            along = entries[key, key]
-            # The derivative by the moment before the step stands for that after it.
-            through = entries[output, key] * entries[key, source]
-            found = found - through / along.masked_fill(along == 0, torch.inf)
     return found
 
 
