@@ -27,7 +27,7 @@ from whence.influence.agreement import Interval, bootstrap, spearman
 from whence.methods.again.changes import Removal
 from whence.methods.again.retrain import perturb
 
-REMOVALS, TOGETHER, TEST, SINGLE = 240, 60, 200, 8
+REMOVALS, TEST, SINGLE = 60, 200, 8
 COLUMNS = ("last epoch", "any epoch", "all visits")
 Visit = tuple[int, int]  # step and slot
 
@@ -106,7 +106,7 @@ def truth(trained: TrainedCase, place: Path) -> np.ndarray:
     if not place.exists():
         run = trained.run
         losses = whence.Loss(trained.queries(TEST))
-        found = perturb(run, losses, Drawn.of(run).removals(run), observed_at=(run.steps,), batch=TOGETHER)
+        found = perturb(run, losses, Drawn.of(run).removals(run), observed_at=(run.steps,), batch=REMOVALS)
         change = found.change[:, 0].reshape(TEST, len(COLUMNS), REMOVALS)
         np.save(place, np.concatenate([change.mean(0, keepdims=True), change[:SINGLE]]))
     return np.load(place)
