@@ -9,10 +9,12 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST = 32 * 2**20  # blocks above this never lie on the heap
+_roomy: ContextVar[bool] = ContextVar("roomy", default=False)
 KEPT, RETURNED = 2**31 - 1, 2 * LARGEST  # bytes; the latter is where glibc's own adaptation ends
 
 
@@ -32,10 +34,20 @@ def kept_heap() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
+@contextmanager
+def roomy() -> Iterator[None]:
+    """While the block runs, nothing is handed back: the system would have to clear the same pages again and again."""
+    before = _roomy.set(True)
+    try:
+        yield
+    finally:
+        _roomy.reset(before)
+
+
 def hand_back() -> None:
     """Give free memory back now, holes in the heap too, which the next allocations would often not fit into."""
     libc = _glibc()
-    if libc is not None:
+    if libc is not None and not _roomy.get():
         libc.malloc_trim(0)
 
 

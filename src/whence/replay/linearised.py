@@ -77,18 +77,16 @@ def differenced(piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -
         return _pulled_statistics(piece, (params, buffers), b) if running else ({}, {})
 
     def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
-        passed = statistics(b)
-        return _between(loss, nudged(trained, a), running, share=piece.share, passed=passed, alone=True)
+        return _between(loss, nudged(trained, a), running, share=piece.share, passed=statistics(b))
 
     def many(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
         sizes = vmap(lambda one: nudged(trained, one)[0])(a)
         nudge = sizes, lambda sign: vmap(lambda one: nudged(trained, one)[1](sign))(a)
         begun = each(lambda tensor: tensor.expand(len(sizes), *tensor.shape), running)
         passed = vmap(statistics)(b) if running else ({}, {})
-        alone = len(sizes) == 1
-        return _between(vmap(loss, randomness="same"), nudge, begun, share=piece.share, passed=passed, alone=alone)
+        return _between(vmap(loss, randomness="same"), nudge, begun, share=piece.share, passed=passed)
 
-    value, _, (after, losses) = _slopes(loss, trained, running, tidy=True)
+    value, _, (after, losses) = _slopes(loss, trained, running)
     return Linearised({name: value[name] for name in piece.transition.moving}, after, losses, pull, many)
 
 
@@ -97,15 +95,12 @@ Nudge = tuple[Tensor, Callable[[float], Tree]]  # a step size, and the parameter
 
 
 def _between(
-    loss: Loss, nudge: Nudge, running: Tree, *, share: Tensor, passed: tuple[Tree, Tree], alone: bool
+    loss: Loss, nudge: Nudge, running: Tree, *, share: Tensor, passed: tuple[Tree, Tree]
 ) -> tuple[Tree, Tree, Tensor]:
-    """Central differences of gradient and losses, beside what the statistics left have passed back.
-
-    Along a direction alone, in training's own memory; with several, whose memory is larger anyway, sooner.
-    """
+    """Central differences of gradient and losses, beside what the statistics left have passed back."""
     size, moved = nudge
-    second, before, (_, up) = _slopes(loss, moved(1.0), running, tidy=alone)
-    subtracted, passed_on, (_, down) = _slopes(loss, moved(-1.0), running, tidy=alone)
+    second, before, (_, up) = _slopes(loss, moved(1.0), running)
+    subtracted, passed_on, (_, down) = _slopes(loss, moved(-1.0), running)
 
     def slope(left: Tensor, right: Tensor) -> Tensor:  # in the memory of the first
         return left.sub_(right).div_((2 * size).reshape(size.shape + (1,) * (left.dim() - size.dim())))
@@ -115,7 +110,7 @@ def _between(
     return add(second, passed[0]), add(before, passed[1]), share.to(up) * slope(up, down)
 
 
-def _slopes(loss: Loss, part: Tree, some: Tree, *, tidy: bool) -> tuple[Tree, Tree, tuple[Tree, Tensor]]:
+def _slopes(loss: Loss, part: Tree, some: Tree) -> tuple[Tree, Tree, tuple[Tree, Tensor]]:
     """Gradients of a loss, or of many that share nothing, by parameters and running statistics.
 
     As training takes them: `torch.func.grad` would keep the whole graph until the end, for a derivative of its own.
@@ -132,8 +127,7 @@ def _slopes(loss: Loss, part: Tree, some: Tree, *, tidy: bool) -> tuple[Tree, Tr
         slopes = tuple(torch.zeros_like(leaf) for leaf in inputs)
     else:
         slopes = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
-    if tidy:
-        hand_back()  # or the next pass takes new memory beside the holes that this one leaves; it has to be cleared
+    hand_back()  # or the next pass takes new memory beside the holes that this one leaves
     return dict(zip(part, slopes, strict=False)), dict(zip(some, slopes[len(part) :], strict=True)), (after, losses)
 
 

@@ -12,6 +12,7 @@ All cotangents of a sweep are stacked along a first axis and share the primal pa
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from whence.replay.curvature import Curvature, Hessian
+from whence.replay.heap import roomy
 from whence.replay.jacobian import pull_update
 from whence.replay.linearised import Linearised
 from whence.replay.plan import Action, Advance, Restore, Reverse
@@ -151,7 +153,9 @@ def _add_pulled(linear: Linearised, grads: Tree, *, into: Cotangent, chunk: int)
     scores = []
     for first in range(0, count, chunk):
         rows = slice(first, first + chunk)
-        second, before, score = pull_rows(linear, rows_of(grads, rows), rows_of(buffers, rows))
+        # One query in the least memory, several in the least time.
+        with roomy() if count > 1 else nullcontext():
+            second, before, score = pull_rows(linear, rows_of(grads, rows), rows_of(buffers, rows))
         for name, product in second.items():
             params[name][rows] += product
         for name, product in before.items():
