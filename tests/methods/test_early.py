@@ -18,6 +18,8 @@ from whence.errors import NotCaptured
 from whence.methods.embedding import early, kept_rows
 from whence.methods.embedding.heard import Heard
 from whence.methods.embedding.kept_rows import KeptRows
+from whence.methods.embedding.projection import projection
+from whence.methods.embedding.step_rows import factors
 from whence.replay.transition import Piece
 from whence.run.run import Run
 
@@ -72,6 +74,23 @@ def test_what_happens_before_the_step(between: Between, lost: int | None, tmp_pa
     run = train(tmp_path / "run", between)
     assert kept(run) == [step != lost for step in range(6)]
     same(run, embedding())
+
+
+def warm_up(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """A schedule that begins at zero, as many do."""
+    optimizer.param_groups[0]["lr"] = 0.005 * number
+
+
+def test_a_rate_of_zero(tmp_path: Path) -> None:
+    """What is visited then has no influence, and hinders no other."""
+    run = train(tmp_path / "run", warm_up)
+    assert run.step(0).settings[0]["lr"] == 0.0
+    same(run, embedding())
+    values = embedding().embed(run).values()
+    assert (values[0] == 0).all()
+    assert (values[1] != 0).any()
+    left, right = factors(projection({"w": (3, 2)}), {"w": torch.zeros(3, 2)})["w"]
+    assert (left[:, None] * right == 0).all()
 
 
 def test_accumulated_gradients(tmp_path: Path) -> None:

@@ -187,7 +187,8 @@ def factors(whole: Projection, rate: Tree) -> dict[str, tuple[Tensor, ...]]:
 
 
 def _outer(matrix: Float[Tensor, "left right"]) -> tuple[Tensor, Tensor]:
-    largest = matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)
-    logs = matrix.abs().clamp_min(1e-12 * largest).log()
+    # Where a schedule begins or ends at zero, all numbers are zero, and so are their products.
+    least = (1e-12 * matrix.abs().max()).clamp_min(torch.finfo(matrix.dtype).tiny)
+    logs = matrix.abs().clamp_min(least).log()
     left = (logs.mean(1) - logs.mean()).exp()
     return left * matrix.sum().sign(), logs.mean(0).exp()
