@@ -39,6 +39,10 @@ class Lasting:
     rate: Tree
     decay: Tree
 
+    def __or__(self, other: "Lasting") -> "Lasting":
+        """Those of both, of different parameters."""
+        return Lasting(self.rate | other.rate, self.decay | other.decay)
+
 
 def lasting(task: Task, update: Update, state: State, *, grads: Tree) -> Lasting:
     """What a step makes of lasting changes.

@@ -142,7 +142,7 @@ class Alongside:
             scaled = what.scaled(answer.rate)
             for one in heard:
                 one.settle(scaled)
-        return Lasting(known.rate | answer.rate, known.decay | answer.decay)
+        return known | answer
 
     def _proves(self, step: int, kinds: Hashable) -> bool:
         """Whether a pass of this kind is to prove itself."""

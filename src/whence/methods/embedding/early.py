@@ -56,7 +56,7 @@ class Early:
         self._wrong = self._update not in (None, update)
         ready, self._ready, self._update = self._ready, {}, update
         answer = self.what.answer(update, state, ready)
-        self._answer = Lasting(self._answer.rate | answer.rate, self._answer.decay | answer.decay)
+        self._answer = self._answer | answer
         return answer.rate
 
     def taken(self, update: Update, gradient: Tree) -> Lasting | None:
