@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Takes the traced graphs as they are, so that no C++ is compiled; counts them."""
     graphs: list[Any] = []
 
-    def keep(graph: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
+    def keep(graph: Callable[..., Any], *, dynamic: bool, options: object) -> Callable[..., Any]:
         assert not dynamic
+        del options
         graphs.append(graph)
         return graph
 
@@ -147,8 +149,8 @@ def test_a_program_that_is_wrong_is_not_believed(
 ) -> None:
     """It is compared with the ordinary product before it is used."""
 
-    def wrong(graph: Callable[..., list[Tensor]], *, dynamic: bool) -> Callable[..., list[Tensor]]:
-        del dynamic
+    def wrong(graph: Callable[..., list[Tensor]], *, dynamic: bool, options: object) -> Callable[..., list[Tensor]]:
+        del dynamic, options
         return lambda *tensors: [1.001 * tensor for tensor in graph(*tensors)]
 
     monkeypatch.setattr(torch, "compile", wrong)
@@ -158,15 +160,25 @@ def test_a_program_that_is_wrong_is_not_believed(
     assert (found == whence.DIT(chunk=2).attribute(run, asked()).values()).all()
 
 
+def _seconds(run: whence.Run, rules: Rules, rows: int, *, chunk: int, step: int, compiled: float) -> float:
+    """What a step of a million seconds takes with programs."""
+    assert step < run.steps
+    assert chunk == (1 if rules.programs is None else rows)
+    return 1e6 if rules.programs is None else compiled
+
+
 def test_long_asks_how_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Programs only where they save more than they take, for the sizes of batch that are common."""
     run, rules = recorded("adamw", tmp_path), Rules(whence.Hessian(), whence.Tangent())
     with caplog.at_level(logging.INFO):
-        assert compiling.programs(run, rules, 2, chunk=2, compiled="long") is None
+        assert compiling.programs(run, rules, 2, chunk=2, ordinary=1, compiled="long") is None
     assert "compiling would save about 0 s" in caplog.text
-    monkeypatch.setattr(compiling, "seconds_of_a_step", lambda *_, **__: 1e6)
-    assert compiling.programs(run, rules, 2, chunk=2, compiled="long") is not None
-    assert compiling.programs(run, rules, 2, chunk=2, compiled="never") is None
+    monkeypatch.setattr(compiling, "RARE", 1)
+    for compiled, taken in ((5e5, True), (2e6, False)):
+        seconds = partial(_seconds, compiled=compiled)
+        monkeypatch.setattr(compiling, "seconds_of_a_step", seconds)
+        assert (compiling.programs(run, rules, 2, chunk=2, ordinary=1, compiled="long") is not None) == taken
+    assert compiling.programs(run, rules, 2, chunk=2, ordinary=1, compiled="never") is None
 
 
 def test_an_attribution_that_was_begun_goes_on_as_it_was(tmp_path: Path, traced_only: list[Any]) -> None:

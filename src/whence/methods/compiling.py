@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Literal, get_args
 
 from whence.errors import BadSetting
@@ -29,24 +30,38 @@ def check_compiled(compiled: str) -> None:
         raise BadSetting("compiled", compiled, "'never', 'long' or 'always'")
 
 
-def programs(run: Run, rules: Rules, rows: int, *, chunk: int, compiled: Compiled) -> Programs | None:
-    """Programs for a sweep with so many cotangents, or None: not wanted, or the training is too short for them."""
+def programs(run: Run, rules: Rules, rows: int, *, chunk: int, ordinary: int, compiled: Compiled) -> Programs | None:
+    """Programs for a sweep with so many cotangents, or None: not wanted, the training too short, or no faster.
+
+    Args:
+        run: the training.
+        rules: how derivatives are taken.
+        rows: how many cotangents.
+        chunk: how many a program takes at once.
+        ordinary: how many are pulled at once without one.
+        compiled: what is wanted.
+    """
     if compiled == "never" or rules.curvature.product != "autograd":
         return None
     sizes = Counter(len(fed.samples) for step in run.log for fed in step.fed if fed.counted)
     many = frozenset(size for size, visits in sizes.items() if visits >= RARE or compiled == "always")
-    if compiled == "long":
-        gained = GAIN * seconds_of_a_step(run, rules, rows, chunk=chunk) * run.steps
-        log.info("compiling would save about %.0f s and take %.0f s", gained, SECONDS)
-        if gained < SECONDS:
-            return None
-    return Programs(min(rows, chunk), many)
+    made = Programs(min(rows, chunk), many)
+    if compiled == "always":
+        return made
+    usual = [step.index for step in run.log if many.issuperset(len(fed.samples) for fed in step.fed)]
+    plain = seconds_of_a_step(run, rules, rows, chunk=ordinary, step=usual[-1]) if usual else 0.0
+    gained = GAIN * plain * len(usual)
+    log.info("compiling would save about %.0f s and take %.0f s", gained, SECONDS)
+    if gained < SECONDS:
+        return None
+    found = seconds_of_a_step(run, replace(rules, programs=made), rows, chunk=chunk, step=usual[-1])
+    log.info("compiled, a step takes %.2f s, and otherwise %.2f s", found, plain)
+    return made if found < plain else None
 
 
-def seconds_of_a_step(run: Run, rules: Rules, rows: int, *, chunk: int) -> float:
-    """The faster of two pulls through the last step, by random cotangents."""
-    last = run.steps - 1
-    before, after, transition = run.state(last, replay=True), run.state(run.steps), run.transition(last)
+def seconds_of_a_step(run: Run, rules: Rules, rows: int, *, chunk: int, step: int) -> float:
+    """The faster of two pulls through a step, by random cotangents."""
+    before, after, transition = run.state(step, replay=True), run.state(step + 1, replay=True), run.transition(step)
     trained, running = free(transition.pieces()[0], after.params, after.buffers)
     times = []
     for _ in range(2):

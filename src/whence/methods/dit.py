@@ -117,7 +117,8 @@ class DIT:
         cut = fit(limits=limits)
         if wanted != "never":
             wide = fit(limits=replace(limits, together=TOGETHER))
-            made = programs(run, rules, len(queries.names) * len(states), chunk=wide.chunk, compiled=wanted)
+            number, at_once = len(queries.names) * len(states), {"chunk": wide.chunk, "ordinary": cut.chunk}
+            made = programs(run, rules, number, **at_once, compiled=wanted)
             rules, cut = replace(rules, programs=made), wide if made else cut
         settings: dict[str, object] = {"curvature": repr(rules.curvature), "slope": repr(rules.slope)}
         settings |= {"chunk": cut.chunk, "exact": rules.exact} | why | ({"compiled": True} if rules.programs else {})

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from whence.replay.explained import grads, slopes_of, unexplained
+from whence.replay.matrices import fast_products
 from whence.replay.rows import Asked, Cotangents, Loss, Parts, Reductions, Rows, parts_of, row_of
 from whence.replay.transition import Piece
 from whence.replay.uses import Use
@@ -125,7 +126,7 @@ class Watched:
             like = next(iter(self.gradient.values()))
             return tuple(like.new_zeros(0, sum(one.rank for one in reductions.values())) for _, reductions in asked)
         # Under autocast the factors are as coarse as training's; their products need not be.
-        with torch.enable_grad(), torch.autocast(self.losses.device.type, enabled=False):
+        with torch.enable_grad(), torch.autocast(self.losses.device.type, enabled=False), fast_products():
             outputs, batch = self.seen.outputs, self.piece.batch
             read = {loss: self.seen.losses if loss is None else loss(outputs, batch) for loss, _ in asked}
             cotangents = {loss: self._cotangents(losses) for loss, losses in read.items()}

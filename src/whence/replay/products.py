@@ -14,6 +14,7 @@ from torch import Tensor
 from whence.errors import CoupledLoss
 from whence.replay.capture import watched
 from whence.replay.curvature import Zero
+from whence.replay.matrices import fast_products
 from whence.replay.reverse import pull_rows, rows_of
 from whence.replay.sides import Picked, Sides
 from whence.replay.state import State
@@ -50,7 +51,7 @@ def slot_products(
 def _by_tangents(piece: Piece, state: State, directions: Tree, *, chunk: int) -> Found:
     """Along one direction after the other."""
     like = next(iter(directions.values()))
-    with piece.transition.replaying():
+    with piece.transition.replaying(), fast_products():
         ones = torch.ones(len(piece.share)).to(like)
         linear = Zero().linearise(piece, state.params, state.buffers, weights=ones)
         if not piece.counted:

@@ -24,6 +24,7 @@ from whence.replay.curvature import Curvature, Hessian
 from whence.replay.heap import roomy
 from whence.replay.jacobian import pull_update
 from whence.replay.linearised import Linearised
+from whence.replay.matrices import fast_products
 from whence.replay.plan import Action, Advance, Restore, Reverse
 from whence.replay.programs import Programs
 from whence.replay.slope import Slope, Tangent
@@ -154,7 +155,7 @@ def _add_pulled(linear: Linearised, grads: Tree, *, into: Cotangent, chunk: int)
     for first in range(0, count, chunk):
         rows = slice(first, first + chunk)
         # One query in the least memory, several in the least time.
-        with roomy() if count > 1 else nullcontext():
+        with roomy() if count > 1 else nullcontext(), fast_products():
             second, before, score = pull_rows(linear, rows_of(grads, rows), rows_of(buffers, rows))
         for name, product in second.items():
             params[name][rows] += product

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from whence.errors import NotCaptured
 from whence.methods.embedding.step_rows import Arrays, StepRows
 from whence.replay.explained import grads
+from whence.replay.matrices import fast_products
 from whence.replay.rows import Asked, Gathered, Loss, Reductions, row_of
 from whence.replay.transition import Piece
 from whence.replay.watching import Watching
@@ -124,7 +125,7 @@ class Heard:
         self._by_edge = list(by_edge.values())
         self._gathered = Gathered([loss for loss, _ in self._asked({}).values()])
         if self._drawn is not None:
-            with torch.autocast(task.device.type, enabled=False):
+            with torch.autocast(task.device.type, enabled=False), fast_products():
                 found = grads(self._drawn(outputs, self.batch).sum(), list(by_edge))
             for place in range(len(found)):
                 self._arrived(self._drawn, place, found[place])
@@ -148,7 +149,7 @@ class Heard:
     def _add(self, number: int, condensed: dict[Loss | None, Tensor], asked: dict[str, Asked]) -> None:
         use = self._watching.uses[number]
         # Under autocast the factors are as coarse as training's; their products need not be.
-        with torch.autocast(self._what.task.device.type, enabled=False):
+        with torch.autocast(self._what.task.device.type, enabled=False), fast_products():
             self._gathered.add(use, condensed, [reductions[use.name] for _, reductions in asked.values()])
 
 

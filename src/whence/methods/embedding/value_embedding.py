@@ -31,6 +31,7 @@ from whence.methods.embedding.step_rows import Fisher, Follow, StepRows
 from whence.methods.observe import ObservedAt, observed_states
 from whence.queries import Query
 from whence.replay.heap import kept_heap
+from whence.replay.matrices import fast_products
 from whence.run.manifest import Manifest
 from whence.run.run import Run
 from whence.task import Task
@@ -102,7 +103,8 @@ class DataValueEmbedding:
         if not store.finished:
             with kept_heap():
                 gathering.fill(store)
-                _Recursion(store, run.task.device, self.damping).fill()
+                with fast_products():
+                    _Recursion(store, run.task.device, self.damping).fill()
         return Embeddings(run, store)
 
     def gather(self, run: Run, *, part: tuple[int, int], out: str | Path, observed_at: ObservedAt = "end") -> None:

@@ -20,6 +20,7 @@ from whence.methods.memory import CACHE
 from whence.methods.row_gradients import Proxy, RowGradients, evaluating
 from whence.queries import Query, gradients
 from whence.replay.heap import kept_heap
+from whence.replay.matrices import fast_products
 from whence.task import Batch
 from whence.tree import Tree, add, each
 
@@ -62,7 +63,7 @@ class Terms:
 
     def reach(self) -> float:
         """T times rate times the largest curvature, at the steepest of the states: the sums want it far below 1."""
-        with evaluating(self.course.task), full_precision(), kept_heap():
+        with evaluating(self.course.task), full_precision(), kept_heap(), fast_products():
             return self.course.steps * max(near.steepness() for near in self._nears())
 
     def of_queries(
@@ -77,7 +78,7 @@ class Terms:
             [ends[place] for place in places] if self.form.at_the_end else [self._slopes(queries, point)]
             for point, places in zip(course.points, alive, strict=True)
         ]
-        with evaluating(course.task), full_precision(), kept_heap():
+        with evaluating(course.task), full_precision(), kept_heap(), fast_products():
             nears = self._nears()
             told = [place for place, places in enumerate(alive) if places]
             scores = {place: self.form.scores(nears[place], slopes[place]) for place in told}
@@ -91,7 +92,7 @@ class Terms:
 
     def of_themselves(self, rows: Sequence[int], *, rank: int | None) -> Float64[np.ndarray, " row"]:
         """The sums of some rows, each paired with its own loss; through so many directions, if that is cheaper."""
-        with evaluating(self.course.task), full_precision(), kept_heap():
+        with evaluating(self.course.task), full_precision(), kept_heap(), fast_products():
             nears = self._nears()
             if rank is not None and 2 * rank < len(rows):
                 nears = [near.within(rank) for near in nears]
@@ -100,7 +101,7 @@ class Terms:
 
     def of_removal(self, rows: Sequence[int]) -> Tree:
         """The change of the parameters when some rows are removed together."""
-        with evaluating(self.course.task), full_precision(), kept_heap():
+        with evaluating(self.course.task), full_precision(), kept_heap(), fast_products():
             return reduce(add, [self._change(near, rows) for near in self._nears()])
 
     def _nears(self) -> list[Near]:

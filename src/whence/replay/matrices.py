@@ -1,0 +1,111 @@
+"""Multiplies matrices by oneDNN where torch's own choice is slower.
+
+On a processor torch has MKL multiply float32 matrices, which on AMD's processors uses half of the width of AVX-512.
+oneDNN, which torch carries too, uses all of it, and is about twice as fast at the sizes of a small GPT.
+
+This is for derivatives. States and gradients that a replay repeats are left to the kernels of the training, so that
+they come out as they were, to the bit.
+"""
+
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from warnings import catch_warnings, simplefilter
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from torch.types import Number
+
+LARGE = 2**21  # multiplications from which on a call through Python pays
+MAKER = "AuthenticAMD"  # as its processors say
+_lock = threading.Lock()
+_entered: list[Library] = []  # the first holds the kernel
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """While the block runs, large products of float32 matrices take the faster kernel, in all threads."""
+    if not leaves_half_unused():
+        yield
+        return
+    _enter()
+    try:
+        yield
+    finally:
+        _leave()
+
+
+@cache
+def leaves_half_unused() -> bool:
+    """Whether torch's own products do that on this processor."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    found = both and torch.backends.cpu.get_cpu_capability() == "AVX512" and MAKER in _told()
+    if found:
+        with catch_warnings():  # torch tells once in a process that a kernel is replaced
+            simplefilter("ignore")
+            _enter()
+            _leave()
+    return found
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product `[m, k] x [k, n]` to `[m, n]`."""
+    if _pays(a, b):
+        long = a.shape[1] > max(a.shape[0], b.shape[1])
+        return _summed(a, b) if long and not a.is_contiguous() and b.is_contiguous() else _linear(a, b, None)
+    return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+
+
+def shifted(bias: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Tensor:
+    """A matrix product, and a bias `[n]` on every row; the like with factors and other biases too."""
+    if beta == alpha == 1 and bias.shape == b.shape[1:] and bias.dtype is torch.float32 and _pays(a, b):
+        return _linear(a, b, bias)
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return torch.ops.aten.addmm.out(bias, a, b, beta=beta, alpha=alpha, out=out)
+
+
+def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """As a linear layer: a @ weight.T + bias."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+
+
+def _summed(a: Tensor, b: Tensor) -> Tensor:
+    """As a sum over rows: the gradient of a 1x1 convolution's weight, for which oneDNN transposes nothing."""
+    # [1, channel, row, 1], with channels last in memory.
+    pixels = (rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2) for rows in (a.t(), b))
+    weight = a.new_empty(a.shape[0], b.shape[1], 1, 1)
+    once = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, of the output, groups
+    found = torch.ops.aten.convolution_backward(*pixels, weight, None, *once, [False, True, False])[1]
+    return found[:, :, 0, 0]
+
+
+def _pays(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is torch.float32 and a.numel() * b.shape[1] >= LARGE and _is_dense(a) and _is_dense(b)
+
+
+def _is_dense(matrix: Tensor) -> bool:
+    return matrix.is_contiguous() or matrix.t().is_contiguous()
+
+
+def _enter() -> None:
+    with _lock:
+        library = Library("aten", "IMPL")
+        if not _entered:
+            library.impl("mm", product, "CPU")
+            library.impl("addmm", shifted, "CPU")
+        _entered.append(library)
+
+
+def _leave() -> None:
+    with _lock:
+        _entered.pop()._destroy()
+
+
+def _told() -> str:
+    """What the processor says of itself."""
+    told = Path("/proc/cpuinfo")
+    return told.read_text() if told.exists() else platform.processor()
