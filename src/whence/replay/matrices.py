@@ -3,8 +3,8 @@
 On a processor torch has MKL multiply float32 matrices, which on AMD's processors uses half of the width of AVX-512.
 oneDNN, which torch carries too, uses all of it, and is about twice as fast at the sizes of a small GPT.
 
-This is for derivatives. States and gradients that a replay repeats are left to the kernels of the training, so that
-they come out as they were, to the bit.
+This is for derivatives and embeddings. What a sweep repeats of the training itself, states and gradients, is left to
+the training's kernels, so that it comes out as it was, to the bit.
 """
 
 import platform
@@ -42,7 +42,7 @@ def fast_products() -> Iterator[None]:
 @cache
 def leaves_half_unused() -> bool:
     """Whether torch's own products do that on this processor."""
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     found = both and torch.backends.cpu.get_cpu_capability() == "AVX512" and MAKER in _told()
     if found:
         with catch_warnings():  # torch tells once in a process that a kernel is replaced
@@ -57,7 +57,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if _pays(a, b):
         long = a.shape[1] > max(a.shape[0], b.shape[1])
         return _summed(a, b) if long and not a.is_contiguous() and b.is_contiguous() else _linear(a, b, None)
-    return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+    found: Tensor = torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+    return found
 
 
 def shifted(bias: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Tensor:
@@ -65,12 +66,14 @@ def shifted(bias: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Numb
     if beta == alpha == 1 and bias.shape == b.shape[1:] and bias.dtype is torch.float32 and _pays(a, b):
         return _linear(a, b, bias)
     out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.ops.aten.addmm.out(bias, a, b, beta=beta, alpha=alpha, out=out)
+    found: Tensor = torch.ops.aten.addmm.out(bias, a, b, beta=beta, alpha=alpha, out=out)
+    return found
 
 
 def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """As a linear layer: a @ weight.T + bias."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return found
 
 
 def _summed(a: Tensor, b: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def _summed(a: Tensor, b: Tensor) -> Tensor:
     pixels = (rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2) for rows in (a.t(), b))
     weight = a.new_empty(a.shape[0], b.shape[1], 1, 1)
     once = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, of the output, groups
-    found = torch.ops.aten.convolution_backward(*pixels, weight, None, *once, [False, True, False])[1]
+    found: Tensor = torch.ops.aten.convolution_backward(*pixels, weight, None, *once, [False, True, False])[1]
     return found[:, :, 0, 0]
 
 
@@ -93,16 +96,16 @@ def _is_dense(matrix: Tensor) -> bool:
 
 def _enter() -> None:
     with _lock:
-        library = Library("aten", "IMPL")
+        library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         if not _entered:
-            library.impl("mm", product, "CPU")
-            library.impl("addmm", shifted, "CPU")
+            library.impl("mm", product, "CPU")  # type: ignore[no-untyped-call]
+            library.impl("addmm", shifted, "CPU")  # type: ignore[no-untyped-call]
         _entered.append(library)
 
 
 def _leave() -> None:
     with _lock:
-        _entered.pop()._destroy()
+        _entered.pop()._destroy()  # type: ignore[no-untyped-call]
 
 
 def _told() -> str:

@@ -101,10 +101,9 @@ class DataValueEmbedding:
         """
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
-            with kept_heap():
+            with kept_heap(), fast_products():
                 gathering.fill(store)
-                with fast_products():
-                    _Recursion(store, run.task.device, self.damping).fill()
+                _Recursion(store, run.task.device, self.damping).fill()
         return Embeddings(run, store)
 
     def gather(self, run: Run, *, part: tuple[int, int], out: str | Path, observed_at: ObservedAt = "end") -> None:
@@ -127,7 +126,7 @@ class DataValueEmbedding:
             raise BadSetting("part", part, "(i, n): of n parts, the i-th, from 0")
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
-            with kept_heap():
+            with kept_heap(), fast_products():
                 gathering.fill(store, part)
 
     def _begin(self, run: Run, observed_at: ObservedAt, out: str | Path | None) -> tuple[Gathering, EmbeddingStore]:

@@ -1,0 +1,137 @@
+"""Products by oneDNN: the same numbers, only where they are asked for, and only for what they are made for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import whence
+from whence.replay import matrices
+from whence.replay.matrices import LARGE, fast_products
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch carries no oneDNN")
+
+SHAPES = [(2048, 65, 128), (512, 300, 64), (7, 4096, 300), (1024, 40, 64), (300, 1024, 1024), (2048, 512, 16)]
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """As on a processor that gains by it; lists the shapes that went there."""
+    taken: list[tuple[int, ...]] = []
+    for name in ("_linear", "_summed"):
+        real = getattr(matrices, name)
+
+        def noted(a: Tensor, b: Tensor, *bias: Tensor | None, real: object = real) -> Tensor:
+            taken.append((*a.shape, b.shape[1]))
+            found: Tensor = real(a, b, *bias)  # type: ignore[operator]
+            return found
+
+        monkeypatch.setattr(matrices, name, noted)
+    monkeypatch.setattr(matrices, "leaves_half_unused", lambda: True)
+    yield taken
+    assert not matrices._entered
+
+
+def stored(matrix: Tensor, *, turned: bool) -> Tensor:
+    """The same matrix, column by column in memory if turned."""
+    return matrix.T.contiguous().T if turned else matrix
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)])
+def test_products_are_those_of_float64(
+    shape: tuple[int, int, int], turned: tuple[bool, bool], everywhere: list[tuple[int, ...]]
+) -> None:
+    """Whatever the order in memory, with and without a bias."""
+    rows, inner, columns = shape
+    a = stored(torch.randn(rows, inner), turned=turned[0])
+    b = stored(torch.randn(inner, columns), turned=turned[1])
+    bias = torch.randn(columns)
+    exact = a.double() @ b.double()
+    with fast_products():
+        found, moved = a @ b, torch.addmm(bias, a, b)
+    assert everywhere == [shape, shape]
+    assert (found - exact).norm() < 1e-6 * exact.norm()
+    assert (moved - bias - exact).norm() < 1e-6 * exact.norm()
+    assert found.shape == moved.shape == (rows, columns)
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_everything_else_goes_where_it_went(everywhere: list[tuple[int, ...]]) -> None:
+    """Small ones, other dtypes, holes in memory, factors and other biases; and whatever comes after the block."""
+    a, b, bias = torch.randn(256, 128), torch.randn(128, 256), torch.randn(256)
+    assert a.numel() * b.shape[1] >= LARGE
+    cases = {
+        "small": lambda: a[:8] @ b,
+        "float64": lambda: a.double() @ b.double(),
+        "bfloat16": lambda: a.bfloat16() @ b.bfloat16(),
+        "expanded": lambda: a[:1].expand(256, 128) @ b,
+        "strided": lambda: torch.cat([a, a])[::2] @ b,
+        "factors": lambda: torch.addmm(bias, a, b, beta=0.5, alpha=2.0),
+        "one bias": lambda: torch.addmm(torch.ones(1), a, b),
+        "bias by row": lambda: torch.addmm(torch.randn(256, 1, generator=torch.Generator().manual_seed(0)), a, b),
+    }
+    expected = {name: case() for name, case in cases.items()}
+    with fast_products():
+        found = {name: case() for name, case in cases.items()}
+    after = a @ b
+    assert everywhere == []
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+    with fast_products(), fast_products():
+        pass
+    assert torch.equal(a @ b, after)
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_gradients_pass_through(everywhere: list[tuple[int, ...]]) -> None:
+    """Derivatives of derivatives, too: the kernel lies below them."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(256, 128), torch.randn(512, 256)
+
+    def bent() -> Tensor:
+        (slope,) = torch.autograd.grad(layer(x).tanh().square().sum(), layer.weight, create_graph=True)
+        (found,) = torch.autograd.grad(slope.sin().sum(), layer.weight)
+        return found
+
+    expected = bent()
+    with fast_products():
+        found = bent()
+    assert len(everywhere) > 3
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.parametrize(
+    ("curvature", "count"), [(whence.Hessian(), 3), (whence.GaussNewton(), 3), (whence.Hessian("difference"), 1)]
+)
+def test_sweeps_agree(
+    curvature: whence.Hessian | whence.GaussNewton,
+    count: int,
+    everywhere: list[tuple[int, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The whole attribution, with and without."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(512, 64), torch.randint(0, 10, (512,)))
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 10))
+    task, optimizer = whence.classification(model, data), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with whence.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        for x, y in recorder.watch(DataLoader(data, batch_size=256)):
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run, queries = whence.open_run(tmp_path / "run", task), whence.Loss(data, samples=range(count))
+    fast = whence.DIT(curvature=curvature).attribute(run, queries).values()
+    assert everywhere
+    monkeypatch.setattr(matrices, "leaves_half_unused", lambda: False)
+    plain = whence.DIT(curvature=curvature).attribute(run, queries).values()
+    assert np.abs(fast - plain).max() < 1e-3 * np.abs(plain).max()
