@@ -15,6 +15,7 @@ from whence.methods.embedding.embedding_store import EmbeddingStore
 from whence.methods.embedding.kept_rows import KeptRows
 from whence.methods.embedding.step_rows import Arrays, StepRows
 from whence.replay.capture import watched
+from whence.replay.matrices import fast_products
 from whence.replay.state import State
 from whence.replay.transition import Transition
 from whence.run.run import Run
@@ -74,7 +75,8 @@ class Walk:
         """What is wanted of a step, and its losses `[slot]`."""
         state = self._there[1] if self._there and self._there[0] == index else self.before(index)
         transition = self._run.transition(index)
-        arrays, left = self._step(transition, state)
+        with fast_products():
+            arrays, left = self._step(transition, state)
         self._there = index + 1, self._after(transition, state, left)
         return arrays
 
@@ -84,7 +86,9 @@ class Walk:
         state = self._run.state(first)
         for index in range(first, step):
             transition = self._run.transition(index)
-            state = self._after(transition, state, self._gradient(transition, state))
+            with fast_products():
+                left = self._gradient(transition, state)
+            state = self._after(transition, state, left)
         return state
 
     def _after(self, transition: Transition, state: State, left: tuple[Tree, Tree]) -> State:

@@ -101,7 +101,7 @@ class DataValueEmbedding:
         """
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
-            with kept_heap(), fast_products():
+            with kept_heap():
                 gathering.fill(store)
                 _Recursion(store, run.task.device, self.damping).fill()
         return Embeddings(run, store)
@@ -126,7 +126,7 @@ class DataValueEmbedding:
             raise BadSetting("part", part, "(i, n): of n parts, the i-th, from 0")
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
-            with kept_heap(), fast_products():
+            with kept_heap():
                 gathering.fill(store, part)
 
     def _begin(self, run: Run, observed_at: ObservedAt, out: str | Path | None) -> tuple[Gathering, EmbeddingStore]:
@@ -244,12 +244,13 @@ class _Recursion:
     def _back(self, of_step: dict[str, Tensor], transports: list[Transport], *, step: int) -> Tensor:
         blocks = self.store.about.blocks
         visits = [visits_of(of_step, slice(start, stop)) for start, stop in blocks.values()]
-        parts = [
-            back_over(one, transport, weights=weight, step=step, block=block)
-            for block, one, transport, weight in zip(
-                blocks, visits, transports, weights(visits, self.damping), strict=True
-            )
-        ]
+        with fast_products():
+            parts = [
+                back_over(one, transport, weights=weight, step=step, block=block)
+                for block, one, transport, weight in zip(
+                    blocks, visits, transports, weights(visits, self.damping), strict=True
+                )
+            ]
         return torch.cat(parts, 1)
 
     def _transports(self) -> list[Transport]:
