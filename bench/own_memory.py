@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import whence
 from bench import memory, sweep
 from bench.models import GPT, sentences
+from whence.replay.matrices import fast_products
 
 STEPS = 6  # the recorder proves the first two and the fifth
 CAPTURES = {
@@ -39,6 +40,9 @@ def in_small() -> None:
     run = whence.open_run(folder, task)
     for policy in POLICIES.values():
         whence.DIT(curvature=policy).attribute(run, whence.Loss(data, samples=[0]))
+    tall = torch.ones(1024, 64)
+    with fast_products():  # whose library small networks do without
+        tall @ tall.T, tall.T @ tall
 
 
 def record(

@@ -88,6 +88,9 @@ def test_everything_else_goes_where_it_went(everywhere: list[tuple[int, ...]]) -
     with fast_products(), fast_products():
         pass
     assert torch.equal(a @ b, after)
+    with torch.backends.mkldnn.flags(enabled=False), fast_products():
+        assert torch.equal(a @ b, after)
+    assert everywhere == []
 
 
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")

@@ -28,8 +28,11 @@ _entered: list[Library] = []  # the first holds the kernel
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """While the block runs, large products of float32 matrices take the faster kernel, in all threads."""
-    if not leaves_half_unused():
+    """While the block runs, large products of float32 matrices take the faster kernel, in all threads.
+
+    Unless `torch.backends.mkldnn.enabled` says otherwise.
+    """
+    if not (torch.backends.mkldnn.enabled and leaves_half_unused()):
         yield
         return
     _enter()

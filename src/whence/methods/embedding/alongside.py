@@ -26,7 +26,6 @@ from whence.methods.embedding.step_rows import StepRows
 from whence.replay.explained import Weighted, weights
 from whence.replay.heap import kept_heap
 from whence.replay.lasting import Lasting
-from whence.replay.matrices import fast_products
 from whence.replay.state import State
 from whence.replay.transition import Transition
 from whence.task import Batch
@@ -94,8 +93,7 @@ class Alongside:
         (rows, gradient), self._proof = self._proof, None
         step, pieces = transition.step.index, transition.pieces()
         random = weights(sum(transition.sizes), step)
-        with fast_products():
-            found = transition.raw_gradient(state, weights=random)[0]
+        found = transition.raw_gradient(state, weights=random)[0]
         parts = zip(pieces, torch.split(random, list(transition.sizes)), strict=True)
         # Beyond the gradient of the step itself, which may have a penalty's in it.
         omega = torch.cat([piece.share.to(rows) * (part.to(rows) - 1) for piece, part in parts if piece.counted])
