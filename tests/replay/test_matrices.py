@@ -88,8 +88,14 @@ def test_everything_else_goes_where_it_went(everywhere: list[tuple[int, ...]]) -
     with fast_products(), fast_products():
         pass
     assert torch.equal(a @ b, after)
-    with torch.backends.mkldnn.flags(enabled=False), fast_products():
-        assert torch.equal(a @ b, after)
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_a_switch_of_torch_is_heeded(everywhere: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who turns oneDNN off means all of it."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with fast_products():
+        torch.randn(256, 128) @ torch.randn(128, 256)
     assert everywhere == []
 
 
