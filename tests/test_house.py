@@ -15,12 +15,13 @@ PACKAGE = ROOT / "src" / "whence"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = [*MODULES, *sorted((ROOT / "tests").rglob("*.py"))]
 
-GROUND = {"compiled", "errors", "extras", "tree"}
+GROUND = {"activations", "compiled", "errors", "extras", "tree"}
 REPLAY = GROUND | {"clipping", "task", "queries", "replay"}
 METHODS = REPLAY | {"run", "influence", "methods"}
 EVERYTHING = METHODS | {"tasks", "language", "record", "apply", "plot", "view", "cli"}
 MAY_IMPORT = {
     "errors": {"errors"},
+    "activations": {"activations"},
     "compiled": {"compiled"},
     "extras": {"errors", "extras"},
     "tree": GROUND,

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from whence import compiled
+from whence.activations import join
 from whence.batchnorm import STATISTICS, RunningStatistics, tracking
 from whence.clipping import ClipNorm, ClipValue
 from whence.errors import BadIds, BadLoss, BadReduction, SharedStorage
@@ -255,6 +256,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     copied = compiled.copied(model, memo)
     for module in copied.modules():
         _keep_activations(module)
+        join(module)
     return copied
 
 

@@ -9,9 +9,16 @@ from torch import Tensor, nn
 from torch.autograd import grad as differentiated
 from torch.func import jvp, vmap
 from torch.nn.functional import gelu, layer_norm, mish, silu
+from transformers.activations import (
+    AccurateGELUActivation,
+    FastGELUActivation,
+    NewGELUActivation,
+    QuickGELUActivation,
+)
 
 import whence
 from tests.replay.test_curvature import problem
+from whence.activations import join
 from whence.replay import smooth
 from whence.replay.smooth import Smooth, straight
 
@@ -30,6 +37,9 @@ LAYERS: dict[str, tuple[Layer, tuple[tuple[int, ...], ...]]] = {
     "norm of two axes": (lambda x, w, b: layer_norm(x, AXES, w, b), (SHAPE, AXES, AXES)),
     "norm without a shift": (lambda x, w: layer_norm(x, SHAPE[-1:], w), (SHAPE, SHAPE[-1:])),
 }
+for composed in (NewGELUActivation, FastGELUActivation, QuickGELUActivation, AccurateGELUActivation):
+    join(activation := composed())
+    LAYERS[composed.__name__] = (activation, (SHAPE,))
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ from torch.func import vjp
 from torch.nn.functional import gelu, layer_norm, mish, silu
 from torch.overrides import TorchFunctionMode
 
+from whence.activations import composed
+
 Tensors = tuple[Tensor, ...]
 
 ELEMENTWISE = frozenset({gelu, silu, mish})
@@ -35,6 +37,8 @@ class Smooth(TorchFunctionMode):
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record a smooth layer; leave all else as it is."""
         kwargs = kwargs or {}
+        if function is composed and _pays(args[1:]):
+            return _recorded(_Elementwise(args[0]), args[1])
         if function in ELEMENTWISE and not kwargs.get("inplace") and _pays(args):
             return _recorded(_Elementwise(partial(function, **kwargs)), args[0])
         if function is layer_norm and kwargs["bias"] is not None and _pays(args):
