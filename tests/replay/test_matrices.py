@@ -16,7 +16,8 @@ from whence.replay.matrices import LARGE, fast_products
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch carries no oneDNN")
 
-SHAPES = [(2048, 65, 128), (512, 300, 64), (7, 4096, 300), (1024, 40, 64), (300, 1024, 1024), (2048, 512, 16)]
+LONG = [(65, 2048, 128), (65, 2047, 128), (7, 4096, 300)]
+SHAPES = [*LONG, (2048, 65, 128), (512, 300, 64), (1024, 40, 64), (300, 1024, 1024), (2048, 512, 16)]
 
 
 @pytest.fixture
