@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import whence
 from whence.replay import matrices
-from whence.replay.matrices import LARGE, fast_products
+from whence.replay.matrices import LARGE, at_hand, fast_products
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch carries no oneDNN")
 
@@ -145,3 +146,18 @@ def test_sweeps_agree(
     monkeypatch.setattr(matrices, "leaves_half_unused", lambda: False)
     plain = whence.DIT(curvature=curvature).attribute(run, queries).values()
     assert np.abs(fast - plain).max() < 1e-3 * np.abs(plain).max()
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_other_threads_keep_their_kernels(everywhere: list[tuple[int, ...]]) -> None:
+    """Whatever they compute meanwhile; and at hand alone changes nothing."""
+    a, b, found = torch.randn(256, 128), torch.randn(128, 256), []
+    expected = a @ b
+    with at_hand():
+        assert torch.equal(a @ b, expected)
+        with fast_products():
+            other = Thread(target=lambda: found.append(a @ b))
+            other.start()
+            other.join()
+    assert torch.equal(found[0], expected)
+    assert everywhere == []

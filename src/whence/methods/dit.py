@@ -35,6 +35,7 @@ from whence.queries import Averaged, Query
 from whence.replay.curvature import Curvature, Hessian
 from whence.replay.heap import kept_heap
 from whence.replay.linearised import Product
+from whence.replay.matrices import at_hand
 from whence.replay.plan import plan
 from whence.replay.reverse import Cotangent, Rules, Sweep, Swept
 from whence.replay.slope import Slope, Tangent
@@ -171,7 +172,7 @@ class _Filling:
         swept = sweep(plan(self.run.kept, stop, held=cut.held), cotangent)
         bar = iter(tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False))
         # Differences are asked for to save memory, and time is what a kept heap saves.
-        with kept_heap() if rules.curvature.product == "autograd" else nullcontext():
+        with at_hand(), kept_heap() if rules.curvature.product == "autograd" else nullcontext():
             for shard in reversed(missing):
                 self.fill_shard(shard, bar)
         self.store.clear()

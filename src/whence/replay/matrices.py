@@ -11,6 +11,7 @@ import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
@@ -23,16 +24,28 @@ from torch.types import Number
 LARGE = 2**21  # multiplications from which on a call through Python pays
 IMAGES = 16  # from which on torch leaves a convolution to oneDNN even on one thread
 MAKER = "AuthenticAMD"  # as its processors say
+_fast: ContextVar[bool] = ContextVar("fast", default=False)
 _lock = threading.Lock()
 _entered: list[Library] = []  # the first holds the kernel
 
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """While the block runs, large products of float32 matrices take the faster kernel, in all threads.
+    """While the block runs, this thread's large products of float32 matrices take the faster kernel.
 
     Unless `torch.backends.mkldnn.enabled` says otherwise.
     """
+    with at_hand():
+        before = _fast.set(True)
+        try:
+            yield
+        finally:
+            _fast.reset(before)
+
+
+@contextmanager
+def at_hand() -> Iterator[None]:
+    """Around many such blocks: torch's table of kernels is not one to write to while other threads compute."""
     if not (torch.backends.mkldnn.enabled and leaves_half_unused()):
         yield
         return
@@ -96,7 +109,8 @@ def _is_sum(a: Tensor, b: Tensor) -> bool:
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:
-    return a.dtype is torch.float32 and a.numel() * b.shape[1] >= LARGE and _is_dense(a) and _is_dense(b)
+    large = a.dtype is torch.float32 and a.numel() * b.shape[1] >= LARGE
+    return _fast.get() and large and _is_dense(a) and _is_dense(b)
 
 
 def _is_dense(matrix: Tensor) -> bool:

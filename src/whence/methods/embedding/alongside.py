@@ -26,6 +26,7 @@ from whence.methods.embedding.step_rows import StepRows
 from whence.replay.explained import Weighted, weights
 from whence.replay.heap import kept_heap
 from whence.replay.lasting import Lasting
+from whence.replay.matrices import at_hand
 from whence.replay.state import State
 from whence.replay.transition import Transition
 from whence.task import Batch
@@ -45,8 +46,9 @@ class Alongside:
         self._proof: tuple[Tensor, Tree] | None = None  # rows of a step's own gradients, and its gradient
         self._proven: dict[Hashable, int] = {}  # ways of using parameters, and the step that first met them
         self._early = None if what.plain or what.task.clip is not None else Early(what, now)
-        self._heap = ExitStack()
-        self._heap.enter_context(kept_heap())  # what waits for a step comes and goes with every step
+        self._held = ExitStack()
+        self._held.enter_context(kept_heap())  # what waits for a step comes and goes with every step
+        self._held.enter_context(at_hand())
         what.task.binding  # noqa: B018 - the skeleton is copied before there are hooks that it would copy
         self._hooks = self._listening(what.task.model)
         self._noted = dict[str, RemovableHandle]()
@@ -109,7 +111,7 @@ class Alongside:
         """Stop listening, and write what waits."""
         for hook in (*self._hooks, *self._noted.values()):
             hook.remove()
-        self._heap.close()
+        self._held.close()
         self._now = None
         self._writer.flush()
 

@@ -31,7 +31,7 @@ from whence.methods.embedding.step_rows import Fisher, Follow, StepRows
 from whence.methods.observe import ObservedAt, observed_states
 from whence.queries import Query
 from whence.replay.heap import kept_heap
-from whence.replay.matrices import fast_products
+from whence.replay.matrices import at_hand, fast_products
 from whence.run.manifest import Manifest
 from whence.run.run import Run
 from whence.task import Task
@@ -101,7 +101,7 @@ class DataValueEmbedding:
         """
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
-            with kept_heap():
+            with kept_heap(), at_hand():
                 gathering.fill(store)
                 _Recursion(store, run.task.device, self.damping).fill()
         return Embeddings(run, store)
@@ -126,7 +126,7 @@ class DataValueEmbedding:
             raise BadSetting("part", part, "(i, n): of n parts, the i-th, from 0")
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
-            with kept_heap():
+            with kept_heap(), at_hand():
                 gathering.fill(store, part)
 
     def _begin(self, run: Run, observed_at: ObservedAt, out: str | Path | None) -> tuple[Gathering, EmbeddingStore]:
