@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast, final
 
 import torch
@@ -75,9 +76,10 @@ class Heard:
     def settle(self, scaled: Reductions) -> None:
         """Make rows for these parameters of what was kept, now that it is known how the update moves them."""
         asked = self._asked(scaled)
-        for number, use in enumerate(self._watching.uses):
-            if use.name in scaled and number in self._kept:
-                self._add(number, self._kept.pop(number), asked)
+        with self._reducing():
+            for number, use in enumerate(self._watching.uses):
+                if use.name in scaled and number in self._kept:
+                    self._add(number, self._kept.pop(number), asked)
 
     def rows(self, piece: Piece) -> tuple[Arrays, Tensor]:
         """The arrays of a micro-batch's rows (the proof's, too), and its losses `[slot]`, once all is settled.
@@ -141,16 +143,21 @@ class Heard:
         for number in self._by_edge[place]:
             condensed = self._watching.uses[number].condensed(cotangent.detach())
             if self._what.plain:
-                self._add(number, {loss: condensed}, self._asked({}))
+                with self._reducing():
+                    self._add(number, {loss: condensed}, self._asked({}))
             else:
                 kept = self._kept.setdefault(number, {})
                 kept[loss] = kept[loss] + condensed if loss in kept else condensed
 
-    def _add(self, number: int, condensed: dict[Loss | None, Tensor], asked: dict[str, Asked]) -> None:
-        use = self._watching.uses[number]
+    @contextmanager
+    def _reducing(self) -> Iterator[None]:
         # Under autocast the factors are as coarse as training's; their products need not be.
         with torch.autocast(self._what.task.device.type, enabled=False), fast_products():
-            self._gathered.add(use, condensed, [reductions[use.name] for _, reductions in asked.values()])
+            yield
+
+    def _add(self, number: int, condensed: dict[Loss | None, Tensor], asked: dict[str, Asked]) -> None:
+        use = self._watching.uses[number]
+        self._gathered.add(use, condensed, [reductions[use.name] for _, reductions in asked.values()])
 
 
 def _receiver(heard: "weakref.ref[Heard]", place: int, output: int) -> Callable[[Sequence[Tensor | None]], None]:
