@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def test_info_tells_what_a_run_holds(place: Place, capsys: Captured) -> None:
     assert told["finished"] is True
     assert told["mebibytes_on_disk"] > 0
     assert next_words(err)[:2] == ["verify", place.run]
+
+
+def test_info_tells_of_captured_rows(place: Place, capsys: Captured, tmp_path: Path) -> None:
+    """Where a recording holds some, they are most of it."""
+    copy = Path(shutil.copytree(place.run, tmp_path / "run"))
+    assert "mebibytes_of_captured_rows" not in json.loads(run(capsys, "info", str(copy), "--form", "json")[0])
+    (copy / "rows").mkdir()
+    (copy / "rows" / "00000000.safetensors").write_bytes(bytes(2**20))
+    told = json.loads(run(capsys, "info", str(copy), "--form", "json")[0])
+    assert told["mebibytes_of_captured_rows"] == 1
+    assert told["mebibytes_on_disk"] > 1
 
 
 def test_info_as_table_and_csv(place: Place, capsys: Captured) -> None:

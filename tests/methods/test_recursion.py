@@ -127,5 +127,5 @@ def test_what_is_not_finite_is_an_error() -> None:
     """Not passed on."""
     some = steps(RANK, torch.float32)
     some[4].moved[1, 2] = torch.nan
-    with pytest.raises(EmbeddingGrew, match=r"At step 4 .* nan times"):
+    with pytest.raises(EmbeddingGrew, match=r"At step 4 .* are not finite"):
         back(some, Transport(some[0].decay))

@@ -36,7 +36,9 @@ def info(run: RunFolder, *, form: Form = "table") -> None:
     if not steps:
         raise EmptyRun(run)
     kept = [state for state in store.states() if state <= len(steps)]
-    show.record(about(manifest) | over(steps) | {"states_kept": len(kept), "mebibytes_on_disk": mebibytes(run)}, form)
+    captured = {"mebibytes_of_captured_rows": mebibytes(run / "rows")} if (run / "rows").is_dir() else {}
+    on_disk = {"states_kept": len(kept), "mebibytes_on_disk": mebibytes(run)} | captured
+    show.record(about(manifest) | over(steps) | on_disk, form)
     show.next_command("verify", run, "--task", "FILE.py:task", form=form)
 
 

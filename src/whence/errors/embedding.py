@@ -1,6 +1,7 @@
 """What can go wrong with the embeddings of a training."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 
 from whence.errors.sentences import WhenceError, listed
@@ -10,8 +11,9 @@ class EmbeddingGrew(WhenceError):
     """The recursion of an embedding is not stable."""
 
     def __init__(self, step: int, block: str, growth: float) -> None:
+        told = f"are {growth:.2g} times what the step itself moved" if isfinite(growth) else "are not finite"
         self.args = (
-            f"At step {step} the embeddings of {block!r} are {growth:.2g} times what the step itself moved: rate times "
+            f"At step {step} the embeddings of {block!r} {told}: rate times "
             "curvature is above 2 in later steps, and their product explodes. Use damping=0.5 or more, fisher='true' "
             "instead of 'empirical', projection='orthonormal', a smaller rank; or train with a smaller learning rate.",
         )
