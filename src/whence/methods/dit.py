@@ -118,8 +118,8 @@ class DIT:
         cut = fit(limits=limits)
         if wanted != "never":
             wide = fit(limits=replace(limits, together=TOGETHER))
-            number, at_once = len(queries.names) * len(states), {"chunk": wide.chunk, "ordinary": cut.chunk}
-            made = programs(run, rules, number, **at_once, compiled=wanted)
+            rows = len(queries.names) * len(states)
+            made = programs(run, rules, rows, chunk=wide.chunk, ordinary=cut.chunk, compiled=wanted)
             rules, cut = replace(rules, programs=made), wide if made else cut
         settings: dict[str, object] = {"curvature": repr(rules.curvature), "slope": repr(rules.slope)}
         settings |= {"chunk": cut.chunk, "exact": rules.exact} | why | ({"compiled": True} if rules.programs else {})

@@ -109,7 +109,7 @@ def _is_sum(a: Tensor, b: Tensor) -> bool:
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:
-    large = a.dtype is torch.float32 and a.numel() * b.shape[1] >= LARGE
+    large = a.dtype is b.dtype is torch.float32 and a.numel() * b.shape[1] >= LARGE
     return _fast.get() and large and _is_dense(a) and _is_dense(b)
 
 
