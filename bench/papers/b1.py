@@ -74,16 +74,16 @@ class Drawn:
         """The draw."""
         draw = np.random.default_rng(0)
         visits = [(step, slot) for step in range(run.steps) for slot in range(len(run.log[step].samples))]
-        final = run.log[run.steps - 1].fed[-1].epoch
-        last = [visit for visit in visits if run.log[visit[0]].fed[-1].epoch == final]
+        last = of_last_epoch(run)
         some = [sorted(draw.choice(len(pool), REMOVALS, replace=False)) for pool in (last, visits)]
         samples = draw.choice(run.samples, REMOVALS, replace=False).tolist()
         return Drawn([last[place] for place in some[0]], [visits[place] for place in some[1]], samples)
 
     def removals(self, run: whence.Run) -> list[Removal]:
         """All of them, kind by kind."""
-        visits = [Removal(frozenset({run.log[t].samples[b]}), (t, t + 1)) for t, b in self.last + self.anywhere]
-        return visits + [Removal(frozenset({sample}), (0, run.steps)) for sample in self.samples]
+        return left_out(run, self.last + self.anywhere) + [
+            Removal(frozenset({sample}), (0, run.steps)) for sample in self.samples
+        ]
 
     def predicted(self, run: whence.Run, values: np.ndarray) -> np.ndarray:
         """What an influence [query, step, slot] says of them, `[query, kind, removal]`."""
@@ -93,6 +93,18 @@ class Drawn:
         one = [values[:, [t for t, _ in visits], [b for _, b in visits]] for visits in (self.last, self.anywhere)]
         total = np.stack([np.where(slots == sample, values, 0.0).sum((1, 2)) for sample in self.samples], 1)
         return np.stack([*one, total], 1)
+
+
+def of_last_epoch(run: whence.Run) -> list[Visit]:
+    """Its visits, in order."""
+    final = run.log[run.steps - 1].fed[-1].epoch
+    steps = (step for step in run.log if step.fed[-1].epoch == final)
+    return [(step.index, slot) for step in steps for slot in range(len(step.samples))]
+
+
+def left_out(run: whence.Run, visits: list[Visit]) -> list[Removal]:
+    """The training again without each."""
+    return [Removal(frozenset({run.log[step].samples[slot]}), (step, step + 1)) for step, slot in visits]
 
 
 def asked(trained: TrainedCase) -> list[Any]:

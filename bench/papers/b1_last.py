@@ -4,7 +4,6 @@ The "fast" training of bench.papers.b1, where 60 removals do not tell the method
 are 400. Beside each figure: how far our embeddings are ahead of it, with 95 % intervals over the removals.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,8 @@ import torch
 
 import whence
 from bench.cases import TrainedCase
-from bench.papers.b1 import METHODS, SETTINGS, SINGLE, TEST, Visit
+from bench.papers.b1 import METHODS, SETTINGS, SINGLE, TEST, Visit, left_out, of_last_epoch
 from whence.influence.agreement import bootstrap, spearman
-from whence.methods.again.changes import Removal
 from whence.methods.again.retrain import perturb
 
 REMOVALS, TOGETHER, DRAWS = 400, 50, 2000
@@ -30,19 +28,15 @@ OTHERS = (
 
 def drawn(run: whence.Run) -> list[Visit]:
     """Visits of the last epoch."""
-    final = run.log[run.steps - 1].fed[-1].epoch
-    last = [(step.index, slot) for step in run.log if step.fed[-1].epoch == final for slot in range(len(step.samples))]
+    last = of_last_epoch(run)
     picked = np.random.default_rng(1).choice(len(last), REMOVALS, replace=False)
     return [last[place] for place in sorted(picked)]
 
 
-def truth(trained: TrainedCase, visits: Sequence[Visit]) -> np.ndarray:
+def truth(trained: TrainedCase, visits: list[Visit]) -> np.ndarray:
     """What leaving out each does to the mean test loss and to some single ones, `[1 + loss, visit]`."""
     run, losses = trained.run, whence.Loss(trained.queries(TEST))
-    gone = [Removal(frozenset({run.log[step].samples[slot]}), (step, step + 1)) for step, slot in visits]
-    parts = [gone[first : first + TOGETHER] for first in range(0, REMOVALS, TOGETHER)]
-    found = [perturb(run, losses, part, observed_at=(run.steps,), batch=TOGETHER).change[:, 0] for part in parts]
-    change = np.concatenate(found, 1)
+    change = perturb(run, losses, left_out(run, visits), observed_at=(run.steps,), batch=TOGETHER).change[:, 0]
     return np.concatenate([change.mean(0, keepdims=True), change[:SINGLE]])
 
 
