@@ -1,6 +1,6 @@
 """Smooth layers recorded for few passes have torch's derivatives: first, second, third, of one query and of many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad as differentiated
 from torch.func import jvp, vmap
-from torch.nn.functional import gelu, layer_norm, mish, silu
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import gelu, layer_norm, mish, scaled_dot_product_attention, silu
 from transformers.activations import (
     AccurateGELUActivation,
     FastGELUActivation,
@@ -20,7 +21,8 @@ import whence
 from tests.replay.test_curvature import problem
 from whence.activations import join
 from whence.replay import smooth
-from whence.replay.smooth import Smooth, straight
+from whence.replay.smooth import Smooth
+from whence.replay.twice import straight
 
 Layer = Callable[..., Tensor]
 Leaves = tuple[Tensor, ...]
@@ -37,15 +39,30 @@ LAYERS: dict[str, tuple[Layer, tuple[tuple[int, ...], ...]]] = {
     "norm of two axes": (lambda x, w, b: layer_norm(x, AXES, w, b), (SHAPE, AXES, AXES)),
     "norm without a shift": (lambda x, w: layer_norm(x, SHAPE[-1:], w), (SHAPE, SHAPE[-1:])),
 }
+QKV = (2, 3, 4, 5), (2, 3, 6, 5), (2, 3, 6, 7)  # [sample, head, token, width]
+BLIND = torch.tensor([[1, 0, 1, 1, 0, 1], [0] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]], dtype=torch.bool)  # one sees nothing
+BIASED = torch.linspace(-2, 2, 3 * 4 * 6, dtype=torch.float64).view(3, 4, 6)
+attention = scaled_dot_product_attention
+LAYERS |= {
+    "attention": (attention, QKV),
+    "attention, causal": (partial(attention, is_causal=True), QKV),
+    "attention, scaled": (partial(attention, scale=0.3), QKV),
+    "attention, masked": (partial(attention, attn_mask=BLIND), QKV),
+    "attention, biased": (partial(attention, attn_mask=BIASED), QKV),
+    "attention of one head": (attention, ((4, 5), (6, 5), (6, 7))),
+    "attention, grouped": (partial(attention, enable_gqa=True), ((2, 4, 4, 5), (2, 2, 6, 5), (2, 2, 6, 7))),
+}
 for composed in (NewGELUActivation, FastGELUActivation, QuickGELUActivation, AccurateGELUActivation):
     join(activation := composed())
     LAYERS[composed.__name__] = (activation, (SHAPE,))
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers count as large."""
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small layers count as large, and torch's own attention can be differentiated twice."""
     monkeypatch.setattr(smooth, "LARGE", 1)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def drawn(*shapes: tuple[int, ...], seed: int = 0) -> Leaves:

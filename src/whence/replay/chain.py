@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from whence.errors import NoOutputs
 from whence.replay.linearised import Linearised, Product, Tensors, differentiated, free, leaves, nudged, transposed
-from whence.replay.smooth import Smooth, straight
+from whence.replay.smooth import Smooth
 from whence.replay.transition import Piece
+from whence.replay.twice import straight
 from whence.tree import Tree, add
 
 

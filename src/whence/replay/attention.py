@@ -1,0 +1,122 @@
+r"""Attention whose second derivative takes few passes over its weights.
+
+With :math:`P = \mathrm{softmax}(s\,QK^\top + M)` and :math:`Y = PV`, and :math:`\sigma` the derivative of a softmax by
+its rows, :math:`\sigma(X) = P \circ (X - \mathrm{rowsum}(P \circ X))`, a slope of Y is pulled back by
+
+.. math:: \bar V = P^\top \bar Y \qquad \bar S = \sigma(\bar Y V^\top) \qquad \bar Q = s \bar S K
+   \qquad \bar K = s \bar S^\top Q.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from whence.replay.twice import Bend, Layer, Tensors
+
+SOFTMAX = torch.ops.aten._safe_softmax.default  # zero where a mask leaves nothing
+NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
+SIGMA = torch.ops.aten._softmax_backward_data.default
+
+
+@final
+class Attention(Layer):
+    """`scaled_dot_product_attention` of equally many heads, without dropout.
+
+    Args:
+        mask: as torch takes it; no derivative goes through it.
+        is_causal: whether later keys are hidden.
+        scale: s; by default the root of the width, inverted.
+    """
+
+    def __init__(self, mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None) -> None:
+        self._mask, self._causal, self._scale = mask, is_causal, scale
+
+    def plain(self, *inputs: Tensor) -> Tensor:
+        """As torch has it."""
+        q, k, v = inputs
+        with sdpa_kernel(SDPBackend.MATH):
+            return scaled_dot_product_attention(q, k, v, self._mask, is_causal=self._causal, scale=self._scale)
+
+    def value(self, *inputs: Tensor) -> Tensor:
+        """The mixed values `[..., query, width]`."""
+        q, k, v = inputs
+        self._shapes = tuple(tensor.shape for tensor in inputs)
+        self._s = q.shape[-1] ** -0.5 if self._scale is None else self._scale
+        self._q, self._k, self._v = _flat(q * self._s), _flat(k * self._s), _flat(v)
+        scores = self._hidden(torch.bmm(_flat(q), self._k.mT).view(*q.shape[:-1], k.shape[-2]))
+        self._weights = _flat(SOFTMAX(scores, -1))
+        return torch.bmm(self._weights, self._v).view(*q.shape[:-1], v.shape[-1])
+
+    def pull(self, slope: Tensor) -> Tensors:
+        """Of queries, keys and values."""
+        slope = _flat(slope)
+        by_scores = self._sigma(torch.bmm(slope, self._v.mT))
+        found = torch.bmm(by_scores, self._k), torch.bmm(by_scores.mT, self._q), torch.bmm(self._weights.mT, slope)
+        return self._shaped(found)
+
+    def bend(self, slope: Tensor, pulled: Tensors) -> Bend:
+        r"""With :math:`A = s(a_Q K^\top + Q a_K^\top)`, the cotangent of :math:`\bar S`."""
+        del pulled
+        weights, slope, shape = self._weights, _flat(slope), slope.shape
+
+        @cache
+        def kept() -> Tensors:
+            by_weights = torch.bmm(slope, self._v.mT)
+            by_scores = self._sigma(by_weights)
+            return by_weights - (weights * by_weights).sum(-1, keepdim=True), self._s * by_scores
+
+        def bent(a: Tensors) -> Iterator[Tensor]:
+            q, k, v = (_flat(tensor) for tensor in a)
+            sigma = self._sigma(torch.baddbmm(torch.bmm(q, self._k.mT), self._q, k.mT))
+            yield torch.baddbmm(torch.bmm(weights, v), sigma, self._v).view(shape)
+            centred, by_scores = kept()
+            # The weights times their own cotangent, up to what sigma takes from every row.
+            both = torch.addcmul(sigma * centred, weights, torch.bmm(slope, v.mT))
+            scores = torch.addcmul(both, weights, both.sum(-1, keepdim=True), value=-1)
+            yield from self._shaped(
+                (
+                    torch.baddbmm(torch.bmm(scores, self._k), by_scores, k),
+                    torch.baddbmm(torch.bmm(scores.mT, self._q), by_scores.mT, q),
+                    torch.bmm(sigma.mT, slope),
+                )
+            )
+
+        return bent
+
+    def _hidden(self, scores: Tensor) -> Tensor:
+        if self._causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            return scores.masked_fill(~seen, -torch.inf)
+        if self._mask is None:
+            return scores
+        return scores.masked_fill(~self._mask, -torch.inf) if self._mask.dtype is torch.bool else scores + self._mask
+
+    def _sigma(self, cotangent: Tensor) -> Tensor:
+        found: Tensor = SIGMA(cotangent, self._weights, -1, cotangent.dtype)
+        return found
+
+    def _shaped(self, tensors: Tensors) -> Tensors:
+        return tuple(tensor.view(shape) for tensor, shape in zip(tensors, self._shapes, strict=True))
+
+
+def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Attention, Tensors] | None:
+    """A call of `scaled_dot_product_attention` as a layer and its inputs; None where it is left to torch."""
+    call = DEFAULTS | dict(zip(NAMES, args, strict=False)) | kwargs
+    inputs, mask = tuple(call[name] for name in NAMES[:3]), call["attn_mask"]
+    alike = len({(tensor.dtype, tensor.shape[:-2], tensor.is_nested) for tensor in inputs}) == 1
+    full = inputs[0].dtype in {torch.float32, torch.float64} and not torch.is_autocast_enabled(inputs[0].device.type)
+    fixed = mask is None or not (mask.requires_grad or call["is_causal"])  # torch refuses both kinds of mask at once
+    if not (alike and full and fixed and call["dropout_p"] == 0) or inputs[0].is_nested:
+        return None
+    return Attention(mask, is_causal=call["is_causal"], scale=call["scale"]), inputs
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """[..., row, column] to [batch, row, column]."""
+    return tensor.reshape(-1, *tensor.shape[-2:])
