@@ -1,6 +1,7 @@
 """Smooth layers recorded for few passes have torch's derivatives: first, second, third, of one query and of many."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad as differentiated
 from torch.func import jvp, vmap
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, layer_norm, mish, scaled_dot_product_attention, silu
 from transformers.activations import (
@@ -20,7 +22,7 @@ from transformers.activations import (
 import whence
 from tests.replay.test_curvature import problem
 from whence.activations import join
-from whence.replay import smooth
+from whence.replay import attention, linear, smooth
 from whence.replay.smooth import Smooth
 from whence.replay.twice import straight
 
@@ -42,15 +44,23 @@ LAYERS: dict[str, tuple[Layer, tuple[tuple[int, ...], ...]]] = {
 QKV = (2, 3, 4, 5), (2, 3, 6, 5), (2, 3, 6, 7)  # [sample, head, token, width]
 BLIND = torch.tensor([[1, 0, 1, 1, 0, 1], [0] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]], dtype=torch.bool)  # one sees nothing
 BIASED = torch.linspace(-2, 2, 3 * 4 * 6, dtype=torch.float64).view(3, 4, 6)
-attention = scaled_dot_product_attention
+attend = scaled_dot_product_attention
 LAYERS |= {
-    "attention": (attention, QKV),
-    "attention, causal": (partial(attention, is_causal=True), QKV),
-    "attention, scaled": (partial(attention, scale=0.3), QKV),
-    "attention, masked": (partial(attention, attn_mask=BLIND), QKV),
-    "attention, biased": (partial(attention, attn_mask=BIASED), QKV),
-    "attention of one head": (attention, ((4, 5), (6, 5), (6, 7))),
-    "attention, grouped": (partial(attention, enable_gqa=True), ((2, 4, 4, 5), (2, 2, 6, 5), (2, 2, 6, 7))),
+    "linear": (functional.linear, (SHAPE, (6, 5), (6,))),
+    "linear without a bias": (functional.linear, (SHAPE, (6, 5))),
+    "linear of a still input": (lambda w, b: functional.linear(torch.ones(SHAPE).to(w), w, b), ((6, 5), (6,))),
+    "linear of a still weight": (lambda x, b: functional.linear(x, torch.ones(6, 5).to(x), b), (SHAPE, (6,))),
+    "linear of a still bias": (lambda x, w: functional.linear(x, w, torch.ones(6).to(x)), (SHAPE, (6, 5))),
+    "linear, its bias alone": (lambda b: functional.linear(torch.ones(4, 5).to(b), torch.ones(6, 5).to(b), b), ((6,),)),
+    "by columns": (torch.addmm, ((6,), (4, 5), (5, 6))),
+    "by columns, scaled": (partial(torch.addmm, beta=2), ((6,), (4, 5), (5, 6))),
+    "attention": (attend, QKV),
+    "attention, causal": (partial(attend, is_causal=True), QKV),
+    "attention, scaled": (partial(attend, scale=0.3), QKV),
+    "attention, masked": (partial(attend, attn_mask=BLIND), QKV),
+    "attention, biased": (partial(attend, attn_mask=BIASED), QKV),
+    "attention of one head": (attend, ((4, 5), (6, 5), (6, 7))),
+    "attention, grouped": (partial(attend, enable_gqa=True), ((2, 4, 4, 5), (2, 2, 6, 5), (2, 2, 6, 7))),
 }
 for composed in (NewGELUActivation, FastGELUActivation, QuickGELUActivation, AccurateGELUActivation):
     join(activation := composed())
@@ -60,7 +70,8 @@ for composed in (NewGELUActivation, FastGELUActivation, QuickGELUActivation, Acc
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small layers count as large, and torch's own attention can be differentiated twice."""
-    monkeypatch.setattr(smooth, "LARGE", 1)
+    for kind in (smooth, attention, linear):
+        monkeypatch.setattr(kind, "LARGE", 1)
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -137,6 +148,34 @@ def test_directions_at_once(name: str) -> None:
     assert_same(*found)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_directions_of_some(name: str) -> None:
+    """A stack of directions for one of the gradients, where the others count for nothing."""
+    layer, shapes = LAYERS[name]
+    found = []
+    for recorded in (False, True):
+        inputs = drawn(*shapes)
+        with Smooth() if recorded else nullcontext():
+            value = layer(*inputs)
+        (slope,) = drawn(value.shape, seed=1)
+        pulled: list[Tensor] = []
+        for one in grad(value, inputs, slope, create_graph=True):
+            (many,) = drawn((2, *one.shape), seed=2)
+            pulled += vmap(lambda a, one=one, at=(slope, *inputs): grad(one, at, a, retain_graph=True))(many)
+        found.append(tuple(pulled))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_a_layer_returns_may_be_overwritten(name: str) -> None:
+    """As an activation in place does it."""
+    layer, shapes = LAYERS[name]
+    with Smooth():
+        found = twice(lambda *inputs: layer(*inputs).sigmoid_(), drawn(*shapes))
+    expected = twice(lambda *inputs: layer(*inputs).sigmoid(), drawn(*shapes))
+    assert_same(found[1], expected[1])
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own forward mode
 def test_transforms_of_the_model_itself_are_left_alone() -> None:
     """Forward mode and stacks of models."""
@@ -170,8 +209,9 @@ def test_products(
     weights = torch.ones(4, dtype=torch.float64)
     a = {name: torch.randn_like(tensor) for name, tensor in at.params.items()}
     for large in (1, 10**9):
-        monkeypatch.setattr(smooth, "LARGE", large)
-        linear = curvature.linearise(at.piece, at.params, at.buffers, weights=weights)
-        second, _, scores = linear.pull(a, {})
-        found.append((*linear.gradient.values(), *second.values(), scores))
+        for kind in (smooth, attention, linear):
+            monkeypatch.setattr(kind, "LARGE", large)
+        linearised = curvature.linearise(at.piece, at.params, at.buffers, weights=weights)
+        second, _, scores = linearised.pull(a, {})
+        found.append((*linearised.gradient.values(), *second.values(), scores))
     assert_same(*found)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from whence.replay.twice import Bend, Layer, Tensors
+from whence.replay.twice import Bend, Call, Layer, Needs, Tensors, one_precision
 
+LARGE = 2**15  # weights from which on a pass over them costs more than a call from Python
 SOFTMAX = torch.ops.aten._safe_softmax.default  # zero where a mask leaves nothing
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
@@ -53,16 +54,16 @@ class Attention(Layer):
         self._weights = _flat(SOFTMAX(scores, -1))
         return torch.bmm(self._weights, self._v).view(*q.shape[:-1], v.shape[-1])
 
-    def pull(self, slope: Tensor) -> Tensors:
+    def pull(self, slope: Tensor, needs: Needs) -> Tensors:
         """Of queries, keys and values."""
+        del needs
         slope = _flat(slope)
         by_scores = self._sigma(torch.bmm(slope, self._v.mT))
         found = torch.bmm(by_scores, self._k), torch.bmm(by_scores.mT, self._q), torch.bmm(self._weights.mT, slope)
         return self._shaped(found)
 
-    def bend(self, slope: Tensor, pulled: Tensors) -> Bend:
+    def bend(self, slope: Tensor) -> Bend:
         r"""With :math:`A = s(a_Q K^\top + Q a_K^\top)`, the cotangent of :math:`\bar S`."""
-        del pulled
         weights, slope, shape = self._weights, _flat(slope), slope.shape
 
         @cache
@@ -71,7 +72,8 @@ class Attention(Layer):
             by_scores = self._sigma(by_weights)
             return by_weights - (weights * by_weights).sum(-1, keepdim=True), self._s * by_scores
 
-        def bent(a: Tensors) -> Iterator[Tensor]:
+        def bent(a: Tensors, needs: Needs) -> Iterator[Tensor]:
+            del needs
             q, k, v = (_flat(tensor) for tensor in a)
             sigma = self._sigma(torch.baddbmm(torch.bmm(q, self._k.mT), self._q, k.mT))
             yield torch.baddbmm(torch.bmm(weights, v), sigma, self._v).view(shape)
@@ -105,16 +107,19 @@ class Attention(Layer):
         return tuple(tensor.view(shape) for tensor, shape in zip(tensors, self._shapes, strict=True))
 
 
-def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Attention, Tensors] | None:
-    """A call of `scaled_dot_product_attention` as a layer and its inputs; None where it is left to torch."""
+def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """A call of `scaled_dot_product_attention`; None where it is left to torch."""
     call = DEFAULTS | dict(zip(NAMES, args, strict=False)) | kwargs
     inputs, mask = tuple(call[name] for name in NAMES[:3]), call["attn_mask"]
-    alike = len({(tensor.dtype, tensor.shape[:-2], tensor.is_nested) for tensor in inputs}) == 1
-    full = inputs[0].dtype in {torch.float32, torch.float64} and not torch.is_autocast_enabled(inputs[0].device.type)
+    alike = one_precision(inputs) and len({tensor.shape[:-2] for tensor in inputs}) == 1
     fixed = mask is None or not (mask.requires_grad or call["is_causal"])  # torch refuses both kinds of mask at once
-    if not (alike and full and fixed and call["dropout_p"] == 0) or inputs[0].is_nested:
+    if not (alike and fixed and call["dropout_p"] == 0 and _pays(*inputs[:2])):
         return None
     return Attention(mask, is_causal=call["is_causal"], scale=call["scale"]), inputs
+
+
+def _pays(query: Tensor, key: Tensor) -> bool:
+    return query.shape[:-1].numel() * key.shape[-2] >= LARGE
 
 
 def _flat(tensor: Tensor) -> Tensor:

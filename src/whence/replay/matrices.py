@@ -36,7 +36,7 @@ def fast_products() -> Iterator[None]:
     Unless `torch.backends.mkldnn.enabled` says otherwise.
     """
     with at_hand():
-        before = _fast.set(True)
+        before = _fast.set(_gains())
         try:
             yield
         finally:
@@ -46,7 +46,7 @@ def fast_products() -> Iterator[None]:
 @contextmanager
 def at_hand() -> Iterator[None]:
     """Around many such blocks: torch's table of kernels is not one to write to while other threads compute."""
-    if not (torch.backends.mkldnn.enabled and leaves_half_unused()):
+    if not _gains():
         yield
         return
     _enter()
@@ -54,6 +54,10 @@ def at_hand() -> Iterator[None]:
         yield
     finally:
         _leave()
+
+
+def _gains() -> bool:
+    return bool(torch.backends.mkldnn.enabled) and leaves_half_unused()
 
 
 @cache
@@ -78,9 +82,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shifted(bias: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Tensor:
-    """A matrix product, and a bias `[n]` on every row; the like with factors and other biases too."""
-    if beta == alpha == 1 and bias.shape == b.shape[1:] and bias.dtype is torch.float32 and _pays(a, b):
-        return _linear(a, b, bias)
+    """A matrix product, and a bias on every row `[n]` or entry `[m, n]`; the like with factors and other biases too."""
+    if beta == alpha == 1 and bias.dtype is torch.float32 and _pays(a, b):
+        if bias.shape == b.shape[1:]:
+            return _linear(a, b, bias)
+        if bias.shape == (len(a), b.shape[1]) and bias.is_contiguous():
+            return _added(bias, a, b)
     out = a.new_empty(a.shape[0], b.shape[1])
     found: Tensor = torch.ops.aten.addmm.out(bias, a, b, beta=beta, alpha=alpha, out=out)
     return found
@@ -89,6 +96,12 @@ def shifted(bias: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Numb
 def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """As a linear layer: a @ weight.T + bias."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return found
+
+
+def _added(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same, added to a matrix while it is still at hand."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a, to, b.t(), None, "add")
     return found
 
 

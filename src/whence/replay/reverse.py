@@ -107,9 +107,10 @@ class Rules:
 
     def linearise(self, piece: Piece, params: Tree, buffers: Tree, *, weights: Tensor) -> Linearised:
         """Gradient of a piece and its transposed derivative at the given point."""
-        if self.programs is None:
-            return self.curvature.linearise(piece, params, buffers, weights=weights)
-        return self.programs.linearise(self.curvature, piece, params, buffers=buffers, weights=weights)
+        with fast_products():
+            if self.programs is None:
+                return self.curvature.linearise(piece, params, buffers, weights=weights)
+            return self.programs.linearise(self.curvature, piece, params, buffers=buffers, weights=weights)
 
 
 def pull_back(transition: Transition, state: State, cotangent: Cotangent, *, rules: Rules, chunk: int) -> Pulled:

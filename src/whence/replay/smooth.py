@@ -11,14 +11,20 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.autograd import grad
-from torch.nn.functional import gelu, layer_norm, mish, scaled_dot_product_attention, silu
+from torch.nn import functional
+from torch.nn.functional import gelu, layer_norm, mish, silu
 from torch.overrides import TorchFunctionMode
 
 from whence.activations import composed
-from whence.replay.attention import seen
-from whence.replay.twice import Bend, Layer, Tensors, recorded
+from whence.replay import attention, linear
+from whence.replay.twice import Bend, Layer, Needs, Tensors, alone, recorded
 
 ELEMENTWISE = frozenset({gelu, silu, mish})
+PRODUCTS = {
+    functional.linear: linear.seen,
+    torch.addmm: linear.seen_by_columns,
+    functional.scaled_dot_product_attention: attention.seen,
+}
 LARGE = 2**15  # entries from which on a pass over them costs more than a call from Python
 KERNEL = torch.ops.aten.native_layer_norm_backward
 
@@ -36,20 +42,13 @@ class Smooth(TorchFunctionMode):
             return recorded(_Elementwise(partial(function, **kwargs)), args[0])
         if function is layer_norm and kwargs["bias"] is not None and _pays(args):
             return recorded(_Norm(tuple(args[1]), kwargs["eps"]), args[0], kwargs["weight"], kwargs["bias"])
-        if function is scaled_dot_product_attention and _alone() and (found := seen(args, kwargs)):
-            layer, (q, k, v) = found
-            if q.shape[:-1].numel() * k.shape[-2] >= LARGE:
-                return recorded(layer, q, k, v)
+        if function in PRODUCTS and alone() and (found := PRODUCTS[function](args, kwargs)):
+            return recorded(found[0], *found[1])
         return function(*args, **kwargs)
 
 
 def _pays(args: tuple[Any, ...]) -> bool:
-    return _alone() and bool(args) and args[0].numel() >= LARGE
-
-
-def _alone() -> bool:
-    # Under a transform of the model's own, layers are left alone; a compiler puts passes together by itself.
-    return torch._C._functorch.maybe_current_level() is None and not torch.compiler.is_compiling()
+    return alone() and bool(args) and args[0].numel() >= LARGE
 
 
 @final
@@ -68,14 +67,15 @@ class _Elementwise(Layer):
         self._first = self._slope.detach()
         return value.detach()
 
-    def pull(self, slope: Tensor) -> Tensors:
+    def pull(self, slope: Tensor, needs: Needs) -> Tensors:
+        del needs
         return (slope * self._first,)
 
-    def bend(self, slope: Tensor, pulled: Tensors) -> Bend:
-        del pulled
+    def bend(self, slope: Tensor) -> Bend:
         second = cache(lambda: slope * self._second)
 
-        def bent(a: Tensors) -> Iterator[Tensor]:
+        def bent(a: Tensors, needs: Needs) -> Iterator[Tensor | None]:
+            del needs
             yield a[0] * self._first
             yield a[0] * second()
 
@@ -107,26 +107,29 @@ class _Norm(Layer):
         value, self._mean, self._r = torch.native_layer_norm(*point)
         return value
 
-    def pull(self, slope: Tensor) -> Tensors:
+    def pull(self, slope: Tensor, needs: Needs) -> Tensors:
+        del needs
         kept = self._x, self._shape, self._mean, self._r, self._weight, self._bias
         found: Tensors = KERNEL(slope, *kept, [True, True, True])
         return found
 
-    def bend(self, slope: Tensor, pulled: Tensors) -> Bend:
+    def bend(self, slope: Tensor) -> Bend:
         @cache
         def kept() -> Tensors:
             scaled = slope * self._weight * self._r
             return scaled, self._mean_of(scaled * self._normal), self._r * self._normal
 
-        def bent(a: Tensors) -> Iterator[Tensor]:
+        def bent(a: Tensors, needs: Needs) -> Iterator[Tensor | None]:
+            del needs
             projected = self._projected(a[0])
             yield torch.addcmul(torch.addcmul(a[2], a[1], self._normal), projected, self._weight)
             scaled, mean, by_r = kept()
             inside = torch.addcmul(a[1] * slope, a[0], mean, value=-1)
             inside = torch.addcmul(inside, scaled, self._mean_of(a[0] * self._normal), value=-1)
-            yield torch.addcmul(self._projected(inside), by_r, self._mean_of(a[0] * pulled[0]), value=-1)
-            yield (slope * projected).sum(tuple(range(slope.dim() - len(self._shape))))
-            yield torch.zeros_like(self._bias)
+            both = slope * projected
+            yield torch.addcmul(self._projected(inside), by_r, self._mean_of(both * self._weight), value=-1)
+            yield both.sum(tuple(range(slope.dim() - len(self._shape))))
+            yield None
 
         return bent
 

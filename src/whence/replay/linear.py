@@ -1,0 +1,99 @@
+r"""Linear layers whose second derivative is six products, each of which adds to the one before.
+
+:math:`Y = XW^\top + b` is pulled back by :math:`\bar X = \bar Y W`, :math:`\bar W = \bar Y^\top X` and the sum of
+:math:`\bar Y` over its rows.
+"""
+
+from collections.abc import Iterator
+from typing import Any, final
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from whence.replay.matrices import product, shifted
+from whence.replay.twice import Bend, Call, Layer, Maybe, Needs, alone, one_precision
+
+LARGE = 2**23  # multiplications from which on this pays
+NAMES = ("input", "weight", "bias")
+
+
+@final
+class Linear(Layer):
+    """`linear`, with or without a bias."""
+
+    def plain(self, *inputs: Tensor) -> Tensor:
+        """As torch has it."""
+        return linear(*inputs)
+
+    def value(self, *inputs: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        x, self._weight, *_ = inputs
+        self._x, self._shape = _rows(x), x.shape
+        return linear(*inputs)
+
+    def pull(self, slope: Tensor, needs: Needs) -> Maybe:
+        """Of the layer's input, weight and bias, as far as they are asked for."""
+        rows = _rows(slope)
+        return (
+            _product(rows, self._weight).view(self._shape) if needs[0] else None,
+            _product(rows.t(), self._x) if needs[1] else None,
+            *(rows.sum(0) if need else None for need in needs[2:]),
+        )
+
+    def bend(self, slope: Tensor) -> Bend:
+        r"""<a, pull(slope)> is linear in the slope, in X and in W."""
+        rows, shape = _rows(slope), slope.shape
+
+        def bent(a: Maybe, needs: Needs) -> Iterator[Tensor | None]:
+            x, weight, *bias = a
+            x = None if x is None else _rows(x)
+            yield self._by_slope(x, weight, *bias).view(shape)
+            yield None if weight is None or not needs[0] else _product(rows, weight).view(self._shape)
+            yield None if x is None or not needs[1] else _product(rows.t(), x)
+            yield from (None for _ in bias)
+
+        return bent
+
+    def _by_slope(self, x: Tensor | None, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        found = bias
+        if weight is not None:
+            found = _plus(found, self._x, weight.t())
+        if x is not None:
+            found = _plus(found, x, self._weight.t())
+        assert found is not None
+        return found.expand(len(self._x), -1)
+
+
+def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """A call of `linear`; None where it is left to torch."""
+    call = {"bias": None} | dict(zip(NAMES, args, strict=False)) | kwargs
+    inputs = tuple(call[name] for name in NAMES if call[name] is not None)
+    return (Linear(), inputs) if _pays(*inputs[:2]) and one_precision(inputs) else None
+
+
+def seen_by_columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """The same of a call of `addmm`, whose weight is turned, as in transformers' `Conv1D`."""
+    if kwargs or len(args) != 3 or args[0].dim() != 1 or len(args[0]) != args[2].shape[1]:
+        return None
+    bias, x, weight = args
+    return seen((x, weight.t(), bias), {})
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    return weight.dim() == 2 and x.numel() * len(weight) >= LARGE
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return product(a, b) if alone() else a @ b
+
+
+def _plus(to: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    if to is None:
+        return _product(a, b)
+    if not alone():
+        return a @ b + to
+    return shifted(to, a, b) if to.dim() == 1 else product(a, b).add_(to)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
