@@ -3,8 +3,8 @@
 On a processor torch has MKL multiply float32 matrices, which on AMD's processors uses half of the width of AVX-512.
 oneDNN, which torch carries too, uses all of it, and is about twice as fast at the sizes of a small GPT.
 
-This is for derivatives and embeddings. What a sweep repeats of the training itself, states and gradients, is left to
-the training's kernels, so that it comes out as it was, to the bit.
+This is for derivatives and embeddings. The states that a sweep recomputes are left to the training's kernels, so that
+they come out as they were, to the bit.
 """
 
 import platform
