@@ -22,7 +22,7 @@ from transformers.activations import (
 import whence
 from tests.replay.test_curvature import problem
 from whence.activations import join
-from whence.replay import attention, linear, smooth
+from whence.replay import attention, linear, smooth, softmax
 from whence.replay.smooth import Smooth
 from whence.replay.twice import straight
 
@@ -45,7 +45,23 @@ QKV = (2, 3, 4, 5), (2, 3, 6, 5), (2, 3, 6, 7)  # [sample, head, token, width]
 BLIND = torch.tensor([[1, 0, 1, 1, 0, 1], [0] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]], dtype=torch.bool)  # one sees nothing
 BIASED = torch.linspace(-2, 2, 3 * 4 * 6, dtype=torch.float64).view(3, 4, 6)
 attend = scaled_dot_product_attention
+TARGETS = torch.tensor([1, 0, -100, 4])
 LAYERS |= {
+    "softmax": (lambda x: functional.softmax(x, -1, dtype=torch.float64), (SHAPE,)),
+    "softmax of rows": (lambda x: x.softmax(1), (SHAPE,)),
+    "softmax of columns": (lambda x: torch.softmax(x, dim=0), (SHAPE,)),
+    "log_softmax": (lambda x: functional.log_softmax(x, dim=-1), (SHAPE,)),
+    "log_softmax of rows": (lambda x: x.log_softmax(1), (SHAPE,)),
+    "cross entropy": (lambda x: functional.cross_entropy(x, TARGETS, reduction="none"), ((4, 5),)),
+    "cross entropy, mean": (lambda x: functional.cross_entropy(x, TARGETS), ((4, 5),)),
+    "cross entropy of tokens": (lambda x: functional.cross_entropy(x, TARGETS[None, :3].expand(4, 3)), ((4, 5, 3),)),
+    "cross entropy of one": (lambda x: functional.cross_entropy(x, TARGETS[0]), ((5,),)),
+    "cross entropy, weighted": (
+        lambda x: functional.cross_entropy(x, TARGETS % 5, torch.arange(1, 6).to(x), ignore_index=4),
+        ((4, 5),),
+    ),
+    "cross entropy, smoothed": (lambda x: functional.cross_entropy(x, TARGETS, label_smoothing=0.1), ((4, 5),)),
+    "cross entropy with shares": (lambda x: functional.cross_entropy(x, x.detach().softmax(1)), ((4, 5),)),
     "linear": (functional.linear, (SHAPE, (6, 5), (6,))),
     "linear without a bias": (functional.linear, (SHAPE, (6, 5))),
     "linear of a still input": (lambda w, b: functional.linear(torch.ones(SHAPE).to(w), w, b), ((6, 5), (6,))),
@@ -70,7 +86,7 @@ for composed in (NewGELUActivation, FastGELUActivation, QuickGELUActivation, Acc
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small layers count as large, and torch's own attention can be differentiated twice."""
-    for kind in (smooth, attention, linear):
+    for kind in (smooth, attention, linear, softmax):
         monkeypatch.setattr(kind, "LARGE", 1)
     with sdpa_kernel(SDPBackend.MATH):
         yield
@@ -209,7 +225,7 @@ def test_products(
     weights = torch.ones(4, dtype=torch.float64)
     a = {name: torch.randn_like(tensor) for name, tensor in at.params.items()}
     for large in (1, 10**9):
-        for kind in (smooth, attention, linear):
+        for kind in (smooth, attention, linear, softmax):
             monkeypatch.setattr(kind, "LARGE", large)
         linearised = curvature.linearise(at.piece, at.params, at.buffers, weights=weights)
         second, _, scores = linearised.pull(a, {})

@@ -13,12 +13,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from whence.errors import BadSetting, TooLittleMemory
 from whence.influence import layout
 from whence.queries import Averaged, Query
+from whence.replay.matrices import gains
 from whence.replay.state import State, elementwise
 from whence.replay.strands import longest
 from whence.run.run import Run
 from whence.tree import each
 
 CACHE = 64 * 2**20  # bytes of activations up to which pulling more queries at once is faster on a processor
+ALONE = 8 * 2**20  # of one query, from which on it is faster alone, where `vmap` would miss the faster products
 
 
 @final
@@ -123,7 +125,8 @@ def cut(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int, to
     Raises:
         TooLittleMemory: not even one state and one query at a time fit.
     """
-    wanted = chunk or max(1, min(rows, max(together, CACHE // max(sizes.activations, 1))))
+    useful = 1 if sizes.activations >= ALONE and gains() else CACHE // max(sizes.activations, 1)
+    wanted = chunk or max(1, min(rows, max(together, useful)))
     while not chunk and wanted > 1 and sizes.total(rows, chunk=wanted, held=2) > free:
         wanted //= 2
     left = free - sizes.total(rows, chunk=wanted, held=1)

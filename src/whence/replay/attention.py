@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from whence.replay.twice import Bend, Call, Layer, Needs, Tensors, one_precision
+from whence.replay.softmax import balanced, centred, sigma
+from whence.replay.twice import Bend, Layer, Needs, Tensors, one_precision, recorded
 
 LARGE = 2**15  # weights from which on a pass over them costs more than a call from Python
 SOFTMAX = torch.ops.aten._safe_softmax.default  # zero where a mask leaves nothing
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
-SIGMA = torch.ops.aten._softmax_backward_data.default
 
 
 @final
@@ -70,22 +70,21 @@ class Attention(Layer):
         def kept() -> Tensors:
             by_weights = torch.bmm(slope, self._v.mT)
             by_scores = self._sigma(by_weights)
-            return by_weights - (weights * by_weights).sum(-1, keepdim=True), self._s * by_scores
+            return centred(by_weights, weights, -1), self._s * by_scores
 
         def bent(a: Tensors, needs: Needs) -> Iterator[Tensor]:
             del needs
             q, k, v = (_flat(tensor) for tensor in a)
-            sigma = self._sigma(torch.baddbmm(torch.bmm(q, self._k.mT), self._q, k.mT))
-            yield torch.baddbmm(torch.bmm(weights, v), sigma, self._v).view(shape)
-            centred, by_scores = kept()
+            turned = self._sigma(torch.baddbmm(torch.bmm(q, self._k.mT), self._q, k.mT))
+            yield torch.baddbmm(torch.bmm(weights, v), turned, self._v).view(shape)
+            by_weights, by_scores = kept()
             # The weights times their own cotangent, up to what sigma takes from every row.
-            both = torch.addcmul(sigma * centred, weights, torch.bmm(slope, v.mT))
-            scores = torch.addcmul(both, weights, both.sum(-1, keepdim=True), value=-1)
+            scores = balanced(torch.addcmul(turned * by_weights, weights, torch.bmm(slope, v.mT)), weights, -1)
             yield from self._shaped(
                 (
                     torch.baddbmm(torch.bmm(scores, self._k), by_scores, k),
                     torch.baddbmm(torch.bmm(scores.mT, self._q), by_scores.mT, q),
-                    torch.bmm(sigma.mT, slope),
+                    torch.bmm(turned.mT, slope),
                 )
             )
 
@@ -100,22 +99,21 @@ class Attention(Layer):
         return scores.masked_fill(~self._mask, -torch.inf) if self._mask.dtype is torch.bool else scores + self._mask
 
     def _sigma(self, cotangent: Tensor) -> Tensor:
-        found: Tensor = SIGMA(cotangent, self._weights, -1, cotangent.dtype)
-        return found
+        return sigma(cotangent, self._weights, -1)
 
     def _shaped(self, tensors: Tensors) -> Tensors:
         return tuple(tensor.view(shape) for tensor, shape in zip(tensors, self._shapes, strict=True))
 
 
-def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """A call of `scaled_dot_product_attention`; None where it is left to torch."""
+def attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A call of `scaled_dot_product_attention`, recorded; None where it is left to torch."""
     call = DEFAULTS | dict(zip(NAMES, args, strict=False)) | kwargs
     inputs, mask = tuple(call[name] for name in NAMES[:3]), call["attn_mask"]
     alike = one_precision(inputs) and len({tensor.shape[:-2] for tensor in inputs}) == 1
     fixed = mask is None or not (mask.requires_grad or call["is_causal"])  # torch refuses both kinds of mask at once
     if not (alike and fixed and call["dropout_p"] == 0 and _pays(*inputs[:2])):
         return None
-    return Attention(mask, is_causal=call["is_causal"], scale=call["scale"]), inputs
+    return recorded(Attention(mask, is_causal=call["is_causal"], scale=call["scale"]), *inputs)
 
 
 def _pays(query: Tensor, key: Tensor) -> bool:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any, final
 
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
 
 from whence.replay.matrices import product, shifted
-from whence.replay.twice import Bend, Call, Layer, Maybe, Needs, alone, one_precision
+from whence.replay.twice import Bend, Layer, Maybe, Needs, alone, one_precision, recorded
 
 LARGE = 2**23  # multiplications from which on this pays
 NAMES = ("input", "weight", "bias")
@@ -23,13 +23,13 @@ class Linear(Layer):
 
     def plain(self, *inputs: Tensor) -> Tensor:
         """As torch has it."""
-        return linear(*inputs)
+        return functional.linear(*inputs)
 
     def value(self, *inputs: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         x, self._weight, *_ = inputs
         self._x, self._shape = _rows(x), x.shape
-        return linear(*inputs)
+        return functional.linear(*inputs)
 
     def pull(self, slope: Tensor, needs: Needs) -> Maybe:
         """Of the layer's input, weight and bias, as far as they are asked for."""
@@ -64,19 +64,19 @@ class Linear(Layer):
         return found.expand(len(self._x), -1)
 
 
-def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """A call of `linear`; None where it is left to torch."""
+def linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A call of torch's, recorded; None where it is left to torch."""
     call = {"bias": None} | dict(zip(NAMES, args, strict=False)) | kwargs
     inputs = tuple(call[name] for name in NAMES if call[name] is not None)
-    return (Linear(), inputs) if _pays(*inputs[:2]) and one_precision(inputs) else None
+    return recorded(Linear(), *inputs) if _pays(*inputs[:2]) and one_precision(inputs) else None
 
 
-def seen_by_columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """The same of a call of `addmm`, whose weight is turned, as in transformers' `Conv1D`."""
+def addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The same, where it is a linear layer whose weight is turned, as transformers' `Conv1D` has it."""
     if kwargs or len(args) != 3 or args[0].dim() != 1 or len(args[0]) != args[2].shape[1]:
         return None
     bias, x, weight = args
-    return seen((x, weight.t(), bias), {})
+    return linear((x, weight.t(), bias), {})
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:

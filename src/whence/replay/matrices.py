@@ -36,7 +36,7 @@ def fast_products() -> Iterator[None]:
     Unless `torch.backends.mkldnn.enabled` says otherwise.
     """
     with at_hand():
-        before = _fast.set(_gains())
+        before = _fast.set(gains())
         try:
             yield
         finally:
@@ -46,7 +46,7 @@ def fast_products() -> Iterator[None]:
 @contextmanager
 def at_hand() -> Iterator[None]:
     """Around many such blocks: torch's table of kernels is not one to write to while other threads compute."""
-    if not _gains():
+    if not gains():
         yield
         return
     _enter()
@@ -56,7 +56,8 @@ def at_hand() -> Iterator[None]:
         _leave()
 
 
-def _gains() -> bool:
+def gains() -> bool:
+    """Whether this processor gains by it, and it is not turned off."""
     return bool(torch.backends.mkldnn.enabled) and leaves_half_unused()
 
 

@@ -16,14 +16,23 @@ from torch.nn.functional import gelu, layer_norm, mish, silu
 from torch.overrides import TorchFunctionMode
 
 from whence.activations import composed
-from whence.replay import attention, linear
+from whence.replay.attention import attention
+from whence.replay.linear import addmm, linear
+from whence.replay.softmax import cross_entropy, log_softmax, softmax
 from whence.replay.twice import Bend, Layer, Needs, Tensors, alone, recorded
 
 ELEMENTWISE = frozenset({gelu, silu, mish})
-PRODUCTS = {
-    functional.linear: linear.seen,
-    torch.addmm: linear.seen_by_columns,
-    functional.scaled_dot_product_attention: attention.seen,
+CALLS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]] = {
+    functional.linear: linear,
+    torch.addmm: addmm,
+    functional.scaled_dot_product_attention: attention,
+    functional.softmax: softmax,
+    torch.softmax: softmax,
+    Tensor.softmax: softmax,
+    functional.log_softmax: log_softmax,
+    torch.log_softmax: log_softmax,
+    Tensor.log_softmax: log_softmax,
+    functional.cross_entropy: cross_entropy,
 }
 LARGE = 2**15  # entries from which on a pass over them costs more than a call from Python
 KERNEL = torch.ops.aten.native_layer_norm_backward
@@ -42,8 +51,8 @@ class Smooth(TorchFunctionMode):
             return recorded(_Elementwise(partial(function, **kwargs)), args[0])
         if function is layer_norm and kwargs["bias"] is not None and _pays(args):
             return recorded(_Norm(tuple(args[1]), kwargs["eps"]), args[0], kwargs["weight"], kwargs["bias"])
-        if function in PRODUCTS and alone() and (found := PRODUCTS[function](args, kwargs)):
-            return recorded(found[0], *found[1])
+        if function in CALLS and alone() and (found := CALLS[function](args, kwargs)) is not None:
+            return found
         return function(*args, **kwargs)
 
 

@@ -79,9 +79,6 @@ def one_precision(inputs: Tensors) -> bool:
     return full and len({(tensor.dtype, tensor.is_nested) for tensor in inputs}) == 1 and not inputs[0].is_nested
 
 
-Call = tuple[Layer, Tensors]  # and its inputs
-
-
 def recorded(layer: Layer, *inputs: Tensor) -> Tensor:
     """The layer's value at these inputs, differentiated as it says."""
     value: Tensor = _Value.apply(layer, *inputs)  # type: ignore[no-untyped-call]
