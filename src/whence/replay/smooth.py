@@ -46,7 +46,7 @@ class Smooth(TorchFunctionMode):
         """Record a smooth layer; leave all else as it is."""
         kwargs = kwargs or {}
         if function is composed and _pays(args[1:]):
-            return recorded(_Elementwise(args[0]), args[1])
+            return recorded(_Elementwise(kwargs["alike"] or args[0]), args[1])
         if function in ELEMENTWISE and not kwargs.get("inplace") and _pays(args):
             return recorded(_Elementwise(partial(function, **kwargs)), args[0])
         if function is layer_norm and kwargs["bias"] is not None and _pays(args):
