@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from whence.replay.softmax import balanced, centred, sigma
-from whence.replay.twice import Bend, Layer, Needs, Tensors, one_precision, recorded
+from whence.replay.twice import Bend, Layer, Needs, Tensors, alone, one_precision, recorded
 
 LARGE = 2**15  # weights from which on a pass over them costs more than a call from Python
 SOFTMAX = torch.ops.aten._safe_softmax.default  # zero where a mask leaves nothing
@@ -75,15 +75,15 @@ class Attention(Layer):
         def bent(a: Tensors, needs: Needs) -> Iterator[Tensor]:
             del needs
             q, k, v = (_flat(tensor) for tensor in a)
-            turned = self._sigma(torch.baddbmm(torch.bmm(q, self._k.mT), self._q, k.mT))
-            yield torch.baddbmm(torch.bmm(weights, v), turned, self._v).view(shape)
+            turned = self._sigma(_plus(torch.bmm(q, self._k.mT), self._q, k.mT))
+            yield _plus(torch.bmm(weights, v), turned, self._v).view(shape)
             by_weights, by_scores = kept()
             # The weights times their own cotangent, up to what sigma takes from every row.
             scores = balanced(torch.addcmul(turned * by_weights, weights, torch.bmm(slope, v.mT)), weights, -1)
             yield from self._shaped(
                 (
-                    torch.baddbmm(torch.bmm(scores, self._k), by_scores, k),
-                    torch.baddbmm(torch.bmm(scores.mT, self._q), by_scores.mT, q),
+                    _plus(torch.bmm(scores, self._k), by_scores, k),
+                    _plus(torch.bmm(scores.mT, self._q), by_scores.mT, q),
                     torch.bmm(turned.mT, slope),
                 )
             )
@@ -118,6 +118,11 @@ def attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 def _pays(query: Tensor, key: Tensor) -> bool:
     return query.shape[:-1].numel() * key.shape[-2] >= LARGE
+
+
+def _plus(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add a product in place, where `vmap` does not stand in the way."""
+    return to.baddbmm_(a, b) if alone() else torch.baddbmm(to, a, b)
 
 
 def _flat(tensor: Tensor) -> Tensor:
