@@ -42,7 +42,7 @@ class Softmax(Layer):
     def value(self, *inputs: Tensor) -> Tensor:
         """The probabilities."""
         self._weights = inputs[0].softmax(self._axis)
-        return self._weights.clone()  # it may be overwritten, as by dropout in place
+        return self._weights.clone()  # what is returned will lead back to here, and would never be freed
 
     def pull(self, slope: Tensor, needs: Needs) -> Tensors:
         """Of the layer's input."""
