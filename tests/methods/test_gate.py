@@ -6,13 +6,13 @@ import pytest
 
 import whence
 from tests.gate import BAR, ROWS, Cell, cells
-from whence.replay import attention, linear, smooth, softmax
+from whence.replay import linear, twice
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers are differentiated twice as large ones are."""
-    for kind in (smooth, attention, linear, softmax):
+    for kind in (twice, linear):
         monkeypatch.setattr(kind, "LARGE", 1)
 
 

@@ -22,7 +22,8 @@ from transformers.activations import (
 import whence
 from tests.replay.test_curvature import problem
 from whence.activations import join
-from whence.replay import attention, linear, smooth, softmax
+from whence.replay import linear
+from whence.replay import twice as layers
 from whence.replay.smooth import Smooth
 from whence.replay.twice import straight
 
@@ -86,7 +87,7 @@ for composed in (NewGELUActivation, FastGELUActivation, QuickGELUActivation, Acc
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small layers count as large, and torch's own attention can be differentiated twice."""
-    for kind in (smooth, attention, linear, softmax):
+    for kind in (layers, linear):
         monkeypatch.setattr(kind, "LARGE", 1)
     with sdpa_kernel(SDPBackend.MATH):
         yield
@@ -225,7 +226,7 @@ def test_products(
     weights = torch.ones(4, dtype=torch.float64)
     a = {name: torch.randn_like(tensor) for name, tensor in at.params.items()}
     for large in (1, 10**9):
-        for kind in (smooth, attention, linear, softmax):
+        for kind in (layers, linear):
             monkeypatch.setattr(kind, "LARGE", large)
         linearised = curvature.linearise(at.piece, at.params, at.buffers, weights=weights)
         second, _, scores = linearised.pull(a, {})

@@ -17,9 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from whence.replay.softmax import balanced, centred, sigma
-from whence.replay.twice import Bend, Layer, Needs, Tensors, alone, one_precision, recorded
+from whence.replay.twice import Bend, Layer, Needs, Tensors, alone, large, one_precision, recorded
 
-LARGE = 2**15  # weights from which on a pass over them costs more than a call from Python
 SOFTMAX = torch.ops.aten._safe_softmax.default  # zero where a mask leaves nothing
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
@@ -111,13 +110,9 @@ def attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     inputs, mask = tuple(call[name] for name in NAMES[:3]), call["attn_mask"]
     alike = one_precision(inputs) and len({tensor.shape[:-2] for tensor in inputs}) == 1
     fixed = mask is None or not (mask.requires_grad or call["is_causal"])  # torch refuses both kinds of mask at once
-    if not (alike and fixed and call["dropout_p"] == 0 and _pays(*inputs[:2])):
+    if not (alike and fixed and call["dropout_p"] == 0 and large(inputs[0].shape[:-1].numel() * inputs[1].shape[-2])):
         return None
     return recorded(Attention(mask, is_causal=call["is_causal"], scale=call["scale"]), *inputs)
-
-
-def _pays(query: Tensor, key: Tensor) -> bool:
-    return query.shape[:-1].numel() * key.shape[-2] >= LARGE
 
 
 def _plus(to: Tensor, a: Tensor, b: Tensor) -> Tensor:

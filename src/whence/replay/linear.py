@@ -1,4 +1,4 @@
-r"""Linear layers whose second derivative is six products, each of which adds to the one before.
+r"""Linear layers, whose second derivative is products of matrices alone.
 
 :math:`Y = XW^\top + b` is pulled back by :math:`\bar X = \bar Y W`, :math:`\bar W = \bar Y^\top X` and the sum of
 :math:`\bar Y` over its rows.

@@ -83,12 +83,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shifted(bias: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Tensor:
-    """A matrix product, and a bias on every row `[n]` or entry `[m, n]`; the like with factors and other biases too."""
-    if beta == alpha == 1 and bias.dtype is torch.float32 and _pays(a, b):
-        if bias.shape == b.shape[1:]:
-            return _linear(a, b, bias)
-        if bias.shape == (len(a), b.shape[1]) and bias.is_contiguous():
-            return _added(bias, a, b)
+    """A matrix product, and a bias `[n]` on every row; the like with factors and other biases too."""
+    if beta == alpha == 1 and bias.shape == b.shape[1:] and bias.dtype is torch.float32 and _pays(a, b):
+        return _linear(a, b, bias)
     out = a.new_empty(a.shape[0], b.shape[1])
     found: Tensor = torch.ops.aten.addmm.out(bias, a, b, beta=beta, alpha=alpha, out=out)
     return found
@@ -97,12 +94,6 @@ def shifted(bias: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Numb
 def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """As a linear layer: a @ weight.T + bias."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
-    return found
-
-
-def _added(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The same, added to a matrix while it is still at hand."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a, to, b.t(), None, "add")
     return found
 
 

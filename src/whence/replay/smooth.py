@@ -19,22 +19,8 @@ from whence.activations import composed
 from whence.replay.attention import attention
 from whence.replay.linear import addmm, linear
 from whence.replay.softmax import cross_entropy, log_softmax, softmax
-from whence.replay.twice import Bend, Layer, Needs, Tensors, alone, recorded
+from whence.replay.twice import Bend, Layer, Needs, Tensors, alone, large, recorded
 
-ELEMENTWISE = frozenset({gelu, silu, mish})
-CALLS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]] = {
-    functional.linear: linear,
-    torch.addmm: addmm,
-    functional.scaled_dot_product_attention: attention,
-    functional.softmax: softmax,
-    torch.softmax: softmax,
-    Tensor.softmax: softmax,
-    functional.log_softmax: log_softmax,
-    torch.log_softmax: log_softmax,
-    Tensor.log_softmax: log_softmax,
-    functional.cross_entropy: cross_entropy,
-}
-LARGE = 2**15  # entries from which on a pass over them costs more than a call from Python
 KERNEL = torch.ops.aten.native_layer_norm_backward
 
 
@@ -45,19 +31,9 @@ class Smooth(TorchFunctionMode):
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record a smooth layer; leave all else as it is."""
         kwargs = kwargs or {}
-        if function is composed and _pays(args[1:]):
-            return recorded(_Elementwise(kwargs["alike"] or args[0]), args[1])
-        if function in ELEMENTWISE and not kwargs.get("inplace") and _pays(args):
-            return recorded(_Elementwise(partial(function, **kwargs)), args[0])
-        if function is layer_norm and kwargs["bias"] is not None and _pays(args):
-            return recorded(_Norm(tuple(args[1]), kwargs["eps"]), args[0], kwargs["weight"], kwargs["bias"])
         if function in CALLS and alone() and (found := CALLS[function](args, kwargs)) is not None:
             return found
         return function(*args, **kwargs)
-
-
-def _pays(args: tuple[Any, ...]) -> bool:
-    return alone() and bool(args) and args[0].numel() >= LARGE
 
 
 @final
@@ -153,3 +129,39 @@ class _Norm(Layer):
 
     def _mean_of(self, tensor: Tensor) -> Tensor:
         return tensor.mean(tuple(range(-len(self._shape), 0)), keepdim=True)
+
+
+def _elementwise(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if not args or kwargs.get("inplace") or not large(args[0].numel()):
+        return None
+    return recorded(_Elementwise(partial(function, **kwargs)), args[0])
+
+
+def _composed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return _elementwise(kwargs["alike"] or args[0], args[1:], {})
+
+
+def _layer_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if kwargs["bias"] is None or not large(args[0].numel()):
+        return None
+    return recorded(_Norm(tuple(args[1]), kwargs["eps"]), args[0], kwargs["weight"], kwargs["bias"])
+
+
+# What torch calls, and the same recorded: None where that is left to torch.
+CALLS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]] = {
+    functional.linear: linear,
+    torch.addmm: addmm,
+    functional.scaled_dot_product_attention: attention,
+    functional.softmax: softmax,
+    torch.softmax: softmax,
+    Tensor.softmax: softmax,
+    functional.log_softmax: log_softmax,
+    torch.log_softmax: log_softmax,
+    Tensor.log_softmax: log_softmax,
+    functional.cross_entropy: cross_entropy,
+    layer_norm: _layer_norm,
+    gelu: partial(_elementwise, gelu),
+    silu: partial(_elementwise, silu),
+    mish: partial(_elementwise, mish),
+    composed: _composed,
+}

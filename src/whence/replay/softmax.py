@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from whence.replay.twice import Bend, Layer, Needs, Tensors, one_precision, recorded
+from whence.replay.twice import Bend, Layer, Needs, Tensors, large, one_precision, recorded
 
-LARGE = 2**15  # probabilities from which on a pass over them costs more than a call from Python
 CROSS_ENTROPY: dict[str, Any] = {  # in the order of its arguments
     "input": None,
     "target": None,
@@ -143,6 +142,6 @@ def _recorded(kind: type[Softmax | LogSoftmax], args: tuple[Any, ...], kwargs: d
     call = dict(zip(("input", "dim"), args, strict=False)) | kwargs
     x, axis = call["input"], call.get("dim")
     dtype = next((given for given in (kwargs.get("dtype"), *args[2:]) if isinstance(given, torch.dtype)), x.dtype)
-    if not isinstance(axis, int) or dtype is not x.dtype or x.numel() < LARGE or not one_precision((x,)):
+    if not isinstance(axis, int) or dtype is not x.dtype or not large(x.numel()) or not one_precision((x,)):
         return None
     return recorded(kind(axis), x)

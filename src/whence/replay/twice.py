@@ -22,6 +22,7 @@ Maybe = tuple[Tensor | None, ...]
 Needs = tuple[bool, ...]  # which derivatives are asked for, by input
 Bend = Callable[[Any, Needs], Iterator[Tensor | None]]
 
+LARGE = 2**15  # entries from which on a pass over them costs more than a call from Python
 _straight: ContextVar[bool] = ContextVar("straight", default=False)
 
 
@@ -71,6 +72,11 @@ class Layer(abc.ABC):
 def alone() -> bool:
     """Whether no transform of the model's own is at work, nor a compiler, which puts passes together by itself."""
     return torch._C._functorch.maybe_current_level() is None and not torch.compiler.is_compiling()
+
+
+def large(entries: int) -> bool:
+    """Whether a layer of so many is worth its calls from Python."""
+    return entries >= LARGE
 
 
 def one_precision(inputs: Tensors) -> bool:
