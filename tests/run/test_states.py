@@ -232,3 +232,31 @@ def stop_after(loop: Loop, recorder: whence.Recorder, *, steps: int) -> None:
             raise ValueError("stop here")
         loop.backward(batch)
         loop.step()
+
+
+def test_a_loop_that_fails_leaves_the_states_that_were_on_their_way(tmp_path: Path) -> None:
+    """Files are written beside the training; what it had handed over when it failed gets there."""
+    loop = Loop.of(moody())
+
+    def train(watch: Any) -> None:
+        for number, batch in enumerate(watch(loop.loader())):
+            loop.backward(batch)
+            loop.step()
+            if number == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), loop.recorder(tmp_path, checkpoints=whence.Every(1)) as recorder:
+        train(recorder.watch)
+    assert whence.open_run(tmp_path, loop.task()).kept == (0, 1, 2, 3, 4)
+
+
+def test_a_state_that_cannot_be_written_stops_the_training(tmp_path: Path) -> None:
+    """What the disk says of a file reaches the loop, at the next file or at the end."""
+    loop = Loop.of(moody())
+    with pytest.raises(OSError, match="states"), loop.recorder(tmp_path, checkpoints=whence.Every(1)) as recorder:
+        for number, batch in enumerate(recorder.watch(loop.loader())):
+            if number == 2:
+                (tmp_path / "states").rename(tmp_path / "elsewhere")
+                (tmp_path / "states").touch()
+            loop.backward(batch)
+            loop.step()

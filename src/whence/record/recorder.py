@@ -122,6 +122,7 @@ class Recorder:
         if self._feeding.beside is not None:
             self._feeding.beside.finish()
         if error is not None:
+            self._writer.leave()
             return
         changed = self._changed_outside()
         if changed:

@@ -6,6 +6,7 @@ time on a processor. Other allocators and devices have no such limit, and are le
 """
 
 import ctypes
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,10 +46,30 @@ def roomy() -> Iterator[None]:
 
 
 def hand_back() -> None:
-    """Give free memory back now, holes in the heap too, which the next allocations would often not fit into."""
+    """Give much free memory back now, holes in the heap too, which the next allocations would often not fit into.
+
+    The pages of a little are sooner needed again than missed.
+    """
     libc = _glibc()
-    if libc is not None and not _roomy.get():
+    if libc is not None and not _roomy.get() and _free(libc) > RETURNED:
         libc.malloc_trim(0)
+
+
+_COUNTED = "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+
+
+class _Usage(ctypes.Structure):
+    """What glibc tells of its heap, struct mallinfo2."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _COUNTED)
+
+
+def _free(libc: ctypes.CDLL) -> float:
+    """Free bytes on the heap; where an older glibc does not count them, any."""
+    if not hasattr(libc, "mallinfo2"):
+        return math.inf
+    libc.mallinfo2.restype = _Usage
+    return float(libc.mallinfo2().fordblks)
 
 
 @cache

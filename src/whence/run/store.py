@@ -10,6 +10,7 @@ rows/00000000.safetensors         what was captured beside the steps from 0 on
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import final
@@ -20,12 +21,14 @@ import polars as pl
 from whence.errors import DamagedFile
 from whence.replay.state import Fed, State, Step
 from whence.run import journal
+from whence.run.aside import Aside
 from whence.run.files import checksum, read_checked, replacing
 from whence.run.manifest import Manifest, write_manifest
 from whence.run.tensors import digest, pack_batches, pack_state, unpack_batches, unpack_state
 from whence.task import Batch
 
 SEGMENT = 1000  # steps of a journal before it becomes Parquet
+LARGE = 2**28  # bytes of a file that a training waits for, rather than hold them while it goes on
 
 
 @final
@@ -93,11 +96,19 @@ class Store:
 
 @final
 class Writer:
-    """Writes the files of a run, each at once, the manifest after them."""
+    """Writes the files of a run, each at once, the manifest after them.
+
+    Files are written beside the training, in order; the next waits for the one before, so that at most one is in
+    memory. What went wrong with a file is raised by the next, or at the end.
+
+    Raises:
+        OSError: from any method; a file could not be written.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
-        self.manifest = manifest
+        self.manifest = manifest  # belongs to the thread beside, while that has work
+        self._aside = Aside()
         self._tail: list[Step] = []
         self._first = 0
         write_manifest(folder, manifest)
@@ -106,15 +117,14 @@ class Writer:
     def keep_state(self, number: int, state: State) -> None:
         """Keep one state."""
         self.add(state_file(number), pack_state(state))
+        if number == 0:  # whose absence would make the steps that are logged from now on worthless
+            self._aside.wait()
 
     def drop_states(self, numbers: Iterable[int]) -> None:
         """Forget states; the manifest forgets them first."""
         names = frozenset(state_file(number) for number in numbers)
         if names:
-            self.manifest = self.manifest.without_files(names)
-            write_manifest(self.folder, self.manifest)
-        for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            self._aside(partial(self._drop, names))
 
     def keep_batches(self, step: int, batches: tuple[Batch, ...]) -> None:
         """Keep what a step was fed; the step's log entry, written later, says that it is there."""
@@ -131,8 +141,20 @@ class Writer:
     def finish(self) -> None:
         """Say that the recording ended in order."""
         self._seal()
+        self.leave()
         self.manifest = self.manifest.closed()
         write_manifest(self.folder, self.manifest)
+
+    def leave(self) -> None:
+        """Let what is on its way get there; the recording stays open."""
+        self._aside.close()
+
+    def add(self, name: str, content: bytes) -> None:
+        """Write a file of the run, and then its name and checksum into the manifest."""
+        self._aside.wait()
+        self._aside(partial(self._add, name, content))
+        if len(content) > LARGE:
+            self._aside.wait()
 
     def _seal(self) -> None:
         """Turn the journal into a segment; until the manifest names the segment, the journal counts."""
@@ -141,16 +163,21 @@ class Writer:
         content = BytesIO()
         journal.table(self._tail).write_parquet(content, compression="zstd")
         self.add(segment_file(self._first), content.getvalue())
-        (self.folder / journal_file(self._first)).unlink()
+        self._aside((self.folder / journal_file(self._first)).unlink)
         self._first += len(self._tail)
         self._tail = []
 
-    def add(self, name: str, content: bytes) -> None:
-        """Write a file of the run, and then its name and checksum into the manifest."""
+    def _add(self, name: str, content: bytes) -> None:
         with replacing(self.folder / name) as scratch:
             scratch.write_bytes(content)
         self.manifest = self.manifest.with_file(name, checksum(content))
         write_manifest(self.folder, self.manifest)
+
+    def _drop(self, names: frozenset[str]) -> None:
+        self.manifest = self.manifest.without_files(names)
+        write_manifest(self.folder, self.manifest)
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def state_file(number: int) -> str:
