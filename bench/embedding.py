@@ -22,7 +22,11 @@ from whence.methods.embedding.value_embedding import _Recursion
 
 STEPS = 192
 QUERIES, SWEPT, SHORT = 1000, 16, 4  # asked of the embeddings; and of a sweep, over so many steps with all states kept
-FISHERS = "empirical", "true"
+EMBEDDINGS = {
+    "empirical Fisher": whence.DataValueEmbedding(fisher="empirical"),
+    "true Fisher, of an eighth": whence.DataValueEmbedding(drawn=1 / 8),
+    "true Fisher": whence.DataValueEmbedding(),
+}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -32,21 +36,19 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - begun
 
 
-def captured(fisher: str, out: Path) -> float:
+def captured(made: whence.DataValueEmbedding, out: Path) -> float:
     """A recorded training that captures rows while it runs."""
     task, optimizer, loader = sweep.prepared(STEPS)
     beats = Beats(sweep.stepping())
-    capture = whence.DataValueEmbedding(fisher=fisher)  # type: ignore[arg-type]
-    with whence.Recorder(out, task, optimizer, capture=capture) as recorder:
+    with whence.Recorder(out, task, optimizer, capture=made) as recorder:
         for batch in recorder.watch(loader):
             sweep.train(task, optimizer, [batch])
             beats()
     return beats.ratio(STEPS)
 
 
-def embedded(run: whence.Run, fisher: str, out: Path) -> tuple[float, float]:
+def embedded(run: whence.Run, made: whence.DataValueEmbedding, out: Path) -> tuple[float, float]:
     """The pass over the training, and the recursion."""
-    made = whence.DataValueEmbedding(fisher=fisher)  # type: ignore[arg-type]
     beats = Beats(sweep.stepping())
     with after_each(Walk, "step", beats):
         made.gather(run, part=(0, 1), out=out)
@@ -78,13 +80,13 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     sweep.record(STEPS, folder / "run")
     run = whence.open_run(folder / "run", sweep.prepared(STEPS)[0])
-    for fisher in FISHERS:
-        beside = captured(fisher, folder / f"run with {fisher}")
-        gathering, recursion = embedded(run, fisher, folder / fisher)
-        print(f"{'':17} recorded and captured / training {beside:.2f}")
-        print(f"{fisher + ' Fisher':17} embedding / training            {gathering + recursion:.2f}")
-        print(f"{'':17} steps a second: recursion / training {1 / recursion:.1f}", flush=True)
-    embeddings = whence.open_embeddings(folder / "true", run)
+    for name, made in EMBEDDINGS.items():
+        beside = captured(made, folder / f"run with {name}")
+        gathering, recursion = embedded(run, made, folder / name)
+        print(f"{'':25} recorded and captured / training {beside:.2f}")
+        print(f"{name:25} embedding / training            {gathering + recursion:.2f}")
+        print(f"{'':25} steps a second: recursion / training {1 / recursion:.1f}", flush=True)
+    embeddings = whence.open_embeddings(folder / name, run)
     about = embeddings.about
     formula = about.steps * about.slots * sum(stop - start for start, stop in about.layout.values()) * 4
     print(f"bytes on disk / formula  {bytes_of(folder / 'true') / formula:.3f}", flush=True)

@@ -38,6 +38,8 @@ METHODS: dict[str, Any] = {
     "sweep, Gauss-Newton": whence.DIT(curvature=whence.GaussNewton()),
     "sweep, empirical Fisher": whence.DIT(curvature=whence.EmpiricalFisher()),
     "embedding, true": EMBEDDING(fisher="true"),
+    "embedding, true, of a quarter": EMBEDDING(fisher="true", drawn=1 / 4),
+    "embedding, true, of an eighth": EMBEDDING(fisher="true", drawn=1 / 8),
     "embedding, empirical": EMBEDDING(fisher="empirical"),
     "embedding, true, damping 0.5": EMBEDDING(fisher="true", damping=0.5),
     "embedding, true, damping 0": EMBEDDING(fisher="true", damping=0),

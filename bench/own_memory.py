@@ -22,6 +22,7 @@ STEPS = 6  # the recorder proves the first two and the fifth
 CAPTURES = {
     "recording": None,
     "capturing, empirical": whence.DataValueEmbedding(fisher="empirical"),
+    "capturing, true, an eighth": whence.DataValueEmbedding(drawn=1 / 8),
     "capturing, true": whence.DataValueEmbedding(),
 }
 POLICIES = {

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
 
 from whence import compiled
 from whence.activations import join
 from whence.batchnorm import STATISTICS, RunningStatistics, tracking
 from whence.clipping import ClipNorm, ClipValue
-from whence.errors import BadIds, BadLoss, BadReduction, SharedStorage
+from whence.errors import BadIds, BadLoss, BadReduction, NotCut, SharedStorage
 from whence.tree import Tree, cast, plain
 
 log = logging.getLogger(__name__)
@@ -290,6 +290,24 @@ def refuse_shared_storage(model: nn.Module) -> None:
 def size_of(batch: Batch) -> int:
     """Number of rows of a batch: the length of its first tensor."""
     return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+
+
+def cut(batch: Batch, slots: Tensor) -> Batch:
+    """Some rows of a batch.
+
+    Raises:
+        NotCut: a tensor of it has another number of rows.
+    """
+    rows = size_of(batch)
+
+    def some(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return leaf
+        if len(leaf) != rows:
+            raise NotCut(tuple(leaf.shape), rows)
+        return leaf[slots]
+
+    return tree_map(some, batch)
 
 
 def logits_of(outputs: Any) -> Tensor:

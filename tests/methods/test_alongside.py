@@ -70,10 +70,10 @@ def captured(case: Case, path: Path, made: whence.DataValueEmbedding) -> Run:
 
 
 @pytest.mark.parametrize("case", SEPARABLE, ids=str)
-@pytest.mark.parametrize("fisher", ["true", "empirical"])
-def test_it_is_what_a_replay_finds(case: Case, fisher: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"drawn": 0.4}, {"fisher": "empirical"}], ids=["true", "part", "empirical"])
+def test_it_is_what_a_replay_finds(case: Case, settings: dict[str, Any], tmp_path: Path) -> None:
     """For every optimizer, with accumulation, clipping, penalties, frozen, tied and unused parameters."""
-    made = embedding(fisher=fisher)
+    made = embedding(**settings)
     same(captured(case, tmp_path / "run", made), made)
 
 

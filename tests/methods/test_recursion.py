@@ -28,7 +28,7 @@ def steps(rank: int, dtype: torch.dtype, size: float = 0.3) -> list[Visits]:
         rate, decay = size * normal(rank).square(), 1 - 0.05 * normal(rank).square()
         gradient, fisher = normal(SLOTS, rank), normal(SLOTS, rank) * (RANK / rank) ** 0.5
         share = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
-        parts = (share, rate * gradient, fisher, rate * fisher, decay)
+        parts = (share, rate * gradient, share, fisher, rate * fisher, decay)
         found.append(Visits(*(part.to(dtype) for part in parts)))
     return found
 
@@ -78,6 +78,7 @@ def test_rows_and_matrix_are_the_same() -> None:
         Visits(
             v.share,
             pad(v.moved, (0, 100)),
+            v.fisher_share,
             pad(v.fisher, (0, 100)),
             pad(v.fisher_moved, (0, 100)),
             pad(v.decay, (0, 100), value=1.0),
@@ -115,7 +116,7 @@ def test_growth_beyond_all_measure_is_an_error() -> None:
     some = steps(RANK, torch.float32, size=40.0)
     with pytest.raises(EmbeddingGrew, match=r"At step \d the embeddings of 'layer' are .* times .*damping=0\.5"):
         back(some, Transport(some[0].decay))
-    symmetric = [Visits(v.share, v.moved, v.fisher, 40 * v.fisher, v.decay) for v in some]
+    symmetric = [Visits(v.share, v.moved, v.share, v.fisher, 40 * v.fisher, v.decay) for v in some]
     with pytest.raises(EmbeddingGrew):
         back(symmetric, Transport(some[0].decay))
     found = back(symmetric, Transport(some[0].decay), damping=0.5)

@@ -11,6 +11,7 @@ from whence.errors.embedding import EmbeddedElsewhere as EmbeddedElsewhere
 from whence.errors.embedding import EmbeddingGrew as EmbeddingGrew
 from whence.errors.embedding import NoDraw as NoDraw
 from whence.errors.embedding import NotCaptured as NotCaptured
+from whence.errors.embedding import NotCut as NotCut
 from whence.errors.embedding import NotEmbedded as NotEmbedded
 from whence.errors.embedding import NotEmbeddings as NotEmbeddings
 from whence.errors.embedding import UnfinishedEmbeddings as UnfinishedEmbeddings

@@ -42,6 +42,16 @@ class NoDraw(WhenceError):
         )
 
 
+class NotCut(WhenceError):
+    """Some samples cannot be taken out of a batch."""
+
+    def __init__(self, shape: tuple[int, ...], rows: int) -> None:
+        self.args = (
+            "DataValueEmbedding(drawn=...) below 1 takes some samples out of every batch, and a tensor in this one, "
+            f"of shape {list(shape)}, does not have its {rows} samples along the first axis. Use drawn=1.",
+        )
+
+
 class NotCaptured(WhenceError):
     """Rows cannot be captured from the loop's own passes."""
 

@@ -18,6 +18,7 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from whence.replay.explained import grads, slopes_of, unexplained
@@ -37,27 +38,47 @@ def watched(piece: Piece, params: Tree, buffers: Tree) -> "Watched":
         params: where the gradients are taken.
         buffers: before the forward pass.
     """
-    task, moving = piece.transition.task, piece.transition.moving
+    task = piece.transition.task
     with torch.enable_grad(), piece.transition.replaying(twice=False):
         normed = any(isinstance(module, _BatchNorm) and module.training for module in task.binding.modules())
         whole = piece.slopes(params, buffers, None) if normed or not piece.counted else None
         if whole is not None and not piece.counted:
             return Watched(piece, whole[2], whole[0], whole[1])
-        leaves = {name: params[name].detach().requires_grad_() for name in moving}
-        watching = Watching(leaves, len(piece.share), piece.batch)
-        with piece.randomness():
-            with watching:
-                outputs, after = task.outputs(params | leaves, buffers, piece.batch)
-            own = losses = task.losses_of(outputs, piece.batch)
-        edges = list(dict.fromkeys(use.edge for use in watching.uses))
-        found = grads((own * piece.share.to(own)).sum(), [*edges, *leaves.values()])
-        seen = _Seen(leaves, watching.uses, outputs, own, dict(zip(edges, found, strict=False)))
-        if watching.froze:
+        seen, after = _seen(piece, params, buffers)
+        losses, leaves = seen.losses, list(seen.leaves.values())
+        found = grads(seen.weighted, [*seen.edges, *leaves])
+        seen.cotangents = dict(zip(seen.edges, found, strict=False))
+        if seen.froze:
             gradient, after, losses = whole or piece.slopes(params, buffers, None)
         else:
-            gradient = _with_penalty(piece, params, dict(zip(leaves, found[len(edges) :], strict=True)))
+            gradient = _with_penalty(piece, params, dict(zip(seen.leaves, found[len(seen.edges) :], strict=True)))
     left = {name: tensor.detach() for name, tensor in after.items()}
-    return Watched(piece, losses.detach(), gradient, left, seen, watching.froze)
+    return Watched(piece, losses.detach(), gradient, left, seen)
+
+
+def watched_alone(piece: Piece, params: Tree, buffers: Tree) -> "Watched":
+    """The same for rows under losses that are read off the outputs: nothing is taken of the task's own.
+
+    Args:
+        piece: as above; it must be counted.
+        params: as above.
+        buffers: as above.
+    """
+    with torch.enable_grad(), piece.transition.replaying(twice=False):
+        seen, _ = _seen(piece, params, buffers)
+    return Watched(piece, seen.losses.detach(), {}, {}, seen)
+
+
+def _seen(piece: Piece, params: Tree, buffers: Tree) -> tuple["_Seen", Tree]:
+    """A forward pass, and the buffers that it leaves."""
+    task = piece.transition.task
+    leaves = {name: params[name].detach().requires_grad_() for name in piece.transition.moving}
+    watching = Watching(leaves, len(piece.share), piece.batch)
+    with piece.randomness():
+        with watching:
+            outputs, after = task.outputs(params | leaves, buffers, piece.batch)
+        losses = task.losses_of(outputs, piece.batch)
+    return _Seen(leaves, watching.uses, outputs, losses, piece.share, watching.froze), after
 
 
 def _with_penalty(piece: Piece, params: Tree, gradient: Mapping[str, Tensor | None]) -> Tree:
@@ -71,7 +92,7 @@ def _with_penalty(piece: Piece, params: Tree, gradient: Mapping[str, Tensor | No
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Seen:
     """A forward pass that was watched.
 
@@ -80,14 +101,38 @@ class _Seen:
         uses: of them.
         outputs: of the model.
         losses: of the task, `[slot]`, with their graph.
-        cotangents: of the uses, of the losses weighted with their shares.
+        share: of the losses in the step's.
+        froze: whether the pass took a batch's statistics for constants.
+        cotangents: of the uses, of the losses weighted with their shares, once they are known.
     """
 
     leaves: Tree
     uses: list[Use]
     outputs: Any
     losses: Tensor
-    cotangents: Cotangents
+    share: Tensor
+    froze: bool
+    cotangents: Cotangents | None = None
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where the uses are in the graph."""
+        return list(dict.fromkeys(use.edge for use in self.uses))
+
+    @property
+    def weighted(self) -> Tensor:
+        """The piece's loss."""
+        return (self.losses * self.share.to(self.losses)).sum()
+
+    def own(self) -> Cotangents:
+        """The cotangents of the task's own losses."""
+        if self.cotangents is None:
+            self.cotangents = self.of(self.weighted)
+        return self.cotangents
+
+    def of(self, loss: Tensor) -> Cotangents:
+        """Those of a number."""
+        return dict(zip(self.edges, grads(loss, self.edges), strict=True))
 
 
 @final
@@ -101,7 +146,6 @@ class Watched:
         gradient: the piece's part of the step's gradient, like that of `Piece.gradient`.
         buffers: as the forward pass left them.
         seen: the graph; it is as large as that of a training step, and lives as long as this.
-        froze: whether the rows take a batch's statistics for constants, where the gradient does not.
     """
 
     piece: Piece
@@ -109,7 +153,11 @@ class Watched:
     gradient: Tree
     buffers: Tree
     seen: _Seen | None = None
-    froze: bool = False
+
+    @property
+    def froze(self) -> bool:
+        """Whether the rows take a batch's statistics for constants, where the gradient does not."""
+        return self.seen is not None and self.seen.froze
 
     def rows(self, asked: Sequence[Asked]) -> Rows:
         """Projected gradients of the samples' losses, not divided by the batch.
@@ -139,10 +187,7 @@ class Watched:
 
     def _cotangents(self, losses: Tensor) -> Cotangents:
         assert self.seen is not None
-        if losses is self.seen.losses:
-            return self.seen.cotangents
-        edges = list(self.seen.cotangents)
-        return dict(zip(edges, grads(losses.sum(), edges), strict=True))
+        return self.seen.own() if losses is self.seen.losses else self.seen.of(losses.sum())
 
     def _joined(self, asked: Sequence[Asked], parts: Sequence[Parts], read: Mapping[Loss | None, Tensor]) -> Rows:
         """All parameters behind each other; the unexplained ones one sample at a time."""
@@ -160,9 +205,9 @@ class Watched:
         seen = self.seen
 
         def parts() -> Parts:
-            return parts_of(seen.uses, {None: seen.cotangents}, [(None, reductions)], share=self._share)[0]
+            return parts_of(seen.uses, {None: seen.own()}, [(None, reductions)], share=self._share)[0]
 
-        kind = tuple(reductions), tuple(use.kind for use in seen.uses)
+        kind = len(self.losses), tuple(reductions), tuple(use.kind for use in seen.uses)
         ends = seen.outputs, seen.losses
         return unexplained(self.piece, ends, seen.leaves, kind=kind, reductions=reductions, parts=parts)
 

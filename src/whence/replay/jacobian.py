@@ -182,7 +182,7 @@ def _never_moved(alone: Update, leaves: Tree, counts: Tree) -> Tensor | None:
     if not moments:  # a fresh optimizer makes them in its first step, so it is asked for them
         moments = moved(alone, leaves, counts)
     seconds = [moments[key] for key in moments if key in SECOND_MOMENTS]
-    if not seconds:
+    if all(bool(second.amin() > 0) for second in seconds):
         return None
     # A square below the smallest normal number counts as zero: it may vanish when it is added to the moment.
     square = leaves[GRADIENT].square()

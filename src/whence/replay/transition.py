@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from whence.replay.dropout import SameDropout
 from whence.replay.state import State, Step
 from whence.replay.update import Update
-from whence.task import Batch, Task
+from whence.task import Batch, Task, cut
 from whence.tree import Tree, add, each
 
 Weights = Float[Tensor, "*run slot"]
@@ -166,6 +166,16 @@ class Piece:
     def batch(self) -> Batch:
         """What was fed to the model."""
         return self.transition.batches[self.index]
+
+    def cut(self, slots: Tensor) -> "Piece":
+        """Some of its slots alone, with the same shares.
+
+        Raises:
+            NotCut: the batch is not made of rows.
+        """
+        batches = list(self.transition.batches)
+        batches[self.index] = cut(self.batch, slots)
+        return Piece(replace(self.transition, batches=tuple(batches)), self.index, self.share[slots])
 
     def gradient(self, params: Tree, buffers: Tree, weights: Tensor | None) -> Gradient:
         """Gradient with respect to the moving parameters; traceable by torch.func in every argument."""

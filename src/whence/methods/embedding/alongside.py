@@ -2,7 +2,7 @@
 
 The model's calls are watched (`watching.py`), and the cotangents of what parameters helped to compute are taken from
 the loop's backward pass as they come by. Nothing is computed twice; labels drawn from the model cost a backward pass to
-the activations.
+the activations, or a pass of their own where only some samples' are drawn.
 
 What was seen proves itself whenever the model uses its parameters in another way, and at steps 0, 1, 2, 4, 8, ...: with
 random weights of the samples, their rows must add up to the gradient that a replay finds with those weights.
@@ -20,15 +20,16 @@ from torch.utils.hooks import RemovableHandle
 
 from whence.errors import NotCaptured, listed
 from whence.methods.embedding.early import Early, Now
-from whence.methods.embedding.heard import PROOF, Heard
+from whence.methods.embedding.heard import LOSS, PROOF, Heard
 from whence.methods.embedding.kept_rows import RowsWriter
-from whence.methods.embedding.step_rows import StepRows
+from whence.methods.embedding.step_rows import Arrays, StepRows
 from whence.replay.explained import Weighted, weights
 from whence.replay.heap import kept_heap
 from whence.replay.lasting import Lasting
-from whence.replay.matrices import at_hand
+from whence.replay.matrices import at_hand, fast_products
+from whence.replay.sides import Sides
 from whence.replay.state import State
-from whence.replay.transition import Transition
+from whence.replay.transition import Piece, Transition
 from whence.task import Batch
 from whence.tree import Tree
 
@@ -43,6 +44,7 @@ class Alongside:
         self._what, self._trained, self._writer = what, trained, writer
         self._now: Heard | None = None
         self._raw: Tree = {}  # gradients before clipping
+        self._scaled: dict[str, Sides] = {}  # reductions of the coming step
         self._proof: tuple[Tensor, Tree] | None = None  # rows of a step's own gradients, and its gradient
         self._proven: dict[Hashable, int] = {}  # ways of using parameters, and the step that first met them
         self._early = None if what.plain or what.task.clip is not None else Early(what, now)
@@ -80,7 +82,9 @@ class Alongside:
         answer = self._answer(transition, state, gradient, heard=heard)
         self._proof = None
         if answer is not None:
-            self._write(transition, heard, gradient, answer=answer)
+            rows = self._rows(transition.pieces(), state, heard)
+            self._write(transition, rows, gradient, answer=answer)
+        self._scaled = {}
         for one in heard:
             one.forget()
         return self._proof is not None
@@ -115,15 +119,26 @@ class Alongside:
         self._now = None
         self._writer.flush()
 
-    def _write(self, transition: Transition, heard: Sequence[Heard], gradient: Tree, *, answer: Lasting) -> None:
-        pairs = zip(transition.pieces(), heard, strict=True)
-        found = [one.rows(piece) for piece, one in pairs if piece.counted]
-        if all(PROOF in rows for rows, _ in found):
-            self._proof = torch.cat([rows.pop(PROOF) for rows, _ in found]), gradient
-        rows = [{name: array for name, array in rows.items() if name != PROOF} for rows, _ in found]
-        arrays = self._what.arrays(rows, transition.pieces(), total=gradient, answer=answer)
-        losses = torch.cat([losses for _, losses in found])
-        self._writer.add(transition.step.index, arrays | {"loss": losses})
+    def _rows(self, pieces: Sequence[Piece], state: State, heard: Sequence[Heard]) -> list[Arrays]:
+        """By micro-batch, of what was heard and, where that is not all, of chosen samples."""
+        what, found = self._what, list[Arrays]()
+        scaled = None if what.plain else what.projection.sides | self._scaled
+        for piece, one in zip(pieces, heard, strict=True):
+            if piece.counted:
+                rows = one.rows(piece)
+                one.forget()  # before there is another graph
+                with fast_products():
+                    more = what.some_drawn(piece, state.params, state.buffers, scaled=scaled) if what.partly else {}
+                found.append(rows | more)
+        return found
+
+    def _write(self, transition: Transition, rows: list[Arrays], gradient: Tree, *, answer: Lasting) -> None:
+        losses = torch.cat([one.pop(LOSS) for one in rows])
+        if all(PROOF in one for one in rows):
+            self._proof = torch.cat([one[PROOF] for one in rows]), gradient
+        kept = [{name: array for name, array in one.items() if name != PROOF} for one in rows]
+        arrays = self._what.arrays(kept, transition.pieces(), total=gradient, answer=answer)
+        self._writer.add(transition.step.index, arrays | {LOSS: losses})
 
     def _answer(
         self, transition: Transition, state: State, gradient: Tree, *, heard: Sequence[Heard]
@@ -141,10 +156,15 @@ class Alongside:
             return known
         answer = what.answer(transition.update, state, rest)
         if not what.plain:
-            scaled = what.scaled(answer.rate)
+            scaled = self._note_scaled(answer.rate)
             for one in heard:
                 one.settle(scaled)
         return known | answer
+
+    def _note_scaled(self, rate: Tree) -> dict[str, Sides]:
+        found = self._what.scaled(rate)
+        self._scaled |= found
+        return found
 
     def _proves(self, step: int, kinds: Hashable) -> bool:
         """Whether a pass of this kind is to prove itself."""
@@ -180,7 +200,7 @@ class Alongside:
             elif self._early is not None and now is not None:
                 rate = self._early.arrived(name, gradient, waiting=now.fresh)
                 if rate:
-                    now.settle(self._what.scaled(rate))
+                    now.settle(self._note_scaled(rate))
                     now.fresh = 0
 
         found: RemovableHandle = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]

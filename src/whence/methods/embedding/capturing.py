@@ -131,6 +131,8 @@ class Walk:
             scaled = None if what.plain or answer is None else what.projection.sides | what.scaled(answer.rate)
             asked = what.asked(drawn, scaled)
             rows.append(dict(zip(asked, seen.rows(list(asked.values())), strict=True)))
+            if what.partly and piece.counted:
+                rows[-1] |= what.some_drawn(piece, state.params, buffers, scaled=scaled, seen=seen)
             losses.append(seen.losses)
             buffers = seen.buffers
         answer = answer or what.answer(update, state, total)

@@ -18,7 +18,7 @@ from whence.replay.watching import Watching
 from whence.task import Batch, size_of
 from whence.tree import Tree
 
-PROOF = "proof"  # beside the arrays
+PROOF, LOSS = "proof", "loss"  # beside the arrays
 
 
 @final
@@ -81,7 +81,7 @@ class Heard:
                 if use.name in scaled and number in self._kept:
                     self._add(number, self._kept.pop(number), asked)
 
-    def rows(self, piece: Piece) -> tuple[Arrays, Tensor]:
+    def rows(self, piece: Piece) -> Arrays:
         """The arrays of a micro-batch's rows (the proof's, too), and its losses `[slot]`, once all is settled.
 
         Raises:
@@ -91,7 +91,7 @@ class Heard:
             raise NotCaptured(piece.transition.step.index, "the model's call on its batch was not seen")
         parts = zip(self._asked({}), self._gathered.parts(piece.share.to(self._losses)), strict=True)
         small = self._what.projection.sides
-        return {name: row_of(part, small, like=self._losses) for name, part in parts}, self._losses
+        return {name: row_of(part, small, like=self._losses) for name, part in parts} | {LOSS: self._losses}
 
     def forget(self) -> None:
         """Let go of the passes: what they kept is as large as a training step."""

@@ -31,6 +31,7 @@ class Visits:
     Attributes:
         share: the factor c of every slot.
         moved: what the update makes of every slot's gradient.
+        fisher_share: the factor of every row that the curvature is made of.
         fisher: the gradients that the curvature is made of.
         fisher_moved: what the update makes of those.
         decay: what the step leaves of every coordinate where gradients are zero.
@@ -38,8 +39,9 @@ class Visits:
 
     share: Float[Tensor, " slot"]
     moved: Float[Tensor, "slot rank"]
-    fisher: Float[Tensor, "slot rank"]
-    fisher_moved: Float[Tensor, "slot rank"]
+    fisher_share: Float[Tensor, " row"]
+    fisher: Float[Tensor, "row rank"]
+    fisher_moved: Float[Tensor, "row rank"]
     decay: Float[Tensor, " rank"]
 
 
@@ -73,8 +75,8 @@ class Transport:
 
     def through(
         self,
-        left: Float[Tensor, "slot rank"],
-        fisher: Float[Tensor, "slot rank"],
+        left: Float[Tensor, "row rank"],
+        fisher: Float[Tensor, "row rank"],
         decay: Float[Tensor, " rank"],
     ) -> None:
         """Go back over a step: P becomes P diag(decay) - leftᵀ fisher, where P was applied to the left rows already."""
@@ -93,7 +95,7 @@ class Transport:
 
 
 def back_over(
-    visits: Visits, transport: Transport, *, weights: Float[Tensor, "slot slot"], step: int, block: str
+    visits: Visits, transport: Transport, *, weights: Float[Tensor, "row row"], step: int, block: str
 ) -> Float[Tensor, "slot rank"]:
     r"""What every slot of a step moved the end by, and P taken back over the step.
 
@@ -111,7 +113,7 @@ def back_over(
     """
     slots, same = len(visits.share), visits.fisher_moved is visits.moved
     carried = transport(visits.moved if same else torch.cat([visits.moved, visits.fisher_moved]))
-    found, drawn = carried[:slots], carried[-slots:]
+    found, drawn = carried[:slots], carried[-len(visits.fisher) :]
     growth = _growth(found, visits.moved)
     if not growth <= GROWTH:
         raise EmbeddingGrew(step, block, growth)
@@ -119,7 +121,7 @@ def back_over(
     return visits.share[:, None] * found
 
 
-def weights(blocks: Sequence[Visits], damping: float) -> Float[Tensor, "block slot slot"]:
+def weights(blocks: Sequence[Visits], damping: float) -> Float[Tensor, "block row row"]:
     r"""The matrices W of a step's curvature :math:`\hat X^\top W \hat G`, damped, of all its blocks at once.
 
     .. math:: W = C (1 + \kappa\, \hat G \hat X^\top C)^{-1}
@@ -128,10 +130,10 @@ def weights(blocks: Sequence[Visits], damping: float) -> Float[Tensor, "block sl
     λ: nothing is damped at κ = 0, no step overshoots its minimum's mirror image from κ = 1/2 on, and κ = 1 is an
     implicit step.
     """
-    share = torch.diag(blocks[0].share).expand(len(blocks), -1, -1)
+    share = torch.diag(blocks[0].fisher_share).expand(len(blocks), -1, -1)
     if not damping:
         return share
-    inner = damping * torch.stack([one.fisher @ one.fisher_moved.T for one in blocks]) * blocks[0].share
+    inner = damping * torch.stack([one.fisher @ one.fisher_moved.T for one in blocks]) * blocks[0].fisher_share
     inner.diagonal(dim1=1, dim2=2).add_(1)
     found: Tensor = torch.linalg.solve(inner, share, left=False)
     return found

@@ -6,25 +6,26 @@ product of a number per row and one per column, which a projection of a matrix's
 columns are scaled before they are mixed.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from whence.clipping import ClipValue
+from whence.methods.embedding.drawn import Drawn
 from whence.methods.embedding.projection import Projection
 from whence.methods.viewpoint import rates
+from whence.replay.capture import Watched
 from whence.replay.lasting import Lasting, lasting
 from whence.replay.rows import Asked, Loss, Reductions
 from whence.replay.sides import Picked, Sides
 from whence.replay.state import State
 from whence.replay.transition import Piece
 from whence.replay.update import LINEAR, Update
-from whence.task import Batch, Task
+from whence.task import Task
 from whence.tree import Tree
 
 Fisher = Literal["true", "empirical"]
@@ -46,7 +47,7 @@ class StepRows:
         projection: of the trained ones.
         fisher: whether the curvature is made of the samples' own gradients, or of those with drawn labels.
         follow: whether the update is the optimizer's, or a plain step by its learning rate.
-        seed: of the drawn labels.
+        draws: whose labels are drawn, if any.
     """
 
     task: Task
@@ -55,7 +56,7 @@ class StepRows:
     projection: Projection
     fisher: Fisher
     follow: Follow
-    seed: int
+    draws: Drawn
 
     @property
     def plain(self) -> bool:
@@ -65,24 +66,23 @@ class StepRows:
 
     def sizes(self, slots: int) -> dict[str, tuple[int, ...]]:
         """The arrays of a step."""
-        rows, true = (slots, self.projection.rank), self.fisher == "true"
-        wanted = {"fisher": True, "gradient": true and self.plain, "moved": not self.plain}
-        wanted |= {"fisher_moved": true and not self.plain}
-        found: dict[str, tuple[int, ...]] = {name: rows for name, there in wanted.items() if there}
-        return found | {"rate": rows[1:], "decay": rows[1:], "share": rows[:1]}
+        drawn = self.draws.count(slots) if self.partly else slots
+        true, small = self.fisher == "true", not self.plain
+        found = {"fisher": (drawn, self.projection.rank)}
+        found |= {"fisher_moved": found["fisher"]} if true and small else {}
+        found |= {"moved" if small else "gradient": (slots, self.projection.rank)} if true or small else {}
+        shares = {"share": slots} | ({"fisher_share": drawn} if self.partly else {})
+        lengths = shares | {"rate": self.projection.rank, "decay": self.projection.rank}
+        return {**found, **{name: (length,) for name, length in lengths.items()}}
 
     def drawn(self, step: int, piece: int) -> Loss | None:
-        """The loss with drawn labels, always the same of a piece, where the curvature is made of those."""
-        draw = self.task.draw
-        if self.fisher == "empirical" or draw is None:
-            return None
-        digest = hashlib.sha256(f"{self.seed}/{step}/{piece}".encode()).digest()
-        seed = int.from_bytes(digest[:8], "little", signed=True)
+        """The loss with drawn labels, where it is read off the outputs of all samples."""
+        return self.draws.loss(step, piece) if self.fisher == "true" and not self.partly else None
 
-        def losses(outputs: Any, batch: Batch) -> Tensor:
-            return draw(outputs, batch, torch.Generator(self.task.device).manual_seed(seed))
-
-        return losses
+    @property
+    def partly(self) -> bool:
+        """Whether the curvature is made of some samples, in a pass of their own."""
+        return self.fisher == "true" and self.draws.portion < 1
 
     def asked(self, drawn: Loss | None, scaled: Reductions | None) -> dict[str, Asked]:
         """What arrays a micro-batch's rows are kept in.
@@ -92,11 +92,24 @@ class StepRows:
             scaled: reductions of gradients as the update moves them; None where it is one number per coordinate.
         """
         small = self.projection.sides
-        found: dict[str, Asked] = {"fisher": (drawn, small)}
-        if scaled is None:
-            return found if drawn is None else found | {"gradient": (None, small)}
-        found["moved"] = (None, scaled)
-        return found if drawn is None else found | {"fisher_moved": (drawn, scaled)}
+        own: dict[str, Asked] = {"gradient": (None, small)} if scaled is None else {"moved": (None, scaled)}
+        if self.partly:
+            return own
+        if drawn is None:
+            return {"fisher": (None, small)} | ({} if scaled is None else own)
+        return self.of_drawn(drawn, scaled) | own
+
+    def of_drawn(self, drawn: Loss, scaled: Reductions | None) -> dict[str, Asked]:
+        """Those that the curvature is made of."""
+        found: dict[str, Asked] = {"fisher": (drawn, self.projection.sides)}
+        return found if scaled is None else found | {"fisher_moved": (drawn, scaled)}
+
+    def some_drawn(
+        self, piece: Piece, params: Tree, buffers: Tree, *, scaled: Reductions | None, seen: Watched | None = None
+    ) -> Arrays:
+        """Those, of the chosen samples of a micro-batch; see `Chosen.rows`."""
+        asked = self.of_drawn(self.draws.loss(piece.transition.step.index, piece.index), scaled)
+        return self.draws.chosen(piece.transition).rows(piece, params, buffers, asked=asked, seen=seen)
 
     def scaled(self, rate: Tree) -> dict[str, Sides]:
         """The projection of gradients as the update moves them, of these parameters."""
@@ -112,12 +125,21 @@ class StepRows:
             total: the step's gradient.
             answer: what the update makes of lasting changes.
         """
-        joined = {name: torch.cat([of_piece[name] for of_piece in rows]) for name in rows[0]}
-        return self._without_rounding(joined, total) | {
-            "rate": self._by_coordinate(answer.rate, absent=0.0),
-            "decay": self._by_coordinate(answer.decay, absent=1.0),
-            "share": torch.cat([piece.share for piece in pieces if piece.counted]),
-        }
+        names = dict.fromkeys(name for of_piece in rows for name in of_piece)
+        joined = {name: torch.cat([one[name] for one in rows if name in one]) for name in names}
+        counted = [piece for piece in pieces if piece.counted]
+        shares = {"share": torch.cat([piece.share for piece in counted])}
+        if self.partly:
+            chosen = self.draws.chosen(pieces[0].transition)
+            shares["fisher_share"] = torch.cat([chosen.share(piece) for piece in counted])
+        return (
+            self._without_rounding(joined, total)
+            | shares
+            | {
+                "rate": self._by_coordinate(answer.rate, absent=0.0),
+                "decay": self._by_coordinate(answer.decay, absent=1.0),
+            }
+        )
 
     def answer(self, update: Update, state: State, gradient: Tree) -> Lasting:
         """What the update makes of lasting changes, given the step's gradient before clipping, or a part of it."""
@@ -188,7 +210,8 @@ def factors(whole: Projection, rate: Tree) -> dict[str, tuple[Tensor, ...]]:
 
 def _outer(matrix: Float[Tensor, "left right"]) -> tuple[Tensor, Tensor]:
     # Where a schedule begins or ends at zero, all numbers are zero, and so are their products.
-    least = (1e-12 * matrix.abs().max()).clamp_min(torch.finfo(matrix.dtype).tiny)
-    logs = matrix.abs().clamp_min(least).log()
+    logs = matrix.abs()
+    least = float((1e-12 * logs.max()).clamp_min(torch.finfo(matrix.dtype).tiny))
+    logs.clamp_min_(least).log_()
     left = (logs.mean(1) - logs.mean()).exp()
     return left * matrix.sum().sign(), logs.mean(0).exp()

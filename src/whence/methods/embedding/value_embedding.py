@@ -21,6 +21,7 @@ from whence.influence.influence import Influence
 from whence.methods.dit import precision, slots
 from whence.methods.embedding.alongside import Alongside
 from whence.methods.embedding.capturing import Gathering
+from whence.methods.embedding.drawn import Drawn
 from whence.methods.embedding.early import Now
 from whence.methods.embedding.embedding_store import About, EmbeddingStore
 from whence.methods.embedding.embeddings import Embeddings
@@ -50,6 +51,8 @@ class DataValueEmbedding:
     Args:
         rank: coordinates per parameter, at most; storage is steps x slots x rank x parameters.
         fisher: "true" draws labels from the model, "empirical" takes the samples' own gradients, as the paper does.
+        drawn: share of a step's samples whose labels are drawn, with fisher="true"; below 1, they have a pass of their
+            own, which makes capturing beside a training cheap, and costs little of the fidelity down to a quarter.
         projection: "orthonormal" (exact where the rank is a parameter's size), "gaussian", or "mask", which picks rows
             and columns, so that what Adam divides by stays exact.
         follow: "optimizer" takes momentum, Adam's division, weight decay and clipping into account; "rate" pretends
@@ -66,6 +69,7 @@ class DataValueEmbedding:
 
     rank: int = 256
     fisher: Fisher = "true"
+    drawn: float = 1.0
     projection: Kind = "orthonormal"
     follow: Follow = "optimizer"
     layers: Layers = "apart"
@@ -86,6 +90,8 @@ class DataValueEmbedding:
         for name, least in (("rank", 1), ("segments", 1), ("damping", 0)):
             if (value := getattr(self, name)) < least:
                 raise BadSetting(name, value, f"a number, at least {least}")
+        if not 0 < self.drawn <= 1:
+            raise BadSetting("drawn", self.drawn, "a number above 0, at most 1")
 
     def embed(self, run: Run, *, observed_at: ObservedAt = "end", out: str | Path | None = None) -> Embeddings:
         """Make the vectors: one pass forward over the training, one recursion back.
@@ -161,8 +167,9 @@ class DataValueEmbedding:
         if self.fisher == "true" and task.draw is None:
             raise NoDraw
         small = projection_for(task, manifest, kind=self.projection, rank=self.rank, seed=self.seed)
+        draws = Drawn(task, self.drawn, self.seed)
         shapes = {name: layout.shape for name, layout in manifest.params.items()}
-        return StepRows(task, manifest.optimizer, shapes, small, self.fisher, self.follow, self.seed)
+        return StepRows(task, manifest.optimizer, shapes, small, self.fisher, self.follow, draws)
 
     def beside(
         self,
@@ -210,7 +217,7 @@ class DataValueEmbedding:
     @property
     def _of_rows(self) -> dict[str, object]:
         """The settings that the pass over the training depends on."""
-        return {name: getattr(self, name) for name in ("rank", "fisher", "projection", "follow", "seed")}
+        return {name: getattr(self, name) for name in ("rank", "fisher", "drawn", "projection", "follow", "seed")}
 
 
 @final
@@ -267,8 +274,9 @@ class _Recursion:
 
 def visits_of(of_step: dict[str, Tensor], place: slice) -> Visits:
     """What a step says about some coordinates."""
-    cut = {name: tensor[..., place] for name, tensor in of_step.items() if name != "share"}
+    cut = {name: tensor[..., place] for name, tensor in of_step.items() if not name.endswith("share")}
     fisher, rate = cut["fisher"], cut["rate"]
     moved = cut["moved"] if "moved" in cut else cut.get("gradient", fisher) * rate
     drawn = cut["fisher_moved"] if "fisher_moved" in cut else fisher * rate if "gradient" in cut else moved
-    return Visits(of_step["share"], moved, fisher, drawn, cut["decay"])
+    share = of_step["share"]
+    return Visits(share, moved, of_step.get("fisher_share", share), fisher, drawn, cut["decay"])

@@ -1,0 +1,110 @@
+"""Gradients with labels drawn from the model, for some of a step's samples.
+
+A Fisher matrix is a mean, which a few samples estimate. They have a pass of their own: it costs what it costs them, and
+needs nothing of the graph of all.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from whence.replay.capture import Watched, watched_alone
+from whence.replay.rows import Asked, Loss, Rows
+from whence.replay.transition import Piece, Transition
+from whence.task import Batch, Task
+from whence.tree import Tree
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Whose labels are drawn, and what they are: always the same of a step.
+
+    Attributes:
+        task: of the training.
+        portion: of a step's samples.
+        seed: of both draws.
+    """
+
+    task: Task
+    portion: float
+    seed: int
+
+    def count(self, slots: int) -> int:
+        """How many of so many.
+
+        >>> [Drawn(None, 0.25, 0).count(slots) for slots in (1, 8, 10)]
+        [1, 2, 2]
+        """
+        return max(1, round(self.portion * slots))
+
+    def chosen(self, transition: Transition) -> "Chosen":
+        """Slots of a step."""
+        total = sum(transition.sizes)
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self._seed(transition.step.index)))
+        some = order[: self.count(total)].sort()[0]
+        slots, first = {}, 0
+        for piece, size in enumerate(transition.sizes):
+            slots[piece] = some[(some >= first) & (some < first + size)] - first
+            first += size
+        return Chosen(slots, total / max(1, len(some)))
+
+    def loss(self, step: int, piece: int) -> Loss:
+        """The losses with drawn labels."""
+        seed, draw = self._seed(step, piece), self.task.draw
+        assert draw is not None
+
+        def losses(outputs: Any, batch: Batch) -> Tensor:
+            return draw(outputs, batch, torch.Generator(self.task.device).manual_seed(seed))
+
+        return losses
+
+    def _seed(self, *what: int) -> int:
+        digest = hashlib.sha256("/".join(map(str, (self.seed, *what))).encode()).digest()
+        return int.from_bytes(digest[:8], "little", signed=True)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Some slots of a step.
+
+    Attributes:
+        slots: by micro-batch.
+        times: how many slots each of them stands for.
+    """
+
+    slots: Mapping[int, Tensor]
+    times: float = field(default=1.0)
+
+    def share(self, piece: Piece) -> Tensor:
+        """The factors of a micro-batch's chosen slots in the mean over all."""
+        return piece.share[self.slots[piece.index]] * self.times
+
+    def rows(
+        self, piece: Piece, params: Tree, buffers: Tree, *, asked: Mapping[str, Asked], seen: Watched | None = None
+    ) -> dict[str, Tensor]:
+        """Their small gradients in a micro-batch.
+
+        Args:
+            piece: the micro-batch.
+            params: where the gradients are taken.
+            buffers: before the forward pass.
+            asked: of losses with drawn labels, by name.
+            seen: the pass over all of it, if there was one; needed only where a batch's statistics are constants.
+
+        Raises:
+            NotCut: its batch is not made of rows.
+        """
+        slots, losses = self.slots[piece.index], list(asked.values())
+        if not len(slots):
+            return {}
+        if seen is not None and seen.froze:
+            found: Rows = tuple(rows[slots] for rows in seen.rows(losses))
+        else:
+            found = watched_alone(piece.cut(slots), params, buffers).rows(losses)
+        return dict(zip(asked, found, strict=True))
