@@ -89,7 +89,7 @@ def main() -> None:
     embeddings = whence.open_embeddings(folder / name, run)
     about = embeddings.about
     formula = about.steps * about.slots * sum(stop - start for start, stop in about.layout.values()) * 4
-    print(f"bytes on disk / formula  {bytes_of(folder / 'true') / formula:.3f}", flush=True)
+    print(f"bytes on disk / formula  {bytes_of(folder / name) / formula:.3f}", flush=True)
     queries, beats = whence.Loss(sentences(QUERIES), samples=range(QUERIES)), Beats(sweep.stepping())
     asked = seconds(lambda: embeddings.attribute(queries))
     for _ in range(SHORT * SWEPT):

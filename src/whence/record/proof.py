@@ -4,7 +4,7 @@ import torch
 
 from whence.errors import BadLoss, UnexplainedGradient, UnrepeatableRows
 from whence.record.feeding import Yielded
-from whence.replay.state import State, Step
+from whence.replay.state import State, Step, due
 from whence.replay.transition import Transition
 from whence.run.run import AUTOCAST
 from whence.run.tensors import digest
@@ -27,8 +27,7 @@ class Proof:
         new = shape not in self._met and len(self._met) < MOST_NEW
         if new:
             self._met.add(shape)
-        power_of_four = step.index.bit_count() == 1 and step.index.bit_length() % 2 == 1
-        return new or step.index < 2 or power_of_four
+        return new or due(step.index)
 
     def tolerance(self, step: Step, consumed: Tree) -> float:
         """The relative difference that is allowed."""

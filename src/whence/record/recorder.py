@@ -90,6 +90,7 @@ class Recorder:
         self._overheard: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._epoch = self._last_epoch = -1
         self._pending: Step | None = None
+        self._ahead: State | None = None  # before the coming step, where somebody asked
         self._versions: dict[str, int] = {}
 
     def __enter__(self) -> "Recorder":
@@ -190,7 +191,7 @@ class Recorder:
             return
         self._writer.log(self._pending)
         self._last_epoch = self._pending.fed[-1].epoch
-        self._pending = None
+        self._pending = self._ahead = None
         self._feeding.stepped()
         self._versions = {name: p._version for name, p in self._params.items()}
 
@@ -255,7 +256,9 @@ class Recorder:
 
     def _now(self) -> tuple[Update, State]:
         """What an update would be at this moment, and the state before it, but for buffers."""
-        return self._update(self._settings()), State(self._live(), {}, self._moments())
+        if self._ahead is None:
+            self._ahead = State(self._live(), {}, self._moments())
+        return self._update(self._settings()), self._ahead
 
     def _settings(self) -> tuple[dict[str, Setting], ...]:
         return tuple(map(settings_of, _plain_groups(self._optimizer)))

@@ -113,3 +113,12 @@ def _plain(value: Any) -> Setting:
         return tuple(float(_plain(item)) for item in value)  # type: ignore[arg-type]
     plain: Setting = value
     return plain
+
+
+def due(step: int) -> bool:
+    """Whether what is noted of a training is proven at this step by a replay: at 0, 1, and the powers of four.
+
+    >>> [step for step in range(100) if due(step)]
+    [0, 1, 4, 16, 64]
+    """
+    return step == 0 or (step.bit_count() == 1 and step.bit_length() % 2 == 1)

@@ -4,7 +4,7 @@ The model's calls are watched (`watching.py`), and the cotangents of what parame
 the loop's backward pass as they come by. Nothing is computed twice; labels drawn from the model cost a backward pass to
 the activations, or a pass of their own where only some samples' are drawn.
 
-What was seen proves itself whenever the model uses its parameters in another way, and at steps 0, 1, 2, 4, 8, ...: with
+What was seen proves itself whenever the model uses its parameters in another way, and at steps 0, 1, 4, 16, ...: with
 random weights of the samples, their rows must add up to the gradient that a replay finds with those weights.
 """
 
@@ -28,7 +28,7 @@ from whence.replay.heap import kept_heap
 from whence.replay.lasting import Lasting
 from whence.replay.matrices import at_hand, fast_products
 from whence.replay.sides import Sides
-from whence.replay.state import State
+from whence.replay.state import State, due
 from whence.replay.transition import Piece, Transition
 from whence.task import Batch
 from whence.tree import Tree
@@ -168,7 +168,7 @@ class Alongside:
 
     def _proves(self, step: int, kinds: Hashable) -> bool:
         """Whether a pass of this kind is to prove itself."""
-        return self._proven.setdefault(kinds, step) == step or step & (step - 1) == 0
+        return self._proven.setdefault(kinds, step) == step or due(step)
 
     def _listening(self, model: nn.Module) -> list[RemovableHandle]:
         depth = [0]

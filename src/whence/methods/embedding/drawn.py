@@ -35,11 +35,7 @@ class Drawn:
     seed: int
 
     def count(self, slots: int) -> int:
-        """How many of so many.
-
-        >>> [Drawn(None, 0.25, 0).count(slots) for slots in (1, 8, 10)]
-        [1, 2, 2]
-        """
+        """How many of so many, at least one."""
         return max(1, round(self.portion * slots))
 
     def chosen(self, transition: Transition) -> "Chosen":

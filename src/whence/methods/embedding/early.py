@@ -16,7 +16,7 @@ from whence.replay.state import State
 from whence.replay.update import Update
 from whence.tree import Tree
 
-ENTRIES, BYTES = 2**18, 2**24  # of gradients, or of what waits for them, that are worth a call
+ENTRIES, BYTES = 2**18, 2**23  # of gradients, or of what waits for them, that are worth a call
 Now = Callable[[], tuple[Update, State]]
 
 
