@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,11 +36,11 @@ def constant(step: int) -> float:
     return 1.0
 
 
-def train(name: str, seed: int) -> tuple[whence.Run, TensorDataset, float]:
+def train(name: str, seed: int, activation: type[nn.Module] = nn.GELU) -> tuple[whence.Run, TensorDataset, float]:
     """Record one training; the run, the test set, and the accuracy on it."""
     kind, settings, scheduled = TRAININGS[name]
     torch.manual_seed(seed)
-    model, (data, test) = mlp(), digits()
+    model, (data, test) = mlp(activation), digits()
     task = whence.classification(model, data)
     optimizer = kind(model.parameters(), **settings)  # type: ignore[arg-type]
     scheduler = LambdaLR(optimizer, warm_up_and_decay if scheduled else constant)
