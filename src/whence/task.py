@@ -21,6 +21,7 @@ from torch.utils.data import default_collate
 from whence import compiled
 from whence.activations import join
 from whence.batchnorm import STATISTICS, RunningStatistics, tracking
+from whence.checkpointing import computed_once
 from whence.clipping import ClipNorm, ClipValue
 from whence.errors import BadIds, BadLoss, BadReduction, NotCut, SharedStorage
 from whence.tree import Tree, cast, plain
@@ -168,7 +169,8 @@ class Task:
     def bind(self, params: Tree, buffers: Tree, function: Callable[[nn.Module], Result]) -> Result:
         """Evaluate `function(model)` with the given tensors in place of the model's own."""
         tensors = {f"model.{name}": tensor for name, tensor in (params | buffers).items()}
-        result: Result = functional_call(self.binding, tensors, (function,))
+        with computed_once():
+            result: Result = functional_call(self.binding, tensors, (function,))
         return result
 
     def outputs(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Any, Tree]:
