@@ -6,7 +6,7 @@ needs nothing of the graph of all.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -75,7 +75,7 @@ class Chosen:
     """
 
     slots: Mapping[int, Tensor]
-    times: float = field(default=1.0)
+    times: float
 
     def share(self, piece: Piece) -> Tensor:
         """The factors of a micro-batch's chosen slots in the mean over all."""

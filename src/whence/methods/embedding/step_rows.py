@@ -211,7 +211,7 @@ def factors(whole: Projection, rate: Tree) -> dict[str, tuple[Tensor, ...]]:
 def _outer(matrix: Float[Tensor, "left right"]) -> tuple[Tensor, Tensor]:
     # Where a schedule begins or ends at zero, all numbers are zero, and so are their products.
     logs = matrix.abs()
-    least = float((1e-12 * logs.max()).clamp_min(torch.finfo(matrix.dtype).tiny))
+    least = (1e-12 * logs.max()).clamp_min(torch.finfo(matrix.dtype).tiny)
     logs.clamp_min_(least).log_()
     left = (logs.mean(1) - logs.mean()).exp()
     return left * matrix.sum().sign(), logs.mean(0).exp()
