@@ -4,7 +4,6 @@ A Fisher matrix is a mean, which a few samples estimate. They have a pass of the
 needs nothing of the graph of all.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -12,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from whence.methods.embedding.projection import seed_of
 from whence.replay.capture import Watched, watched_alone
 from whence.replay.rows import Asked, Loss, Rows
 from whence.replay.transition import Piece, Transition
@@ -41,8 +41,8 @@ class Drawn:
     def chosen(self, transition: Transition) -> "Chosen":
         """Slots of a step."""
         total = sum(transition.sizes)
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(self._seed(transition.step.index)))
-        some = order[: self.count(total)].sort()[0]
+        draw = torch.Generator().manual_seed(seed_of(self.seed, transition.step.index))
+        some = torch.randperm(total, generator=draw)[: self.count(total)].sort()[0]
         slots, first = {}, 0
         for piece, size in enumerate(transition.sizes):
             slots[piece] = some[(some >= first) & (some < first + size)] - first
@@ -51,17 +51,13 @@ class Drawn:
 
     def loss(self, step: int, piece: int) -> Loss:
         """The losses with drawn labels."""
-        seed, draw = self._seed(step, piece), self.task.draw
+        seed, draw = seed_of(self.seed, step, piece), self.task.draw
         assert draw is not None
 
         def losses(outputs: Any, batch: Batch) -> Tensor:
             return draw(outputs, batch, torch.Generator(self.task.device).manual_seed(seed))
 
         return losses
-
-    def _seed(self, *what: int) -> int:
-        digest = hashlib.sha256("/".join(map(str, (self.seed, *what))).encode()).digest()
-        return int.from_bytes(digest[:8], "little", signed=True)
 
 
 @final

@@ -172,8 +172,13 @@ def ranks_of(sizes: tuple[int, ...], rank: int) -> tuple[int, ...]:
 
 def _generator(seed: int, name: str, place: int) -> torch.Generator:
     """Another stream of numbers for every side."""
-    digest = hashlib.sha256(f"{seed}/{place}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.Generator().manual_seed(seed_of(seed, place, name))
+
+
+def seed_of(*what: object) -> int:
+    """A seed for this and nothing else, the same in every process."""
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def _gaussian(size: int, rank: int, draw: torch.Generator) -> Side:
