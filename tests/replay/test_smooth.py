@@ -184,6 +184,53 @@ def test_directions_of_some(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_two_gradients_of_one_call(name: str) -> None:
+    """Differentiated in one pass, with the value itself."""
+    layer, shapes = LAYERS[name]
+    found = []
+    for recorded in (False, True):
+        inputs = drawn(*shapes)
+        with Smooth() if recorded else nullcontext():
+            value = layer(*inputs)
+        slopes = drawn(value.shape, value.shape, value.shape, seed=1)
+        firsts = [
+            *grad(value, inputs, slopes[0], create_graph=True),
+            *grad(value, inputs, slopes[1], create_graph=True),
+        ]
+        directions = drawn(*(tensor.shape for tensor in firsts), seed=2)
+        found.append(grad((*firsts, value), (*slopes[:2], *inputs), (*directions, slopes[2])))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("some", [[5], [0], [2, 3], range(6)], ids=str)
+def test_a_network_after_a_pass_that_failed(some: list[int]) -> None:
+    """Directions for some of its gradients; what the failed pass left is not counted again."""
+    found, failing = [], [False]
+
+    def fail(slope: Tensor) -> Tensor:
+        if failing[0]:
+            raise MemoryError
+        return slope
+
+    for recorded in (False, True):
+        (inputs,), params = drawn(SHAPE), drawn((6, 5), (6,), (6,), (6,), (2, 6), (2,))
+        with Smooth() if recorded else nullcontext():
+            middle = gelu(functional.linear(inputs, *params[:2]))
+            middle.register_hook(fail)
+            total = (
+                functional.linear(layer_norm(middle, (6,), params[2], params[3]), *params[4:]).softmax(-1)[..., 0].sum()
+            )
+        first = [grad(total, params, create_graph=True)[place] for place in some]
+        directions = drawn(*(tensor.shape for tensor in first), seed=2)
+        failing[0] = True
+        with pytest.raises(MemoryError):
+            grad(first, params, directions, retain_graph=True)
+        failing[0] = False
+        found.append((*grad(total, params, retain_graph=True), *grad(first, params, directions)))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_what_a_layer_returns_may_be_overwritten(name: str) -> None:
     """As an activation in place does it."""
     layer, shapes = LAYERS[name]

@@ -7,7 +7,6 @@ its rows, :math:`\sigma(X) = P \circ (X - \mathrm{rowsum}(P \circ X))`, a slope 
    \qquad \bar K = s \bar S^\top Q.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any, final
 
@@ -17,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from whence.replay.softmax import balanced, centred, sigma
-from whence.replay.twice import Bend, Layer, Needs, Tensors, alone, large, one_precision, recorded
+from whence.replay.twice import Back, Bend, Layer, Needs, Tensors, alone, large, one_precision, onto, recorded
 
 SOFTMAX = torch.ops.aten._safe_softmax.default  # zero where a mask leaves nothing
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -71,21 +70,23 @@ class Attention(Layer):
             by_scores = self._sigma(by_weights)
             return centred(by_weights, weights, -1), self._s * by_scores
 
-        def bent(a: Tensors, needs: Needs) -> Iterator[Tensor]:
-            del needs
+        def bent(a: Tensors) -> tuple[Tensor, Back]:
             q, k, v = (_flat(tensor) for tensor in a)
             turned = self._sigma(_plus(torch.bmm(q, self._k.mT), self._q, k.mT))
-            yield _plus(torch.bmm(weights, v), turned, self._v).view(shape)
-            by_weights, by_scores = kept()
-            # The weights times their own cotangent, up to what sigma takes from every row.
-            scores = balanced(torch.addcmul(turned * by_weights, weights, torch.bmm(slope, v.mT)), weights, -1)
-            yield from self._shaped(
-                (
-                    _plus(torch.bmm(scores, self._k), by_scores, k),
-                    _plus(torch.bmm(scores.mT, self._q), by_scores.mT, q),
-                    torch.bmm(turned.mT, slope),
-                )
-            )
+
+            def back(further: Tensor | None, needs: Needs) -> Tensors:
+                del needs
+                by_weights, by_scores = kept()
+                met, by_v = torch.bmm(slope, v.mT), torch.bmm(turned.mT, slope)
+                if further is not None:
+                    further = _flat(further)
+                    met, by_v = _plus(met, further, self._v.mT), _plus(by_v, weights.mT, further)
+                # The weights times their own cotangent, up to what sigma takes from every row.
+                scores = balanced(onto(turned * by_weights, weights, met), weights, -1)
+                by_q, by_k = torch.bmm(scores, self._k), torch.bmm(scores.mT, self._q)
+                return self._shaped((_plus(by_q, by_scores, k), _plus(by_k, by_scores.mT, q), by_v))
+
+            return _plus(torch.bmm(weights, v), turned, self._v).view(shape), back
 
         return bent
 

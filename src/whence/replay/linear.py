@@ -4,14 +4,13 @@ r"""Linear layers, whose second derivative is products of matrices alone.
 :math:`\bar Y` over its rows.
 """
 
-from collections.abc import Iterator
 from typing import Any, final
 
 from torch import Tensor
 from torch.nn import functional
 
 from whence.replay.matrices import product, shifted
-from whence.replay.twice import Bend, Layer, Maybe, Needs, alone, one_precision, recorded
+from whence.replay.twice import Back, Bend, Layer, Maybe, Needs, alone, one_precision, recorded
 
 LARGE = 2**23  # multiplications from which on this pays
 NAMES = ("input", "weight", "bias")
@@ -44,13 +43,19 @@ class Linear(Layer):
         r"""<a, pull(slope)> is linear in the slope, in X and in W."""
         rows, shape = _rows(slope), slope.shape
 
-        def bent(a: Maybe, needs: Needs) -> Iterator[Tensor | None]:
+        def bent(a: Maybe) -> tuple[Tensor, Back]:
             x, weight, *bias = a
             x = None if x is None else _rows(x)
-            yield self._by_slope(x, weight, *bias).view(shape)
-            yield None if weight is None or not needs[0] else _product(rows, weight).view(self._shape)
-            yield None if x is None or not needs[1] else _product(rows.t(), x)
-            yield from (None for _ in bias)
+
+            def back(further: Tensor | None, needs: Needs) -> Maybe:
+                by_x, by_weight, *by_bias = self.pull(further, needs) if further is not None else (None for _ in needs)
+                if weight is not None and needs[0]:
+                    by_x = _plus(None if by_x is None else _rows(by_x), rows, weight).view(self._shape)
+                if x is not None and needs[1]:
+                    by_weight = _plus(by_weight, rows.t(), x)
+                return by_x, by_weight, *by_bias
+
+            return self._by_slope(x, weight, *bias).view(shape), back
 
         return bent
 

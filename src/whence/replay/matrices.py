@@ -22,7 +22,6 @@ from torch.library import Library
 from torch.types import Number
 
 LARGE = 2**21  # multiplications from which on a call through Python pays
-IMAGES = 16  # from which on torch leaves a convolution to oneDNN even on one thread
 MAKER = "AuthenticAMD"  # as its processors say
 _fast: ContextVar[bool] = ContextVar("fast", default=False)
 _lock = threading.Lock()
@@ -77,7 +76,9 @@ def leaves_half_unused() -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product `[m, k] x [k, n]` to `[m, n]`."""
     if _pays(a, b):
-        return _summed(a, b) if _is_sum(a, b) else _linear(a, b, None)
+        # Its left matrix is laid out row by row first; of a sum over many rows, take the smaller one for that.
+        swapped = a.t().is_contiguous() and a.shape[0] > b.shape[1]
+        return _linear(b.t(), a.t(), None).t() if swapped else _linear(a, b, None)
     found: Tensor = torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
     return found
 
@@ -95,22 +96,6 @@ def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """As a linear layer: a @ weight.T + bias."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return found
-
-
-def _summed(a: Tensor, b: Tensor) -> Tensor:
-    """As a sum over rows: the gradient of a 1x1 convolution's weight, for which oneDNN transposes nothing."""
-    # [image, channel, row, 1], with channels last in memory.
-    pixels = (rows.view(IMAGES, -1, 1, rows.shape[1]).permute(0, 3, 1, 2) for rows in (a.t(), b))
-    weight = a.new_empty(a.shape[0], b.shape[1], 1, 1)
-    once = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, of the output, groups
-    found: Tensor = torch.ops.aten.convolution_backward(*pixels, weight, None, *once, [False, True, False])[1]
-    return found[:, :, 0, 0]
-
-
-def _is_sum(a: Tensor, b: Tensor) -> bool:
-    """Whether both hold long columns, row by row in memory, as the gradient of a layer's weight is made of."""
-    rows = a.shape[1]
-    return rows > max(a.shape[0], b.shape[1]) and rows % IMAGES == 0 and a.t().is_contiguous() and b.is_contiguous()
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:

@@ -4,7 +4,7 @@ The derivatives of an elementwise function are taken once a step, and those of a
 torch's fused kernel.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, cached_property, partial
 from typing import Any, final
 
@@ -19,7 +19,7 @@ from whence.activations import composed
 from whence.replay.attention import attention
 from whence.replay.linear import addmm, linear
 from whence.replay.softmax import cross_entropy, log_softmax, softmax
-from whence.replay.twice import Bend, Layer, Needs, Tensors, alone, large, recorded
+from whence.replay.twice import Back, Bend, Layer, Maybe, Needs, Tensors, alone, large, onto, recorded, summed
 
 KERNEL = torch.ops.aten.native_layer_norm_backward
 
@@ -59,10 +59,13 @@ class _Elementwise(Layer):
     def bend(self, slope: Tensor) -> Bend:
         second = cache(lambda: slope * self._second)
 
-        def bent(a: Tensors, needs: Needs) -> Iterator[Tensor | None]:
-            del needs
-            yield a[0] * self._first
-            yield a[0] * second()
+        def bent(a: Tensors) -> tuple[Tensor, Back]:
+            def back(slope: Tensor | None, needs: Needs) -> Tensors:
+                del needs
+                found = a[0] * second()
+                return (found if slope is None else onto(found, slope, self._first),)
+
+            return a[0] * self._first, back
 
         return bent
 
@@ -104,17 +107,19 @@ class _Norm(Layer):
             scaled = slope * self._weight * self._r
             return scaled, self._mean_of(scaled * self._normal), self._r * self._normal
 
-        def bent(a: Tensors, needs: Needs) -> Iterator[Tensor | None]:
-            del needs
+        def bent(a: Tensors) -> tuple[Tensor, Back]:
             projected = self._projected(a[0])
-            yield torch.addcmul(torch.addcmul(a[2], a[1], self._normal), projected, self._weight)
-            scaled, mean, by_r = kept()
-            inside = torch.addcmul(a[1] * slope, a[0], mean, value=-1)
-            inside = torch.addcmul(inside, scaled, self._mean_of(a[0] * self._normal), value=-1)
-            both = slope * projected
-            yield torch.addcmul(self._projected(inside), by_r, self._mean_of(both * self._weight), value=-1)
-            yield both.sum(tuple(range(slope.dim() - len(self._shape))))
-            yield None
+
+            def back(further: Tensor | None, needs: Needs) -> Maybe:
+                scaled, mean, by_r = kept()
+                inside = onto(a[1] * slope, a[0], mean, value=-1)
+                inside = onto(inside, scaled, self._mean_of(a[0] * self._normal), value=-1)
+                both = slope * projected
+                by_x = onto(self._projected(inside), by_r, self._mean_of(both * self._weight), value=-1)
+                found = by_x, both.sum(tuple(range(slope.dim() - len(self._shape)))), None
+                return found if further is None else summed(found, self.pull(further, needs))
+
+            return torch.addcmul(torch.addcmul(a[2], a[1], self._normal), projected, self._weight), back
 
         return bent
 

@@ -4,7 +4,6 @@ With :math:`\sigma(X) = P \circ (X - \mathrm{rowsum}(P \circ X))`, the derivativ
 slope is pulled back to :math:`\sigma(\bar P)`, and one of the logarithm to :math:`\bar L - P\,\mathrm{rowsum}(\bar L)`.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any, final
 
@@ -12,7 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from whence.replay.twice import Bend, Layer, Needs, Tensors, large, one_precision, recorded
+from whence.replay.twice import (
+    Back,
+    Bend,
+    Layer,
+    Maybe,
+    Needs,
+    Tensors,
+    large,
+    one_precision,
+    onto,
+    recorded,
+    summed,
+)
 
 CROSS_ENTROPY: dict[str, Any] = {  # in the order of its arguments
     "input": None,
@@ -55,11 +66,17 @@ class Softmax(Layer):
         def kept() -> Tensor:
             return centred(slope, self._weights, self._axis)
 
-        def bent(a: Tensors, needs: Needs) -> Iterator[Tensor | None]:
-            del needs
+        def bent(a: Tensors) -> tuple[Tensor, Back]:
             turned = sigma(a[0], self._weights, self._axis)
-            yield turned
-            yield balanced(turned * kept(), self._weights, self._axis)
+
+            def back(further: Tensor | None, needs: Needs) -> Tensors:
+                del needs
+                products = turned * kept()
+                if further is not None:
+                    products = onto(products, self._weights, further)
+                return (balanced(products, self._weights, self._axis),)
+
+            return turned, back
 
         return bent
 
@@ -93,10 +110,12 @@ class LogSoftmax(Layer):
         def total() -> Tensor:
             return -slope.sum(self._axis, keepdim=True)
 
-        def bent(a: Tensors, needs: Needs) -> Iterator[Tensor | None]:
-            del needs
-            yield centred(a[0], self._weights, self._axis)
-            yield sigma(a[0] * total(), self._weights, self._axis)
+        def bent(a: Tensors) -> tuple[Tensor, Back]:
+            def back(further: Tensor | None, needs: Needs) -> Maybe:
+                found = (sigma(a[0] * total(), self._weights, self._axis),)
+                return found if further is None else summed(found, self.pull(further, needs))
+
+            return centred(a[0], self._weights, self._axis), back
 
         return bent
 
@@ -113,8 +132,8 @@ def centred(cotangent: Tensor, weights: Tensor, axis: int) -> Tensor:
 
 
 def balanced(products: Tensor, weights: Tensor, axis: int) -> Tensor:
-    """Sigma of a cotangent that was multiplied by the probabilities already."""
-    return torch.addcmul(products, weights, products.sum(axis, keepdim=True), value=-1)
+    """Sigma of a cotangent that was multiplied by the probabilities already, in its memory."""
+    return onto(products, weights, products.sum(axis, keepdim=True), value=-1)
 
 
 def softmax(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
