@@ -1,10 +1,12 @@
-"""What each curvature policy costs, and how well each predicts, smooth or not: python -m bench.policies [seeds].
+"""How well each curvature policy predicts, smooth or not, and its cost: python -m bench.policies [seeds [name ...]].
 
-Cost: the GPT of bench.sweep, in units of plain training. Fidelity: digits, 64-128-128-10, AdamW, 200 steps of 50, with
-GELU and with ReLU, and with ReLU under the milder recipe of bench.fidelity (lr 3.5e-4, warm-up, decay); Pearson with 60
-single removals, and the linear datamodelling score (LDS: Spearman of predicted and actual change) of 60 random groups
-of 5 %; retrained in float64; mean test loss. The last two columns compare the removals with what training really does
-when the same samples count half or twice: how far it answers in proportion, which every score takes for granted.
+Fidelity: digits, 64-128-128-10, AdamW, 200 steps of 50, with GELU and with ReLU, and with ReLU under the milder recipe
+of bench.fidelity (lr 3.5e-4, warm-up, decay) and on standardised pixels; Pearson with 60 single removals, and the
+linear datamodelling score (LDS: Spearman of predicted and actual change) of 60 random groups of 5 %; retrained in
+float64; mean test loss. Two columns compare the removals with what training really does when the same samples count
+half or twice: how far it answers in proportion, which every score takes for granted. The last predicts the groups by
+what removing each of their samples alone really does: how far effects add up, which an LDS takes for granted, too.
+Cost: the GPT of bench.sweep, in units of plain training, with the name "costs".
 """
 
 import sys
@@ -52,10 +54,10 @@ def costs() -> None:
         print(f"{type(policy).__name__:16} {way:10} {one:8.2f}  {many:10.1f}", flush=True)
 
 
-def train(activation: type[nn.Module], seed: int) -> tuple[whence.Run, TensorDataset]:
+def train(activation: type[nn.Module], seed: int, *, standardised: bool = False) -> tuple[whence.Run, TensorDataset]:
     """Record one training."""
     torch.manual_seed(seed)
-    model, (data, test) = mlp(activation), digits()
+    model, (data, test) = mlp(activation), digits(standardised=standardised)
     task = whence.classification(model, data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     folder = Path(tempfile.mkdtemp()) / "run"
@@ -75,13 +77,14 @@ def train_mildly(activation: type[nn.Module], seed: int) -> tuple[whence.Run, Te
 
 
 def fidelity(run: whence.Run, test: TensorDataset, seed: int) -> list[tuple[float, float]]:
-    """Pearson with single removals and LDS of groups, for every kind of sweep; at last, of half and twice."""
+    """Pearson with single removals and LDS of groups, for every kind of sweep; at last, of half, twice, and sums."""
     query = whence.Loss(test, aggregate="mean")
     draw = np.random.default_rng(seed)
     ones = draw.choice(run.samples, REMOVALS, replace=False)
     groups = [draw.choice(run.samples, run.samples // 20, replace=False) for _ in range(REMOVALS)]
     left_out = [[int(one)] for one in ones] + [group.tolist() for group in groups]
     actual = whence.retrain(run, query, left_out).change[0]
+    each = whence.retrain(run, query, [[sample] for sample in range(run.samples)]).change[0]
     found = []
     for dit in SWEEPS.values():
         total = dit.attribute(run, query).total()[0]
@@ -91,23 +94,34 @@ def fidelity(run: whence.Run, test: TensorDataset, seed: int) -> list[tuple[floa
         change = (1 - weight) * whence.retrain(run, query, left_out, weight=weight).change[0]
         pairs = [(change[:, part], actual[:, part]) for part in (slice(REMOVALS), slice(REMOVALS, None))]
         found.append((float(agreement.pearson(*pairs[0]).item()), float(agreement.spearman(*pairs[1]).item())))
+    found.append((1.0, float(agreement.lds(each, groups, actual[:, REMOVALS:]).item())))
     return found
 
 
-TRAININGS = {"ReLU": (train, nn.ReLU), "GELU": (train, nn.GELU), "ReLU, mild": (train_mildly, nn.ReLU)}
+TRAININGS = {
+    "ReLU": (train, nn.ReLU),
+    "GELU": (train, nn.GELU),
+    "ReLU, mild": (train_mildly, nn.ReLU),
+    "ReLU, standard": (partial(train, standardised=True), nn.ReLU),
+}
+COSTS = "costs"
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, or what is named of them."""
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    names = [*SWEEPS, *TRULY]
-    print("network     seed  " + "  ".join(f"{name:>15}" for name in names) + "   (Pearson, LDS)", flush=True)
+    chosen = sys.argv[2:] or [*TRAININGS, COSTS]
+    names = [*SWEEPS, *TRULY, "each alone"]
+    print("network         seed  " + "  ".join(f"{name:>15}" for name in names) + "   (Pearson, LDS)", flush=True)
     for training, (begin, activation) in TRAININGS.items():
+        if training not in chosen:
+            continue
         rows = np.array([fidelity(*begin(activation, seed), seed) for seed in range(seeds)])  # [seed, policy, figure]
         for name, row in [*enumerate(rows), ("mean", rows.mean(0))]:
             cells = "  ".join(f"{pearson:7.2f} {lds:7.2f}" for pearson, lds in row)
-            print(f"{training:10}  {name!s:>4}  {cells}", flush=True)
-    costs()
+            print(f"{training:14}  {name!s:>4}  {cells}", flush=True)
+    if COSTS in chosen:
+        costs()
 
 
 if __name__ == "__main__":

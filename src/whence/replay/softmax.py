@@ -11,19 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from whence.replay.twice import (
-    Back,
-    Bend,
-    Layer,
-    Maybe,
-    Needs,
-    Tensors,
-    large,
-    one_precision,
-    onto,
-    recorded,
-    summed,
-)
+from whence.replay.twice import Back, Bend, Layer, Needs, Tensors, large, one_precision, onto, recorded
 
 CROSS_ENTROPY: dict[str, Any] = {  # in the order of its arguments
     "input": None,
@@ -111,9 +99,12 @@ class LogSoftmax(Layer):
             return -slope.sum(self._axis, keepdim=True)
 
         def bent(a: Tensors) -> tuple[Tensor, Back]:
-            def back(further: Tensor | None, needs: Needs) -> Maybe:
-                found = (sigma(a[0] * total(), self._weights, self._axis),)
-                return found if further is None else summed(found, self.pull(further, needs))
+            def back(further: Tensor | None, needs: Needs) -> Tensors:
+                del needs
+                found = sigma(a[0] * total(), self._weights, self._axis)
+                if further is None:
+                    return (found,)
+                return (onto(found + further, self._weights, further.sum(self._axis, keepdim=True), value=-1),)
 
             return centred(a[0], self._weights, self._axis), back
 
