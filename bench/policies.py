@@ -11,6 +11,7 @@ Cost: the GPT of bench.sweep, in units of plain training, with the name "costs".
 
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -107,6 +108,11 @@ TRAININGS = {
 COSTS = "costs"
 
 
+def line(training: str, name: str, figures: Iterable[Iterable[float]]) -> str:
+    """One row of the table."""
+    return f"{training:14}  {name:>4}  " + "  ".join(f"{pearson:7.2f} {lds:7.2f}" for pearson, lds in figures)
+
+
 def main() -> None:
     """Print both tables, or what is named of them."""
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
@@ -116,10 +122,11 @@ def main() -> None:
     for training, (begin, activation) in TRAININGS.items():
         if training not in chosen:
             continue
-        rows = np.array([fidelity(*begin(activation, seed), seed) for seed in range(seeds)])  # [seed, policy, figure]
-        for name, row in [*enumerate(rows), ("mean", rows.mean(0))]:
-            cells = "  ".join(f"{pearson:7.2f} {lds:7.2f}" for pearson, lds in row)
-            print(f"{training:14}  {name!s:>4}  {cells}", flush=True)
+        rows = []  # [seed, policy, figure]
+        for seed in range(seeds):
+            rows.append(fidelity(*begin(activation, seed), seed))
+            print(line(training, str(seed), rows[-1]), flush=True)
+        print(line(training, "mean", np.mean(rows, 0)), flush=True)
     if COSTS in chosen:
         costs()
 

@@ -60,6 +60,8 @@ def test_products_are_those_of_float64(
     assert (found - exact).norm() < 1e-6 * exact.norm()
     assert (moved - bias - exact).norm() < 1e-6 * exact.norm()
     assert found.shape == moved.shape == (rows, columns)
+    assert found.is_contiguous()  # as torch's own are, and their callers rely on it
+    assert moved.is_contiguous()
 
 
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")

@@ -78,7 +78,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if _pays(a, b):
         # Its left matrix is laid out row by row first; of a sum over many rows, take the smaller one for that.
         swapped = a.t().is_contiguous() and a.shape[0] > b.shape[1]
-        return _linear(b.t(), a.t(), None).t() if swapped else _linear(a, b, None)
+        return _linear(b.t(), a.t(), None).t().contiguous() if swapped else _linear(a, b, None)
     found: Tensor = torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
     return found
 
