@@ -119,18 +119,21 @@ def test_gradients_pass_through(everywhere: list[tuple[int, ...]]) -> None:
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+METHODS: dict[str, tuple[whence.DIT | whence.DataValueEmbedding, int]] = {
+    "Hessian": (whence.DIT(), 3),
+    "Gauss-Newton": (whence.DIT(curvature=whence.GaussNewton()), 3),
+    "by differences": (whence.DIT(curvature=whence.Hessian("difference")), 1),
+    "embedding": (whence.DataValueEmbedding(rank=16), 3),
+}
+
+
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
-@pytest.mark.parametrize(
-    ("curvature", "count"), [(whence.Hessian(), 3), (whence.GaussNewton(), 3), (whence.Hessian("difference"), 1)]
-)
-def test_sweeps_agree(
-    curvature: whence.Hessian | whence.GaussNewton,
-    count: int,
-    everywhere: list[tuple[int, ...]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", METHODS)
+def test_attributions_agree(
+    name: str, everywhere: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole attribution, with and without."""
+    """Whole ones, with and without."""
+    method, count = METHODS[name]
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(512, 64), torch.randint(0, 10, (512,)))
     model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 10))
@@ -141,10 +144,10 @@ def test_sweeps_agree(
             optimizer.step()
             optimizer.zero_grad()
     run, queries = whence.open_run(tmp_path / "run", task), whence.Loss(data, samples=range(count))
-    fast = whence.DIT(curvature=curvature).attribute(run, queries).values()
+    fast = method.attribute(run, queries).values()
     assert everywhere
     monkeypatch.setattr(matrices, "leaves_half_unused", lambda: False)
-    plain = whence.DIT(curvature=curvature).attribute(run, queries).values()
+    plain = method.attribute(run, queries).values()
     assert np.abs(fast - plain).max() < 1e-3 * np.abs(plain).max()
 
 
