@@ -108,6 +108,16 @@ def twice(layer: Layer, inputs: Leaves, *, third: bool = False) -> tuple[Leaves,
     return first, grad(first, (slope, *inputs), directions, retain_graph=True, create_graph=third), (slope, *directions)
 
 
+def both(name: str) -> Iterator[tuple[Tensor, Leaves]]:
+    """A layer's value and its inputs, as torch has it and then recorded."""
+    layer, shapes = LAYERS[name]
+    for recorded in (False, True):
+        inputs = drawn(*shapes)
+        with Smooth() if recorded else nullcontext():
+            value = layer(*inputs)
+        yield value, inputs
+
+
 def assert_same(found: Leaves, expected: Leaves) -> None:
     """Equal to rounding."""
     for left, right in zip(found, expected, strict=True):
@@ -145,15 +155,8 @@ def test_third_derivatives(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_directions_at_once(name: str) -> None:
     """A stack of directions, and the gradient as a function of its slope alone."""
-    layer, shapes = LAYERS[name]
     found = []
-    for recorded in (False, True):
-        inputs = drawn(*shapes)
-        if recorded:
-            with Smooth():
-                value = layer(*inputs)
-        else:
-            value = layer(*inputs)
+    for value, inputs in both(name):
         (slope,) = drawn(value.shape, seed=1)
         with straight():
             bent = grad(value, inputs, slope, create_graph=True, retain_graph=True)
@@ -168,12 +171,8 @@ def test_directions_at_once(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_directions_of_some(name: str) -> None:
     """A stack of directions for one of the gradients, where the others count for nothing."""
-    layer, shapes = LAYERS[name]
     found = []
-    for recorded in (False, True):
-        inputs = drawn(*shapes)
-        with Smooth() if recorded else nullcontext():
-            value = layer(*inputs)
+    for value, inputs in both(name):
         (slope,) = drawn(value.shape, seed=1)
         pulled: list[Tensor] = []
         for one in grad(value, inputs, slope, create_graph=True):
@@ -186,12 +185,8 @@ def test_directions_of_some(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_two_gradients_of_one_call(name: str) -> None:
     """Differentiated in one pass, with the value itself."""
-    layer, shapes = LAYERS[name]
     found = []
-    for recorded in (False, True):
-        inputs = drawn(*shapes)
-        with Smooth() if recorded else nullcontext():
-            value = layer(*inputs)
+    for value, inputs in both(name):
         slopes = drawn(value.shape, value.shape, value.shape, seed=1)
         firsts = [
             *grad(value, inputs, slopes[0], create_graph=True),
