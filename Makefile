@@ -17,7 +17,7 @@ help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## the whole story on real data, in about a minute
-	@$(BIN)/whence demo
+	@$(BIN)/backtrail demo
 
 test: $(READY)  ## all tests and documentation examples but the slow ones (ARGS="-m slow" for those)
 	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
@@ -35,7 +35,7 @@ bench: $(READY)  ## measure exactness, cost, memory and fidelity, then the table
 bench-env: $(BENCH_READY)  ## the libraries that the table compares with, in their own environment
 
 # One table a training, of what is not measured yet: make bench-table ARGS="headline --fresh".
-bench-table: $(READY)  ## whence beside its peers (ARGS="--help"); without bench-env their rows stay empty
+bench-table: $(READY)  ## backtrail beside its peers (ARGS="--help"); without bench-env their rows stay empty
 	@test -e $(BENCH_READY) || echo "the other libraries are not installed: run 'make bench-env' first to compare with them"
 	@python=$(BIN)/python; test -e $(BENCH_READY) && python=$(BENCH_BIN)/python; \
 	PYTHONPATH=src:. $$python -m bench.table $(if $(filter command line,$(origin ARGS)),$(ARGS))
@@ -50,7 +50,7 @@ clean:  ## remove everything built, but .venv
 # torch comes first and alone, through constraints.txt: without them pip would fetch gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (about a minute, once) ..."
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "whence needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "backtrail needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

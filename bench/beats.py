@@ -16,7 +16,11 @@ class Beats:
     """
 
     def __init__(
-        self, step: Callable[[], object], *, clock: Callable[[], float] = time.process_time, each: int = 1
+        self,
+        step: Callable[[], object],
+        *,
+        clock: Callable[[], float] = time.process_time,
+        each: int = 1,
     ) -> None:
         self._step, self._clock, self._each, self._taken, self._count = step, clock, each, 0.0, 0
         self._begun = clock()

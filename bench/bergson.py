@@ -2,11 +2,11 @@
 
 PYTHONPATH=src .venv-bench/bin/python -m bench.bergson [rounds [threads]]
 
-One training, 32 steps of 16 documents of 64 words, AdamW, float32, the output layer not tied to the embedding; every
-library trains it itself, from the same weights in the same order. Times are the least of the rounds, which go through
-all of them in turn, in units of the plain loop. bergson's are those of its trainer's `train` and `backward` alone,
-without what its command does around them. Then a small network in float64, untied and tied, against central
-differences.
+One training, 32 steps of 16 documents of 64 words, AdamW, float32, the output layer not tied to the
+embedding; every library trains it itself, from the same weights in the same order. Times are the
+least of the rounds, which go through all of them in turn, in units of the plain loop. bergson's are
+those of its trainer's `train` and `backward` alone, without what its command does around them. Then
+a small network in float64, untied and tied, against central differences.
 """
 
 import logging
@@ -24,20 +24,24 @@ import torch
 from torch.utils.data import TensorDataset
 from transformers.utils import logging as transformers_logging
 
-import whence
+import backtrail
+from backtrail.stats import pearson, spearman
 from bench.language import adamw_influence, derivatives, magic
 from bench.language.case import FULL, Case, distance, plain, record, timed
-from whence.influence.agreement import pearson, spearman
 
 COUNTS = (1, 8)
 POLICIES = {
-    f"whence, {type(policy).__name__}, {product}": whence.DIT(curvature=policy)
+    f"backtrail, {type(policy).__name__}, {product}": backtrail.DIT(curvature=policy)
     for product in ("autograd", "difference")
-    for policy in (whence.Hessian(product=product), whence.GaussNewton(product=product))
+    for policy in (backtrail.Hessian(product=product), backtrail.GaussNewton(product=product))
 }
 BERGSON, DATTRI = "bergson, MAGIC", "dattri-llm, AdamW influence"
 EXACT = next(iter(POLICIES))
-BARS = {(EXACT, 1): 1.0, (EXACT, 8): 2.0, ("whence, GaussNewton, autograd", 8): 2.8}  # times faster than bergson
+BARS = {
+    (EXACT, 1): 1.0,
+    (EXACT, 8): 2.0,
+    ("backtrail, GaussNewton, autograd", 8): 2.8,
+}  # times faster than bergson
 TRAINING = 0  # in place of a number of queries: the library's own training
 
 
@@ -48,8 +52,9 @@ class Bench:
 
     Attributes:
         times: seconds of every round by library and number of queries.
-        influences: by library, `[query, document]`, in whence's sign.
-        apart: how far bergson's trained weights are from the loop's, as a share of the way they went.
+        influences: by library, `[query, document]`, in backtrail's sign.
+        apart: how far bergson's trained weights are from the loop's, as a share of the way they
+            went.
     """
 
     case: Case
@@ -74,23 +79,23 @@ class Bench:
         """Measure everything once more."""
         spent, task = plain(self.case)
         self.note("plain", TRAINING, spent)
-        self.ask_whence(self.folder / f"whence{number}")
+        self.ask_backtrail(self.folder / f"backtrail{number}")
         for count in COUNTS:
             self.ask_bergson(count, self.folder / f"bergson{number}-{count}", task)
             self.ask_dattri(count, self.folder / f"dattri{number}-{count}")
 
-    def ask_whence(self, folder: Path) -> None:
+    def ask_backtrail(self, folder: Path) -> None:
         """One recorded training answers all."""
         recording, run = record(self.case, folder)
         for name, dit in POLICIES.items():
             self.note(name, TRAINING, recording)
             for count in COUNTS:
-                queries = whence.Loss(self.queries(count))
+                queries = backtrail.Loss(self.queries(count))
                 spent, found = timed(partial(dit.attribute, run, queries))
                 self.note(name, count, spent)
                 self.influences[name] = found.total()[:, 0]
 
-    def ask_bergson(self, count: int, folder: Path, task: whence.Task) -> None:
+    def ask_bergson(self, count: int, folder: Path, task: backtrail.Task) -> None:
         """One backward pass for every query."""
         answer = magic.attribute(self.case, folder, self.queries(count))
         self.note(BERGSON, TRAINING, answer.forward)
@@ -114,18 +119,29 @@ class Bench:
         ]
         for name, found in self.influences.items():
             cells = [f"{self.unit(name, count):.2f}" for count in (TRAINING, *COUNTS)]
-            alike, ranked = pearson(found, self.influences[EXACT]), spearman(found, self.influences[EXACT])
-            lines.append("| " + " | ".join([name, *cells, f"{alike.min():.6f}", f"{ranked.mean():.3f}"]) + " |")
+            alike, ranked = (
+                pearson(found, self.influences[EXACT]),
+                spearman(found, self.influences[EXACT]),
+            )
+            lines.append(
+                "| "
+                + " | ".join([name, *cells, f"{alike.min():.6f}", f"{ranked.mean():.3f}"])
+                + " |"
+            )
         return "\n".join(lines)
 
     def faster(self, name: str, count: int) -> tuple[float, float]:
         """How many times faster than bergson: with everyone's own training, and without."""
         theirs, ours = self.unit(BERGSON, count), self.unit(name, count)
-        return (theirs + self.unit(BERGSON, TRAINING)) / (ours + self.unit(name, TRAINING)), theirs / ours
+        return (theirs + self.unit(BERGSON, TRAINING)) / (
+            ours + self.unit(name, TRAINING)
+        ), theirs / ours
 
     def against(self) -> str:
         """The same as a table."""
-        head = "| bergson ÷ | 1 query, with training | without | 8 queries, with training | without |"
+        head = (
+            "| bergson ÷ | 1 query, with training | without | 8 queries, with training | without |"
+        )
         lines = [head, "|---|---|---|---|---|"]
         for name in (*POLICIES, DATTRI):
             cells = [f"{ratio:.2f}" for count in COUNTS for ratio in self.faster(name, count)]
@@ -134,11 +150,21 @@ class Bench:
 
     def bars(self) -> str:
         """What must hold, with everyone's own training."""
-        found = [(f"{name}, {count}", self.faster(name, count)[0], bar) for (name, count), bar in BARS.items()]
+        found = [
+            (f"{name}, {count}", self.faster(name, count)[0], bar)
+            for (name, count), bar in BARS.items()
+        ]
         found.append(
-            ("Pearson with bergson", float(pearson(self.influences[EXACT], self.influences[BERGSON]).min()), 0.999)
+            (
+                "Pearson with bergson",
+                float(pearson(self.influences[EXACT], self.influences[BERGSON]).min()),
+                0.999,
+            )
         )
-        return "\n".join(f"{'held' if at >= bar else 'MISSED'}: {name}: {at:.3f}, bar {bar}" for name, at, bar in found)
+        return "\n".join(
+            f"{'held' if at >= bar else 'MISSED'}: {name}: {at:.3f}, bar {bar}"
+            for name, at, bar in found
+        )
 
     def aside(self) -> str:
         """What bergson's command costs as typed, and how close its training is to the loop."""
@@ -148,7 +174,10 @@ class Bench:
 
 def checked(folder: Path) -> str:
     """Whose scores are derivatives."""
-    lines = ["| float64, against central differences | whence | bergson | bergson, by document |", "|---|---|---|---|"]
+    lines = [
+        "| float64, against central differences | backtrail | bergson | bergson, by document |",
+        "|---|---|---|---|",
+    ]
     for name, tied in (("untied", False), ("tied", True)):
         ours, theirs = derivatives.errors(folder / name, tied=tied)
         span = f"{theirs.shares.min():.1e} to {theirs.shares.max():.1e}"
@@ -169,8 +198,13 @@ def main() -> None:
         for number in range(rounds):
             bench.round(number)
         names = ("bergson", "dattri-llm", "torch", "torchopt", "transformers")
-        print(f"whence {whence.__version__}, " + ", ".join(f"{name} {version(name)}" for name in names))
-        print(f"{rounds} rounds, {threads} threads; plain loop {min(bench.times['plain', TRAINING]):.2f} s\n")
+        print(
+            f"backtrail {backtrail.__version__}, "
+            + ", ".join(f"{name} {version(name)}" for name in names)
+        )
+        print(
+            f"{rounds} rounds, {threads} threads; plain loop {min(bench.times['plain', TRAINING]):.2f} s\n"
+        )
         print(bench.table() + "\n\n" + bench.against() + "\n\n" + bench.bars())
         print("\n" + bench.aside() + "\n\n" + checked(Path(folder)), flush=True)
 

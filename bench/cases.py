@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
 from bench import data
 from bench.models import GPT, ViT, batchnorm_cnn, mlp
 
@@ -58,7 +58,9 @@ class Case:
 
     def quick(self) -> "Case":
         """The same in small, to see whether everything works."""
-        return replace(self, load=partial(fewer, self.load), epochs=1, queries=QUICK, removals=6, groups=6)
+        return replace(
+            self, load=partial(fewer, self.load), epochs=1, queries=QUICK, removals=6, groups=6
+        )
 
     def begin(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model and the optimizer as every training starts."""
@@ -66,15 +68,22 @@ class Case:
         model = self.build()
         return model, self.optimizer(model.parameters())
 
-    def task(self, model: nn.Module, train: TensorDataset) -> whence.Task:
-        """The training problem as `whence` is told of it."""
-        return (whence.language_model if self.kind == "tokens" else whence.classification)(model, train)
+    def task(self, model: nn.Module, train: TensorDataset) -> backtrail.Task:
+        """The training problem as `backtrail` is told of it."""
+        return (backtrail.language_model if self.kind == "tokens" else backtrail.classification)(
+            model, train
+        )
 
     def loader(self, train: TensorDataset) -> "DataLoader[Any]":
         """The batches; their order follows from the seed that `begin` sets."""
         return DataLoader(train, batch_size=self.slots, shuffle=True)
 
-    def train(self, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Callable[[], Iterable[Any]]) -> None:
+    def train(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Callable[[], Iterable[Any]],
+    ) -> None:
         """The loop as users write it."""
         for _ in range(self.epochs):
             for inputs, targets in batches():
@@ -103,7 +112,7 @@ class Case:
         model, optimizer = self.begin()
         loader, task = self.loader(train), self.task(model, train)
         begun = time.process_time()
-        with whence.Recorder(folder, task, optimizer) as recorder:
+        with backtrail.Recorder(folder, task, optimizer) as recorder:
             self.train(model, optimizer, lambda: recorder.watch(loader))
         return time.process_time() - begun
 
@@ -141,9 +150,9 @@ class TrainedCase:
         return TensorDataset(*(tensor[:count] for tensor in self.split[1].tensors))
 
     @cached_property
-    def run(self) -> whence.Run:
+    def run(self) -> backtrail.Run:
         """The recording."""
-        return whence.open_run(self.folder, self.case.task(self.case.begin()[0], self.train))
+        return backtrail.open_run(self.folder, self.case.task(self.case.begin()[0], self.train))
 
     def weights(self, number: int) -> dict[str, Tensor]:
         """A state of the run, as a `state_dict`."""
@@ -153,7 +162,9 @@ class TrainedCase:
     @cached_property
     def checkpoints(self) -> list[tuple[dict[str, Tensor], float]]:
         """Evenly spaced states, the last one last, each with the learning rate of the step before it."""
-        numbers = sorted({max(1, self.run.steps * part // CHECKPOINTS) for part in range(1, CHECKPOINTS + 1)})
+        numbers = sorted(
+            {max(1, self.run.steps * part // CHECKPOINTS) for part in range(1, CHECKPOINTS + 1)}
+        )
         return [(self.weights(t), float(self.run.step(t - 1).settings[0]["lr"])) for t in numbers]  # type: ignore[arg-type]
 
     @cached_property
@@ -205,7 +216,9 @@ def _one_epoch(activation: type[nn.Module], rate: float) -> Case:
 
     def build() -> nn.Module:
         width = data.mnist_rows(1, 1)[0].tensors[0].shape[1]
-        return nn.Sequential(nn.Linear(width, 16), activation(), nn.Linear(16, 16), activation(), nn.Linear(16, 10))
+        return nn.Sequential(
+            nn.Linear(width, 16), activation(), nn.Linear(16, 16), activation(), nn.Linear(16, 10)
+        )
 
     return Case(
         name=f"once-{activation.__name__.lower()}-{rate:.0e}",
@@ -221,20 +234,48 @@ def _one_epoch(activation: type[nn.Module], rate: float) -> Case:
     )
 
 
-MODELS: dict[str, tuple[str, Kind, Callable[[], nn.Module], Callable[[], data.Split], int, int]] = {  # epochs, queries
+MODELS: dict[
+    str, tuple[str, Kind, Callable[[], nn.Module], Callable[[], data.Split], int, int]
+] = {  # epochs, queries
     "mlp-64": ("MLP 64-64-10, Tanh", "mlp", _headline, data.digits, 10, 64),
     "mlp-128": ("MLP 64-128-128-10, GELU", "mlp", mlp, data.digits, 10, 64),
     "cnn": ("CNN with BatchNorm, GELU", "batchnorm", _cnn, partial(data.mnist, 1000), 5, 16),
-    "vit": ("vision transformer, 2 layers, width 32", "attention", _vit, partial(data.cifar, 1000), 4, 16),
-    "gpt": ("GPT, 2 layers, width 32, context 32", "tokens", _gpt, partial(data.letters, 512), 4, 16),
+    "vit": (
+        "vision transformer, 2 layers, width 32",
+        "attention",
+        _vit,
+        partial(data.cifar, 1000),
+        4,
+        16,
+    ),
+    "gpt": (
+        "GPT, 2 layers, width 32, context 32",
+        "tokens",
+        _gpt,
+        partial(data.letters, 512),
+        4,
+        16,
+    ),
 }
 RULES: list[tuple[Literal["sgd", "adamw"], str, Optimizer]] = [
     ("sgd", "SGD lr 0.05, momentum 0.9", partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
     ("adamw", "AdamW lr 1e-3", partial(torch.optim.AdamW, lr=1e-3)),
 ]
 CASES = [HEADLINE] + [
-    Case(f"{name}-{rule}", f"{about}, {what}", kind, build, load, optimizer, rule, epochs, queries=queries)
+    Case(
+        f"{name}-{rule}",
+        f"{about}, {what}",
+        kind,
+        build,
+        load,
+        optimizer,
+        rule,
+        epochs,
+        queries=queries,
+    )
     for name, (about, kind, build, load, epochs, queries) in MODELS.items()
     for rule, what, optimizer in RULES
 ]
-CASES += [_one_epoch(activation, rate) for activation in (nn.GELU, nn.ReLU) for rate in (1e-3, 1e-4, 1e-5)]
+CASES += [
+    _one_epoch(activation, rate) for activation in (nn.GELU, nn.ReLU) for rate in (1e-3, 1e-4, 1e-5)
+]

@@ -1,4 +1,4 @@
-"""The data that the table's cases are trained on: from the folder WHENCE_DATA where it has them, else from packages."""
+"""Data for the benchmark tables: from the folder BACKTRAIL_DATA, or from installed packages."""
 
 import gzip
 import inspect
@@ -15,12 +15,14 @@ Split = tuple[TensorDataset, TensorDataset, str]  # to train on, to ask about, a
 
 
 def folder(name: str) -> Path | None:
-    """A subfolder of the folder that WHENCE_DATA names, if both are there."""
-    place = Path(os.environ.get("WHENCE_DATA", "")) / name
-    return place if "WHENCE_DATA" in os.environ and place.is_dir() else None
+    """A subfolder of the folder that BACKTRAIL_DATA names, if both are there."""
+    place = Path(os.environ.get("BACKTRAIL_DATA", "")) / name
+    return place if "BACKTRAIL_DATA" in os.environ and place.is_dir() else None
 
 
-def split(inputs: Tensor, targets: Tensor, *, train: int, test: int) -> tuple[TensorDataset, TensorDataset]:
+def split(
+    inputs: Tensor, targets: Tensor, *, train: int, test: int
+) -> tuple[TensorDataset, TensorDataset]:
     """Two disjoint parts, drawn with a fixed seed."""
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
     parts = order[:train], order[train : train + test]
@@ -40,7 +42,10 @@ def digits(train: int = 1437, test: int = 360) -> Split:
 def pictures(train: int, test: int = 200) -> Split:
     """Digits as pictures [1, 8, 8]."""
     first, second, about = digits(train, test)
-    shaped = (TensorDataset(part.tensors[0].view(-1, 1, 8, 8), part.tensors[1]) for part in (first, second))
+    shaped = (
+        TensorDataset(part.tensors[0].view(-1, 1, 8, 8), part.tensors[1])
+        for part in (first, second)
+    )
     return *shaped, about  # type: ignore[return-value]
 
 
@@ -63,8 +68,13 @@ def mnist_rows(train: int, test: int = 200) -> Split:
 
 def unpacked(place: Path) -> tuple[Tensor, Tensor]:
     """The images [1, 28, 28] in bytes, and the labels."""
-    raw = [np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in sorted(place.glob("*.gz"))]
-    return torch.tensor(raw[0][16:].reshape(-1, 1, 28, 28)), torch.tensor(raw[1][8:].astype(np.int64))
+    raw = [
+        np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8)
+        for file in sorted(place.glob("*.gz"))
+    ]
+    return torch.tensor(raw[0][16:].reshape(-1, 1, 28, 28)), torch.tensor(
+        raw[1][8:].astype(np.int64)
+    )
 
 
 def cifar(train: int, test: int = 200) -> Split:
@@ -78,18 +88,30 @@ def cifar(train: int, test: int = 200) -> Split:
     return *halved(x, y, train=train, test=test), "CIFAR-10 at 16 x 16"
 
 
-def halved(images: Tensor, labels: Tensor, *, train: int, test: int) -> tuple[TensorDataset, TensorDataset]:
+def halved(
+    images: Tensor, labels: Tensor, *, train: int, test: int
+) -> tuple[TensorDataset, TensorDataset]:
     """Two disjoint parts of pictures in bytes, at half their size, brightness -0.5 to 0.5."""
     parts = split(images, labels, train=train, test=test)
-    first, second = (TensorDataset(avg_pool2d(x / 255, 2) - 0.5, y) for x, y in (part.tensors for part in parts))
+    first, second = (
+        TensorDataset(avg_pool2d(x / 255, 2) - 0.5, y) for x, y in (part.tensors for part in parts)
+    )
     return first, second
 
 
 def letters(train: int, test: int = 64, *, context: int = 32) -> Split:
     """Sequences of ASCII letters and the same shifted by one: Shakespeare, or the source of torch's own functions."""
     place = folder("shakespeare")
-    source = (place / "input.txt").read_bytes() if place else inspect.getsource(torch.nn.functional).encode()
+    source = (
+        (place / "input.txt").read_bytes()
+        if place
+        else inspect.getsource(torch.nn.functional).encode()
+    )
     rows = train + test
-    ids = torch.frombuffer(bytearray(source[: rows * context + 1]), dtype=torch.uint8).long().clamp(max=127)
+    ids = (
+        torch.frombuffer(bytearray(source[: rows * context + 1]), dtype=torch.uint8)
+        .long()
+        .clamp(max=127)
+    )
     parts = split(ids[:-1].view(rows, context), ids[1:].view(rows, context), train=train, test=test)
     return *parts, "Shakespeare" if place else "source code of torch.nn.functional"

@@ -1,7 +1,7 @@
 """What Diff-In costs: `python -m bench.diff_in`, processor time on one thread.
 
-The unit is m passes over the samples that do nothing but take the gradient of each by torch.func, m being the number of
-states looked at.
+The unit is m passes over the samples that do nothing but take the gradient of each by torch.func, m
+being the number of states looked at.
 """
 
 import time
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import TensorDataset
 
-import whence
+import backtrail
 
 STATES, CHUNK, REPEATS = 5, 256, 3
 
@@ -29,7 +29,9 @@ def digits(number: int) -> TensorDataset:
 
 def perceptron() -> nn.Module:
     """9,610 parameters."""
-    return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10)
+    )
 
 
 def convolutions() -> nn.Module:
@@ -75,15 +77,17 @@ def seconds(work: Callable[[], object]) -> float:
 def measure(build: Callable[[], nn.Module], number: int) -> None:
     """One line a method."""
     model, data = build(), digits(number)
-    task = whence.classification(model, data)
-    checkpoints = whence.Checkpoints(task, [(t, model.state_dict(), 0.01) for t in range(20, 101, 20)], steps=100)
+    task = backtrail.classification(model, data)
+    checkpoints = backtrail.Checkpoints(
+        task, [(t, model.state_dict(), 0.01) for t in range(20, 101, 20)], steps=100
+    )
     unit = STATES * seconds(lambda: passed(model, data))
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{build.__name__}, {count} parameters, {number} samples: unit {unit:.2f} s")
     for form in ("corrected", "published"):
-        made = whence.DiffIn(STATES, form)  # type: ignore[arg-type]
+        made = backtrail.DiffIn(STATES, form)  # type: ignore[arg-type]
         for rows in (1, 10):
-            query = whence.Loss(data, samples=range(rows))
+            query = backtrail.Loss(data, samples=range(rows))
             cost = seconds(lambda made=made, query=query: made.attribute(checkpoints, query)) / unit
             print(f"  {form}, attribute, {rows} queries: {cost:.2f}")
         cost = seconds(lambda made=made: made.self_influence(checkpoints)) / unit

@@ -1,8 +1,9 @@
 """What embeddings cost, in units of plain training: python -m bench.embedding.
 
-The GPT of bench.sweep under AdamW, recorded with the default policy; rank 256. Processor time on one thread. Between
-any two steps of what is measured, a step of plain training is taken and timed apart, so that a slow minute of a shared
-machine is one for both; its batches are ready-made, without what a loader spends on collating rows.
+The GPT of bench.sweep under AdamW, recorded with the default policy; rank 256. Processor time on
+one thread. Between any two steps of what is measured, a step of plain training is taken and timed
+apart, so that a slow minute of a shared machine is one for both; its batches are ready-made,
+without what a loader spends on collating rows.
 """
 
 import tempfile
@@ -13,19 +14,23 @@ from pathlib import Path
 
 import torch
 
-import whence
+import backtrail
+from backtrail.methods.dve.dve import _Recursion
+from backtrail.methods.dve.gather import Walk
 from bench import sweep
 from bench.beats import Beats, after_each
 from bench.models import sentences
-from whence.methods.embedding.capturing import Walk
-from whence.methods.embedding.value_embedding import _Recursion
 
 STEPS = 192
-QUERIES, SWEPT, SHORT = 1000, 16, 4  # asked of the embeddings; and of a sweep, over so many steps with all states kept
+QUERIES, SWEPT, SHORT = (
+    1000,
+    16,
+    4,
+)  # asked of the embeddings; and of a sweep, over so many steps with all states kept
 EMBEDDINGS = {
-    "empirical Fisher": whence.DataValueEmbedding(fisher="empirical"),
-    "true Fisher, of an eighth": whence.DataValueEmbedding(drawn=1 / 8),
-    "true Fisher": whence.DataValueEmbedding(),
+    "empirical Fisher": backtrail.DataValueEmbedding(fisher="empirical"),
+    "true Fisher, of an eighth": backtrail.DataValueEmbedding(drawn=1 / 8),
+    "true Fisher": backtrail.DataValueEmbedding(),
 }
 
 
@@ -36,18 +41,20 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - begun
 
 
-def captured(made: whence.DataValueEmbedding, out: Path) -> float:
+def captured(made: backtrail.DataValueEmbedding, out: Path) -> float:
     """A recorded training that captures rows while it runs."""
     task, optimizer, loader = sweep.prepared(STEPS)
     beats = Beats(sweep.stepping())
-    with whence.Recorder(out, task, optimizer, capture=made) as recorder:
+    with backtrail.Recorder(out, task, optimizer, capture=made) as recorder:
         for batch in recorder.watch(loader):
             sweep.train(task, optimizer, [batch])
             beats()
     return beats.ratio(STEPS)
 
 
-def embedded(run: whence.Run, made: whence.DataValueEmbedding, out: Path) -> tuple[float, float]:
+def embedded(
+    run: backtrail.Run, made: backtrail.DataValueEmbedding, out: Path
+) -> tuple[float, float]:
     """The pass over the training, and the recursion."""
     beats = Beats(sweep.stepping())
     with after_each(Walk, "step", beats):
@@ -63,7 +70,11 @@ def swept(folder: Path) -> float:
     """Of all queries by the exact sweep over all steps, extrapolated from a few of both: its growth is linear."""
     run = sweep.swept_run(folder, SHORT)
     one, many = (
-        seconds(partial(whence.DIT().attribute, run, whence.Loss(run.task.data, samples=range(count))))
+        seconds(
+            partial(
+                backtrail.DIT().attribute, run, backtrail.Loss(run.task.data, samples=range(count))
+            )
+        )
         for count in (1, SWEPT)
     )
     return STEPS / SHORT * (one + (QUERIES - 1) * (many - one) / (SWEPT - 1))
@@ -79,18 +90,23 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     sweep.record(STEPS, folder / "run")
-    run = whence.open_run(folder / "run", sweep.prepared(STEPS)[0])
+    run = backtrail.open_run(folder / "run", sweep.prepared(STEPS)[0])
     for name, made in EMBEDDINGS.items():
         beside = captured(made, folder / f"run with {name}")
         gathering, recursion = embedded(run, made, folder / name)
         print(f"{'':25} recorded and captured / training {beside:.2f}")
         print(f"{name:25} embedding / training            {gathering + recursion:.2f}")
         print(f"{'':25} steps a second: recursion / training {1 / recursion:.1f}", flush=True)
-    embeddings = whence.open_embeddings(folder / name, run)
+    embeddings = backtrail.open_embeddings(folder / name, run)
     about = embeddings.about
-    formula = about.steps * about.slots * sum(stop - start for start, stop in about.layout.values()) * 4
+    formula = (
+        about.steps * about.slots * sum(stop - start for start, stop in about.layout.values()) * 4
+    )
     print(f"bytes on disk / formula  {bytes_of(folder / name) / formula:.3f}", flush=True)
-    queries, beats = whence.Loss(sentences(QUERIES), samples=range(QUERIES)), Beats(sweep.stepping())
+    queries, beats = (
+        backtrail.Loss(sentences(QUERIES), samples=range(QUERIES)),
+        Beats(sweep.stepping()),
+    )
     asked = seconds(lambda: embeddings.attribute(queries))
     for _ in range(SHORT * SWEPT):
         beats()

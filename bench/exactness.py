@@ -1,7 +1,8 @@
 """How exact are the scores? python -m bench.exactness.
 
-For every case of the exactness test: the largest difference from brute force (one training for every nudge of every
-slot's weight, in plain PyTorch), relative to the largest derivative, over all queries and observed states.
+For every case of the exactness test: the largest difference from brute force (one training for
+every nudge of every slot's weight, in plain PyTorch), relative to the largest derivative, over all
+queries and observed states.
 """
 
 import tempfile
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-import whence
+import backtrail
 from tests.cases import CASES, Case, record, rows
-from tests.methods.test_exact import asked, read
+from tests.methods.dit.test_exact import asked, read
 from tests.oracles.nudge import nudge_every_weight
 
 
@@ -20,8 +21,8 @@ def error_of(case: Case) -> float:
     folder = Path(tempfile.mkdtemp()) / "run"
     model, data = case.built(), rows()
     record(case, model, data, folder)
-    run = whence.open_run(folder, case.task(model, data))
-    found = whence.DIT().attribute(run, asked()).values()
+    run = backtrail.open_run(folder, case.task(model, data))
+    found = backtrail.DIT().attribute(run, asked()).values()
     truth = nudge_every_weight(case, read, [run.steps])
     return float((np.abs(found - truth).max(axis=(2, 3)) / np.abs(truth).max(axis=(2, 3))).max())
 

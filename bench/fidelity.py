@@ -1,7 +1,7 @@
 """Does the influence predict what leaving a sample out does? python -m bench.fidelity [seeds].
 
-Digits, MLP 64-128-128-10 with GELU, 200 steps of 50, 60 samples left out one at a time, mean test loss; Pearson of the
-prediction with retraining in float64.
+Digits, MLP 64-128-128-10 with GELU, 200 steps of 50, 60 samples left out one at a time, mean test
+loss; Pearson of the prediction with retraining in float64.
 """
 
 import sys
@@ -14,12 +14,14 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
+from backtrail.apply.trust import draw_visited, removal_check
 from bench.models import digits, mlp
-from whence.apply.trust import draw_visited, removal_check
 
 STEPS, SLOTS, SAMPLES = 200, 50, 60
-TRAININGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float], bool]] = {  # the last: warm-up and decay
+TRAININGS: dict[
+    str, tuple[type[torch.optim.Optimizer], dict[str, float], bool]
+] = {  # the last: warm-up and decay
     "SGD, momentum 0.9": (torch.optim.SGD, {"lr": 0.002, "momentum": 0.9}, False),
     "AdamW, warm-up, decay": (torch.optim.AdamW, {"lr": 3.5e-4}, True),
 }
@@ -36,17 +38,19 @@ def constant(step: int) -> float:
     return 1.0
 
 
-def train(name: str, seed: int, activation: type[nn.Module] = nn.GELU) -> tuple[whence.Run, TensorDataset, float]:
+def train(
+    name: str, seed: int, activation: type[nn.Module] = nn.GELU
+) -> tuple[backtrail.Run, TensorDataset, float]:
     """Record one training; the run, the test set, and the accuracy on it."""
     kind, settings, scheduled = TRAININGS[name]
     torch.manual_seed(seed)
     model, (data, test) = mlp(activation), digits()
-    task = whence.classification(model, data)
+    task = backtrail.classification(model, data)
     optimizer = kind(model.parameters(), **settings)  # type: ignore[arg-type]
     scheduler = LambdaLR(optimizer, warm_up_and_decay if scheduled else constant)
     loader = DataLoader(data, batch_size=SLOTS, shuffle=True)
     folder = Path(tempfile.mkdtemp()) / "run"
-    with whence.Recorder(folder, task, optimizer) as recorder:
+    with backtrail.Recorder(folder, task, optimizer) as recorder:
         done = 0
         while done < STEPS:
             for inputs, labels in recorder.watch(loader):
@@ -58,20 +62,24 @@ def train(name: str, seed: int, activation: type[nn.Module] = nn.GELU) -> tuple[
                 if done == STEPS:
                     break
     accuracy = (model(test.tensors[0]).argmax(1) == test.tensors[1]).float().mean()
-    return whence.open_run(folder, task), test, float(accuracy)
+    return backtrail.open_run(folder, task), test, float(accuracy)
 
 
 def main() -> None:
     """Print the table."""
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    print("training              seed  accuracy  update   Pearson  interval            Spearman            slope")
+    print(
+        "training              seed  accuracy  update   Pearson  interval            Spearman            slope"
+    )
     for name in TRAININGS:
         for seed in range(seeds):
             run, test, accuracy = train(name, seed)
-            queries = whence.Loss(test, aggregate="mean")
-            for slope in (whence.Tangent(), whence.Secant()):
-                influence = whence.DIT(slope=slope).attribute(run, queries)
-                check = removal_check(run, influence, queries, samples=draw_visited(run, SAMPLES, seed=seed))
+            queries = backtrail.Loss(test, aggregate="mean")
+            for slope in (backtrail.Tangent(), backtrail.Secant()):
+                influence = backtrail.DIT(slope=slope).attribute(run, queries)
+                check = removal_check(
+                    run, influence, queries, samples=draw_visited(run, SAMPLES, seed=seed)
+                )
                 print(
                     f"{name:21} {seed:4}  {accuracy:8.3f}  {type(slope).__name__:7}  {check.pearson.estimate:.4f}   "
                     f"{check.pearson}   {check.spearman}   {check.slope:.2f}",

@@ -1,7 +1,8 @@
 """How exact is each cell of the gate? python -m bench.gate.
 
-For every row (what is trained) and column (the optimizer): the largest difference between influence and brute force,
-relative to the largest derivative, over all queries and observed states, in float64.
+For every row (what is trained) and column (the optimizer): the largest difference between influence
+and brute force, relative to the largest derivative, over all queries and observed states, in
+float64.
 """
 
 import tempfile

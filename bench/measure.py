@@ -1,10 +1,10 @@
 """One measurement of bench.table, made in a process of its own.
 
-It is a row of a table, or "truth": the recording, and the retrainings that all rows are compared with. Costs are
-processor time, on one thread, in units of plain training in this same process, before and after; each the least of a
-few repeats. So other work on the machine hardly counts. Memory is the peak of the process above that of plain training
-in it. Fidelity is the mean over queries of the correlation with retraining in float64, with a bootstrap interval over
-the removals.
+It is a row of a table, or "truth": the recording, and the retrainings that all rows are compared
+with. Costs are processor time, on one thread, in units of plain training in this same process,
+before and after; each the least of a few repeats. So other work on the machine hardly counts.
+Memory is the peak of the process above that of plain training in it. Fidelity is the mean over
+queries of the correlation with retraining in float64, with a bootstrap interval over the removals.
 """
 
 import json
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import whence
+import backtrail
+from backtrail import stats
 from bench.cases import CASES, Case, TrainedCase
 from bench.memory import MIB, forget_peak, resident
 from bench.peers import METHODS, Method
-from whence.influence import agreement
 
 REPEATS, PATIENCE = 3, 3.0  # at most so often, and no repeat after so many seconds
 SHARE = 20  # groups are a 20th of the samples
@@ -73,13 +73,17 @@ def truth(case: Case, folder: Path) -> Found:
     draw = np.random.default_rng(0)
     ones = draw.choice(len(trained.train), case.removals, replace=False)
     size = max(1, len(trained.train) // SHARE)
-    groups = np.stack([draw.choice(len(trained.train), size, replace=False) for _ in range(case.groups)])
-    queries = whence.Loss(trained.queries(case.queries))
+    groups = np.stack(
+        [draw.choice(len(trained.train), size, replace=False) for _ in range(case.groups)]
+    )
+    queries = backtrail.Loss(trained.queries(case.queries))
     begun = time.process_time()
-    alone = whence.leave_one_out(trained.run, queries, samples=ones.tolist())
-    together = whence.retrain(trained.run, queries, groups.tolist())
+    alone = backtrail.leave_one_out(trained.run, queries, samples=ones.tolist())
+    together = backtrail.retrain(trained.run, queries, groups.tolist())
     spent = time.process_time() - begun
-    np.savez(folder / "truth.npz", ones=ones, alone=alone, groups=groups, together=together.change[:, 0])
+    np.savez(
+        folder / "truth.npz", ones=ones, alone=alone, groups=groups, together=together.change[:, 0]
+    )
     return {
         "about": case.about,
         "data": trained.split[2],
@@ -126,17 +130,19 @@ def fidelity(scores: np.ndarray, folder: Path) -> Found:
     if not np.isfinite(scores).all():
         return {"not_numbers": int((~np.isfinite(scores)).sum())}
     with np.load(folder / "truth.npz") as file:
-        ones, alone, groups, together = (file[name] for name in ("ones", "alone", "groups", "together"))
+        ones, alone, groups, together = (
+            file[name] for name in ("ones", "alone", "groups", "together")
+        )
     predicted = scores[:, ones].astype(np.float64)
-    summed = agreement.group_sums(scores.astype(np.float64), list(groups))
+    summed = stats.group_sums(scores.astype(np.float64), list(groups))
     return {
-        "spearman": asdict_of(agreement.bootstrap(agreement.spearman, predicted, alone)),
-        "pearson": asdict_of(agreement.bootstrap(agreement.pearson, predicted, alone)),
-        "lds": asdict_of(agreement.bootstrap(agreement.spearman, summed, together)),
+        "spearman": asdict_of(stats.bootstrap(stats.spearman, predicted, alone)),
+        "pearson": asdict_of(stats.bootstrap(stats.pearson, predicted, alone)),
+        "lds": asdict_of(stats.bootstrap(stats.spearman, summed, together)),
     }
 
 
-def asdict_of(interval: agreement.Interval) -> dict[str, float]:
+def asdict_of(interval: stats.Interval) -> dict[str, float]:
     """As JSON has it."""
     return {name: round(value, 4) for name, value in asdict(interval).items()}
 
@@ -144,7 +150,11 @@ def asdict_of(interval: agreement.Interval) -> dict[str, float]:
 def measure(name: str, what: str, *, quick: bool) -> float:
     """Measure one row of one case, or its truth, and write the figures to a file; processor seconds that it took."""
     torch.set_num_threads(1)
-    case, folder, out = find_case(name, quick=quick), home(name, quick=quick), results(name, quick=quick)
+    case, folder, out = (
+        find_case(name, quick=quick),
+        home(name, quick=quick),
+        results(name, quick=quick),
+    )
     for place in (folder, out):
         place.mkdir(parents=True, exist_ok=True)
     # Second derivatives and vmap need attention written out; every method gets the same.
@@ -152,6 +162,8 @@ def measure(name: str, what: str, *, quick: bool) -> float:
         if what == "truth":
             found = truth(case, folder)
         else:
-            found = measured(case, next(method for method in METHODS if method.name == what), folder)
+            found = measured(
+                case, next(method for method in METHODS if method.name == what), folder
+            )
     (out / f"{what}.json").write_text(json.dumps(found, indent=1) + "\n")
     return time.process_time()

@@ -1,6 +1,7 @@
 """Is the memory of a sweep what the formula says? python -m bench.memory.
 
-Peak resident memory of one attribution above that of the process before it, for several numbers of queries.
+Peak resident memory of one attribution above that of the process before it, for several numbers of
+queries.
 """
 
 import ctypes
@@ -13,10 +14,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
+from backtrail.methods.memory import sizes_of
 from bench import sweep
 from bench.models import GPT, sentences
-from whence.methods.memory import sizes_of
 
 MIB = 2**20
 
@@ -33,60 +34,82 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_of(run: whence.Run, count: int, chunk: int) -> int:
+def peak_of(run: backtrail.Run, count: int, chunk: int) -> int:
     """Bytes that an attribution adds to the process at its peak."""
-    queries = whence.Loss(run.task.data, samples=range(count))
+    queries = backtrail.Loss(run.task.data, samples=range(count))
     forget_peak()
     before = resident("VmRSS")
-    whence.DIT(chunk=chunk).attribute(run, queries)
+    backtrail.DIT(chunk=chunk).attribute(run, queries)
     return resident("VmHWM") - before
 
 
-def gpt(folder: Path) -> whence.Run:
+def gpt(folder: Path) -> backtrail.Run:
     """Activations weigh more than parameters."""
     return sweep.swept_run(folder, 4)
 
 
-def wide(folder: Path) -> whence.Run:
+def wide(folder: Path) -> backtrail.Run:
     """Parameters weigh more than activations."""
     data = TensorDataset(torch.randn(64, 256), torch.randint(0, 10, (64,)))
-    model = nn.Sequential(nn.Linear(256, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 10))
-    task, optimizer = whence.classification(model, data), torch.optim.SGD(model.parameters(), lr=0.01)
+    model = nn.Sequential(
+        nn.Linear(256, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 10)
+    )
+    task, optimizer = (
+        backtrail.classification(model, data),
+        torch.optim.SGD(model.parameters(), lr=0.01),
+    )
     return trained(task, optimizer, DataLoader(data, batch_size=16), folder=folder)
 
 
 def trained(
-    task: whence.Task, optimizer: torch.optim.Optimizer, loader: "DataLoader[Any]", *, folder: Path
-) -> whence.Run:
+    task: backtrail.Task,
+    optimizer: torch.optim.Optimizer,
+    loader: "DataLoader[Any]",
+    *,
+    folder: Path,
+) -> backtrail.Run:
     """Record one epoch."""
-    with whence.Recorder(folder, task, optimizer) as recorder:
+    with backtrail.Recorder(folder, task, optimizer) as recorder:
         for inputs, labels in recorder.watch(loader):
             cross_entropy(task.model(inputs), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return whence.open_run(folder, task)
+    return backtrail.open_run(folder, task)
 
 
-def cnn(folder: Path) -> whence.Run:
+def cnn(folder: Path) -> backtrail.Run:
     """Convolutions and BatchNorm."""
     data = TensorDataset(torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,)))
-    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.GELU(), nn.Conv2d(32, 64, 3, 2, padding=1)]
+    layers = [
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.GELU(),
+        nn.Conv2d(32, 64, 3, 2, padding=1),
+    ]
     model = nn.Sequential(
-        *layers, nn.BatchNorm2d(64), nn.GELU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 10)
+        *layers,
+        nn.BatchNorm2d(64),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(1024, 10),
     )
-    task, optimizer = whence.classification(model, data), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    task, optimizer = (
+        backtrail.classification(model, data),
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+    )
     return trained(task, optimizer, DataLoader(data, batch_size=32), folder=folder)
 
 
-def broad(folder: Path) -> whence.Run:
+def broad(folder: Path) -> backtrail.Run:
     """Another language model; its figures had no part in the choice of the formula's constants."""
     torch.manual_seed(0)
     data, model = sentences(64), GPT(width=256, layers=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    task, loader = whence.language_model(model, data), DataLoader(data, batch_size=16)
-    with whence.Recorder(folder, task, optimizer) as recorder:
+    task, loader = backtrail.language_model(model, data), DataLoader(data, batch_size=16)
+    with backtrail.Recorder(folder, task, optimizer) as recorder:
         sweep.train(task, optimizer, recorder.watch(loader))
-    return whence.open_run(folder, task)
+    return backtrail.open_run(folder, task)
 
 
 def main() -> None:

@@ -23,7 +23,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[slot, token, width] to the same."""
-        split = self.attend(self.before(x)).unflatten(-1, (3, self.heads, -1))  # [slot, token, 3, head, width]
+        split = self.attend(self.before(x)).unflatten(
+            -1, (3, self.heads, -1)
+        )  # [slot, token, 3, head, width]
         q, k, v = split.permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.project(mixed.transpose(1, 2).flatten(2))
@@ -33,7 +35,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A small causal language model; 818 k parameters by default."""
 
-    def __init__(self, tokens: int = 65, width: int = 128, *, layers: int = 4, context: int = 64) -> None:
+    def __init__(
+        self, tokens: int = 65, width: int = 128, *, layers: int = 4, context: int = 64
+    ) -> None:
         nn.Module.__init__(self)
         self.token, self.place = nn.Embedding(tokens, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(layers)])
@@ -57,7 +61,9 @@ def sentences(rows: int, context: int = 64) -> TensorDataset:
 
 def mlp(activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
     """64-128-128-10."""
-    return nn.Sequential(nn.Linear(64, 128), activation(), nn.Linear(128, 128), activation(), nn.Linear(128, 10))
+    return nn.Sequential(
+        nn.Linear(64, 128), activation(), nn.Linear(128, 128), activation(), nn.Linear(128, 10)
+    )
 
 
 def digits(*, standardised: bool = False) -> tuple[TensorDataset, TensorDataset]:
@@ -79,7 +85,9 @@ def digits(*, standardised: bool = False) -> tuple[TensorDataset, TensorDataset]
 class ViT(nn.Module):
     """A small vision transformer: square patches, attention without a mask, the mean of all patches."""
 
-    def __init__(self, shape: tuple[int, int, int], patch: int, *, width: int = 32, layers: int = 2) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], patch: int, *, width: int = 32, layers: int = 2
+    ) -> None:
         nn.Module.__init__(self)
         channels, height, across = shape
         self.patch = patch
@@ -99,5 +107,11 @@ class ViT(nn.Module):
 def batchnorm_cnn(channels: int, width: int = 8) -> nn.Sequential:
     """Two convolutions, each with BatchNorm; the second halves the picture."""
     first = nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU()
-    second = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.BatchNorm2d(2 * width), nn.GELU()
-    return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * width, 10))
+    second = (
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.BatchNorm2d(2 * width),
+        nn.GELU(),
+    )
+    return nn.Sequential(
+        *first, *second, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * width, 10)
+    )

@@ -1,7 +1,8 @@
 """Does a sweep by differences fit into training's own memory, and capturing beside it? python -m bench.own_memory.
 
-Peak resident memory of the GPT of bench.sweep, trained, captured while it trains, or swept for one query, each in a
-process of its own that has done everything once in small, so that imported libraries are no part of it.
+Peak resident memory of the GPT of bench.sweep, trained, captured while it trains, or swept for one
+query, each in a process of its own that has done everything once in small, so that imported
+libraries are no part of it.
 """
 
 import subprocess
@@ -13,49 +14,49 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-import whence
+import backtrail
+from backtrail.accel.onednn import fast_products
 from bench import memory, sweep
 from bench.models import GPT, sentences
-from whence.replay.matrices import fast_products
 
 STEPS = 6  # the recorder proves the first two and the fifth
 CAPTURES = {
     "recording": None,
-    "capturing, empirical": whence.DataValueEmbedding(fisher="empirical"),
-    "capturing, true, an eighth": whence.DataValueEmbedding(drawn=1 / 8),
-    "capturing, true": whence.DataValueEmbedding(),
+    "capturing, empirical": backtrail.DataValueEmbedding(fisher="empirical"),
+    "capturing, true, an eighth": backtrail.DataValueEmbedding(drawn=1 / 8),
+    "capturing, true": backtrail.DataValueEmbedding(),
 }
 POLICIES = {
-    "Hessian, difference": whence.Hessian("difference"),
-    "Gauss-Newton, difference": whence.GaussNewton("difference"),
-    "Hessian, autograd": whence.Hessian(),
+    "Hessian, difference": backtrail.Hessian("difference"),
+    "Gauss-Newton, difference": backtrail.GaussNewton("difference"),
+    "Hessian, autograd": backtrail.Hessian(),
 }
 
 
 def in_small() -> None:
     """Load what training, recording and sweeping load."""
     data = sentences(8, context=8)
-    task = whence.language_model(GPT(width=8, layers=1, context=8), data)
+    task = backtrail.language_model(GPT(width=8, layers=1, context=8), data)
     optimizer, loader = torch.optim.AdamW(task.model.parameters()), DataLoader(data, batch_size=4)
     folder = record(task, optimizer, loader, capture=CAPTURES["capturing, true"])
-    run = whence.open_run(folder, task)
+    run = backtrail.open_run(folder, task)
     for policy in POLICIES.values():
-        whence.DIT(curvature=policy).attribute(run, whence.Loss(data, samples=[0]))
+        backtrail.DIT(curvature=policy).attribute(run, backtrail.Loss(data, samples=[0]))
     tall = torch.ones(1024, 64)
     with fast_products():  # whose library small networks do without
         tall @ tall.T, tall.T @ tall
 
 
 def record(
-    task: whence.Task,
+    task: backtrail.Task,
     optimizer: torch.optim.Optimizer,
     loader: "DataLoader[Any]",
     *,
-    capture: whence.DataValueEmbedding | None,
+    capture: backtrail.DataValueEmbedding | None,
 ) -> Path:
     """Record a training; where to."""
     folder = Path(tempfile.mkdtemp()) / "run"
-    with whence.Recorder(folder, task, optimizer, capture=capture) as recorder:
+    with backtrail.Recorder(folder, task, optimizer, capture=capture) as recorder:
         sweep.train(task, optimizer, recorder.watch(loader))
     return folder
 
@@ -71,8 +72,10 @@ def alone(what: str, folder: str) -> None:
     elif what in CAPTURES:
         record(task, optimizer, loader, capture=CAPTURES[what])
     else:
-        run = whence.open_run(folder, task)
-        whence.DIT(curvature=POLICIES[what], chunk=1).attribute(run, whence.Loss(task.data, samples=[0]))
+        run = backtrail.open_run(folder, task)
+        backtrail.DIT(curvature=POLICIES[what], chunk=1).attribute(
+            run, backtrail.Loss(task.data, samples=[0])
+        )
     print((memory.resident("VmHWM") - before) / memory.MIB)
 
 
@@ -86,7 +89,11 @@ def main() -> None:
     print("what                        MiB  / training")
     unit = 0.0
     for what in ("training", *CAPTURES, *POLICIES):
-        found = float(subprocess.run([*command, what, folder], check=True, capture_output=True, text=True).stdout)
+        found = float(
+            subprocess.run(
+                [*command, what, folder], check=True, capture_output=True, text=True
+            ).stdout
+        )
         unit = unit or found
         print(f"{what:25} {found:5.0f}  {found / unit:10.2f}", flush=True)
     return None

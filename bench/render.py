@@ -30,7 +30,9 @@ def read(path: Path) -> Found:
 def table(case: Case, folder: Path) -> str:
     """A case as markdown: what it is, and a row per method."""
     about = read(folder / "truth.json")
-    counts = sorted({count for method in METHODS for count in costs(read(folder / f"{method.name}.json"))})
+    counts = sorted(
+        {count for method in METHODS for count in costs(read(folder / f"{method.name}.json"))}
+    )
     lines = [
         f"**{case.name}**: {about['about']}; {about['data']}, {about['samples']} samples, {about['steps']} steps of "
         f"{case.slots}, {about['parameters']:,} parameters; {about['queries']} queries, {about['removals']} single "
@@ -42,7 +44,9 @@ def table(case: Case, folder: Path) -> str:
         "Spearman [95 %] | Pearson | LDS | |",
         "|---|---|---|---|---|---|---|",
     ]
-    return "\n".join(lines + [row(case, method, folder=folder, counts=counts) for method in METHODS])
+    return "\n".join(
+        lines + [row(case, method, folder=folder, counts=counts) for method in METHODS]
+    )
 
 
 def costs(found: Found) -> dict[int, float]:
@@ -86,11 +90,15 @@ def picture(case: Case, folder: Path, path: Path) -> None:
     for number, (method, found) in enumerate([row for row in rows if "spearman" in row[1]], 1):
         place = costs(found)[case.queries], found["spearman"]["estimate"]
         low, high = (abs(place[1] - found["spearman"][end]) for end in ("low", "high"))
-        mark, color = ("o", "tab:blue") if method.library == "whence" else ("s", "tab:gray")
+        mark, color = ("o", "tab:blue") if method.library == "backtrail" else ("s", "tab:gray")
         label = f"{number}  {method.label}"
-        axes.errorbar(*place, yerr=[[low], [high]], fmt=mark, color=color, elinewidth=0.7, label=label)
+        axes.errorbar(
+            *place, yerr=[[low], [high]], fmt=mark, color=color, elinewidth=0.7, label=label
+        )
         axes.annotate(str(number), place, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", xlabel=f"cost of {case.queries} queries ÷ plain training", title=case.about)
+    axes.set(
+        xscale="log", xlabel=f"cost of {case.queries} queries ÷ plain training", title=case.about
+    )
     axes.set_ylabel("Spearman with leave-one-out")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -1,7 +1,7 @@
 """What recording and a sweep cost, in units of plain training: python -m bench.sweep.
 
-An 818 k-parameter GPT (4 layers, width 128, context 64), AdamW, batches of 32, with steps of a plain loop between those
-of what is measured. Every state is kept, so the sweep recomputes none.
+An 818 k-parameter GPT (4 layers, width 128, context 64), AdamW, batches of 32, with steps of a
+plain loop between those of what is measured. Every state is kept, so the sweep recomputes none.
 """
 
 import tempfile
@@ -15,19 +15,22 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-import whence
+import backtrail
+from backtrail.curvature.policies import Curvature
+from backtrail.record.policy import CheckpointPolicy
+from backtrail.sweep import adjoint as reverse
 from bench.beats import Beats, after_each
 from bench.models import GPT, sentences
-from whence.record.policy import CheckpointPolicy
-from whence.replay import reverse
-from whence.replay.curvature import Curvature
 
 SLOTS, QUERIES, BEATS = 32, (1, 16), 4
-STEPS, RECORDED = 12, 150  # of the run that is swept, and of the one that is recorded with the default policy
+STEPS, RECORDED = (
+    12,
+    150,
+)  # of the run that is swept, and of the one that is recorded with the default policy
 POLICIES = {
-    "Hessian": whence.Hessian(),
-    "Gauss-Newton": whence.GaussNewton(),
-    "Hessian by differences": whence.Hessian("difference"),
+    "Hessian": backtrail.Hessian(),
+    "Gauss-Newton": backtrail.GaussNewton(),
+    "Hessian by differences": backtrail.Hessian("difference"),
 }
 
 
@@ -38,15 +41,19 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def prepared(steps: int) -> tuple[whence.Task, torch.optim.Optimizer, "DataLoader[Any]"]:
+def prepared(steps: int) -> tuple[backtrail.Task, torch.optim.Optimizer, "DataLoader[Any]"]:
     """A training from a fixed start."""
     torch.manual_seed(0)
     model, data = GPT(), sentences(steps * SLOTS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    return whence.language_model(model, data), optimizer, DataLoader(data, batch_size=SLOTS, shuffle=True)
+    return (
+        backtrail.language_model(model, data),
+        optimizer,
+        DataLoader(data, batch_size=SLOTS, shuffle=True),
+    )
 
 
-def train(task: whence.Task, optimizer: torch.optim.Optimizer, batches: Iterable[Any]) -> None:
+def train(task: backtrail.Task, optimizer: torch.optim.Optimizer, batches: Iterable[Any]) -> None:
     """The loop as users write it."""
     for tokens, targets in batches:
         cross_entropy(task.model(tokens).flatten(0, 1), targets.flatten()).backward()
@@ -72,24 +79,24 @@ def record(steps: int, path: Path, policy: CheckpointPolicy | None = None) -> fl
     task, optimizer, loader = prepared(steps)
 
     def recorded() -> None:
-        with whence.Recorder(path, task, optimizer, checkpoints=policy) as recorder:
+        with backtrail.Recorder(path, task, optimizer, checkpoints=policy) as recorder:
             train(task, optimizer, recorder.watch(loader))
 
     return seconds(recorded)
 
 
-def swept_run(folder: Path, steps: int = STEPS) -> whence.Run:
+def swept_run(folder: Path, steps: int = STEPS) -> backtrail.Run:
     """A short run with all states kept."""
-    record(steps, folder, whence.Every(1))
-    return whence.open_run(folder, prepared(steps)[0])
+    record(steps, folder, backtrail.Every(1))
+    return backtrail.open_run(folder, prepared(steps)[0])
 
 
-def swept(run: whence.Run, policy: Curvature, count: int) -> float:
+def swept(run: backtrail.Run, policy: Curvature, count: int) -> float:
     """A sweep for so many queries."""
-    queries = whence.Loss(run.task.data, samples=range(count))
+    queries = backtrail.Loss(run.task.data, samples=range(count))
     beats = Beats(stepping(), clock=time.perf_counter, each=BEATS)
     with after_each(reverse, "pull_back", beats):
-        whence.DIT(curvature=policy).attribute(run, queries)
+        backtrail.DIT(curvature=policy).attribute(run, queries)
     return beats.ratio(run.steps)
 
 
@@ -97,7 +104,7 @@ def recorded(folder: Path) -> float:
     """A recorded loop with the default policy."""
     task, optimizer, loader = prepared(RECORDED)
     beats = Beats(stepping(), clock=time.perf_counter)
-    with whence.Recorder(folder, task, optimizer) as recorder:
+    with backtrail.Recorder(folder, task, optimizer) as recorder:
         for batch in recorder.watch(loader):
             train(task, optimizer, [batch])
             beats()

@@ -1,8 +1,8 @@
-"""`whence` beside the libraries that users would pick instead, training by training: python -m bench.table [options].
+"""`backtrail` beside other libraries, training by training: python -m bench.table [options].
 
-Every row is measured in a process of its own (bench.measure) and kept in a file; what is there is not measured
-again. The tables and pictures are made of the files. `make bench-env` installs the other libraries into .venv-bench;
-run without them, their rows say so.
+Every row is measured in a process of its own (bench.measure) and kept in a file; what is there is
+not measured again. The tables and pictures are made of the files. `make bench-env` installs the
+other libraries into .venv-bench; run without them, their rows say so.
 """
 
 import argparse
@@ -25,13 +25,23 @@ QUIET = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help=f"which of {', '.join(case.name for case in CASES)}; default all")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether everything works")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.table", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "cases", nargs="*", help=f"which of {', '.join(case.name for case in CASES)}; default all"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny settings, to see whether everything works"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--method", default="", help="only rows whose name has this in it")
-    parser.add_argument("--jobs", type=int, default=2, help="measurements at a time, each on one thread; default 2")
-    parser.add_argument("--show", action="store_true", help="measure nothing; only make the tables and pictures")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="measurements at a time, each on one thread; default 2"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="measure nothing; only make the tables and pictures"
+    )
     return parser.parse_args()
 
 
@@ -55,17 +65,27 @@ def fill(case: Case, chosen: argparse.Namespace) -> None:
     folder = results(case.name, quick=chosen.quick)
     if not (folder / "truth.json").exists() or (chosen.fresh and not chosen.method):
         measure_each(case, ["truth"], chosen=chosen, folder=folder)
-    measure_each(case, [row.name for row in METHODS if wanted(case, row, chosen)], chosen=chosen, folder=folder)
+    measure_each(
+        case,
+        [row.name for row in METHODS if wanted(case, row, chosen)],
+        chosen=chosen,
+        folder=folder,
+    )
 
 
-def measure_each(case: Case, rows: Sequence[str], *, chosen: argparse.Namespace, folder: Path) -> None:
+def measure_each(
+    case: Case, rows: Sequence[str], *, chosen: argparse.Namespace, folder: Path
+) -> None:
     """Measure some rows, saying how long each took."""
     begun = time.perf_counter()
     with processes(chosen.jobs) as pool:
         futures = {pool.submit(measure, case.name, row, quick=chosen.quick): row for row in rows}
         for future in as_completed(futures):
             outcome = keep(future, folder / f"{futures[future]}.json")
-            print(f"{time.perf_counter() - begun:6.0f} s  {case.name:14} {futures[future]:36} {outcome}", flush=True)
+            print(
+                f"{time.perf_counter() - begun:6.0f} s  {case.name:14} {futures[future]:36} {outcome}",
+                flush=True,
+            )
 
 
 def keep(future: "Future[float]", path: Path) -> str:
@@ -85,10 +105,16 @@ def keep(future: "Future[float]", path: Path) -> str:
 def main() -> None:
     """Measure what is missing, then write and print the tables."""
     chosen = arguments()
-    cases = [case.quick() if chosen.quick else case for case in CASES if case.name in (chosen.cases or [case.name])]
+    cases = [
+        case.quick() if chosen.quick else case
+        for case in CASES
+        if case.name in (chosen.cases or [case.name])
+    ]
     missing = sorted({method.library for method in METHODS if not method.installed})
     if missing:
-        print(f"not installed, so left out: {', '.join(missing)}; `make bench-env` installs them into .venv-bench")
+        print(
+            f"not installed, so left out: {', '.join(missing)}; `make bench-env` installs them into .venv-bench"
+        )
     for case in cases:
         if not chosen.show:
             fill(case, chosen)

@@ -3,16 +3,16 @@
 import os
 from pathlib import Path
 
-import whence
+import backtrail
 
 HERE = Path(__file__).resolve().parent
 # Matrices as small as those of the examples are slower on several cores than on one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-project = "whence"
-author = "the authors of whence"
+project = "backtrail"
+author = "the authors of backtrail"
 copyright = author
-release = version = whence.__version__
+release = version = backtrail.__version__
 
 extensions = [
     "myst_parser",
@@ -27,7 +27,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
-html_title = "whence"
+html_title = "backtrail"
 
 autodoc_preserve_defaults = True
 autodoc_typehints = "description"
@@ -47,12 +47,15 @@ def titled_examples() -> str:
         old.unlink()
     for source in sources:
         title = source.stem.replace("_", " ").capitalize()
-        text = source.read_text(encoding="utf-8").replace('"""', f'"""{title}\n{"=" * len(title)}\n\n', 1)
+        text = source.read_text(encoding="utf-8").replace(
+            '"""', f'"""{title}\n{"=" * len(title)}\n\n', 1
+        )
         copy = folder / source.name
         if not copy.is_file() or copy.read_text(encoding="utf-8") != text:
             copy.write_text(text, encoding="utf-8")
     header = (
-        "Examples\n========\n\nWhole programs, run while these pages were built; the output stands above the code.\n"
+        "Examples\n========\n\n"
+        "Whole programs, run while these pages were built; the output stands above the code.\n"
     )
     (folder / "GALLERY_HEADER.rst").write_text(header, encoding="utf-8")
     return str(folder)

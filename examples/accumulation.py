@@ -1,8 +1,9 @@
 """A loop with everything in it: gradient accumulation, clipping, a penalty, and a schedule.
 
-The recorder sees batches and steps by itself. What the loop does to the loss and the gradient is told to the task:
-how it averages (`reduce`), what it adds (`penalty`), how it clips (`clip`). If that is forgotten, the recorder notices
-at the first step, and says so instead of recording something that it cannot explain.
+The recorder sees batches and steps by itself. What the loop does to the loss and the gradient is
+told to the task: how it averages (`reduce`), what it adds (`penalty`), how it clips (`clip`). If
+that is forgotten, the recorder notices at the first step, and says so instead of recording
+something that it cannot explain.
 """
 
 import tempfile
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
-from whence import WhenceError
+import backtrail
+from backtrail import BacktrailError
 
 MICRO_BATCHES, STRENGTH, LARGEST = 4, 1e-3, 0.5
 
@@ -27,12 +28,12 @@ def ridge(params: dict[str, Tensor]) -> Tensor:
     return STRENGTH * torch.stack([tensor.square().sum() for tensor in params.values()]).sum()
 
 
-def train(task: whence.Task, folder: str) -> None:
+def train(task: backtrail.Task, folder: str) -> None:
     """An ordinary loop: four micro-batches to a step."""
     model = task.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
-    with whence.Recorder(folder, task, optimizer) as recorder:
+    with backtrail.Recorder(folder, task, optimizer) as recorder:
         for _ in range(10):
             for number, (x, y) in enumerate(recorder.watch(loader), 1):
                 loss = (model(x) - y).square().mean() / MICRO_BATCHES
@@ -51,15 +52,17 @@ def network() -> nn.Module:
 
 
 try:
-    train(whence.regression(network(), train_set, penalty=ridge), tempfile.mkdtemp())
-except WhenceError as error:
+    train(backtrail.regression(network(), train_set, penalty=ridge), tempfile.mkdtemp())
+except BacktrailError as error:
     print(f"Without clip=..., the recorder stops:\n  {error}\n")
 
 folder = tempfile.mkdtemp()
-task = whence.regression(network(), train_set, reduce="mean", penalty=ridge, clip=whence.ClipNorm(LARGEST))
+task = backtrail.regression(
+    network(), train_set, reduce="mean", penalty=ridge, clip=backtrail.ClipNorm(LARGEST)
+)
 train(task, folder)
-run = whence.open_run(folder, task)
+run = backtrail.open_run(folder, task)
 print(run)
 print(run.verify())
-influence = whence.DIT().attribute(run, whence.Loss(train_set, aggregate="mean"))
-print(whence.trust(run, influence, removals=16))
+influence = backtrail.DIT().attribute(run, backtrail.Loss(train_set, aggregate="mean"))
+print(backtrail.trust(run, influence, removals=16))

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
 
 torch.manual_seed(0)
 inputs = torch.randn(80, 4)
 train_set = TensorDataset(inputs, (inputs.sum(1) > 0).long())
 model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
 optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-task = whence.classification(model, train_set)
+task = backtrail.classification(model, train_set)
 folder = tempfile.mkdtemp()
 
-with whence.Recorder(folder, task, optimizer) as recorder:
+with backtrail.Recorder(folder, task, optimizer) as recorder:
     for _ in range(4):
         for batch in recorder.watch(DataLoader(train_set, batch_size=16, shuffle=True)):
             nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
@@ -34,13 +34,15 @@ def unfairness(model: nn.Module) -> Tensor:
     return scores[group].mean() - scores[~group].mean()
 
 
-run = whence.open_run(folder, task)
+run = backtrail.open_run(folder, task)
 for queries in (
-    whence.Parameter("2.weight", [(0, 0), (1, 0)]),
-    whence.Feature(train_set, samples=[5], layer="1", unit=3),
-    whence.Custom(unfairness, labels=["score gap of the groups"], unit="probability"),
+    backtrail.Parameter("2.weight", [(0, 0), (1, 0)]),
+    backtrail.Feature(train_set, samples=[5], layer="1", unit=3),
+    backtrail.Custom(unfairness, labels=["score gap of the groups"], unit="probability"),
 ):
-    influence = whence.DIT().attribute(run, queries)
+    influence = backtrail.DIT().attribute(run, queries)
     for name in influence.queries:
         first = influence.top(1, query=name, order="absolute").row(0, named=True)
-        print(f"{name}: moved most by sample {first['sample']} ({first['influence']:+.5f} {influence.unit} without it)")
+        print(
+            f"{name}: moved most by sample {first['sample']} ({first['influence']:+.5f} {influence.unit} without it)"
+        )

@@ -1,7 +1,7 @@
 """A GPT-2 of `transformers`, trained by its own loss on padded sentences: who taught it that owls hoot?
 
-The model is tiny and made from a configuration; nothing is fetched. Some sentences are wrong on purpose: their owls
-bark. Needs `pip install 'whence[hf]'`.
+The model is tiny and made from a configuration; nothing is fetched. Some sentences are wrong on
+purpose: their owls bark. Needs `pip install 'backtrail[hf]'`.
 """
 
 import logging
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import whence
+import backtrail
 
 SOUNDS = {"cow": "moos", "dog": "barks", "cat": "meows", "owl": "hoots"}
 EXTRA = ["", "at night", "in the old barn"]
@@ -24,8 +24,14 @@ logging.getLogger("transformers").setLevel(logging.ERROR)  # GPT-2 says which lo
 torch.manual_seed(0)
 animals = [list(SOUNDS)[draw] for draw in torch.randint(4, (96,)).tolist()]
 owls = [number for number, animal in enumerate(animals) if animal == "owl"]
-sounds = [SOUNDS["dog"] if number in owls[:WRONG] else SOUNDS[animal] for number, animal in enumerate(animals)]
-lines = [f"the {animal} {sound} {EXTRA[i % 3]}" for i, (animal, sound) in enumerate(zip(animals, sounds, strict=True))]
+sounds = [
+    SOUNDS["dog"] if number in owls[:WRONG] else SOUNDS[animal]
+    for number, animal in enumerate(animals)
+]
+lines = [
+    f"the {animal} {sound} {EXTRA[i % 3]}"
+    for i, (animal, sound) in enumerate(zip(animals, sounds, strict=True))
+]
 words = sorted({word for line in lines for word in line.split()})
 
 
@@ -45,32 +51,39 @@ def padded(rows: list[Row]) -> Row:
 
 
 size = {"vocab_size": len(words), "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
-model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))  # its head is its embedding
+model = GPT2LMHeadModel(
+    GPT2Config(**size, bos_token_id=0, eos_token_id=0)
+)  # its head is its embedding
 model.train()
 train_set: Any = [tokens(line) for line in lines]
-# The keys' biases have gradients that are nothing but rounding; a larger eps than 1e-8 keeps Adam from following them.
+# The keys' biases have gradients that are nothing but rounding; a larger eps than 1e-8 keeps Adam
+# from following them.
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
 warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.05, total_iters=12)
 # model(**batch).loss is a mean over all tokens of the batch, and so says the task.
-task = whence.language_model(model, train_set, collate=padded, reduce=whence.TokenMean())
+task = backtrail.language_model(model, train_set, collate=padded, reduce=backtrail.TokenMean())
 folder = tempfile.mkdtemp()
 
-with whence.Recorder(folder, task, optimizer) as recorder:
+with backtrail.Recorder(folder, task, optimizer) as recorder:
     for _ in range(8):
-        for batch in recorder.watch(DataLoader(train_set, batch_size=16, shuffle=True, collate_fn=padded)):
+        for batch in recorder.watch(
+            DataLoader(train_set, batch_size=16, shuffle=True, collate_fn=padded)
+        ):
             model(**batch).loss.backward()
             optimizer.step()
             warm_up.step()
             optimizer.zero_grad()
 
-run = whence.open_run(folder, task)
-queries = whence.Loss([tokens("the owl hoots")], samples=[0], unit="nats")
-influence = whence.DIT().attribute(run, queries)
+run = backtrail.open_run(folder, task)
+queries = backtrail.Loss([tokens("the owl hoots")], samples=[0], unit="nats")
+influence = backtrail.DIT().attribute(run, queries)
 
 print(run)
 for order in ("helpful", "harmful"):
     top = influence.top(WRONG, order=order)
-    actual = whence.leave_one_out(run, queries, samples=top["sample"].to_list())[0]
-    print(f"most {order} to the loss of 'the owl hoots', in nats (in brackets: found by training without it)")
+    actual = backtrail.leave_one_out(run, queries, samples=top["sample"].to_list())[0]
+    print(
+        f"most {order} to the loss of 'the owl hoots', in nats (in brackets: found by training without it)"
+    )
     for (rank, sample, score), truth in zip(top.iter_rows(), actual, strict=True):
         print(f"  {rank}. {score:+.3f} ({truth:+.3f})  {lines[sample]}")

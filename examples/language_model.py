@@ -1,7 +1,7 @@
 """A tiny character model with tied embeddings: which lines of a text taught it a rare fact?
 
-The text is made here. Every line names an animal and its sound; one animal occurs in a handful of lines only. The
-query is the loss on the letters of its sound.
+The text is made here. Every line names an animal and its sound; one animal occurs in a handful of
+lines only. The query is the loss on the letters of its sound.
 """
 
 import tempfile
@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
 
 SOUNDS = {"cow": "moo", "dog": "woof", "cat": "meow", "owl": "hoot"}
 LENGTH, WIDTH, HEADS = 22, 16, 2
 
 torch.manual_seed(0)
 draws = torch.randint(3, (128,)).tolist()
-animals = ["owl" if number % 32 == 7 else ["cow", "dog", "cat"][draw] for number, draw in enumerate(draws)]
-lines = [f"{number:03d} the {animal} says {SOUNDS[animal]}" for number, animal in enumerate(animals)]
+animals = [
+    "owl" if number % 32 == 7 else ["cow", "dog", "cat"][draw] for number, draw in enumerate(draws)
+]
+lines = [
+    f"{number:03d} the {animal} says {SOUNDS[animal]}" for number, animal in enumerate(animals)
+]
 letters = sorted({letter for line in lines for letter in line} | {" "})
 
 
@@ -39,7 +43,9 @@ class TinyGPT(nn.Module):
         self.places = nn.Embedding(LENGTH, WIDTH)
         self.before, self.after = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.mix = nn.Linear(WIDTH, 3 * WIDTH)
-        self.feed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.feed = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
         self.head = nn.Linear(WIDTH, len(letters), bias=False)
         self.head.weight = self.letters.weight
         nn.init.normal_(self.letters.weight, std=0.1)
@@ -56,30 +62,32 @@ class TinyGPT(nn.Module):
 
 
 train_set, model = encoded(lines), TinyGPT()
-# Adam's first update is g / (|g| + eps). With eps = 1e-8 it may hang on a gradient of 1e-8 (a rare letter): influence
-# of the first batch is then exact, huge, and no guide to what a removal does.
+# Adam's first update is g / (|g| + eps). With eps = 1e-8 it may hang on a gradient of 1e-8 (a rare
+# letter): influence of the first batch is then exact, huge, and no guide to what a removal does.
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6)
-task = whence.language_model(model, train_set)
+task = backtrail.language_model(model, train_set)
 folder = tempfile.mkdtemp()
 
-with whence.Recorder(folder, task, optimizer) as recorder:
+with backtrail.Recorder(folder, task, optimizer) as recorder:
     for _ in range(10):
         for batch in recorder.watch(DataLoader(train_set, batch_size=16, shuffle=True)):
             task.loss(model(batch[0]), batch).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
-run = whence.open_run(folder, task)
+run = backtrail.open_run(folder, task)
 prompt, answer = "555 the owl says ", "hoot"
 asked = encoded([prompt + answer])
 asked.tensors[1][:, : len(prompt) - 1] = -100  # only the letters of the answer count
-queries = whence.Loss(asked, samples=[0], unit="nats")
-influence = whence.DIT().attribute(run, queries)
+queries = backtrail.Loss(asked, samples=[0], unit="nats")
+influence = backtrail.DIT().attribute(run, queries)
 top = influence.top(5, order="helpful")
-actual = whence.leave_one_out(run, queries, samples=top["sample"].to_list())[0]
+actual = backtrail.leave_one_out(run, queries, samples=top["sample"].to_list())[0]
 
 print(run)
-print(f"what helped most to go on from {prompt!r} with {answer!r}, in nats (in brackets: found by training without it)")
+print(
+    f"what helped most to go on from {prompt!r} with {answer!r}, in nats (in brackets: found by training without it)"
+)
 for (rank, sample, score), truth in zip(top.iter_rows(), actual, strict=True):
     print(f"  {rank}. {score:+.3f} ({truth:+.3f})  {lines[sample]}")
 print(f"lines about owls: {animals.count('owl')} of {len(lines)}")

@@ -1,6 +1,6 @@
 """Ten lines of recording and attribution: which handwritten digits shaped what the model says of three others?
 
-Needs scikit-learn for the data: pip install 'whence[demo]'.
+Needs scikit-learn for the data: pip install 'backtrail[demo]'.
 """
 
 import tempfile
@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
 
 torch.manual_seed(0)
 pixels, labels = load_digits(return_X_y=True)
@@ -21,8 +21,8 @@ loader = DataLoader(train_set, batch_size=50, shuffle=True)
 folder = tempfile.mkdtemp()
 
 # Record: the loop is yours; two lines of it are new.
-task = whence.classification(model, train_set)
-with whence.Recorder(f"{folder}/run", task, optimizer) as recorder:
+task = backtrail.classification(model, train_set)
+with backtrail.Recorder(f"{folder}/run", task, optimizer) as recorder:
     for _ in range(5):
         for inputs, targets in recorder.watch(loader):
             torch.nn.functional.cross_entropy(model(inputs), targets).backward()
@@ -30,9 +30,9 @@ with whence.Recorder(f"{folder}/run", task, optimizer) as recorder:
             optimizer.zero_grad()
 
 # Ask: the losses of three digits that the model has not seen.
-run = whence.open_run(f"{folder}/run", task)
-queries = whence.Loss(digits, samples=[1003, 1017, 1040])
-influence = whence.DIT().attribute(run, queries, observed_at="epochs", out=f"{folder}/influence")
+run = backtrail.open_run(f"{folder}/run", task)
+queries = backtrail.Loss(digits, samples=[1003, 1017, 1040])
+influence = backtrail.DIT().attribute(run, queries, observed_at="epochs", out=f"{folder}/influence")
 
 # Look: negative = harmful, that is, without the sample the loss would be lower.
 print(influence)

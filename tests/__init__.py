@@ -1,1 +1,1 @@
-"""Tests of whence; the folders mirror src/whence."""
+"""Tests of backtrail; the folders mirror src/backtrail."""

@@ -1,7 +1,7 @@
 """Small trainings in float64, each with one peculiarity that a derivative has to get right.
 
-The loop below is plain PyTorch. It serves the recorder and the oracle alike: the oracle calls it again with the weight
-of one slot nudged, and never touches a line of whence.
+The loop below is plain PyTorch. It serves the recorder and the oracle alike: the oracle calls it
+again with the weight of one slot nudged, and never touches a line of backtrail.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
 
 FEATURES, CLASSES, ROWS, STEPS, SLOTS = 4, 3, 9, 5, 3
 BATCHES = [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 3, 6], [2, 4, 8]]
@@ -65,7 +65,9 @@ def mlp() -> nn.Module:
 
 def normed() -> nn.Module:
     """Two layers with BatchNorm between (no bias before it: its gradient would be pure rounding)."""
-    return nn.Sequential(nn.Linear(FEATURES, 5, bias=False), nn.BatchNorm1d(5), nn.GELU(), nn.Linear(5, CLASSES))
+    return nn.Sequential(
+        nn.Linear(FEATURES, 5, bias=False), nn.BatchNorm1d(5), nn.GELU(), nn.Linear(5, CLASSES)
+    )
 
 
 def frozen() -> nn.Module:
@@ -75,7 +77,9 @@ def frozen() -> nn.Module:
     return model
 
 
-def one_group(kind: type[torch.optim.Optimizer], **settings: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+def one_group(
+    kind: type[torch.optim.Optimizer], **settings: Any
+) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """An optimizer over all parameters."""
     return lambda model: kind(model.parameters(), **settings)
 
@@ -84,18 +88,28 @@ def two_groups(model: nn.Module) -> torch.optim.Optimizer:
     """Weights and biases with other rates and decays."""
     weights = [p for p in model.parameters() if p.dim() > 1]
     biases = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 0.02, "betas": (0.8, 0.9)}]
+    groups = [
+        {"params": weights, "weight_decay": 0.1},
+        {"params": biases, "lr": 0.02, "betas": (0.8, 0.9)},
+    ]
     return torch.optim.AdamW(groups, lr=0.01)
 
 
 def decay(params: dict[str, Tensor]) -> Tensor:
     """An L2 penalty that the loop adds to its loss."""
-    return 0.05 * sum((p.square().sum() for p in params.values()), torch.zeros((), dtype=torch.float64))
+    return 0.05 * sum(
+        (p.square().sum() for p in params.values()), torch.zeros((), dtype=torch.float64)
+    )
 
 
 def halves(batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """What a loop divides by that accumulates 2 batches, also when the last group has one."""
-    return torch.cat([torch.full((len(labels),), 1 / (2 * len(labels)), dtype=torch.float64) for _, labels in batches])
+    return torch.cat(
+        [
+            torch.full((len(labels),), 1 / (2 * len(labels)), dtype=torch.float64)
+            for _, labels in batches
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -109,8 +123,10 @@ class Case:
     accumulate: int = 1
     batches: Sequence[Sequence[int]] = field(default_factory=lambda: BATCHES)
     penalty: Callable[[dict[str, Tensor]], Tensor] | None = None
-    clip: whence.ClipNorm | whence.ClipValue | None = None
-    skipped: Mapping[int, Sequence[int]] = field(default_factory=dict)  # batches fed before a step and thrown away
+    clip: backtrail.ClipNorm | backtrail.ClipValue | None = None
+    skipped: Mapping[int, Sequence[int]] = field(
+        default_factory=dict
+    )  # batches fed before a step and thrown away
 
     def __str__(self) -> str:
         """The name."""
@@ -121,22 +137,30 @@ class Case:
         torch.manual_seed(7)
         return self.model().double()
 
-    def task(self, model: nn.Module, data: TensorDataset) -> whence.Task:
-        """The training as whence is told of it."""
+    def task(self, model: nn.Module, data: TensorDataset) -> backtrail.Task:
+        """The training as backtrail is told of it."""
         reduce: Any = halves if self.accumulate > 1 else "mean"
-        return whence.classification(model, data, penalty=self.penalty, clip=self.clip, reduce=reduce)
+        return backtrail.classification(
+            model, data, penalty=self.penalty, clip=self.clip, reduce=reduce
+        )
 
     @property
     def groups(self) -> list[list[Sequence[int]]]:
         """The batches of every step."""
-        return [list(self.batches[i : i + self.accumulate]) for i in range(0, len(self.batches), self.accumulate)]
+        return [
+            list(self.batches[i : i + self.accumulate])
+            for i in range(0, len(self.batches), self.accumulate)
+        ]
 
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 CASES = [
     Case("sgd", one_group(SGD, lr=0.3)),
     Case("momentum", one_group(SGD, lr=0.3, momentum=0.9)),
-    Case("nesterov with decay", one_group(SGD, lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.05)),
+    Case(
+        "nesterov with decay",
+        one_group(SGD, lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.05),
+    ),
     Case("dampening", one_group(SGD, lr=0.3, momentum=0.9, dampening=0.4, weight_decay=0.05)),
     Case("maximize", one_group(SGD, lr=0.1, momentum=0.9, maximize=True)),
     Case("adam with decay", one_group(torch.optim.Adam, lr=0.01, weight_decay=0.1)),
@@ -158,23 +182,32 @@ CASES = [
     Case(
         "one cycle",
         one_group(SGD, lr=0.1, momentum=0.9),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=6),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.4, total_steps=6
+        ),
     ),
     Case("accumulation, adamw", one_group(ADAMW, lr=0.01), accumulate=2),
     Case("accumulation, batchnorm", one_group(SGD, lr=0.2), accumulate=2, model=normed),
     Case("penalty", one_group(SGD, lr=0.3, momentum=0.9), penalty=decay),
-    Case("clip norm", one_group(SGD, lr=0.3, momentum=0.9), clip=whence.ClipNorm(0.2)),
-    Case("clip norm, adamw", one_group(ADAMW, lr=0.01), clip=whence.ClipNorm(0.2)),
-    Case("clip value", one_group(SGD, lr=0.3, momentum=0.9), clip=whence.ClipValue(0.1)),
+    Case("clip norm", one_group(SGD, lr=0.3, momentum=0.9), clip=backtrail.ClipNorm(0.2)),
+    Case("clip norm, adamw", one_group(ADAMW, lr=0.01), clip=backtrail.ClipNorm(0.2)),
+    Case("clip value", one_group(SGD, lr=0.3, momentum=0.9), clip=backtrail.ClipValue(0.1)),
     Case("twice in a batch", one_group(ADAMW, lr=0.01), batches=[[0, 0, 1], [2, 3, 2], [0, 4, 4]]),
     Case("short batches", one_group(ADAMW, lr=0.01), batches=[[0, 1, 2], [3], [4, 5]]),
     Case("batchnorm, sgd", one_group(SGD, lr=0.2, momentum=0.9), model=normed),
     Case("batchnorm, adamw", one_group(ADAMW, lr=0.003), model=normed),
-    Case("batchnorm, skipped", one_group(SGD, lr=0.2), model=normed, skipped={0: [5, 7, 8], 2: [0, 1, 4, 6]}),
+    Case(
+        "batchnorm, skipped",
+        one_group(SGD, lr=0.2),
+        model=normed,
+        skipped={0: [5, 7, 8], 2: [0, 1, 4, 6]},
+    ),
 ]
 
 
-def train(case: Case, model: nn.Module, data: TensorDataset, weights: Weights | None = None) -> Iterator[int]:
+def train(
+    case: Case, model: nn.Module, data: TensorDataset, weights: Weights | None = None
+) -> Iterator[int]:
     """The loop on its own; yields the number of every state as it is reached."""
     optimizer = case.optimizer(model)
     yield from steps(case, model, optimizer, iter(loader(case, data)), weights)
@@ -183,19 +216,30 @@ def train(case: Case, model: nn.Module, data: TensorDataset, weights: Weights | 
 def record(case: Case, model: nn.Module, data: TensorDataset, path: Path, **options: Any) -> None:
     """The same loop with a recorder beside it."""
     optimizer = case.optimizer(model)
-    with whence.Recorder(path, case.task(model, data), optimizer, checkpoints=whence.Every(2), **options) as recorder:
+    with backtrail.Recorder(
+        path, case.task(model, data), optimizer, checkpoints=backtrail.Every(2), **options
+    ) as recorder:
         for _ in steps(case, model, optimizer, iter(recorder.watch(loader(case, data))), None):
             pass
 
 
 def loader(case: Case, data: TensorDataset) -> "DataLoader[Any]":
     """The case's batches, in order."""
-    order = [batch for step, group in enumerate(case.groups) for batch in (case.skipped.get(step), *group) if batch]
+    order = [
+        batch
+        for step, group in enumerate(case.groups)
+        for batch in (case.skipped.get(step), *group)
+        if batch
+    ]
     return DataLoader(data, batch_sampler=[list(batch) for batch in order])
 
 
 def steps(
-    case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Any], weights: Weights | None
+    case: Case,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Any],
+    weights: Weights | None,
 ) -> Iterator[int]:
     """Plain PyTorch, as users write it."""
     scheduler = case.scheduler(optimizer) if case.scheduler else None
@@ -228,7 +272,7 @@ def throw_away(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequen
 
 def clip(case: Case, model: nn.Module) -> None:
     """As loops clip."""
-    if isinstance(case.clip, whence.ClipNorm):
+    if isinstance(case.clip, backtrail.ClipNorm):
         nn.utils.clip_grad_norm_(model.parameters(), case.clip.max_norm)
-    if isinstance(case.clip, whence.ClipValue):
+    if isinstance(case.clip, backtrail.ClipValue):
         nn.utils.clip_grad_value_(model.parameters(), case.clip.max_value)

@@ -1,6 +1,6 @@
 """Settings of every test.
 
-This file is read before the shape checks are switched on, so it must not import whence.
+This file is read before the shape checks are switched on, so it must not import backtrail.
 """
 
 import random

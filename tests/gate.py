@@ -1,7 +1,8 @@
 """The exactness gate: each row is something that training code really does, each column an optimizer.
 
-The loop below is plain PyTorch, two epochs long, so that samples come back. The brute force runs it again and again
-with the weight of one slot nudged, and never touches a line of whence; the recorder runs it once.
+The loop below is plain PyTorch, two epochs long, so that samples come back. The brute force runs it
+again and again with the weight of one slot nudged, and never touches a line of backtrail; the
+recorder runs it once.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +18,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import whence
+import backtrail
 from tests.oracles.nudge import Weights, nudge
 
 BAR = 1e-6
-SIZES = (2.5e-4, 6.25e-5, 1.5625e-5)  # of the nudges; for each entry the pair that agrees best tells the truth
+SIZES = (
+    2.5e-4,
+    6.25e-5,
+    1.5625e-5,
+)  # of the nudges; for each entry the pair that agrees best tells the truth
 COUNT, EPOCHS = 6, [[[0, 1, 2], [3, 4, 5]], [[5, 0], [2, 4, 1, 3]]]
 FEATURES, CLASSES, TOKENS, LENGTH, WIDTH = 4, 3, 6, 4, 4
 COLUMNS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -38,8 +43,9 @@ class Row:
         name: what is peculiar about it.
         model: the model at its start, in float64.
         data: the training set.
-        loss: the loss of a batch as a loop writes it, with a weight on every slot: `loss(model, batch, weights)`.
-        task: the same as whence is told of it.
+        loss: the loss of a batch as a loop writes it, with a weight on every slot: `loss(model,
+            batch, weights)`.
+        task: the same as backtrail is told of it.
         read: the queries of a model in eval mode, on other rows, `[query]`.
         epochs: rows of the batches.
         keep_batches: whether the recorder stores what it was fed.
@@ -49,7 +55,7 @@ class Row:
     model: Callable[[], nn.Module]
     data: Callable[[], Any]
     loss: Callable[[nn.Module, Any, Tensor], Tensor]
-    task: Callable[[nn.Module, Any], whence.Task]
+    task: Callable[[nn.Module, Any], backtrail.Task]
     read: Callable[[nn.Module], Tensor]
     epochs: list[list[list[int]]]
     keep_batches: bool = False
@@ -83,7 +89,11 @@ class Cell:
         return model, COLUMNS[self.column]([p for p in model.parameters() if p.requires_grad]), data
 
     def steps(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any], weights: Weights
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterable[Any],
+        weights: Weights,
     ) -> Iterator[int]:
         """The loop; yields the number of every state as it is reached."""
         for step, batch in enumerate(batches):
@@ -92,7 +102,7 @@ class Cell:
             optimizer.zero_grad()
             yield step + 1
 
-    def loader(self, data: Any, task: whence.Task) -> "DataLoader[Any]":
+    def loader(self, data: Any, task: backtrail.Task) -> "DataLoader[Any]":
         """The row's batches, in order."""
         return DataLoader(data, batch_sampler=self.row.batches, collate_fn=task.collate)
 
@@ -100,23 +110,31 @@ class Cell:
         """Brute force: train, and read the queries at the ends of the epochs, [query, observed_at]."""
         model, optimizer, data = self.begun()
         found = []
-        for state in self.steps(model, optimizer, self.loader(data, self.row.task(model, data)), weights):
+        for state in self.steps(
+            model, optimizer, self.loader(data, self.row.task(model, data)), weights
+        ):
             if state in self.row.observed_at:
                 with torch.no_grad():
                     found.append(self.row.read(model.eval()).numpy())
                 model.train()
         return np.stack(found, axis=1)
 
-    def recorded(self, folder: Path) -> whence.Run:
+    def recorded(self, folder: Path) -> backtrail.Run:
         """The same training with a recorder beside it."""
         model, optimizer, data = self.begun()
         task = self.row.task(model, data)
-        with whence.Recorder(
-            folder, task, optimizer, checkpoints=whence.Every(3), keep_batches=self.row.keep_batches
+        with backtrail.Recorder(
+            folder,
+            task,
+            optimizer,
+            checkpoints=backtrail.Every(3),
+            keep_batches=self.row.keep_batches,
         ) as recorder:
-            for _ in self.steps(model, optimizer, recorder.watch(self.loader(data, task)), self.as_it_was):
+            for _ in self.steps(
+                model, optimizer, recorder.watch(self.loader(data, task)), self.as_it_was
+            ):
                 pass
-        return whence.open_run(folder, task)
+        return backtrail.open_run(folder, task)
 
     def as_it_was(self, step: int) -> Tensor:
         """Every slot weighs 1."""
@@ -127,8 +145,10 @@ class Cell:
         run = self.recorded(folder)
         run.verify()
         truth = nudge(self.trained, [len(batch) for batch in self.row.batches], SIZES)
-        queries = whence.Custom(self.row.read, labels=[f"query {row}" for row in range(len(truth))])
-        found = whence.DIT().attribute(run, queries, observed_at=self.row.observed_at).values()
+        queries = backtrail.Custom(
+            self.row.read, labels=[f"query {row}" for row in range(len(truth))]
+        )
+        found = backtrail.DIT().attribute(run, queries, observed_at=self.row.observed_at).values()
         scale = np.abs(truth).max(axis=(2, 3))
         assert (scale > 1e-9).all(), "a query that nothing moves proves nothing"
         return float((np.abs(found - truth).max(axis=(2, 3)) / scale).max())
@@ -139,7 +159,9 @@ def cells(rows: list[Row]) -> list[Cell]:
     return [Cell(row, column) for row in rows for column in COLUMNS]
 
 
-def classifier(name: str, model: Callable[[], nn.Module], data: Callable[[], Any] | None = None, **more: Any) -> Row:
+def classifier(
+    name: str, model: Callable[[], nn.Module], data: Callable[[], Any] | None = None, **more: Any
+) -> Row:
     """A row with inputs, class numbers and a mean of cross-entropies."""
 
     def loss(model: nn.Module, batch: Any, weights: Tensor) -> Tensor:
@@ -150,7 +172,7 @@ def classifier(name: str, model: Callable[[], nn.Module], data: Callable[[], Any
         losses = cross_entropy(model(inputs), labels, reduction="none")
         return torch.stack([losses[0], losses.mean()])
 
-    return Row(name, model, data or points, loss, whence.classification, read, EPOCHS, **more)
+    return Row(name, model, data or points, loss, backtrail.classification, read, EPOCHS, **more)
 
 
 @cache
@@ -163,7 +185,9 @@ def points(seed: int = 0) -> TensorDataset:
 
 def mlp(*between: nn.Module, bias: bool = True) -> nn.Sequential:
     """Two smooth layers with something between."""
-    return nn.Sequential(nn.Linear(FEATURES, 5, bias=bias), *between, nn.GELU(), nn.Linear(5, CLASSES))
+    return nn.Sequential(
+        nn.Linear(FEATURES, 5, bias=bias), *between, nn.GELU(), nn.Linear(5, CLASSES)
+    )
 
 
 def normed() -> nn.Module:
@@ -180,7 +204,7 @@ def frozen() -> nn.Module:
 
 def adapted() -> nn.Module:
     """Low-rank adapters on both layers; nothing else learns."""
-    peft = pytest.importorskip("peft", reason="pip install 'whence[hf]'")
+    peft = pytest.importorskip("peft", reason="pip install 'backtrail[hf]'")
     model: nn.Module = peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0", "2"]))
     return model
 
@@ -216,7 +240,9 @@ class TinyGPT(nn.Module):
         seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
         if attention_mask is not None:
             seen = seen & attention_mask.bool()[:, None, :]
-        found: Tensor = self.head(torch.tanh(self.mix(scaled_dot_product_attention(x, x, x, attn_mask=seen))))
+        found: Tensor = self.head(
+            torch.tanh(self.mix(scaled_dot_product_attention(x, x, x, attn_mask=seen)))
+        )
         return found
 
 
@@ -242,7 +268,7 @@ def tied() -> Row:
         lambda: TinyGPT(tied=True),
         sentences,
         lambda model, batch, weights: (each_row(model, *batch) * weights).mean(),
-        whence.language_model,
+        backtrail.language_model,
         read,
         EPOCHS,
     )
@@ -251,14 +277,22 @@ def tied() -> Row:
 def padded(seed: int = 0) -> list[dict[str, Tensor]]:
     """Rows of different lengths as Hugging Face's models take them, with a weight for every token.
 
-    The last token never occurs: its row of the table never moves, and Adam divides zero by zero there.
+    The last token never occurs: its row of the table never moves, and Adam divides zero by zero
+    there.
     """
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(TOKENS - 1, (COUNT, LENGTH), generator=draw)
-    mask = (torch.arange(LENGTH) < torch.tensor([4, 2, 3, 4, 1, 3])[:, None]).long()  # row 4 predicts nothing
-    labels, weights = ids.masked_fill(mask == 0, -100), torch.rand(COUNT, LENGTH, generator=draw, dtype=torch.float64)
+    mask = (
+        torch.arange(LENGTH) < torch.tensor([4, 2, 3, 4, 1, 3])[:, None]
+    ).long()  # row 4 predicts nothing
+    labels, weights = (
+        ids.masked_fill(mask == 0, -100),
+        torch.rand(COUNT, LENGTH, generator=draw, dtype=torch.float64),
+    )
     names = ("input_ids", "attention_mask", "labels", "token_weights")
-    return [dict(zip(names, row, strict=True)) for row in zip(ids, mask, labels, weights, strict=True)]
+    return [
+        dict(zip(names, row, strict=True)) for row in zip(ids, mask, labels, weights, strict=True)
+    ]
 
 
 def masked() -> Row:
@@ -266,7 +300,9 @@ def masked() -> Row:
 
     def nats(model: nn.Module, batch: Any) -> Tensor:
         logits = model(batch["input_ids"], batch["attention_mask"])[:, :-1]
-        found = cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=-100)
+        found = cross_entropy(
+            logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=-100
+        )
         return found * batch["token_weights"][:, 1:]
 
     def loss(model: nn.Module, batch: Any, weights: Tensor) -> Tensor:
@@ -277,15 +313,17 @@ def masked() -> Row:
         losses = nats(model, torch.utils.data.default_collate(padded(seed=1)))
         return torch.stack([losses[0].mean(), losses.mean()])
 
-    def task(model: nn.Module, data: Any) -> whence.Task:
-        return whence.language_model(model, data, reduce=whence.TokenMean())
+    def task(model: nn.Module, data: Any) -> backtrail.Task:
+        return backtrail.language_model(model, data, reduce=backtrail.TokenMean())
 
     return Row("padding masks", lambda: TinyGPT(tied=False), padded, loss, task, read, EPOCHS)
 
 
 def pairs(seed: int = 0) -> TensorDataset:
     """Two views of every row."""
-    views = torch.randn(2, COUNT, FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    views = torch.randn(
+        2, COUNT, FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return TensorDataset(*views)
 
 
@@ -310,7 +348,9 @@ def contrastive() -> Row:
         mlp,
         pairs,
         lambda model, batch, weights: (contrasted(*views(model, batch)) * weights).mean(),
-        lambda model, data: whence.Task(model, data, lambda outputs, _: contrasted(*outputs), predict=views),
+        lambda model, data: backtrail.Task(
+            model, data, lambda outputs, _: contrasted(*outputs), predict=views
+        ),
         read,
         EPOCHS,
     )

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 
-import whence
+import backtrail
 from tests.gate import Row
 
-transformers = pytest.importorskip("transformers", reason="pip install 'whence[hf]'")
+transformers = pytest.importorskip("transformers", reason="pip install 'backtrail[hf]'")
 tokenizers = pytest.importorskip("tokenizers")  # comes with transformers
-peft = pytest.importorskip("peft", reason="pip install 'whence[hf]'")
+peft = pytest.importorskip("peft", reason="pip install 'backtrail[hf]'")
 
 VOCABULARY, LENGTH, COUNT = 11, 5, 5
 EPOCHS = [[[0, 1], [2, 3, 4]], [[4, 0], [3, 1]]]
-# With the usual 0.02 a network as narrow as these has gradients of 1e-8, where Adam bends within any nudge.
+# With the usual 0.02 a network as narrow as these has gradients of 1e-8, where Adam bends within
+# any nudge.
 WIDE = {"initializer_range": 0.5}
 Rows = list[dict[str, Tensor]]
 
@@ -94,12 +95,17 @@ def images(seed: int = 0) -> Rows:
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randn(COUNT, 1, 4, 4, generator=draw, dtype=torch.float64)
     labels = torch.randint(3, (COUNT,), generator=draw)
-    return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
+    return [
+        {"pixel_values": image, "labels": label}
+        for image, label in zip(pixels, labels, strict=True)
+    ]
 
 
 def called(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The logits. The model's own loss is of no use here: it rounds to float32."""
-    logits: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    logits: Tensor = model(
+        **{name: value for name, value in batch.items() if name != "labels"}
+    ).logits
     return logits
 
 
@@ -111,10 +117,12 @@ def speaking(name: str, model: Callable[[], nn.Module], data: Callable[[], Rows]
         return cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
     def loss(model: nn.Module, batch: dict[str, Tensor], weights: Tensor) -> Tensor:
-        return (nats(model, batch) * weights[:, None]).sum() / (batch["labels"][:, 1:] != -100).sum()
+        return (nats(model, batch) * weights[:, None]).sum() / (
+            batch["labels"][:, 1:] != -100
+        ).sum()
 
-    def task(model: nn.Module, data: Any) -> whence.Task:
-        return whence.language_model(model, data, reduce=whence.TokenMean())
+    def task(model: nn.Module, data: Any) -> backtrail.Task:
+        return backtrail.language_model(model, data, reduce=backtrail.TokenMean())
 
     def read(model: nn.Module) -> Tensor:
         found = nats(model, default_collate(texts(seed=1)))
@@ -136,7 +144,7 @@ def sorting(name: str, model: Callable[[], nn.Module], data: Callable[..., Rows]
     def loss(model: nn.Module, batch: dict[str, Tensor], weights: Tensor) -> Tensor:
         return (losses(model, batch) * weights).mean()
 
-    return Row(name, model, data, loss, whence.classification, read, EPOCHS)
+    return Row(name, model, data, loss, backtrail.classification, read, EPOCHS)
 
 
 ROWS = [

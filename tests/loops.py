@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import whence
-from whence.errors import WhenceError
-from whence.replay.state import State
-from whence.run.run import Run
+import backtrail
+from backtrail.errors import BacktrailError
+from backtrail.run.run import Run
+from backtrail.step.state import State
 
 ROWS, FEATURES, CLASSES = 22, 3, 3
 Tensors = dict[str, Tensor]
@@ -26,7 +26,10 @@ ORDER = {"shuffle": False}
 def rows(count: int = ROWS, seed: int = 0) -> TensorDataset:
     """Random inputs and labels."""
     draw = torch.Generator().manual_seed(seed)
-    return TensorDataset(torch.randn(count, FEATURES, generator=draw), torch.randint(CLASSES, (count,), generator=draw))
+    return TensorDataset(
+        torch.randn(count, FEATURES, generator=draw),
+        torch.randint(CLASSES, (count,), generator=draw),
+    )
 
 
 def mlp(*between: nn.Module) -> nn.Sequential:
@@ -57,9 +60,18 @@ def copied(tensors: Tensors) -> Tensors:
 
 def bits(state: State) -> dict[str, bytes]:
     """Every tensor of a state as bytes, under one flat name."""
-    moments = {f"{name}:{key}": m for name, tree in state.moments.items() for key, m in tree.items()}
-    tensors = {f"p:{n}": t for n, t in state.params.items()} | {f"b:{n}": t for n, t in state.buffers.items()} | moments
-    return {name: str(t.dtype).encode() + t.detach().contiguous().numpy().tobytes() for name, t in tensors.items()}
+    moments = {
+        f"{name}:{key}": m for name, tree in state.moments.items() for key, m in tree.items()
+    }
+    tensors = (
+        {f"p:{n}": t for n, t in state.params.items()}
+        | {f"b:{n}": t for n, t in state.buffers.items()}
+        | moments
+    )
+    return {
+        name: str(t.dtype).encode() + t.detach().contiguous().numpy().tobytes()
+        for name, t in tensors.items()
+    }
 
 
 @dataclass
@@ -74,18 +86,23 @@ class Loop:
 
     @classmethod
     def of(
-        cls, model: nn.Module, optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam, **more: Any
+        cls,
+        model: nn.Module,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam,
+        **more: Any,
     ) -> "Loop":
         """A training of a model."""
         return cls(model, optimizer(model), **more)
 
-    def task(self) -> whence.Task:
-        """What whence is told of it."""
-        return whence.classification(self.model, self.data, **self.options)
+    def task(self) -> backtrail.Task:
+        """What backtrail is told of it."""
+        return backtrail.classification(self.model, self.data, **self.options)
 
-    def recorder(self, path: Path, **options: Any) -> whence.Recorder:
+    def recorder(self, path: Path, **options: Any) -> backtrail.Recorder:
         """A recorder beside it."""
-        return whence.Recorder(path, self.task(), self.optimizer, **{"checkpoints": whence.Every(4)} | options)
+        return backtrail.Recorder(
+            path, self.task(), self.optimizer, **{"checkpoints": backtrail.Every(4)} | options
+        )
 
     def loader(self, **options: Any) -> "DataLoader[Any]":
         """Shuffled batches; the last is short."""
@@ -103,7 +120,9 @@ class Loop:
     def now(self, buffers: Tensors | None = None) -> State:
         """A copy of everything a step reads and writes."""
         moments = {
-            name: copied({k: v for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)})
+            name: copied(
+                {k: v for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
+            )
             for name, p in self.model.named_parameters()
             if self.optimizer.state.get(p)
         }
@@ -126,23 +145,26 @@ class Loop:
 
 
 def recorded(
-    loop: Loop, path: Path, train: Callable[[Callable[[Any], Any]], None] | None = None, **options: Any
+    loop: Loop,
+    path: Path,
+    train: Callable[[Callable[[Any], Any]], None] | None = None,
+    **options: Any,
 ) -> Run:
     """The loop's recording, opened and verified to be almost exact."""
     with loop.recorder(path, **options) as recorder:
         (train or loop.train)(recorder.watch)
     loop.states.append(loop.now())
-    run = whence.open_run(path, loop.task())
+    run = backtrail.open_run(path, loop.task())
     assert run.verify().difference < 1e-5
     return run
 
 
-def watching(recorder: whence.Recorder | None) -> Callable[[Any], Any]:
+def watching(recorder: backtrail.Recorder | None) -> Callable[[Any], Any]:
     """The recorder's `watch`, or nothing in its place."""
     return (lambda loader: loader) if recorder is None else recorder.watch
 
 
-def beside(recorder: whence.Recorder | None) -> AbstractContextManager[Any]:
+def beside(recorder: backtrail.Recorder | None) -> AbstractContextManager[Any]:
     """The recorder as a context, or nothing in its place."""
     return nullcontext() if recorder is None else recorder
 
@@ -173,6 +195,6 @@ def in_order(count: int, size: int) -> list[tuple[int, ...]]:
     return [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
-def refused(error: type[WhenceError], *words: str) -> Any:
+def refused(error: type[BacktrailError], *words: str) -> Any:
     """Expect an error whose message has all these words in this order."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(word) for word in words))

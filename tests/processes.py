@@ -12,7 +12,9 @@ import torch
 
 Result = TypeVar("Result")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["whence.record.recorder", "whence.run.run", "whence.methods.dit", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(
+    ["backtrail.record.recorder", "backtrail.run.run", "backtrail.methods.dit.dit", "torch._dynamo"]
+)
 
 
 def apart(function: Callable[..., Result], *args: Any) -> Result:

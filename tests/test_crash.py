@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import whence
+import backtrail
+from backtrail.errors import BadSetting, EmptyRun, NotARun
+from backtrail.run.run import Run
+from backtrail.step.state import State
 from tests.loops import Loop, bits, moody, rows
 from tests.processes import apart, started
-from whence.errors import BadSetting, EmptyRun, NotARun
-from whence.replay.state import State
-from whence.run.run import Run
 
 KILLS, EPOCHS = 20, 15
 
@@ -25,15 +25,15 @@ def loop() -> Loop:
 def record(path: Path) -> None:
     """Train and record, batches too."""
     training = loop()
-    with training.recorder(path, checkpoints=whence.Last(9), keep_batches=True) as recorder:
+    with training.recorder(path, checkpoints=backtrail.Last(9), keep_batches=True) as recorder:
         training.train(recorder.watch, training.loader(), epochs=EPOCHS)
 
 
 def attribute(run: Path, out: Path) -> None:
     """Attribute two queries at every epoch, or go on with that."""
-    opened = whence.open_run(run, loop().task())
-    queries = whence.Loss(opened.task.data, samples=[0, 3])
-    whence.DIT(chunk=1).attribute(opened, queries, observed_at="epochs", out=out)
+    opened = backtrail.open_run(run, loop().task())
+    queries = backtrail.Loss(opened.task.data, samples=[0, 3])
+    backtrail.DIT(chunk=1).attribute(opened, queries, observed_at="epochs", out=out)
 
 
 def seconds(work: object, *args: object) -> float:
@@ -85,15 +85,17 @@ def replayed(whole: Run, run: Run) -> State:
     return state
 
 
-def test_a_killed_recording_opens_at_its_last_whole_step(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_killed_recording_opens_at_its_last_whole_step(
+    undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
     """Whatever the instant: log and states are those of the undisturbed run, up to where they go."""
     reference, span = undisturbed
-    whole, ends = whence.open_run(reference, loop().task()), []
+    whole, ends = backtrail.open_run(reference, loop().task()), []
     for number, delay in enumerate(instants(span)):
         path = tmp_path / str(number)
         killed(record, path, after=delay)
         try:
-            run = whence.open_run(path, loop().task())
+            run = backtrail.open_run(path, loop().task())
         except (EmptyRun, NotARun):
             ends.append(0)
             continue
@@ -103,12 +105,17 @@ def test_a_killed_recording_opens_at_its_last_whole_step(undisturbed: tuple[Path
     assert len(set(ends)) > KILLS // 3, f"the kills fell on too few steps: {ends}"
 
 
-def test_a_killed_attribution_resumes_to_the_same_bits(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_killed_attribution_resumes_to_the_same_bits(
+    undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
     """Killed again and again, and resumed until done: the influence is that of one undisturbed sweep."""
     reference, _ = undisturbed
     span = seconds(attribute, reference, tmp_path / "whole")
     whole = apart(influence, tmp_path / "whole")
-    delays, done = instants(span / 2), set[int]()  # five kills an attribution, which goes on between them
+    delays, done = (
+        instants(span / 2),
+        set[int](),
+    )  # five kills an attribution, which goes on between them
     for number in range(4):
         out = tmp_path / str(number)
         for delay in delays[number::4]:
@@ -121,23 +128,25 @@ def test_a_killed_attribution_resumes_to_the_same_bits(undisturbed: tuple[Path, 
 
 def influence(path: Path) -> np.ndarray:
     """All numbers of an influence."""
-    found: np.ndarray = whence.open_influence(path).to_xarray()["influence"].values
+    found: np.ndarray = backtrail.open_influence(path).to_xarray()["influence"].values
     return found
 
 
 def gather(run: Path, out: Path, part: tuple[int, int]) -> None:
     """Do a part of the pass over the training."""
-    embedding().gather(whence.open_run(run, loop().task()), out=out, part=part)
+    embedding().gather(backtrail.open_run(run, loop().task()), out=out, part=part)
 
 
-def embedding() -> whence.DataValueEmbedding:
+def embedding() -> backtrail.DataValueEmbedding:
     """By the samples' own gradients, as the task draws no labels."""
-    return whence.DataValueEmbedding(rank=4, fisher="empirical", segments=2)
+    return backtrail.DataValueEmbedding(rank=4, fisher="empirical", segments=2)
 
 
-def test_processes_share_the_pass_over_a_training(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+def test_processes_share_the_pass_over_a_training(
+    undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
     """Three at once, in one folder; what `embed` makes of it is what it makes alone, bit for bit."""
-    run, out = whence.open_run(undisturbed[0], loop().task()), tmp_path / "shared"
+    run, out = backtrail.open_run(undisturbed[0], loop().task()), tmp_path / "shared"
     processes = [started(gather, undisturbed[0], out, (part, 3)) for part in range(3)]
     for process in processes:
         process.join()

@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection, QuadMesh
 from matplotlib.colors import to_rgba
 
+from backtrail import errors, plot
+from backtrail.influence.analysis.patterns import patterns
+from backtrail.influence.analysis.regimes import example
+from backtrail.influence.influence import Influence
 from tests.influence.made import OBSERVED, made
-from whence import errors, plot
-from whence.influence.influence import Influence
-from whence.influence.patterns import patterns
-from whence.influence.regimes import example
 
 RANKED = pl.DataFrame({"sample": [4, 7, 0, 1, 2], "score": [5.0, 4.0, 3.0, 2.0, 1.0]})
 DRAWINGS = {
@@ -127,7 +127,10 @@ def test_heatmap_of_many_samples_stays_readable() -> None:
 def test_patterns_takes_a_table_too(influence: Influence) -> None:
     """Drawn from the table or from the influence, the picture is the same."""
     table = patterns(influence, query=1)
-    texts = [[text.get_text() for text in ax.texts] for ax in (plot.patterns(table), plot.patterns(influence, query=1))]
+    texts = [
+        [text.get_text() for text in ax.texts]
+        for ax in (plot.patterns(table), plot.patterns(influence, query=1))
+    ]
     assert texts[0] == texts[1]
     assert sum(int(text.split("(")[1].rstrip(")")) for text in texts[0]) == table.height
 
@@ -143,15 +146,17 @@ def test_scatter_tells_the_mean_correlation() -> None:
 
 def test_missing_matplotlib_says_how_to_get_it() -> None:
     """Without matplotlib, importing the module names the extra to install."""
-    code = "import sys; sys.modules['matplotlib.pyplot'] = None; import whence.plot"
+    code = "import sys; sys.modules['matplotlib.pyplot'] = None; import backtrail.plot"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "MissingExtra: This needs 'matplotlib': pip install 'whence[plot]'" in done.stderr
+    assert "MissingExtra: This needs 'matplotlib': pip install 'backtrail[plot]'" in done.stderr
 
 
 def test_regimes_have_their_levels_and_boundaries() -> None:
     """Three dashed levels where the table has them, each with its name and its multiple of the basin."""
     ax = plot.regimes(example())
-    levels = [line.get_segments()[0] for line in ax.collections if isinstance(line, LineCollection)][:3]
+    levels = [
+        line.get_segments()[0] for line in ax.collections if isinstance(line, LineCollection)
+    ][:3]
     drawn = [[*segment[:, 0], segment[0, 1]] for segment in levels]
     np.testing.assert_allclose(drawn, [[0, 2, 9], [2, 9, 1], [9, 12, 4]])
     assert [text.get_text() for text in ax.texts] == ["start\n9 x", "basin", "end\n4 x"]
@@ -160,7 +165,11 @@ def test_regimes_have_their_levels_and_boundaries() -> None:
 def test_detection_goes_through_every_rank() -> None:
     """Of five samples the first and the third are wrong; the dot is at two."""
     ax = plot.detection({"one": RANKED, "other": RANKED.reverse()}, wrong=[4, 0])
-    curves = {str(line.get_label()): line.get_xydata() for line in ax.lines if str(line.get_label())[0] != "_"}
+    curves = {
+        str(line.get_label()): line.get_xydata()
+        for line in ax.lines
+        if str(line.get_label())[0] != "_"
+    }
     assert list(curves) == ["one: AP 0.83", "other: AP 0.83"]
     np.testing.assert_allclose(
         np.asarray(curves["one: AP 0.83"]), [[0.5, 1], [0.5, 0.5], [1, 2 / 3], [1, 0.5], [1, 0.4]]
@@ -170,7 +179,9 @@ def test_detection_goes_through_every_rank() -> None:
 
 
 @pytest.mark.parametrize(("wrong", "error"), [([], errors.BadSetting), ([9], errors.UnknownId)])
-def test_detection_needs_wrong_labels_that_are_there(wrong: list[int], error: type[errors.WhenceError]) -> None:
+def test_detection_needs_wrong_labels_that_are_there(
+    wrong: list[int], error: type[errors.BacktrailError]
+) -> None:
     """None, or one that is in no table, is told."""
     with pytest.raises(error):
         plot.detection(pl.DataFrame({"sample": [3, 5], "score": [1.0, 0.0]}), wrong=wrong)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whence.tree import Tree, add, cast, each, norm, stack
+from backtrail.tree import Tree, add, cast, each, norm, stack
 
 NUMBERS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=4)
 TREES = st.dictionaries(st.sampled_from("abc"), NUMBERS, max_size=3)
@@ -27,17 +27,24 @@ def test_norm_is_that_of_all_entries(values: dict[str, list[float]]) -> None:
 
 def test_norm_takes_tensors_of_any_shape_and_precision() -> None:
     """Scalars, integers' neighbours and half precision count like the rest."""
-    mixed = {"a": torch.tensor(3.0), "b": torch.full((1, 1), 4.0, dtype=torch.float64), "c": torch.zeros(0)}
+    mixed = {
+        "a": torch.tensor(3.0),
+        "b": torch.full((1, 1), 4.0, dtype=torch.float64),
+        "c": torch.zeros(0),
+    }
     assert norm(mixed) == pytest.approx(5)
 
 
 @given(
-    st.dictionaries(st.sampled_from("abc"), st.floats(-9, 9)), st.dictionaries(st.sampled_from("abc"), st.floats(-9, 9))
+    st.dictionaries(st.sampled_from("abc"), st.floats(-9, 9)),
+    st.dictionaries(st.sampled_from("abc"), st.floats(-9, 9)),
 )
 def test_a_missing_name_adds_zero(left: dict[str, float], right: dict[str, float]) -> None:
     """The sum has the names of both."""
     found = add(tree({k: [v] for k, v in left.items()}), tree({k: [v] for k, v in right.items()}))
-    assert {k: v.item() for k, v in found.items()} == {k: left.get(k, 0) + right.get(k, 0) for k in left | right}
+    assert {k: v.item() for k, v in found.items()} == {
+        k: left.get(k, 0) + right.get(k, 0) for k in left | right
+    }
 
 
 def test_stack_makes_a_first_axis() -> None:

@@ -23,7 +23,7 @@ from dattri_llm import (
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-import whence
+import backtrail
 from bench.language.case import Case, adamw, train
 
 
@@ -48,13 +48,16 @@ def attribute(case: Case, folder: Path, queries: TensorDataset) -> Answer:
         task.loss(placed(task.model, batch), batch).mean().backward()
     attributor = AdamWInfluenceAttributor(AttributionArguments(output_dir=str(folder / "scores")))
     found = attributor.attribute_from_cache(
-        str(folder / "train"), str(folder / "queries"), dynamics=moments.dynamics(), propagation="test"
+        str(folder / "train"),
+        str(folder / "queries"),
+        dynamics=moments.dynamics(),
+        propagation="test",
     )
     scores = found.query(named(case.data), named(queries)).T.numpy()
     return Answer(trained - begun, time.perf_counter() - trained, scores)
 
 
-def captured(case: Case, task: whence.Task, folder: Path) -> OptimizerStateCallback:
+def captured(case: Case, task: backtrail.Task, folder: Path) -> OptimizerStateCallback:
     """Train with hooks on every layer; the moments before and after every update."""
     rule = adamw(case, task.model)
     moments = OptimizerStateCallback(task.model, rule[0])
@@ -63,7 +66,9 @@ def captured(case: Case, task: whence.Task, folder: Path) -> OptimizerStateCallb
     return moments
 
 
-def capturing(task: whence.Task, folder: Path, *others: HookManagerCallback) -> AbstractContextManager[HookManager]:
+def capturing(
+    task: backtrail.Task, folder: Path, *others: HookManagerCallback
+) -> AbstractContextManager[HookManager]:
     """Write the gradient of every document, step by step."""
     writing = OffloadCallback(1, GradientStorageManager(str(folder)), recording_type="per_batch")
     every = HookManagerConfig(linear_io=REGISTER_ALL)
@@ -79,5 +84,7 @@ def named(data: TensorDataset) -> list[str]:
 def placed(model: nn.Module, batch: Any) -> Tensor:
     """The outputs, with a row of positions for every document: its hooks want a gradient for each."""
     ids = batch[0]
-    found: Tensor = model(input_ids=ids, position_ids=torch.arange(ids.shape[1]).expand_as(ids)).logits
+    found: Tensor = model(
+        input_ids=ids, position_ids=torch.arange(ids.shape[1]).expand_as(ids)
+    ).logits
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import whence
+import backtrail
 
 RATE, BETAS, DECAY = 1e-3, (0.9, 0.999), 0.01
 SEED = 42  # of the order of the documents
@@ -39,8 +39,11 @@ class Size:
         return self.documents // self.slots
 
 
-FULL = Size(words=288, context=64, documents=512, slots=16, width=64, eps=1e-6)  # 141 k parameters untied, 32 steps
-# The first update is g / (|g| + eps), with a kink at 0: differences through it settle only at nudges far below eps.
+FULL = Size(
+    words=288, context=64, documents=512, slots=16, width=64, eps=1e-6
+)  # 141 k parameters untied, 32 steps
+# The first update is g / (|g| + eps), with a kink at 0: differences through it settle only at
+# nudges far below eps.
 SMALL = Size(words=32, context=16, documents=64, slots=8, width=16, eps=1e-4)
 
 
@@ -56,10 +59,26 @@ class Case:
     def model(self) -> GPT2LMHeadModel:
         """The network at its start; without dropout, and with the attention that bergson insists on."""
         torch.manual_seed(0)
-        shape: dict[str, Any] = {"n_positions": self.size.context, "n_embd": self.size.width, "n_layer": 2, "n_head": 4}
-        still: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
-        ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": self.tied}
-        config = GPT2Config(vocab_size=self.size.words, attn_implementation="eager", **shape, **still, **ends)
+        shape: dict[str, Any] = {
+            "n_positions": self.size.context,
+            "n_embd": self.size.width,
+            "n_layer": 2,
+            "n_head": 4,
+        }
+        still: dict[str, Any] = {
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "use_cache": False,
+        }
+        ends: dict[str, Any] = {
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "tie_word_embeddings": self.tied,
+        }
+        config = GPT2Config(
+            vocab_size=self.size.words, attn_implementation="eager", **shape, **still, **ends
+        )
         return GPT2LMHeadModel(config).to(dtype=self.dtype)
 
     @cached_property
@@ -74,17 +93,21 @@ class Case:
     @cached_property
     def order(self) -> list[int]:
         """The documents in the order in which bergson shuffles them."""
-        rows: Any = Dataset.from_dict({"row": list(range(self.size.documents))}).shuffle(seed=SEED)["row"]
+        rows: Any = Dataset.from_dict({"row": list(range(self.size.documents))}).shuffle(seed=SEED)[
+            "row"
+        ]
         return [int(row) for row in rows]
 
     def loader(self) -> "DataLoader[Any]":
         """The batches of the one epoch, in that order."""
         starts = range(0, self.size.documents, self.size.slots)
-        return DataLoader(self.data, batch_sampler=[self.order[at : at + self.size.slots] for at in starts])
+        return DataLoader(
+            self.data, batch_sampler=[self.order[at : at + self.size.slots] for at in starts]
+        )
 
-    def task(self) -> whence.Task:
-        """Model, data and loss, for whence and for the loop."""
-        return whence.language_model(self.model(), self.data, predict=logits)
+    def task(self) -> backtrail.Task:
+        """Model, data and loss, for backtrail and for the loop."""
+        return backtrail.language_model(self.model(), self.data, predict=logits)
 
 
 def logits(model: nn.Module, batch: Any) -> Tensor:
@@ -95,7 +118,9 @@ def logits(model: nn.Module, batch: Any) -> Tensor:
 
 def documents(size: Size, count: int, *, seed: int) -> TensorDataset:
     """Chains of words, each followed by one of four; and the same shifted by one, with -100 where nothing follows."""
-    followers = torch.randint(size.words, (size.words, 4), generator=torch.Generator().manual_seed(0))
+    followers = torch.randint(
+        size.words, (size.words, 4), generator=torch.Generator().manual_seed(0)
+    )
     draw = torch.Generator().manual_seed(seed)
     words = [torch.randint(size.words, (count,), generator=draw)]
     for _ in range(size.context - 1):
@@ -106,11 +131,21 @@ def documents(size: Size, count: int, *, seed: int) -> TensorDataset:
 
 def adamw(case: Case, model: nn.Module) -> Rule:
     """One group, decay for all, as bergson has it; its rate falls linearly from the first step on."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, eps=case.size.eps, weight_decay=DECAY)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / case.size.steps)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=RATE, betas=BETAS, eps=case.size.eps, weight_decay=DECAY
+    )
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1 - step / case.size.steps
+    )
 
 
-def train(task: whence.Task, batches: Iterable[Any], rule: Rule, *, after: Callable[[int], None] | None = None) -> None:
+def train(
+    task: backtrail.Task,
+    batches: Iterable[Any],
+    rule: Rule,
+    *,
+    after: Callable[[int], None] | None = None,
+) -> None:
     """The loop as users write it; `after` is called after every update."""
     optimizer, scheduler = rule
     for step, batch in enumerate(batches):
@@ -129,7 +164,7 @@ def timed(work: Callable[[], Result]) -> tuple[float, Result]:
     return time.perf_counter() - begun, result
 
 
-def plain(case: Case) -> tuple[float, whence.Task]:
+def plain(case: Case) -> tuple[float, backtrail.Task]:
     """Time of the loop alone, and the trained model."""
     task = case.task()
     rule = adamw(case, task.model)
@@ -137,23 +172,24 @@ def plain(case: Case) -> tuple[float, whence.Task]:
     return spent, task
 
 
-def record(case: Case, folder: Path) -> tuple[float, whence.Run]:
-    """Time of the loop with whence's recorder, every state kept, and the run."""
+def record(case: Case, folder: Path) -> tuple[float, backtrail.Run]:
+    """Time of the loop with backtrail's recorder, every state kept, and the run."""
     task = case.task()
     rule = adamw(case, task.model)
 
     def recorded() -> None:
-        with whence.Recorder(folder, task, rule[0], checkpoints=whence.Every(1)) as recorder:
+        with backtrail.Recorder(folder, task, rule[0], checkpoints=backtrail.Every(1)) as recorder:
             train(task, recorder.watch(case.loader()), rule)
 
     spent, _ = timed(recorded)
-    return spent, whence.open_run(folder, task)
+    return spent, backtrail.open_run(folder, task)
 
 
 def distance(case: Case, one: nn.Module, other: nn.Module) -> float:
     """How far two trained networks lie apart, as a share of the way from the start."""
     begun, first, second = (dict(model.named_parameters()) for model in (case.model(), one, other))
     gap, way = (
-        sum(float((first[name] - tensors[name]).square().sum()) for name in first) for tensors in (second, begun)
+        sum(float((first[name] - tensors[name]).square().sum()) for name in first)
+        for tensors in (second, begun)
     )
     return float((gap / way) ** 0.5)

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-import whence
+import backtrail
 from bench.language import magic
 from bench.language.case import SMALL, Case, adamw, record, train
 
-SIZES = tuple(2.0**-power for power in (10, 12, 14, 16, 18))  # exact in float32, in which bergson keeps its weights
+SIZES = tuple(
+    2.0**-power for power in (10, 12, 14, 16, 18)
+)  # exact in float32, in which bergson keeps its weights
 QUERIES, NUDGED = 4, 8
-Read = Callable[[int, float], float]  # the mean loss of the queries, with the weight of a document moved by so much
+Read = Callable[
+    [int, float], float
+]  # the mean loss of the queries, with the weight of a document moved by so much
 
 
 @final
@@ -35,14 +39,20 @@ class Error:
 
 
 def errors(folder: Path, *, tied: bool) -> tuple[Error, Error]:
-    """Errors of whence and of bergson on a small network in float64."""
+    """Errors of backtrail and of bergson on a small network in float64."""
     case = Case(SMALL, tied=tied, dtype=torch.float64)
     queries, nudged = case.held_out(QUERIES), case.order[:: len(case.order) // NUDGED]
-    _, run = record(case, folder / "whence")
-    ours = -whence.DIT().attribute(run, whence.Loss(queries, aggregate="mean")).total()[0, 0]
+    _, run = record(case, folder / "backtrail")
+    ours = -backtrail.DIT().attribute(run, backtrail.Loss(queries, aggregate="mean")).total()[0, 0]
     theirs = magic.attribute(case, folder / "scores", queries, aggregation="mean").scores[0]
-    ways = ((ours, nudging(case, queries)), (theirs, magic.retrained(case, folder / "again", queries)))
-    mine, peer = (Error.of(scores[nudged], np.array([slope(read, one) for one in nudged])) for scores, read in ways)
+    ways = (
+        (ours, nudging(case, queries)),
+        (theirs, magic.retrained(case, folder / "again", queries)),
+    )
+    mine, peer = (
+        Error.of(scores[nudged], np.array([slope(read, one) for one in nudged]))
+        for scores, read in ways
+    )
     return mine, peer
 
 
@@ -62,16 +72,22 @@ def nudging(case: Case, queries: TensorDataset) -> Read:
             return weights * task.loss(outputs, batch)
 
         train(
-            whence.Task(task.model, case.data, weighted, predict=task.predict), case.loader(), adamw(case, task.model)
+            backtrail.Task(task.model, case.data, weighted, predict=task.predict),
+            case.loader(),
+            adamw(case, task.model),
         )
         with torch.no_grad():
-            return float(task.loss(task.predict(task.model, queries.tensors), queries.tensors).mean())
+            return float(
+                task.loss(task.predict(task.model, queries.tensors), queries.tensors).mean()
+            )
 
     return loss
 
 
 def slope(read: Read, document: int) -> float:
     """Central differences, their Richardson values, and of these the one that agrees best with its neighbour."""
-    central = np.array([(read(document, size) - read(document, -size)) / (2 * size) for size in SIZES])
+    central = np.array(
+        [(read(document, size) - read(document, -size)) / (2 * size) for size in SIZES]
+    )
     richardson = (16 * central[1:] - central[:-1]) / 15
     return float(richardson[np.abs(np.diff(richardson)).argmin() + 1])

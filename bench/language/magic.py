@@ -44,8 +44,12 @@ def config(case: Case, folder: Path, queries: TensorDataset, *, aggregation: str
     """The same training in bergson's words, its model and data written where it wants them."""
     model = folder / "model"
     case.model().save_pretrained(model)
-    words = Tokenizer(WordLevel({f"word{number}": number for number in range(case.size.words)}, unk_token="word0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="word0", model_max_length=case.size.context)
+    words = Tokenizer(
+        WordLevel({f"word{number}": number for number in range(case.size.words)}, unk_token="word0")
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="word0", model_max_length=case.size.context
+    )
     tokenizer.save_pretrained(model)
     with quiet():
         rows(case.data).save_to_disk(folder / "train")
@@ -74,7 +78,9 @@ def rows(data: TensorDataset) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "length": [len(row) for row in ids]})
 
 
-def attribute(case: Case, folder: Path, queries: TensorDataset, *, aggregation: str = "none") -> Answer:
+def attribute(
+    case: Case, folder: Path, queries: TensorDataset, *, aggregation: str = "none"
+) -> Answer:
     """Train, and go back once for every query ("none") or once for their mean."""
     asked = config(case, folder, queries, aggregation=aggregation)
     begun = time.perf_counter()
@@ -82,7 +88,9 @@ def attribute(case: Case, folder: Path, queries: TensorDataset, *, aggregation: 
         run_magic(asked)
     whole = time.perf_counter() - begun
     scores = np.asarray(load_scores(folder / "run" / "scores")[:]).T
-    trained = GPT2LMHeadModel.from_pretrained(folder / "run" / "retrained" / "base", dtype=case.dtype)
+    trained = GPT2LMHeadModel.from_pretrained(
+        folder / "run" / "retrained" / "base", dtype=case.dtype
+    )
     return Answer(sum(forward), tuple(backward), whole, scores, trained)
 
 
@@ -116,7 +124,9 @@ def retrained(case: Case, folder: Path, queries: TensorDataset) -> Callable[[int
     ids = queries.tensors[0]
 
     def loss(document: int, change: float) -> float:
-        trainer, state, model = prepare_trainer(asked, 0, asked.lr_schedule.get_schedule(case.size.steps))
+        trainer, state, model = prepare_trainer(
+            asked, 0, asked.lr_schedule.get_schedule(case.size.steps)
+        )
         stream = DataStream(ordered, case.size.slots)
         stream.weights.data[case.order.index(document)] += change
         with quiet():

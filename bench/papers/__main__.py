@@ -1,9 +1,10 @@
 """The papers' tables, row by row: python -m bench.papers [row ...] [--seeds n] [--show].
 
-Every row is kept seed by seed, and what is there is not measured again; a row's name, or its beginning, measures that
-row alone. Rows of a few figures are kept in bench/results/papers, and their table is written to table.md there, which
-the documentation shows. Rows with tables of their own print them; each is a module, with options that its first lines
-tell. WHENCE_DATA names the folder with the data.
+Every row is kept seed by seed, and what is there is not measured again; a row's name, or its
+beginning, measures that row alone. Rows of a few figures are kept in bench/results/papers, and
+their table is written to table.md there, which the documentation shows. Rows with tables of their
+own print them; each is a module, with options that its first lines tell. BACKTRAIL_DATA names the
+folder with the data.
 """
 
 import argparse
@@ -27,7 +28,9 @@ def names() -> list[str]:
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m bench.papers", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.papers", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("rows", nargs="*", help=f"which of {', '.join(names())}; default all")
     parser.add_argument("--seeds", type=int, help="how many; default what each row says")
     parser.add_argument("--show", action="store_true", help="measure nothing; only make the table")
@@ -45,7 +48,11 @@ def table() -> str:
 def main() -> None:
     """Measure what is missing, then print and write the tables."""
     chosen = arguments()
-    named = {name for name in names() if not chosen.rows or name.lower().startswith(tuple(map(str.lower, chosen.rows)))}
+    named = {
+        name
+        for name in names()
+        if not chosen.rows or name.lower().startswith(tuple(map(str.lower, chosen.rows)))
+    }
     for row in ROWS:
         if row.name in named and not chosen.show:
             row.fill(chosen.seeds or row.seeds)

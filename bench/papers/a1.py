@@ -1,7 +1,8 @@
 """A1: how well the exact influence predicts leave-one-out where training is convex.
 
-Adult, logistic regression on 256 rows, 256 others to ask about; SGD in batches of 64, rate 0.1 / sqrt(t + 1), 21
-epochs, L2 as strong as cross-validation picks it (arXiv 2502.10793). All 256 samples are left out, one at a time.
+Adult, logistic regression on 256 rows, 256 others to ask about; SGD in batches of 64, rate 0.1 /
+sqrt(t + 1), 21 epochs, L2 as strong as cross-validation picks it (arXiv 2502.10793). All 256
+samples are left out, one at a time.
 """
 
 import tempfile
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
+from backtrail import stats
 from bench import data
 from bench.papers.rows import Figures, Row
-from whence.influence import agreement
 
 SAMPLES, SLOTS, EPOCHS, COMMON = 256, 64, 21, 0.05
 
@@ -48,7 +49,10 @@ def _adult() -> tuple[np.ndarray, np.ndarray]:
             columns.append(answers.astype(np.float64))
         else:
             kinds, counts = np.unique(answers, return_counts=True)
-            columns += [(answers == kind).astype(np.float64) for kind in kinds[counts >= COMMON * len(table)]]
+            columns += [
+                (answers == kind).astype(np.float64)
+                for kind in kinds[counts >= COMMON * len(table)]
+            ]
     return np.stack(columns, 1), (table[:, -1] == ">50K").astype(np.float64)
 
 
@@ -64,7 +68,9 @@ def strength(rows: TensorDataset) -> float:
     from sklearn.linear_model import LogisticRegressionCV  # noqa: PLC0415
 
     x, y = (tensor.numpy() for tensor in rows.tensors)
-    picked = LogisticRegressionCV(max_iter=2000, l1_ratios=(0.0,), use_legacy_attributes=False, scoring="accuracy")
+    picked = LogisticRegressionCV(
+        max_iter=2000, l1_ratios=(0.0,), use_legacy_attributes=False, scoring="accuracy"
+    )
     return 1.0 / (float(np.ravel(picked.fit(x, y).C_)[0]) * len(x))
 
 
@@ -73,7 +79,7 @@ def loss(outputs: Tensor, batch: Any) -> Tensor:
     return binary_cross_entropy_with_logits(outputs[:, 0], batch[1], reduction="none")
 
 
-def recorded(rows: TensorDataset, seed: int) -> whence.Run:
+def recorded(rows: TensorDataset, seed: int) -> backtrail.Run:
     """The training."""
     torch.manual_seed(seed)
     model, alpha = nn.Linear(rows.tensors[0].shape[1], 1).double(), strength(rows)
@@ -81,29 +87,31 @@ def recorded(rows: TensorDataset, seed: int) -> whence.Run:
     def penalty(params: dict[str, Tensor]) -> Tensor:
         return alpha / 2 * params["weight"].square().sum()
 
-    task = whence.Task(model, rows, loss, penalty=penalty)
+    task = backtrail.Task(model, rows, loss, penalty=penalty)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (t + 1) ** 0.5)
     folder = Path(tempfile.mkdtemp()) / "run"
-    with whence.Recorder(folder, task, optimizer) as recorder:
+    with backtrail.Recorder(folder, task, optimizer) as recorder:
         for _ in range(EPOCHS):
             for batch in recorder.watch(DataLoader(rows, SLOTS, shuffle=True)):
-                (loss(model(batch[0]), batch).mean() + penalty(dict(model.named_parameters()))).backward()
+                (
+                    loss(model(batch[0]), batch).mean() + penalty(dict(model.named_parameters()))
+                ).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 scheduler.step()
-    return whence.open_run(folder, task)
+    return backtrail.open_run(folder, task)
 
 
 def measure(seed: int) -> Figures:
     """Pearson and slope over all samples."""
     rows, others = people(seed)
-    run, query = recorded(rows, seed), whence.Loss(others, aggregate="mean")
-    predicted = whence.DIT().attribute(run, query).total()[:, -1]
-    actual = whence.leave_one_out(run, query, samples=range(len(rows)))
+    run, query = recorded(rows, seed), backtrail.Loss(others, aggregate="mean")
+    predicted = backtrail.DIT().attribute(run, query).total()[:, -1]
+    actual = backtrail.leave_one_out(run, query, samples=range(len(rows)))
     return {
-        "Pearson with leave-one-out": float(agreement.pearson(predicted, actual)[0]),
-        "slope": float(agreement.slope(predicted, actual)[0]),
+        "Pearson with leave-one-out": float(stats.pearson(predicted, actual)[0]),
+        "slope": float(stats.slope(predicted, actual)[0]),
     }
 
 

@@ -1,10 +1,11 @@
 """Wrong labels among ones and sevens, as the tracker's paper finds them: python -m bench.papers.a3 [seed ...].
 
-The set-up is bench.papers.ones_and_sevens with the published rate, and trained; 4 to 30 % of the training labels are
-turned round. "whole run" and "last epoch" rank by the exact influence on the mean loss of 256 validation rows, the most
-harmful first; "own rows" asks about the mean loss of the training set itself. Figures: precision among as many first
-samples as there are wrong labels, and in brackets 1 - 2 misses / n, which flatters (with 4 % wrong, finding none gives
-.92). What was found is kept in runs/papers/a3.
+The set-up is bench.papers.ones_and_sevens with the published rate, and trained; 4 to 30 % of the
+training labels are turned round. "whole run" and "last epoch" rank by the exact influence on the
+mean loss of 256 validation rows, the most harmful first; "own rows" asks about the mean loss of the
+training set itself. Figures: precision among as many first samples as there are wrong labels, and
+in brackets 1 - 2 misses / n, which flatters (with 4 % wrong, finding none gives .92). What was
+found is kept in runs/papers/a3.
 """
 
 import sys
@@ -15,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import whence
+import backtrail
+from backtrail.stats import detection_accuracy, precision_at
 from bench.papers.ones_and_sevens import accuracy, recorded
 from bench.papers.seeds import Figures, kept, line, told
-from whence.influence.agreement import detection_accuracy, precision_at
 
 FOLDER = Path("runs/papers/a3")
 SHARES, SEEDS = (0.04, 0.08, 0.12, 0.16, 0.2, 0.3), range(5)
@@ -29,15 +30,24 @@ def figures(trained: bool, share: float, seed: int) -> Figures:  # noqa: FBT001
     """Precision and accuracy of every ranking on one training."""
     run, validation, wrong = recorded(seed, trained=trained, flipped=share)
     harm, own = (
-        whence.DIT().attribute(run, whence.Loss(rows, aggregate="mean"), observed_at=run.epochs[-2:])
+        backtrail.DIT().attribute(
+            run, backtrail.Loss(rows, aggregate="mean"), observed_at=run.epochs[-2:]
+        )
         for rows in (validation, run.task.data)
     )
-    asked: list[dict[str, Any]] = [{"method": harm}, {"method": harm, "window": run.epochs[-2:]}, {"method": own}]
+    asked: list[dict[str, Any]] = [
+        {"method": harm},
+        {"method": harm, "window": run.epochs[-2:]},
+        {"method": own},
+    ]
     asked += [{"method": name} for name in NAMES[3:]]
     found = {"accuracy": accuracy(run, validation)}
     for name, options in zip(NAMES, asked, strict=True):
-        suspicion = whence.find_mislabeled(run, **options).sort("sample")["score"].to_numpy()
-        found |= {name: precision_at(suspicion, wrong), f"{name}, sides": detection_accuracy(suspicion, wrong)}
+        suspicion = backtrail.find_mislabeled(run, **options).sort("sample")["score"].to_numpy()
+        found |= {
+            name: precision_at(suspicion, wrong),
+            f"{name}, sides": detection_accuracy(suspicion, wrong),
+        }
     return found
 
 
@@ -48,7 +58,10 @@ def main(seeds: list[int]) -> None:
     for trained in (True, False):
         for share in SHARES:
             name = f"{'trained' if trained else 'published'}-{share:g}"
-            found = [kept(FOLDER / f"{name}-{seed}.json", partial(figures, trained, share, seed)) for seed in seeds]
+            found = [
+                kept(FOLDER / f"{name}-{seed}.json", partial(figures, trained, share, seed))
+                for seed in seeds
+            ]
             sides = {name: np.mean([one[f"{name}, sides"] for one in found]) for name in NAMES}
             cells = [f"{told([one[name] for one in found])} ({sides[name]:.3f})" for name in NAMES]
             hits = np.mean([one["accuracy"] for one in found])

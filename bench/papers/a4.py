@@ -1,21 +1,21 @@
 """A4: wrong labels found with a vision transformer, and how a sweep over the whole run compares with the last epoch.
 
-1,000 CIFAR-10 images at half size, 10 % of the labels replaced by another class, a transformer of 2 layers (width 32),
-AdamW, 12 epochs; the query is the mean loss of 200 other images with right labels. Precision among as many first
-samples as there are wrong labels, and 1 - 2 misses / n, probably the paper's "accuracy" (98.9 %): with 10 % wrong, a
-ranking that finds none has .80 there.
+1,000 CIFAR-10 images at half size, 10 % of the labels replaced by another class, a transformer of 2
+layers (width 32), AdamW, 12 epochs; the query is the mean loss of 200 other images with right
+labels. Precision among as many first samples as there are wrong labels, and 1 - 2 misses / n,
+probably the paper's "accuracy" (98.9 %): with 10 % wrong, a ranking that finds none has .80 there.
 """
 
 import torch
 from torch.utils.data import TensorDataset
 
-import whence
+import backtrail
+from backtrail.stats import detection_accuracy, precision_at
 from bench import data
 from bench.models import ViT
 from bench.papers.c2 import flipped
 from bench.papers.classifier import recorded
 from bench.papers.rows import Figures, Row
-from whence.influence.agreement import detection_accuracy, precision_at
 
 SAMPLES, SLOTS, EPOCHS, WRONG = 1000, 50, 12, 0.1
 
@@ -29,14 +29,18 @@ def measure(seed: int) -> Figures:
     shape = train.tensors[0].shape[1:]
     model = ViT((shape[0], shape[1], shape[2]), shape[1] // 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    run = recorded(model, optimizer, rows, slots=SLOTS, epochs=EPOCHS, checkpoints=whence.Epochs())
-    influence = whence.DIT().attribute(run, whence.Loss(right, aggregate="mean"), observed_at=run.epochs[-2:])
+    run = recorded(
+        model, optimizer, rows, slots=SLOTS, epochs=EPOCHS, checkpoints=backtrail.Epochs()
+    )
+    influence = backtrail.DIT().attribute(
+        run, backtrail.Loss(right, aggregate="mean"), observed_at=run.epochs[-2:]
+    )
     last = (run.epochs[-2], run.epochs[-1])
     ranked = {
-        "whole run": whence.find_mislabeled(run, method=influence),
-        "last epoch": whence.find_mislabeled(run, method=influence, window=last),
-        "loss": whence.find_mislabeled(run, method="loss"),
-        "mean loss": whence.find_mislabeled(run, method="mean-loss"),
+        "whole run": backtrail.find_mislabeled(run, method=influence),
+        "last epoch": backtrail.find_mislabeled(run, method=influence, window=last),
+        "loss": backtrail.find_mislabeled(run, method="loss"),
+        "mean loss": backtrail.find_mislabeled(run, method="mean-loss"),
     }
     found: Figures = {}
     for name, table in ranked.items():
@@ -47,5 +51,11 @@ def measure(seed: int) -> Figures:
 
 
 ROWS = (
-    Row("A4", "CIFAR-10, small vision transformer, 10 % flipped", measure, 3, {"1 - 2 misses / n, last epoch": ".989"}),
+    Row(
+        "A4",
+        "CIFAR-10, small vision transformer, 10 % flipped",
+        measure,
+        3,
+        {"1 - 2 misses / n, last epoch": ".989"},
+    ),
 )

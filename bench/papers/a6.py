@@ -1,8 +1,9 @@
 """A6: what the tracker's paper leaves to be checked: halves of training, less storage, fluctuating samples, two phases.
 
-"halves": ones and sevens at a rate that trains; each half's window against leave-one-out, and the whole effect as told
-by the visits of the last W steps alone. "flips": 10 % wrong labels, looked for among all samples and among fluctuating
-ones. "phases": digits 0-4 for the first half of training, 5-9 for the second, so that it is known what mattered when.
+"halves": ones and sevens at a rate that trains; each half's window against leave-one-out, and the
+whole effect as told by the visits of the last W steps alone. "flips": 10 % wrong labels, looked for
+among all samples and among fluctuating ones. "phases": digits 0-4 for the first half of training,
+5-9 for the second, so that it is known what mattered when.
 """
 
 import tempfile
@@ -14,11 +15,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-import whence
+import backtrail
+from backtrail import stats
 from bench import data
 from bench.papers.ones_and_sevens import recorded
 from bench.papers.rows import Figures, Row
-from whence.influence import agreement
 
 KEPT = (2, 4, 8)  # one half, quarter, eighth of the steps
 SAMPLES, SLOTS, EPOCHS, REMOVALS = 600, 32, 8, 60
@@ -27,33 +28,39 @@ SAMPLES, SLOTS, EPOCHS, REMOVALS = 600, 32, 8, 60
 def halves(seed: int) -> Figures:
     """Pearson of three windows, and of what shorter memories tell of the whole."""
     run, validation, _ = recorded(seed, trained=True)
-    query, middle, end = whence.Loss(validation, aggregate="mean"), run.steps // 2, run.steps
-    influence = whence.DIT().attribute(run, query, observed_at=[middle, end])
+    query, middle, end = backtrail.Loss(validation, aggregate="mean"), run.steps // 2, run.steps
+    influence = backtrail.DIT().attribute(run, query, observed_at=[middle, end])
     everyone = range(run.samples)
     found: Figures = {}
-    for name, window in (("[0, T]", (0, end)), ("[0, T/2]", (0, middle)), ("[T/2, T]", (middle, end))):
+    for name, window in (
+        ("[0, T]", (0, end)),
+        ("[0, T/2]", (0, middle)),
+        ("[T/2, T]", (middle, end)),
+    ):
         predicted = influence.window(*window).astype(np.float64)
-        actual = whence.leave_one_out(run, query, samples=everyone, window=window)
-        found[f"Pearson, {name}"] = float(agreement.pearson(predicted, actual)[0])
-    whole = whence.leave_one_out(run, query, samples=everyone)
+        actual = backtrail.leave_one_out(run, query, samples=everyone, window=window)
+        found[f"Pearson, {name}"] = float(stats.pearson(predicted, actual)[0])
+    whole = backtrail.leave_one_out(run, query, samples=everyone)
     for part in KEPT:
         predicted = influence.visits(end - end // part, end).astype(np.float64)
-        found[f"Pearson, whole effect by the last 1/{part}"] = float(agreement.pearson(predicted, whole)[0])
+        found[f"Pearson, whole effect by the last 1/{part}"] = float(
+            stats.pearson(predicted, whole)[0]
+        )
     return found
 
 
 def flips(seed: int) -> Figures:
     """Precision at the true number of flips, among all samples and among those that fluctuate."""
     run, validation, wrong = recorded(seed, trained=True, flipped=0.1)
-    query = whence.Loss(validation, aggregate="mean")
-    influence = whence.DIT().attribute(run, query, observed_at="epochs")
+    query = backtrail.Loss(validation, aggregate="mean")
+    influence = backtrail.DIT().attribute(run, query, observed_at="epochs")
     suspicion = -influence.total()[0, -1].astype(np.float64)
-    table = whence.patterns(influence)
+    table = backtrail.patterns(influence)
     some = table["sample"].to_numpy()[(table["pattern"] == "fluctuating").to_numpy()]
     return {
-        "precision, all samples": agreement.precision_at(suspicion, wrong),
+        "precision, all samples": stats.precision_at(suspicion, wrong),
         "fluctuating samples": len(some) / run.samples,
-        "precision, fluctuating": agreement.precision_at(suspicion[some], wrong[some]),
+        "precision, fluctuating": stats.precision_at(suspicion[some], wrong[some]),
         "flips that fluctuate": float(wrong[some].sum() / wrong.sum()),
     }
 
@@ -62,39 +69,45 @@ def phases(seed: int) -> Figures:
     """Whether the sweep knows which half of training a sample was in, and what the second did to the first."""
     run, test, first = _two_phases(seed)
     early, late = np.flatnonzero(first), np.flatnonzero(~first)
-    old = whence.Loss(test, samples=torch.nonzero(test.tensors[1] < 5)[:, 0].tolist(), aggregate="mean")
-    influence = whence.DIT().attribute(run, old, observed_at="epochs")
+    old = backtrail.Loss(
+        test, samples=torch.nonzero(test.tensors[1] < 5)[:, 0].tolist(), aggregate="mean"
+    )
+    influence = backtrail.DIT().attribute(run, old, observed_at="epochs")
     middle = run.epochs[EPOCHS - 1]
-    table = dict(whence.patterns(influence).select("sample", "pattern").rows())
+    table = dict(backtrail.patterns(influence).select("sample", "pattern").rows())
     removed = np.random.default_rng(seed).choice(late, REMOVALS, replace=False).tolist()
     window = influence.window(middle, run.steps)[:, removed].astype(np.float64)
-    actual = whence.leave_one_out(run, old, samples=removed, window=(middle, run.steps))
+    actual = backtrail.leave_one_out(run, old, samples=removed, window=(middle, run.steps))
     return {
         "first half's samples told early": float(np.mean([table.get(s) == "early" for s in early])),
         "second half's samples told late": float(np.mean([table.get(s) == "late" for s in late])),
-        "second half's samples that harm the first task": float((influence.total()[0, -1, late] < 0).mean()),
-        "Pearson, second half on the first task's loss": float(agreement.pearson(window, actual)[0]),
+        "second half's samples that harm the first task": float(
+            (influence.total()[0, -1, late] < 0).mean()
+        ),
+        "Pearson, second half on the first task's loss": float(stats.pearson(window, actual)[0]),
     }
 
 
-def _two_phases(seed: int) -> tuple[whence.Run, TensorDataset, np.ndarray]:
+def _two_phases(seed: int) -> tuple[backtrail.Run, TensorDataset, np.ndarray]:
     """The run, the test rows, and which samples were in the first half."""
     rows, test, _ = data.digits(SAMPLES, 300)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))
-    task = whence.classification(model, rows)
+    task = backtrail.classification(model, rows)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     first = (rows.tensors[1] < 5).numpy()
     folder = Path(tempfile.mkdtemp()) / "run"
-    with whence.Recorder(folder, task, optimizer) as recorder:
+    with backtrail.Recorder(folder, task, optimizer) as recorder:
         for phase in (first, ~first):
-            loader = DataLoader(rows, SLOTS, sampler=SubsetRandomSampler(np.flatnonzero(phase).tolist()))
+            loader = DataLoader(
+                rows, SLOTS, sampler=SubsetRandomSampler(np.flatnonzero(phase).tolist())
+            )
             for _ in range(EPOCHS):
                 for inputs, labels in recorder.watch(loader):
                     cross_entropy(model(inputs), labels).backward()
                     optimizer.step()
                     optimizer.zero_grad()
-    return whence.open_run(folder, task), test, first
+    return backtrail.open_run(folder, task), test, first
 
 
 ROWS = (

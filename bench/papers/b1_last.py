@@ -1,7 +1,8 @@
 """Data Value Embedding on MNIST, visits of the last epoch alone: python -m bench.papers.b1_last.
 
-The "fast" training of bench.papers.b1, where 60 removals do not tell the methods apart. These re-runs are short: here
-are 400. Beside each figure: how far our embeddings are ahead of it, with 95 % intervals over the removals.
+The "fast" training of bench.papers.b1, where 60 removals do not tell the methods apart. These
+re-runs are short: here are 400. Beside each figure: how far our embeddings are ahead of it, with 95
+% intervals over the removals.
 """
 
 from pathlib import Path
@@ -9,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import whence
+import backtrail
+from backtrail.methods.retrain.retrain import perturb
+from backtrail.stats import bootstrap, spearman
 from bench.cases import TrainedCase
 from bench.papers.b1 import METHODS, SETTINGS, SINGLE, TEST, Visit, left_out, of_last_epoch
-from whence.influence.agreement import bootstrap, spearman
-from whence.methods.again.retrain import perturb
 
 REMOVALS, TOGETHER, DRAWS = 400, 50, 2000
 OURS = "embedding, true, rank 256"
@@ -26,7 +27,7 @@ OTHERS = (
 )
 
 
-def drawn(run: whence.Run) -> list[Visit]:
+def drawn(run: backtrail.Run) -> list[Visit]:
     """Visits of the last epoch."""
     last = of_last_epoch(run)
     picked = np.random.default_rng(1).choice(len(last), REMOVALS, replace=False)
@@ -35,8 +36,10 @@ def drawn(run: whence.Run) -> list[Visit]:
 
 def truth(trained: TrainedCase, visits: list[Visit]) -> np.ndarray:
     """What leaving out each does to the mean test loss and to some single ones, `[1 + loss, visit]`."""
-    run, losses = trained.run, whence.Loss(trained.queries(TEST))
-    change = perturb(run, losses, left_out(run, visits), observed_at=(run.steps,), batch=TOGETHER).change[:, 0]
+    run, losses = trained.run, backtrail.Loss(trained.queries(TEST))
+    change = perturb(
+        run, losses, left_out(run, visits), observed_at=(run.steps,), batch=TOGETHER
+    ).change[:, 0]
     return np.concatenate([change.mean(0, keepdims=True), change[:SINGLE]])
 
 
@@ -61,8 +64,13 @@ def main() -> None:
     actual = truth(trained, visits)
     print(f"{'':34}{'mean loss [95 %]':24}{'single':8}{OURS} is ahead by")
     for name, found in predicted.items():
-        mean, single = bootstrap(spearman, found[0], actual[0]), spearman(found[1:], actual[1:]).mean()
-        print(f"{name:34}{mean!s:24}{single:5.2f}   {ahead(predicted[OURS][0], found[0], actual[0])}")
+        mean, single = (
+            bootstrap(spearman, found[0], actual[0]),
+            spearman(found[1:], actual[1:]).mean(),
+        )
+        print(
+            f"{name:34}{mean!s:24}{single:5.2f}   {ahead(predicted[OURS][0], found[0], actual[0])}"
+        )
 
 
 if __name__ == "__main__":

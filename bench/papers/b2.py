@@ -1,9 +1,9 @@
 """Three regimes of influence ÷ learning rate, on a small language model: python -m bench.papers.b2 [seed ...].
 
-Published (GPT-2): 6.1e-4 in a very short start, 1.1e-6 in a long basin, 1.6e-5 at the end. Here: `whence.regimes` of
-the exact influence on the mean loss of 64 validation rows and on four of them alone, of Data Value Embedding (following
-Adam, and as published) on the mean and on all 64 alone, and of TracIn. The first is drawn into docs/images. The
-training is bench.papers.shakespeare.
+Published (GPT-2): 6.1e-4 in a very short start, 1.1e-6 in a long basin, 1.6e-5 at the end. Here:
+`backtrail.regimes` of the exact influence on the mean loss of 64 validation rows and on four of
+them alone, of Data Value Embedding (following Adam, and as published) on the mean and on all 64
+alone, and of TracIn. The first is drawn into docs/images. The training is bench.papers.shakespeare.
 """
 
 import sys
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-import whence
+import backtrail
+from backtrail.influence.analysis.regimes import Regimes
+from backtrail.queries import Query
+from backtrail.stats import pearson
 from bench.papers.shakespeare import influence, rows, run
-from whence.influence.agreement import pearson
-from whence.influence.regimes import Regimes
-from whence.queries import Query
 
 PICTURE = Path("docs/images/regimes.png")
 
@@ -23,14 +23,14 @@ PICTURE = Path("docs/images/regimes.png")
 def questions() -> list[tuple[str, str, Query]]:
     """Method, name of the answer's folder, and what is asked."""
     validation = rows()[1]
-    mean = whence.Loss(validation, aggregate="mean")
+    mean = backtrail.Loss(validation, aggregate="mean")
     return [
         ("dit", "validation", mean),
-        ("dit", "rows", whence.Loss(validation, samples=range(4))),
+        ("dit", "rows", backtrail.Loss(validation, samples=range(4))),
         ("dve-adam", "validation", mean),
         ("dve-adam-body", "validation", mean),
         ("dve-rate", "validation", mean),
-        ("dve-rate", "rows", whence.Loss(validation)),
+        ("dve-rate", "rows", backtrail.Loss(validation)),
         ("tracin", "validation", mean),
     ]
 
@@ -42,9 +42,8 @@ def line(name: str, seed: int, found: Regimes) -> str:
     shares = [f"{share:.1%}" for share in found.table()["share"]]
     levels = [f"{level:.2g}" for level in found.levels]
     ratios = [f"{ratio:.1f}" for ratio in found.ratios]
-    return (
-        f"| {' | '.join([*cells, f'{first}, {second}', ' / '.join(shares), ' / '.join(levels), ' / '.join(ratios)])} |"
-    )
+    groups = [" / ".join(texts) for texts in (shares, levels, ratios)]
+    return f"| {' | '.join([*cells, f'{first}, {second}', *groups])} |"
 
 
 def main(seeds: list[int]) -> None:
@@ -57,11 +56,15 @@ def main(seeds: list[int]) -> None:
         for method, name, queries in questions():
             given = influence(recorded, name, queries, method=method)
             exact = exact or given
-            agreed = pearson(exact.total()[:, -1], given.total()[:, -1])[0] if name == "validation" else np.nan
-            found = whence.regimes(recorded, given)
+            agreed = (
+                pearson(exact.total()[:, -1], given.total()[:, -1])[0]
+                if name == "validation"
+                else np.nan
+            )
+            found = backtrail.regimes(recorded, given)
             print(line(f"{method}, {name}", seed, found), end=f" {agreed:.2f} |\n", flush=True)
             if (seed, method, name) == (0, "dit", "validation"):
-                axes = whence.plot.regimes(found)
+                axes = backtrail.plot.regimes(found)
                 axes.figure.savefig(PICTURE, dpi=110)  # type: ignore[union-attr]
 
 

@@ -1,10 +1,11 @@
 """Repeated passages, and where data is worth selecting: python -m bench.papers.b3 [seed ...].
 
-First, rows of the training set are asked about as they stand: where does each rank among all 4,096 by its own
-influence on its own loss? Then the harmful slots of every batch, by the exact influence on the mean loss of 64
-validation rows, are left out always, in regimes of the training, or never, and the mean loss of 256 other rows is
-compared, beside as many slots left out at random. Published: early and late together do about as well as always, and
-the first 4 % bring half of the gain. The training is bench.papers.shakespeare.
+First, rows of the training set are asked about as they stand: where does each rank among all 4,096
+by its own influence on its own loss? Then the harmful slots of every batch, by the exact influence
+on the mean loss of 64 validation rows, are left out always, in regimes of the training, or never,
+and the mean loss of 256 other rows is compared, beside as many slots left out at random. Published:
+early and late together do about as well as always, and the first 4 % bring half of the gain. The
+training is bench.papers.shakespeare.
 """
 
 import sys
@@ -12,7 +13,7 @@ import sys
 import numpy as np
 import polars as pl
 
-import whence
+import backtrail
 from bench.papers.shakespeare import influence, rows, run
 
 PASSAGES = list(range(100, 4096, 700))  # rows of the training set
@@ -20,7 +21,7 @@ MANY = list(range(20, 4096, 64))  # where more cost nothing
 DROPS = 0.5, 0.1  # shares of a batch
 
 
-def ranks(found: whence.Influence, passages: list[int]) -> np.ndarray:
+def ranks(found: backtrail.Influence, passages: list[int]) -> np.ndarray:
     """Place of every passage among all samples, the most helpful to its own loss first, from 1."""
     totals = found.total()[:, -1]
     own = totals[np.arange(len(passages)), passages]
@@ -40,20 +41,20 @@ def repeated(seed: int) -> None:
         ("dve-rate", "many", MANY),
         ("dot", "passages", PASSAGES),
     ):
-        found = influence(recorded, name, whence.Loss(train, samples=passages), method=method)
+        found = influence(recorded, name, backtrail.Loss(train, samples=passages), method=method)
         place = ranks(found, passages)
         cells = f"{len(place)} | {np.mean(place == 1):.2f} | {np.median(place):g} | {place.max()}"
         print(f"| {seed} | {method} | {cells} |", flush=True)
 
 
-def selecting(recorded: whence.Run, drop: float) -> pl.DataFrame:
+def selecting(recorded: backtrail.Run, drop: float) -> pl.DataFrame:
     """The losses of selecting by the exact influence, kept."""
     kept = recorded.path / f"selecting-{drop:g}.csv"
     if not kept.exists():
         _, validation, test = rows()
-        asked, judge = (whence.Loss(some, aggregate="mean") for some in (validation, test))
+        asked, judge = (backtrail.Loss(some, aggregate="mean") for some in (validation, test))
         found = influence(recorded, "validation", asked)
-        whence.worth_selecting(recorded, found, judge, drop=drop).write_csv(kept)
+        backtrail.worth_selecting(recorded, found, judge, drop=drop).write_csv(kept)
     return pl.read_csv(kept)
 
 
@@ -67,10 +68,14 @@ def selected(seed: int) -> None:
 
 def main(seeds: list[int]) -> None:
     """Print both tables."""
-    print("| seed | influence | passages | share of rank 1 | median rank | worst rank |\n|---|---|---|---|---|---|")
+    print(
+        "| seed | influence | passages | share of rank 1 | median rank | worst rank |\n|---|---|---|---|---|---|"
+    )
     for seed in seeds:
         repeated(seed)
-    print("\n| seed | of a batch | select | share of steps | slots left out | test loss | change | at random |")
+    print(
+        "\n| seed | of a batch | select | share of steps | slots left out | test loss | change | at random |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for seed in seeds:
         selected(seed)

@@ -1,11 +1,13 @@
 """Finding wrong labels: python -m bench.papers.c2 [setting ...] [seed ...].
 
-MNIST and CIFAR-10 (at 16 x 16), 1,000 images each, and docstrings of six packages, 1,000 texts; a share of the labels
-is replaced by another class, drawn evenly. A small network is trained until it begins to know the wrong labels by
-heart. Figure: precision among as many first samples as there are wrong labels. "dit" and "dve" are asked about the mean
-loss of 200 rows with right labels, and of the training set; "left out" is the loss at the end plus the influence on it
-by embeddings of the sample itself. Seeds below 100 are for reporting; rankings were chosen on others. WHENCE_DATA names
-a folder with MNIST and CIFAR-10; without it both are scikit-learn's digits. What was found is kept in runs/papers/c2.
+MNIST and CIFAR-10 (at 16 x 16), 1,000 images each, and docstrings of six packages, 1,000 texts; a
+share of the labels is replaced by another class, drawn evenly. A small network is trained until it
+begins to know the wrong labels by heart. Figure: precision among as many first samples as there are
+wrong labels. "dit" and "dve" are asked about the mean loss of 200 rows with right labels, and of
+the training set; "left out" is the loss at the end plus the influence on it by embeddings of the
+sample itself. Seeds below 100 are for reporting; rankings were chosen on others. BACKTRAIL_DATA
+names a folder with MNIST and CIFAR-10; without it both are scikit-learn's digits. What was found is
+kept in runs/papers/c2.
 """
 
 import sys
@@ -24,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
+from backtrail.apply import signals as scores
+from backtrail.methods.diff_in.trajectory import chosen_states
+from backtrail.stats import precision_at
 from bench import data
 from bench.papers import docstrings
 from bench.papers.seeds import Figures, kept, line, told
-from whence.apply import scores
-from whence.influence.agreement import precision_at
-from whence.methods.few_states.course import chosen_states
 
 FOLDER = Path("runs/papers/c2")
 ROWS, RIGHT, SLOTS, SEEDS = 1000, 200, 50, range(5)
@@ -46,7 +48,11 @@ def mnist() -> Rows:
 
 def cifar() -> Rows:
     """Rows of 768."""
-    inputs, labels = data.cifar(10_000, 0)[0].tensors if data.folder("cifar10") else data.digits(1797, 0)[0].tensors
+    inputs, labels = (
+        data.cifar(10_000, 0)[0].tensors
+        if data.folder("cifar10")
+        else data.digits(1797, 0)[0].tensors
+    )
     return inputs.flatten(1), labels
 
 
@@ -92,25 +98,25 @@ class Trained:
         truth: the right ones.
     """
 
-    run: whence.Run
+    run: backtrail.Run
     right: TensorDataset
     wrong: Bool[np.ndarray, " sample"]
     truth: np.ndarray
 
     @cached_property
-    def embeddings(self) -> whence.Embeddings:
+    def embeddings(self) -> backtrail.Embeddings:
         """Of all visits."""
-        return whence.DataValueEmbedding().embed(self.run)
+        return backtrail.DataValueEmbedding().embed(self.run)
 
     @cached_property
     def held_out(self) -> pl.DataFrame:
         """The table of re-runs, by sample."""
-        return whence.find_mislabeled(self.run).sort("sample")
+        return backtrail.find_mislabeled(self.run).sort("sample")
 
     @cached_property
     def by_loss(self) -> pl.DataFrame:
         """The table of the losses, by sample; what it suggests is by the checkpoints."""
-        return whence.find_mislabeled(self.run, method="loss").sort("sample")
+        return backtrail.find_mislabeled(self.run, method="loss").sort("sample")
 
 
 def flipped(labels: Tensor, share: float, seed: int) -> tuple[Tensor, np.ndarray]:
@@ -130,20 +136,24 @@ def train(setting: Setting, seed: int, folder: Path) -> Trained:
     given, wrong = flipped(labels[rows], setting.share, seed)
     torch.manual_seed(seed)
     model, known = setting.build(), TensorDataset(inputs[rows], given)
-    task, optimizer = whence.classification(model, known), setting.optimizer(model.parameters())
-    with whence.Recorder(folder, task, optimizer, checkpoints=whence.Epochs()) as recorder:
+    task, optimizer = backtrail.classification(model, known), setting.optimizer(model.parameters())
+    with backtrail.Recorder(folder, task, optimizer, checkpoints=backtrail.Epochs()) as recorder:
         for _ in range(setting.epochs):
             for batch in recorder.watch(DataLoader(known, SLOTS, shuffle=True)):
                 cross_entropy(model(batch[0]), batch[1]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
     right = TensorDataset(inputs[rest], labels[rest])
-    return Trained(whence.open_run(folder, task), right, wrong, labels[rows].numpy())
+    return Trained(backtrail.open_run(folder, task), right, wrong, labels[rows].numpy())
 
 
 def by(method: Any, trained: Trained, **options: Any) -> np.ndarray:
     """The suspicion of every sample by `find_mislabeled`."""
-    return whence.find_mislabeled(trained.run, method=method, **options).sort("sample")["score"].to_numpy()
+    return (
+        backtrail.find_mislabeled(trained.run, method=method, **options)
+        .sort("sample")["score"]
+        .to_numpy()
+    )
 
 
 def held_out(trained: Trained) -> np.ndarray:
@@ -160,7 +170,7 @@ def el2n_early(trained: Trained) -> np.ndarray:
 def left_out(trained: Trained) -> np.ndarray:
     """To first order, the loss of a sample at the end of a training without it."""
     run = trained.run
-    own = trained.embeddings.attribute(whence.Loss(run.task.data)).total()[:, -1].diagonal()
+    own = trained.embeddings.attribute(backtrail.Loss(run.task.data)).total()[:, -1].diagonal()
     return scores.losses(run, run.steps) + own
 
 
@@ -172,7 +182,7 @@ def swept(trained: Trained) -> np.ndarray:
 def embedded(trained: Trained, *, own: bool) -> np.ndarray:
     """Harm to the training set or to the rows with right labels, by embeddings made once."""
     rows = trained.run.task.data if own else trained.right
-    return by(trained.embeddings.attribute(whence.Loss(rows, aggregate="mean")), trained)
+    return by(trained.embeddings.attribute(backtrail.Loss(rows, aggregate="mean")), trained)
 
 
 OTHERS: Mapping[str, Callable[[Trained], np.ndarray]] = {
@@ -198,9 +208,14 @@ def figures(setting: Setting, seed: int) -> Figures:
     """Precision of every ranking; and how often the suggested label of a wrong one is right."""
     with tempfile.TemporaryDirectory() as scratch:
         trained = train(setting, seed, Path(scratch) / "run")
-        found = {name: precision_at(ranking(trained), trained.wrong) for name, ranking in {**OTHERS, **OURS}.items()}
+        found = {
+            name: precision_at(ranking(trained), trained.wrong)
+            for name, ranking in {**OTHERS, **OURS}.items()
+        }
         for name, table in zip(SUGGESTED, (trained.held_out, trained.by_loss), strict=True):
-            found[name] = float((table["suggested"].to_numpy() == trained.truth)[trained.wrong].mean())
+            found[name] = float(
+                (table["suggested"].to_numpy() == trained.truth)[trained.wrong].mean()
+            )
         state, (inputs, labels) = trained.run.state(trained.run.steps), trained.right.tensors
         outputs, _ = trained.run.task.outputs(state.params, state.buffers, (inputs, labels))
         return found | {"accuracy": float((outputs.argmax(1) == labels).double().mean())}
@@ -209,16 +224,32 @@ def figures(setting: Setting, seed: int) -> Figures:
 def main(settings: list[str], seeds: list[int]) -> None:
     """Print both tables."""
     columns = [name for names in (OTHERS, OURS) for name in names]
-    print(line(["setting", "accuracy", *columns, "held-out less the best of the first four", *SUGGESTED]))
+    print(
+        line(
+            [
+                "setting",
+                "accuracy",
+                *columns,
+                "held-out less the best of the first four",
+                *SUGGESTED,
+            ]
+        )
+    )
     print(line(["---"] * (len(columns) + 5)))
     for name in settings:
-        found = [kept(FOLDER / f"{name}-{seed}.json", partial(figures, SETTINGS[name], seed)) for seed in seeds]
+        found = [
+            kept(FOLDER / f"{name}-{seed}.json", partial(figures, SETTINGS[name], seed))
+            for seed in seeds
+        ]
         best = max(OTHERS, key=lambda other: sum(one[other] for one in found))
         gains = [one["held-out"] - one[best] for one in found]
         cells = [told([one[column] for one in found]) for column in columns]
         ends = [told([one[column] for one in found]) for column in SUGGESTED]
         accuracy = f"{np.mean([one['accuracy'] for one in found]):.2f}"
-        print(line([name, accuracy, *cells, f"{told(gains, signed=True)} ({best})", *ends]), flush=True)
+        print(
+            line([name, accuracy, *cells, f"{told(gains, signed=True)} ({best})", *ends]),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Training on a chosen part of the data: python -m bench.papers.c4_coreset [seed ...].
 
-A training on 2,000 rows is recorded, parts of 10 to 50 % are chosen, and a new model (other first weights, other
-batches) is trained on each part by an ordinary loop: for as many epochs as everything was, and, of MNIST, for as many
-steps.
-"MNIST": 784-64-10, SGD with momentum. "CIFAR": two convolutions at 16 x 16, AdamW. Each with its own labels and with a
-fifth of them wrong. Accuracy is that on 4,000 other rows; its difference from the mean of three random parts of the
-same training has a 95 % t interval over the seeds. WHENCE_DATA names a folder with the data; without it, scikit-learn's
-digits. What was found is kept in runs/papers/c4_coreset.
+A training on 2,000 rows is recorded, parts of 10 to 50 % are chosen, and a new model (other first
+weights, other batches) is trained on each part by an ordinary loop: for as many epochs as
+everything was, and, of MNIST, for as many steps. "MNIST": 784-64-10, SGD with momentum. "CIFAR":
+two convolutions at 16 x 16, AdamW. Each with its own labels and with a fifth of them wrong.
+Accuracy is that on 4,000 other rows; its difference from the mean of three random parts of the same
+training has a 95 % t interval over the seeds. BACKTRAIL_DATA names a folder with the data; without
+it, scikit-learn's digits. What was found is kept in runs/papers/c4_coreset.
 """
 
 import json
@@ -26,9 +26,9 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import avg_pool2d, cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
+from backtrail.queries import Query
 from bench import data
-from whence.queries import Query
 
 FRACTIONS, WRONG, SEEDS = (0.1, 0.2, 0.3, 0.5), (0.0, 0.2), (0, 1, 2, 3, 4)
 TRAIN, VALIDATION, TEST, EPOCHS, SLOTS = 2000, 200, 4000, 10, 64
@@ -39,7 +39,9 @@ Pair = tuple[Tensor, Tensor]
 def digits() -> Pair:
     """scikit-learn's, as rows of 64."""
     both = data.digits()[:2]
-    return torch.cat([part.tensors[0] for part in both]), torch.cat([part.tensors[1] for part in both])
+    return torch.cat([part.tensors[0] for part in both]), torch.cat(
+        [part.tensors[1] for part in both]
+    )
 
 
 def mnist() -> Pair:
@@ -91,7 +93,10 @@ SETTINGS = (
 )
 
 
-JUDGES = {"epochs": (SETTINGS, FRACTIONS), "steps": (SETTINGS[:1], (0.1, 0.3))}  # what is affordable
+JUDGES = {
+    "epochs": (SETTINGS, FRACTIONS),
+    "steps": (SETTINGS[:1], (0.1, 0.3)),
+}  # what is affordable
 
 
 @dataclass(frozen=True)
@@ -112,25 +117,36 @@ class Trial:
         """Rows to train on, to ask about, and to judge by."""
         inputs, labels = self.setting.load()
         draw = torch.Generator().manual_seed(self.seed)
-        sizes = [TRAIN, VALIDATION] if len(inputs) > TRAIN + VALIDATION else [len(inputs) // 2, len(inputs) // 10]
+        sizes = (
+            [TRAIN, VALIDATION]
+            if len(inputs) > TRAIN + VALIDATION
+            else [len(inputs) // 2, len(inputs) // 10]
+        )
         order = torch.randperm(len(inputs), generator=draw)[: sum(sizes) + TEST]
-        parts = [(inputs[some], labels[some]) for some in order.split([*sizes, len(order) - sum(sizes)])]
+        parts = [
+            (inputs[some], labels[some]) for some in order.split([*sizes, len(order) - sum(sizes)])
+        ]
         rows, right = parts[0]
         bad = torch.randperm(len(rows), generator=draw)[: int(self.wrong * len(rows))]
         right[bad] = (right[bad] + torch.randint(1, 10, (len(bad),), generator=draw)) % 10
         return [(rows, right), *parts[1:]]
 
     @cached_property
-    def run(self) -> whence.Run:
+    def run(self) -> backtrail.Run:
         """The recorded training on everything."""
         train = TensorDataset(*self.parts[0])
         torch.manual_seed(self.seed)
         model = self.setting.build(train.tensors[0].shape[1:])
-        task, optimizer = whence.classification(model, train), self.setting.optimizer(model.parameters())
+        task, optimizer = (
+            backtrail.classification(model, train),
+            self.setting.optimizer(model.parameters()),
+        )
         if not (self.folder / "run").exists():
             begun = self.folder / "begun"
             rmtree(begun, ignore_errors=True)
-            with whence.Recorder(begun, task, optimizer, checkpoints=whence.Epochs()) as recorder:
+            with backtrail.Recorder(
+                begun, task, optimizer, checkpoints=backtrail.Epochs()
+            ) as recorder:
                 loader = DataLoader(train, SLOTS, shuffle=True)
                 for _ in range(EPOCHS):
                     for inputs, labels in recorder.watch(loader):
@@ -138,31 +154,33 @@ class Trial:
                         optimizer.step()
                         optimizer.zero_grad()
             begun.rename(self.folder / "run")
-        return whence.open_run(self.folder / "run", task)
+        return backtrail.open_run(self.folder / "run", task)
 
     @property
     def queries(self) -> Query:
         """The loss of every validation row."""
-        return whence.Loss(TensorDataset(*self.parts[1]))
+        return backtrail.Loss(TensorDataset(*self.parts[1]))
 
     @cached_property
-    def embeddings(self) -> whence.Embeddings:
+    def embeddings(self) -> backtrail.Embeddings:
         """Data value embeddings with their defaults."""
-        return whence.DataValueEmbedding().embed(self.run, out=self.folder / "embeddings")
+        return backtrail.DataValueEmbedding().embed(self.run, out=self.folder / "embeddings")
 
     @cached_property
-    def influence(self) -> whence.Influence:
+    def influence(self) -> backtrail.Influence:
         """Influence on the validation losses, by the embeddings."""
         return self.embeddings.attribute(self.queries)
 
     @cached_property
     def learned(self) -> Any:
         """The four fifths of every class with the least loss at the end."""
-        return whence.select_coreset(self.run, 0.8, method="loss")
+        return backtrail.select_coreset(self.run, 0.8, method="loss")
 
     def select(self, fraction: float, method: Any, **options: Any) -> list[int]:
         """Samples kept by the library."""
-        found: list[int] = whence.select_coreset(self.run, fraction, method=method, **options)["sample"].to_list()
+        found: list[int] = backtrail.select_coreset(self.run, fraction, method=method, **options)[
+            "sample"
+        ].to_list()
         return found
 
     def easiest(self, fraction: float) -> list[int]:
@@ -177,7 +195,9 @@ class Trial:
         ranks = np.zeros(len(found))
         for label in np.unique(labels):
             of_class = np.flatnonzero(labels == label)
-            ranks[of_class[np.argsort(-found[of_class])]] = (np.arange(len(of_class)) + 0.5) / len(of_class)
+            ranks[of_class[np.argsort(-found[of_class])]] = (np.arange(len(of_class)) + 0.5) / len(
+                of_class
+            )
         return np.argsort(ranks, kind="stable")[: round(fraction * len(found))].tolist()
 
     def train(self, chosen: list[list[int]], steps: int) -> list[float]:
@@ -186,18 +206,25 @@ class Trial:
         (inputs, labels), (tests, truth) = self.parts[0], self.parts[2]
         model, rows = self.setting.build(inputs.shape[1:]), torch.tensor(chosen)
         start = {name: value.detach() for name, value in model.named_parameters()}
-        stack = {name: torch.stack([value] * len(rows)).requires_grad_() for name, value in start.items()}
+        stack = {
+            name: torch.stack([value] * len(rows)).requires_grad_() for name, value in start.items()
+        }
         optimizer = self.setting.optimizer(list(stack.values()))
         outputs = vmap(lambda params, batch: functional_call(model, params, (batch,)))
         for place in batches(rows.shape[1], steps):
             batch = rows[:, place]
             losses = cross_entropy(
-                outputs(stack, inputs[batch]).flatten(0, 1), labels[batch].flatten(), reduction="none"
+                outputs(stack, inputs[batch]).flatten(0, 1),
+                labels[batch].flatten(),
+                reduction="none",
             )
             losses.view(len(rows), -1).mean(1).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        trained = [{name: value[place].detach() for name, value in stack.items()} for place in range(len(rows))]
+        trained = [
+            {name: value[place].detach() for name, value in stack.items()}
+            for place in range(len(rows))
+        ]
         found = [functional_call(model, params, (tests,)).argmax(1) == truth for params in trained]
         return [float(right.float().mean()) for right in found]
 
@@ -212,8 +239,12 @@ def batches(size: int, steps: int) -> Iterator[Tensor]:
 
 ROWS: dict[str, Callable[[Trial, float], list[int]]] = {
     "random": lambda trial, fraction: trial.select(fraction, "random", balanced=False, seed=1),
-    "random, again": lambda trial, fraction: trial.select(fraction, "random", balanced=False, seed=2),
-    "random, once more": lambda trial, fraction: trial.select(fraction, "random", balanced=False, seed=3),
+    "random, again": lambda trial, fraction: trial.select(
+        fraction, "random", balanced=False, seed=2
+    ),
+    "random, once more": lambda trial, fraction: trial.select(
+        fraction, "random", balanced=False, seed=3
+    ),
     "random, balanced": lambda trial, fraction: trial.select(fraction, "random"),
     "EL2N, largest": lambda trial, fraction: trial.select(fraction, "el2n"),
     "EL2N, smallest": lambda trial, fraction: trial.easiest(fraction),
@@ -221,10 +252,16 @@ ROWS: dict[str, Callable[[Trial, float], list[int]]] = {
     "herding of features": lambda trial, fraction: trial.select(fraction, "herding"),
     "influence alone": lambda trial, fraction: trial.most_helpful(fraction),
     "embeddings": lambda trial, fraction: trial.select(fraction, trial.embeddings),
-    "embeddings, not balanced": lambda trial, fraction: trial.select(fraction, trial.embeddings, balanced=False),
-    "embeddings, learned": lambda trial, fraction: trial.select(fraction, trial.embeddings, among=trial.learned),
+    "embeddings, not balanced": lambda trial, fraction: trial.select(
+        fraction, trial.embeddings, balanced=False
+    ),
+    "embeddings, learned": lambda trial, fraction: trial.select(
+        fraction, trial.embeddings, among=trial.learned
+    ),
     "validation": lambda trial, fraction: trial.select(fraction, trial.influence),
-    "validation, not balanced": lambda trial, fraction: trial.select(fraction, trial.influence, balanced=False),
+    "validation, not balanced": lambda trial, fraction: trial.select(
+        fraction, trial.influence, balanced=False
+    ),
 }
 
 
@@ -255,12 +292,21 @@ def table(setting: Setting, wrong: float, *, judge: str, seeds: list[int]) -> No
     trials = [Trial(setting, wrong, seed) for seed in seeds]
     full = 100 * np.mean([everything(trial) for trial in trials])
     fractions = JUDGES[judge][1]
-    found = {fraction: [accuracies(trial, judge, fraction) for trial in trials] for fraction in fractions}
-    print(f"\n{setting.name}, {wrong:.0%} of the labels wrong, as many {judge}; on everything {full:.1f}\n")
+    found = {
+        fraction: [accuracies(trial, judge, fraction) for trial in trials] for fraction in fractions
+    }
+    print(
+        f"\n{setting.name}, {wrong:.0%} of the labels wrong, as many {judge}; on everything {full:.1f}\n"
+    )
     print("| kept | " + " | ".join(f"{fraction:.0%}" for fraction in fractions) + " |")
     print("|---|" + "---|" * len(fractions))
     for name in [name for name in ROWS if name not in RANDOM[1:]]:
-        print(f"| {name} | " + " | ".join(cell(name, found[fraction]) for fraction in fractions) + " |", flush=True)
+        print(
+            f"| {name} | "
+            + " | ".join(cell(name, found[fraction]) for fraction in fractions)
+            + " |",
+            flush=True,
+        )
 
 
 def cell(name: str, found: list[dict[str, float]]) -> str:
@@ -270,7 +316,11 @@ def cell(name: str, found: list[dict[str, float]]) -> str:
         return f"{chance.mean():.1f}"
     mine = 100 * np.array([trial[name] for trial in found])
     gain = mine - chance
-    half = student.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.nan
+    half = (
+        student.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5
+        if len(gain) > 1
+        else np.nan
+    )
     return f"{mine.mean():.1f} ({gain.mean():+.1f} ± {half:.1f})"
 
 

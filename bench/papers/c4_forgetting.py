@@ -1,13 +1,15 @@
 """Deletion beside retraining: python -m bench.papers.c4_forgetting [digits-sgd] [digits-adamw] [letters] [seed ...].
 
-1, 5 and 20 % of the training set are to be forgotten. Truth: the recorded training again in float64, with weight 0 for
-them. Figures: distance from it in parameters, and divergence of predictions on test rows (KL), both relative to those
-of the trained model, so 0 is perfect and 1 is no deletion; mean and 95 % t interval over seeds. "digits": 500 of
-scikit-learn's digits, 64-64-10, 20 epochs in batches of 50, SGD (GELU, momentum) or AdamW (ReLU). "letters": a GPT of
-34 k parameters on 512 rows of 32 letters, 4 epochs under AdamW; Shakespeare from the folder WHENCE_DATA, else source
-code of torch. The gradient ascent is one step up the mean loss of the samples; of its lengths the best is taken for
-every seed and figure, which takes the truth to know. "GN and secant": Gauss-Newton curvature, and the optimizer's slope
-over the width of a sample (for SGD the derivative). What was found is kept in runs/papers/c4.
+1, 5 and 20 % of the training set are to be forgotten. Truth: the recorded training again in
+float64, with weight 0 for them. Figures: distance from it in parameters, and divergence of
+predictions on test rows (KL), both relative to those of the trained model, so 0 is perfect and 1 is
+no deletion; mean and 95 % t interval over seeds. "digits": 500 of scikit-learn's digits, 64-64-10,
+20 epochs in batches of 50, SGD (GELU, momentum) or AdamW (ReLU). "letters": a GPT of 34 k
+parameters on 512 rows of 32 letters, 4 epochs under AdamW; Shakespeare from the folder
+BACKTRAIL_DATA, else source code of torch. The gradient ascent is one step up the mean loss of the
+samples; of its lengths the best is taken for every seed and figure, which takes the truth to know.
+"GN and secant": Gauss-Newton curvature, and the optimizer's slope over the width of a sample (for
+SGD the derivative). What was found is kept in runs/papers/c4.
 """
 
 import json
@@ -26,22 +28,25 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
+from backtrail.apply.unlearning import PROBES, forget
+from backtrail.apply.unlearning_report import Forgotten, Judge
+from backtrail.methods.retrain.removal import Group, moved
+from backtrail.sweep.rules import Rules
 from bench import data
 from bench.models import GPT
 from bench.papers.seeds import half_width
-from whence.apply.forgetting import PROBES, forget
-from whence.apply.forgotten import Forgotten, Judge
-from whence.methods.again.removal import Group, moved
-from whence.replay.reverse import Rules
 
 FOLDER = Path("runs/papers/c4")
 SHARES = (0.01, 0.05, 0.2)
-LENGTHS = (0.0, *np.geomspace(0.01, 3, 9).tolist())  # of the step up, over the distance between trained and retrained
+LENGTHS = (
+    0.0,
+    *np.geomspace(0.01, 3, 9).tolist(),
+)  # of the step up, over the distance between trained and retrained
 State = dict[str, Tensor]
 RULES = {
-    Rules(whence.Hessian(), whence.Tangent()): "exact",
-    Rules(whence.GaussNewton(), whence.Secant()): "GN and secant",
+    Rules(backtrail.Hessian(), backtrail.Tangent()): "exact",
+    Rules(backtrail.GaussNewton(), backtrail.Secant()): "GN and secant",
 }
 
 
@@ -57,20 +62,24 @@ class Setting:
     slots: int
     seeds: range
 
-    def run(self, name: str, seed: int) -> whence.Run:
+    def run(self, name: str, seed: int) -> backtrail.Run:
         """The recorded training; recorded first where it is not there yet."""
         torch.manual_seed(seed)
         model, (train, _, _), folder = self.build(), self.load(), FOLDER / name / f"seed-{seed}"
-        task = (whence.language_model if name == "letters" else whence.classification)(model, train)
+        task = (backtrail.language_model if name == "letters" else backtrail.classification)(
+            model, train
+        )
         if not folder.exists():
             optimizer = self.optimizer(model.parameters())
-            with whence.Recorder(folder, task, optimizer) as recorder:
+            with backtrail.Recorder(folder, task, optimizer) as recorder:
                 for _ in range(self.epochs):
-                    for inputs, targets in recorder.watch(DataLoader(train, self.slots, shuffle=True)):
+                    for inputs, targets in recorder.watch(
+                        DataLoader(train, self.slots, shuffle=True)
+                    ):
                         cross_entropy(model(inputs).flatten(0, -2), targets.flatten()).backward()
                         optimizer.step()
                         optimizer.zero_grad()
-        return whence.open_run(folder, task)
+        return backtrail.open_run(folder, task)
 
 
 def mlp(activation: type[nn.Module]) -> nn.Module:
@@ -113,7 +122,7 @@ SETTINGS = {
 class Deletion:
     """A run, samples to forget, and the truth."""
 
-    run: whence.Run
+    run: backtrail.Run
     samples: list[int]
     judge: Judge
     test: TensorDataset
@@ -128,8 +137,14 @@ class Deletion:
             if number in (early, last):
                 held[number] = moved(now)
             before = now
-        about = {"seconds": time.process_time() - begun, "bend": float(np.divide(*np.sum(bends, axis=0)))}
-        return {"": (held[last], about), ", replay of 10 %": (group.replayed(early, held[early]), about)}
+        about = {
+            "seconds": time.process_time() - begun,
+            "bend": float(np.divide(*np.sum(bends, axis=0))),
+        }
+        return {
+            "": (held[last], about),
+            ", replay of 10 %": (group.replayed(early, held[early]), about),
+        }
 
     def upwards(self) -> Iterator[State]:
         """One step up the loss of the samples, by length."""
@@ -140,10 +155,18 @@ class Deletion:
             return task.losses(params, end.buffers, task.batch(self.samples))[0].mean()
 
         slopes = torch.func.grad(loss)(end.params)
-        apart = {name: tensor - end.params[name] for name, tensor in self.judge.retrained.params.items()}
-        far, steep = (sum(float(t.double().square().sum()) for t in tree.values()) ** 0.5 for tree in (apart, slopes))
+        apart = {
+            name: tensor - end.params[name] for name, tensor in self.judge.retrained.params.items()
+        }
+        far, steep = (
+            sum(float(t.double().square().sum()) for t in tree.values()) ** 0.5
+            for tree in (apart, slopes)
+        )
         for length in LENGTHS:
-            yield {name: tensor + length * far / steep * slopes[name] for name, tensor in end.params.items()}
+            yield {
+                name: tensor + length * far / steep * slopes[name]
+                for name, tensor in end.params.items()
+            }
 
     def ascent(self) -> dict[str, Any]:
         """The best step, figure by figure."""
@@ -166,12 +189,19 @@ def figures(judged: Forgotten) -> dict[str, Any]:
 def deletion(name: str, seed: int, share: float) -> dict[str, Any]:
     """Every method's figures."""
     run, (train, test, _) = SETTINGS[name].run(name, seed), SETTINGS[name].load()
-    samples = np.random.default_rng(seed).choice(len(train), round(share * len(train)), replace=False).tolist()
-    case, without = Deletion(run, samples, Judge.of(run, samples), test), partial(forget, run, samples)
+    samples = (
+        np.random.default_rng(seed)
+        .choice(len(train), round(share * len(train)), replace=False)
+        .tolist()
+    )
+    case, without = (
+        Deletion(run, samples, Judge.of(run, samples), test),
+        partial(forget, run, samples),
+    )
     ways: dict[str, Callable[[], State]] = {
         "no deletion": lambda: run.state(run.steps).params,
-        "diff-in, published": partial(without, method=whence.DiffIn()),
-        "diff-in, corrected": partial(without, method=whence.DiffIn(form="corrected")),
+        "diff-in, published": partial(without, method=backtrail.DiffIn()),
+        "diff-in, corrected": partial(without, method=backtrail.DiffIn(form="corrected")),
         "replay of 10 % alone": partial(without, method=None, replay=run.steps // 10),
         "retraining (float32)": partial(without, method=None, replay=run.steps),
     }
@@ -232,11 +262,18 @@ def table(name: str, seeds: list[int]) -> None:
     found = [measured(name, seed) for seed in seeds]
     shares = list(found[0])
     print(f"\n**{SETTINGS[name].about}**, {len(seeds)} seeds\n")
-    for key, digits in (("parameters", 2), ("predictions", 2), ("same class", 3), ("membership", 3)):
+    for key, digits in (
+        ("parameters", 2),
+        ("predictions", 2),
+        ("same class", 3),
+        ("membership", 3),
+    ):
         print(f"| {key} | " + " | ".join(f"{share} forgotten" for share in shares) + " |")
         print("|---" * (1 + len(shares)) + "|")
         for method in ORDER:
-            cells = [told([figure(one[share], method, key) for one in found], digits) for share in shares]
+            cells = [
+                told([figure(one[share], method, key) for one in found], digits) for share in shares
+            ]
             print(f"| {method} | " + " | ".join(cells) + " |")
         print()
     bends, errors, cost = [], [], []
@@ -246,8 +283,14 @@ def table(name: str, seeds: list[int]) -> None:
         cost.append(one["first order, exact"]["seconds"] / one["retraining (float32)"]["seconds"])
     rank = stats.spearmanr(bends, errors).statistic
     print(f"bend {min(bends):.2f} to {max(bends):.2f}; Spearman with the distance left {rank:.2f}")
-    print("bend, distance left: " + "; ".join(f"{b:.2f} {e:.2f}" for b, e in sorted(zip(bends, errors, strict=True))))
-    print(f"first order took {np.median(cost):.1f} times as long as retraining (processor time, median)", flush=True)
+    print(
+        "bend, distance left: "
+        + "; ".join(f"{b:.2f} {e:.2f}" for b, e in sorted(zip(bends, errors, strict=True)))
+    )
+    print(
+        f"first order took {np.median(cost):.1f} times as long as retraining (processor time, median)",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

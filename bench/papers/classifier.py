@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
 
 
 def recorded(
@@ -18,14 +18,14 @@ def recorded(
     *,
     slots: int,
     epochs: int,
-    checkpoints: whence.Every | whence.Epochs,
-) -> whence.Run:
+    checkpoints: backtrail.Every | backtrail.Epochs,
+) -> backtrail.Run:
     """The training, in shuffled batches."""
-    task, folder = whence.classification(model, rows), Path(tempfile.mkdtemp()) / "run"
-    with whence.Recorder(folder, task, optimizer, checkpoints=checkpoints) as recorder:
+    task, folder = backtrail.classification(model, rows), Path(tempfile.mkdtemp()) / "run"
+    with backtrail.Recorder(folder, task, optimizer, checkpoints=checkpoints) as recorder:
         for _ in range(epochs):
             for inputs, labels in recorder.watch(DataLoader(rows, slots, shuffle=True)):
                 cross_entropy(model(inputs), labels).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return whence.open_run(folder, task)
+    return backtrail.open_run(folder, task)

@@ -1,7 +1,7 @@
 """D1: one epoch of MNIST with AdamW, every visit left out: Spearman of the exact sweep, mean over 100 queries.
 
-The trainings, their 150 x 100 removals and the figures are those of bench.table's cases once-*, where every peer is
-beside them; what is not there yet is measured. One seed, as there.
+The trainings, their 150 x 100 removals and the figures are those of bench.table's cases once-*,
+where every peer is beside them; what is not there yet is measured. One seed, as there.
 """
 
 import json
@@ -13,7 +13,7 @@ from bench.measure import results
 from bench.papers.rows import Figures, Row
 
 RATES = ("1e-03", "1e-04", "1e-05")
-OURS = ("whence--hessian", "whence--gauss-newton")
+OURS = ("backtrail--hessian", "backtrail--gauss-newton")
 _BARS = {"gelu": "≥ .98", "relu": "ahead of every peer"}
 
 
@@ -35,8 +35,12 @@ def measure(seed: int, *, activation: str) -> Figures:
             measured(name, "truth", quick=False)
         found |= {f"lr {rate}, {what}": spearman(name, what) for what in OURS}
         there = [path.stem for path in results(name, quick=False).glob("*.json")]
-        peers = [spearman(name, what) for what in there if not what.startswith(("whence", "truth"))]
-        found[f"lr {rate}, best peer"] = max((peer for peer in peers if not isnan(peer)), default=nan)
+        peers = [
+            spearman(name, what) for what in there if not what.startswith(("backtrail", "truth"))
+        ]
+        found[f"lr {rate}, best peer"] = max(
+            (peer for peer in peers if not isnan(peer)), default=nan
+        )
     return found
 
 
@@ -46,7 +50,7 @@ ROWS = tuple(
         f"MNIST, 784-16-16-10, {name.upper()}, one epoch",
         partial(measure, activation=name),
         seeds=1,
-        bars={f"lr {rate}, whence--hessian": _BARS[name] for rate in RATES},
+        bars={f"lr {rate}, backtrail--hessian": _BARS[name] for rate in RATES},
     )
     for name in ("gelu", "relu")
 )

@@ -1,7 +1,7 @@
 """A small task of texts: which package a docstring is from, by the first 40 words of it.
 
-Six packages that come with whence or with torch, 800 or so docstrings of each; words are hashed to numbers. What is
-read depends on the versions installed, which `about` tells.
+Six packages that come with backtrail or with torch, 800 or so docstrings of each; words are hashed
+to numbers. What is read depends on the versions installed, which `about` tells.
 """
 
 import ast

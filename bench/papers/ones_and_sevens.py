@@ -1,9 +1,10 @@
 """The set-up of the tracker's paper (arXiv 2502.10793): MNIST, ones against sevens, 256 to train on, 256 to ask about.
 
-d-8-1 with ReLU and one score a row (binary cross-entropy), plain SGD in batches of 64 for 21 epochs, and a penalty of
-half of 1e-3 times the squared weights. The published rate of 5e-4 hardly trains; "trained" takes 0.05 instead. Data,
-flips, weights and order all follow from the seed; everything is in float64. MNIST from the folder WHENCE_DATA, else the
-ones and sevens of scikit-learn's digits, 180 and 180. Recordings are kept in runs/papers/ones-and-sevens.
+d-8-1 with ReLU and one score a row (binary cross-entropy), plain SGD in batches of 64 for 21
+epochs, and a penalty of half of 1e-3 times the squared weights. The published rate of 5e-4 hardly
+trains; "trained" takes 0.05 instead. Data, flips, weights and order all follow from the seed;
+everything is in float64. MNIST from the folder BACKTRAIL_DATA, else the ones and sevens of
+scikit-learn's digits, 180 and 180. Recordings are kept in runs/papers/ones-and-sevens.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
+import backtrail
 from bench import data
 
 FOLDER = Path("runs/papers/ones-and-sevens")
@@ -32,7 +33,9 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     order = ours[torch.randperm(len(ours), generator=torch.Generator().manual_seed(seed))]
     rows = min(ROWS, len(order) // 2)
     parts = order[:rows], order[rows : 2 * rows]
-    first, second = (TensorDataset(inputs[part].double(), (labels[part] == 7).long()) for part in parts)
+    first, second = (
+        TensorDataset(inputs[part].double(), (labels[part] == 7).long()) for part in parts
+    )
     return first, second
 
 
@@ -59,17 +62,17 @@ def penalty(params: dict[str, Tensor]) -> Tensor:
     return ALPHA / 2 * torch.stack([tensor.square().sum() for tensor in params.values()]).sum()
 
 
-def task_on(rows: TensorDataset, seed: int) -> whence.Task:
+def task_on(rows: TensorDataset, seed: int) -> backtrail.Task:
     """Model, data and loss."""
     torch.manual_seed(seed)
     width = rows.tensors[0].shape[1]
     model = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)).double()
-    return whence.Task(model, rows, loss, penalty=penalty, draw=drawn)
+    return backtrail.Task(model, rows, loss, penalty=penalty, draw=drawn)
 
 
 def recorded(
     seed: int, *, trained: bool, flipped: float = 0.0
-) -> tuple[whence.Run, TensorDataset, Bool[np.ndarray, " sample"]]:
+) -> tuple[backtrail.Run, TensorDataset, Bool[np.ndarray, " sample"]]:
     """The recorded training, the validation rows (whose labels are right), and which training labels are wrong."""
     rows, validation = digits(seed)
     labels, mask = flip(rows.tensors[1], flipped, seed)
@@ -77,20 +80,23 @@ def recorded(
     folder = FOLDER / f"{'trained' if trained else 'published'}-{flipped:g}-{seed}"
     if not folder.exists():
         _train(task, folder, TRAINED if trained else PUBLISHED)
-    return whence.open_run(folder, task), validation, mask
+    return backtrail.open_run(folder, task), validation, mask
 
 
-def _train(task: whence.Task, folder: Path, rate: float) -> None:
+def _train(task: backtrail.Task, folder: Path, rate: float) -> None:
     optimizer = torch.optim.SGD(task.model.parameters(), lr=rate)
-    with whence.Recorder(folder, task, optimizer, checkpoints=whence.Epochs()) as recorder:
+    with backtrail.Recorder(folder, task, optimizer, checkpoints=backtrail.Epochs()) as recorder:
         for _ in range(EPOCHS):
             for batch in recorder.watch(DataLoader(task.data, SLOTS, shuffle=True)):
-                (loss(task.model(batch[0]), batch).mean() + penalty(dict(task.model.named_parameters()))).backward()
+                (
+                    loss(task.model(batch[0]), batch).mean()
+                    + penalty(dict(task.model.named_parameters()))
+                ).backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
 
-def accuracy(run: whence.Run, rows: TensorDataset) -> float:
+def accuracy(run: backtrail.Run, rows: TensorDataset) -> float:
     """Share of rows that the result of a training reads rightly."""
     state, (inputs, labels) = run.state(run.steps), rows.tensors
     outputs, _ = run.task.outputs(state.params, state.buffers, (inputs, labels))

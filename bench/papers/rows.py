@@ -44,7 +44,9 @@ class Row:
 
     def kept(self) -> dict[str, dict[str, float]]:
         """Figures by seed."""
-        found: dict[str, dict[str, float]] = json.loads(self.path.read_text())["seeds"] if self.path.exists() else {}
+        found: dict[str, dict[str, float]] = (
+            json.loads(self.path.read_text())["seeds"] if self.path.exists() else {}
+        )
         return found
 
     def fill(self, seeds: int) -> None:
@@ -55,12 +57,19 @@ class Row:
                 continue
             begun, worked = time.perf_counter(), time.process_time()
             figures = {name: float(value) for name, value in self.measure(seed).items()}
-            kept[str(seed)] = figures | {"processor seconds": round(time.process_time() - worked, 1)}
+            kept[str(seed)] = figures | {
+                "processor seconds": round(time.process_time() - worked, 1)
+            }
             self._write(kept)
             print(f"{self.name}, seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
 
     def _write(self, seeds: dict[str, dict[str, float]]) -> None:
-        told = {"about": self.about, "date": datetime.date.today().isoformat(), "commit": commit(), "seeds": seeds}
+        told = {
+            "about": self.about,
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "seeds": seeds,
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(".part")
         scratch.write_text(json.dumps(told, indent=1) + "\n")
@@ -79,7 +88,13 @@ class Row:
         for place, name in enumerate(name for name in kept[0] if name != "processor seconds"):
             label = about if place == 0 else ""
             values = np.array([figures[name] for figures in kept])
-            cells = name, self.published.get(name, ""), self.bars.get(name, ""), told(values), len(values)
+            cells = (
+                name,
+                self.published.get(name, ""),
+                self.bars.get(name, ""),
+                told(values),
+                len(values),
+            )
             lines.append(f"| {label} | " + " | ".join(map(str, cells)) + " |")
         return lines
 
@@ -100,5 +115,7 @@ def told(values: np.ndarray) -> str:
 
 def commit() -> str:
     """The commit that is measured."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
     return found.stdout.strip()

@@ -28,7 +28,11 @@ def told(values: Sequence[float], *, signed: bool = False) -> str:
 def half_width(values: Sequence[float] | np.ndarray) -> float:
     """Half of the 95 % t interval of a mean; NaN of one value."""
     found = np.asarray(values, dtype=np.float64)
-    return float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)) if len(found) > 1 else float("nan")
+    return (
+        float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(found))
+        if len(found) > 1
+        else float("nan")
+    )
 
 
 def line(cells: Sequence[object]) -> str:

@@ -1,10 +1,10 @@
-"""The methods of the table: `whence` and what users would pick instead, each behind one signature.
+"""The methods of the table: `backtrail` and what users would pick instead, each behind one signature.
 
     score(trained: TrainedCase, queries: TensorDataset) -> [query, sample]
 
-Positive means helpful, as in `whence`: removing the sample raises the query's loss. Every method is told the same run:
-its final weights, evenly spaced checkpoints with their learning rates, or the recording. Settings are the library's
-defaults except where an adapter says why.
+Positive means helpful, as in `backtrail`: removing the sample raises the query's loss. Every method
+is told the same run: its final weights, evenly spaced checkpoints with their learning rates, or the
+recording. Settings are the library's defaults except where an adapter says why.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,8 @@ class Method:
         function: the adapter, as module and name under `bench.peers`.
         settings: its keyword arguments.
         counts: numbers of queries to time, beside that of the case.
-        reasons: why it cannot do a kind of model, or is not tried with an optimizer, or for all cases under "".
+        reasons: why it cannot do a kind of model, or is not tried with an optimizer, or for all
+            cases under "".
         notes: what to know where it can, by the same keys.
     """
 
@@ -93,14 +94,16 @@ NN_LINEAR = LINEAR_ONLY | {"batchnorm": "Linear only, so the last layer alone"}
 ARNOLDI = {kind: f"{words}; Hessian of 256 rows" for kind, words in LINEAR_ONLY.items()}
 LINEAR_UPDATE = "as without secant: SGD is linear in the gradient, so both slopes are one"
 LINEAR_RULE = {"plain": LINEAR_UPDATE, "sgd": LINEAR_UPDATE}
-TWO_AXES = dict.fromkeys(("attention", "tokens"), "inputs of two axes only: stops with UnboundLocalError, 'a_prev'")
+TWO_AXES = dict.fromkeys(
+    ("attention", "tokens"), "inputs of two axes only: stops with UnboundLocalError, 'a_prev'"
+)
 ONE_LABEL = {"tokens": "one label a row: its outputs are for classification and CLIP"}
 AS_SGD = {"adamw": "takes every update for one of plain SGD", "sgd": "takes no account of momentum"}
 
 METHODS = [
-    Method("whence, Hessian", "whence", "ours:exact", counts=(1, 16, 64)),
+    Method("backtrail, Hessian", "backtrail", "ours:exact", counts=(1, 16, 64)),
     *(
-        Method(f"whence, {label}", "whence", "ours:exact", settings, (1, 16), rule)
+        Method(f"backtrail, {label}", "backtrail", "ours:exact", settings, (1, 16), rule)
         for label, settings, rule in (
             ("Gauss-Newton", {"curvature": "GaussNewton"}, {}),
             ("empirical Fisher", {"curvature": "EmpiricalFisher"}, {}),
@@ -109,19 +112,39 @@ METHODS = [
             ("Gauss-Newton, secant", {"curvature": "GaussNewton", "slope": "Secant"}, LINEAR_RULE),
         )
     ),
-    Method("whence, auto", "whence", "ours:exact", {"curvature": "auto"}, ()),
-    Method("whence TracIn", "whence", "ours:product", {"method": "TracIn"}),
-    Method("whence gradient-dot", "whence", "ours:product", {"method": "GradientDot"}),
+    Method("backtrail, auto", "backtrail", "ours:exact", {"curvature": "auto"}, ()),
+    Method("backtrail TracIn", "backtrail", "ours:product", {"method": "TracIn"}),
+    Method("backtrail gradient-dot", "backtrail", "ours:product", {"method": "GradientDot"}),
     Method("captum TracInCP, 10 checkpoints", "captum", "captum:tracin", notes=LINEAR_ONLY),
-    Method("captum Arnoldi influence function", "captum", "captum:arnoldi", counts=(), notes=ARNOLDI),
+    Method(
+        "captum Arnoldi influence function", "captum", "captum:arnoldi", counts=(), notes=ARNOLDI
+    ),
     Method("dattri TracIn, projection 512", "dattri", "dattri:tracin", counts=()),
     Method("dattri TracIn, no projection", "dattri", "dattri:tracin", {"project": False}),
     Method("dattri DVEmb, projection 512", "dattri", "dattri:dvemb", notes=AS_SGD),
-    Method("dattri DVEmb, Kronecker 512", "dattri", "dattri:dvemb", {"factors": "kronecker"}, notes=NN_LINEAR | AS_SGD),
+    Method(
+        "dattri DVEmb, Kronecker 512",
+        "dattri",
+        "dattri:dvemb",
+        {"factors": "kronecker"},
+        notes=NN_LINEAR | AS_SGD,
+    ),
     Method("dattri EK-FAC influence", "dattri", "dattri:ekfac", reasons=TWO_AXES, notes=NN_LINEAR),
     Method("dattri TRAK, 1 checkpoint", "dattri", "dattri:trak"),
-    Method("kronfluence EK-FAC", "kronfluence", "kronfluence:influence", {"strategy": "ekfac"}, notes=LINEAR_ONLY),
-    Method("kronfluence identity", "kronfluence", "kronfluence:influence", {"strategy": "identity"}, notes=LINEAR_ONLY),
+    Method(
+        "kronfluence EK-FAC",
+        "kronfluence",
+        "kronfluence:influence",
+        {"strategy": "ekfac"},
+        notes=LINEAR_ONLY,
+    ),
+    Method(
+        "kronfluence identity",
+        "kronfluence",
+        "kronfluence:influence",
+        {"strategy": "identity"},
+        notes=LINEAR_ONLY,
+    ),
     Method("TRAK (traker), 1 checkpoint", "trak", "trak:trak", reasons=ONE_LABEL),
     Method("bergson MAGIC", "bergson", reasons={"": LANGUAGE_ONLY}),
     Method("dattri-llm", "dattri_llm", reasons={"": LANGUAGE_ONLY}),

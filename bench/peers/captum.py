@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from captum.influence import TracInCP
-from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction  # exported nowhere else
+from captum.influence._core.arnoldi_influence_function import (
+    ArnoldiInfluenceFunction,  # exported nowhere else
+)
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
@@ -38,7 +40,9 @@ def load(model: nn.Module, path: str) -> float:
 
 def arguments(trained: TrainedCase, model: nn.Module) -> dict[str, Any]:
     """What both methods are told."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
     return {
         "checkpoints_load_func": load,
         "layers": layers,
@@ -66,7 +70,11 @@ def tracin(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
 
 def hessian_rows(trained: TrainedCase) -> "Dataset[Any]":
     """All rows, or a few where 200 products with the Hessian of all of them would take longer than everything else."""
-    return trained.train if trained.case.kind == "mlp" else Subset(trained.train, range(min(BATCH, len(trained.train))))
+    return (
+        trained.train
+        if trained.case.kind == "mlp"
+        else Subset(trained.train, range(min(BATCH, len(trained.train))))
+    )
 
 
 def arnoldi(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
@@ -75,6 +83,10 @@ def arnoldi(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         path = saved(trained, folder)[-1]
         function = ArnoldiInfluenceFunction(
-            model, trained.train, path, hessian_dataset=hessian_rows(trained), **arguments(trained, model)
+            model,
+            trained.train,
+            path,
+            hessian_dataset=hessian_rows(trained),
+            **arguments(trained, model),
         )
         return function.influence(queries.tensors, show_progress=False).numpy()

@@ -43,7 +43,9 @@ def batch_loss(trained: TrainedCase, model: nn.Module) -> Loss:
     return loss
 
 
-def loaders(trained: TrainedCase, queries: TensorDataset) -> tuple["DataLoader[Any]", "DataLoader[Any]"]:
+def loaders(
+    trained: TrainedCase, queries: TensorDataset
+) -> tuple["DataLoader[Any]", "DataLoader[Any]"]:
     """Training set and queries, in order."""
     return DataLoader(trained.train, batch_size=BATCH), DataLoader(queries, batch_size=BATCH)
 
@@ -90,11 +92,15 @@ def trak(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
 
 def dvemb(trained: TrainedCase, queries: TensorDataset, *, factors: str = "none") -> np.ndarray:
     """Data value embeddings, summed over the visits of a sample."""
-    scores = embedded(trained, factors=factors).attribute(DataLoader(queries, batch_size=trained.case.slots))
+    scores = embedded(trained, factors=factors).attribute(
+        DataLoader(queries, batch_size=trained.case.slots)
+    )
     return padded(scores.T.detach().numpy(), trained)
 
 
-def embedded(trained: TrainedCase, *, factors: str, dimensions: int = DIMENSIONS) -> DVEmbAttributor:
+def embedded(
+    trained: TrainedCase, *, factors: str, dimensions: int = DIMENSIONS
+) -> DVEmbAttributor:
     """Data value embeddings, gathered while the training is run again batch by batch."""
     model, optimizer = trained.case.begin()
 

@@ -41,10 +41,18 @@ def influence(trained: TrainedCase, queries: TensorDataset, *, strategy: str) ->
     model = prepare_model(trained.model(), task)
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer(
-            "table", model, task, cpu=True, disable_tqdm=True, log_level=logging.ERROR, output_dir=folder
+            "table",
+            model,
+            task,
+            cpu=True,
+            disable_tqdm=True,
+            log_level=logging.ERROR,
+            output_dir=folder,
         )
         factors = FactorArguments(strategy=strategy)
-        analyzer.fit_all_factors("factors", trained.train, per_device_batch_size=BATCH, factor_args=factors)
+        analyzer.fit_all_factors(
+            "factors", trained.train, per_device_batch_size=BATCH, factor_args=factors
+        )
         analyzer.compute_pairwise_scores(
             "scores",
             "factors",

@@ -1,11 +1,11 @@
-"""`whence` itself."""
+"""`backtrail` itself."""
 
 from typing import Literal
 
 import numpy as np
 from torch.utils.data import TensorDataset
 
-import whence
+import backtrail
 from bench.cases import TrainedCase
 
 Curvature = Literal["Hessian", "GaussNewton", "EmpiricalFisher", "Zero", "auto"]
@@ -19,11 +19,15 @@ def exact(
     slope: Literal["Tangent", "Secant"] = "Tangent",
 ) -> np.ndarray:
     """One sweep over the recording for all queries; "auto" re-runs the training and sweeps a few times before."""
-    policy = curvature if curvature == "auto" else getattr(whence, curvature)()
-    dit = whence.DIT(curvature=policy, slope=getattr(whence, slope)())
-    return dit.attribute(trained.run, whence.Loss(queries)).total()[:, 0]
+    policy = curvature if curvature == "auto" else getattr(backtrail, curvature)()
+    dit = backtrail.DIT(curvature=policy, slope=getattr(backtrail, slope)())
+    return dit.attribute(trained.run, backtrail.Loss(queries)).total()[:, 0]
 
 
-def product(trained: TrainedCase, queries: TensorDataset, *, method: Literal["TracIn", "GradientDot"]) -> np.ndarray:
+def product(
+    trained: TrainedCase, queries: TensorDataset, *, method: Literal["TracIn", "GradientDot"]
+) -> np.ndarray:
     """A product of gradients."""
-    return getattr(whence, method)().attribute(trained.run, whence.Loss(queries)).total()[:, 0]
+    return (
+        getattr(backtrail, method)().attribute(trained.run, backtrail.Loss(queries)).total()[:, 0]
+    )

@@ -13,24 +13,34 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
-from tests.apply.test_scores import of_numbers
+import backtrail
+from backtrail.apply import signals as scores
+from backtrail.apply.cleaning import gradient_sizes
+from backtrail.apply.cross_validation import cross
+from backtrail.errors import BadSetting, NoClasses, OtherRun, RowsNotReadable
+from backtrail.run.run import Run
+from tests.apply.test_signals import of_numbers
 from tests.cases import rows
-from tests.methods.test_dit import BY_NAME, recorded
+from tests.methods.dit.test_dit import BY_NAME, recorded
 from tests.record.test_ids import IDS, streamed
-from whence.apply import scores
-from whence.apply.cleaning import gradient_sizes
-from whence.apply.held_out import cross
-from whence.errors import BadSetting, NoClasses, OtherRun, RowsNotReadable
-from whence.run.run import Run
 
 WRONG = [3, 17, 40, 77, 90]
-METHODS = ["mean-loss", "held-out", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"]
+METHODS = [
+    "mean-loss",
+    "held-out",
+    "margin",
+    "el2n",
+    "loss",
+    "tracin",
+    "self-influence",
+    "dit",
+    "dve",
+]
 
 
 def suspicion(run: Run, **options: Any) -> np.ndarray:
     """Scores in the order of the samples."""
-    return whence.find_mislabeled(run, **options).sort("sample")["score"].to_numpy()
+    return backtrail.find_mislabeled(run, **options).sort("sample")["score"].to_numpy()
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +52,25 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Run:
     inputs, labels = centres[truth] + 0.5 * torch.randn(120, 2, generator=draw), truth.clone()
     labels[WRONG] = (truth[WRONG] + 1) % 3
     torch.manual_seed(0)
-    model, data = nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, 3)), TensorDataset(inputs, labels)
-    task, folder = whence.classification(model, data), tmp_path_factory.mktemp("blobs") / "run"
+    model, data = (
+        nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, 3)),
+        TensorDataset(inputs, labels),
+    )
+    task, folder = backtrail.classification(model, data), tmp_path_factory.mktemp("blobs") / "run"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with whence.Recorder(folder, task, optimizer, checkpoints=whence.Epochs()) as recorder:
+    with backtrail.Recorder(folder, task, optimizer, checkpoints=backtrail.Epochs()) as recorder:
         for _ in range(6):
             for batch in recorder.watch(DataLoader(data, 10, shuffle=True)):
                 cross_entropy(model(batch[0]), batch[1]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return whence.open_run(folder, task)
+    return backtrail.open_run(folder, task)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_wrong_labels_among_clouds_come_first(blobs: Run, method: Any) -> None:
     """Where classes are clear every ranking finds them, and the cloud that they lie in is suggested."""
-    table = whence.find_mislabeled(blobs, method=method)
+    table = backtrail.find_mislabeled(blobs, method=method)
     assert table.columns == ["rank", "sample", "score", "label", "suggested"]
     assert table["rank"].to_list() == list(range(1, 121))
     assert table["score"].is_sorted(descending=True)
@@ -78,10 +91,12 @@ def test_rankings_are_what_they_say(tmp_path: Path) -> None:
         "el2n": scores.el2n(run, states),
         "loss": scores.losses(run, run.steps),
         "tracin": gradient_sizes(run, states),
-        "self-influence": np.abs(whence.DiffIn(states).self_influence(run)),
+        "self-influence": np.abs(backtrail.DiffIn(states).self_influence(run)),
     }
     for method, wanted in expected.items():
-        np.testing.assert_allclose(suspicion(run, method=method, checkpoints=states), wanted, rtol=1e-9)
+        np.testing.assert_allclose(
+            suspicion(run, method=method, checkpoints=states), wanted, rtol=1e-9
+        )
     crossed = cross(run, states)
     found = suspicion(run, method="held-out", checkpoints=states)
     np.testing.assert_allclose(found, (crossed.out + crossed.inside) / 2, rtol=1e-12)
@@ -95,7 +110,9 @@ def test_tracin_squares_the_gradient_of_every_row(name: str, tmp_path: Path) -> 
     for state in states:
         model = BY_NAME[name].built()
         model.load_state_dict(run.state(state, replay=True).params, strict=False)
-        named = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+        named = {
+            key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad
+        }
         groups = zip(run.manifest.groups, run.step(state).settings, strict=True)
         rates = {key: float(settings["lr"]) for group, settings in groups for key in group}  # type: ignore[arg-type]
         for row in range(run.samples):
@@ -111,22 +128,30 @@ def test_tracin_squares_the_gradient_of_every_row(name: str, tmp_path: Path) -> 
 def test_a_sample_never_seen_did_no_harm(tmp_path: Path) -> None:
     """None at all, and a table does not show it as less than that."""
     run = recorded("twice in a batch", tmp_path)
-    table = whence.find_mislabeled(run, method=whence.DIT().attribute(run, whence.Loss(rows())))
+    table = backtrail.find_mislabeled(
+        run, method=backtrail.DIT().attribute(run, backtrail.Loss(rows()))
+    )
     assert str(table.filter(pl.col("sample") == 8)["score"].item()) == "0.0"
 
 
-@pytest.mark.parametrize(("method", "made"), [("dit", whence.DIT()), ("dve", whence.DataValueEmbedding())])
-def test_harm_is_negative_influence(method: Any, made: whence.DIT | whence.DataValueEmbedding, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "made"), [("dit", backtrail.DIT()), ("dve", backtrail.DataValueEmbedding())]
+)
+def test_harm_is_negative_influence(
+    method: Any, made: backtrail.DIT | backtrail.DataValueEmbedding, tmp_path: Path
+) -> None:
     """On the training set's own loss, on other rows, and on a window; an influence at hand gives the same."""
     run, other = recorded("momentum", tmp_path), rows(seed=1, count=6)
-    own = made.attribute(run, whence.Loss(run.task.data, aggregate="mean"))
+    own = made.attribute(run, backtrail.Loss(run.task.data, aggregate="mean"))
     np.testing.assert_allclose(suspicion(run, method=method), -own.total()[0, 0], rtol=1e-9)
-    on_others = made.attribute(run, whence.Loss(other, aggregate="mean"), observed_at=[2, 5])
+    on_others = made.attribute(run, backtrail.Loss(other, aggregate="mean"), observed_at=[2, 5])
     found = suspicion(run, method=method, validation=other, window=(2, 5))
     np.testing.assert_allclose(found, -on_others.window(2, 5)[0], rtol=1e-9)
     np.testing.assert_allclose(suspicion(run, method=on_others, window=(2, 5)), found, rtol=1e-9)
-    np.testing.assert_allclose(suspicion(run, method=on_others), -on_others.total()[0, -1], rtol=1e-9)
-    each = made.attribute(run, whence.Loss(other))
+    np.testing.assert_allclose(
+        suspicion(run, method=on_others), -on_others.total()[0, -1], rtol=1e-9
+    )
+    each = made.attribute(run, backtrail.Loss(other))
     np.testing.assert_allclose(suspicion(run, method=each), -each.total()[:, 0].mean(0), rtol=1e-9)
 
 
@@ -135,7 +160,7 @@ def test_the_list_is_written(blobs: Run, suffix: str, tmp_path: Path) -> None:
     """As it is returned, in place of what was there."""
     path = tmp_path / f"review{suffix}"
     path.write_text("old")
-    table = whence.find_mislabeled(blobs, method="loss", out=path)
+    table = backtrail.find_mislabeled(blobs, method="loss", out=path)
     read = pl.read_csv(path) if suffix == ".csv" else pl.read_parquet(path)
     assert read.equals(table)
     assert list(tmp_path.iterdir()) == [path]
@@ -145,7 +170,7 @@ def test_the_list_is_written(blobs: Run, suffix: str, tmp_path: Path) -> None:
 def test_samples_with_ids_show_them(method: Any, tmp_path: Path) -> None:
     """Every id once, with its own label."""
     run = streamed(tmp_path / "run")
-    table = whence.find_mislabeled(run, method=method)
+    table = backtrail.find_mislabeled(run, method=method)
     assert sorted(table["sample"].to_list()) == sorted(IDS)
     labels = dict(zip(IDS, rows_of_ids(), strict=True))
     assert table["label"].to_list() == [labels[sample] for sample in table["sample"].to_list()]
@@ -162,16 +187,18 @@ def test_rows_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     """A stream has no training set to ask about; validation rows will do."""
     run = streamed(tmp_path / "run")
     with pytest.raises(BadSetting, match="validation=None"):
-        whence.find_mislabeled(run, method="dit")
+        backtrail.find_mislabeled(run, method="dit")
     with pytest.raises(RowsNotReadable):
-        whence.find_mislabeled(run, method="self-influence")
+        backtrail.find_mislabeled(run, method="self-influence")
 
 
-@pytest.mark.parametrize("method", ["held-out", "mean-loss", "loss", "tracin", "self-influence", "dit", "dve"])
+@pytest.mark.parametrize(
+    "method", ["held-out", "mean-loss", "loss", "tracin", "self-influence", "dit", "dve"]
+)
 def test_numbers_have_no_label_to_suggest(method: Any, tmp_path: Path) -> None:
     """A regression is ranked by its losses; an outlier among the targets is the first by its loss."""
     run = of_numbers(tmp_path / "run")
-    table = whence.find_mislabeled(run, method=method)
+    table = backtrail.find_mislabeled(run, method=method)
     assert table["label"].is_null().all()
     assert table["suggested"].is_null().all()
     assert table.schema["suggested"] == pl.Int64
@@ -183,7 +210,7 @@ def test_numbers_have_no_label_to_suggest(method: Any, tmp_path: Path) -> None:
 def test_classes_that_are_not_there_are_told(method: Any, tmp_path: Path) -> None:
     """What compares classes cannot rank a regression."""
     with pytest.raises(NoClasses, match="What reads losses alone works"):
-        whence.find_mislabeled(of_numbers(tmp_path / "run"), method=method)
+        backtrail.find_mislabeled(of_numbers(tmp_path / "run"), method=method)
 
 
 def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: Path) -> None:
@@ -199,14 +226,20 @@ def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: P
     }
     for told, options in refused.items():
         with pytest.raises(BadSetting, match=told):
-            whence.find_mislabeled(blobs, **options)
+            backtrail.find_mislabeled(blobs, **options)
     other = recorded("sgd", tmp_path)
     with pytest.raises(OtherRun):
-        whence.find_mislabeled(blobs, method=whence.DIT().attribute(other, whence.Loss(rows())))
+        backtrail.find_mislabeled(
+            blobs, method=backtrail.DIT().attribute(other, backtrail.Loss(rows()))
+        )
 
 
 def test_a_method_that_is_none_is_told() -> None:
     """With those that there are, in a process without the tests' own type checks."""
-    code = "import whence\ntry: whence.find_mislabeled(None, method='guess')\nexcept whence.WhenceError as e: print(e)"
+    code = (
+        "import backtrail\n"
+        "try: backtrail.find_mislabeled(None, method='guess')\n"
+        "except backtrail.BacktrailError as e: print(e)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("method='guess' is no setting; give 'mean-loss', 'held-out'")

@@ -10,13 +10,19 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import whence
-from tests.methods.test_dit import recorded
-from tests.methods.test_exact import asked
-from whence.apply.coreset import last_inputs
-from whence.apply.herding import herded, quotas
-from whence.errors import BadSetting, EmbeddedElsewhere, NoClasses, OtherRun, RowsNotReadable, UnknownSample
-from whence.run.run import Run
+import backtrail
+from backtrail.apply.coreset import herded, last_inputs, quotas
+from backtrail.errors import (
+    BadSetting,
+    EmbeddedElsewhere,
+    NoClasses,
+    OtherRun,
+    RowsNotReadable,
+    UnknownSample,
+)
+from backtrail.run.run import Run
+from tests.methods.dit.test_dit import recorded
+from tests.methods.dit.test_exact import asked
 
 METHODS = "dve", "dit", "diff-in", "tracin", "herding", "el2n", "loss", "random"
 ROWS, CLASSES = 40, 4
@@ -30,15 +36,15 @@ def made(folder: Path, *, ids: bool = False) -> Run:
     data = TensorDataset(torch.randn(ROWS, 5, generator=draw) + labels[:, None], labels, numbers)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES))
-    task = whence.classification(model, data, **({"ids": 2} if ids else {}))
+    task = backtrail.classification(model, data, **({"ids": 2} if ids else {}))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with whence.Recorder(folder, task, optimizer, checkpoints=whence.Epochs()) as recorder:
+    with backtrail.Recorder(folder, task, optimizer, checkpoints=backtrail.Epochs()) as recorder:
         for _ in range(4):
             for inputs, targets, _ in recorder.watch(DataLoader(data, 8, shuffle=True)):
                 cross_entropy(model(inputs), targets).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return whence.open_run(folder, task)
+    return backtrail.open_run(folder, task)
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +56,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_a_share_of_every_class(run: Run, method: str) -> None:
     """Half of 16, 12, 8 and 4; each sample once, ranked from 1, with its own label; the same again."""
-    table = whence.select_coreset(run, 0.5, method=method)
+    table = backtrail.select_coreset(run, 0.5, method=method)
     assert table.columns == ["sample", "score", "rank", "label"]
     assert table["sample"].n_unique() == len(table) == ROWS / 2
     assert table["rank"].to_list() == list(range(1, len(table) + 1))
     assert table.group_by("label").len().sort("label")["len"].to_list() == [8, 6, 4, 2]
     labels = run.task.data.tensors[1].numpy()
     assert table["label"].to_list() == labels[table["sample"].to_numpy()].tolist()
-    assert whence.select_coreset(run, 0.5, method=method).equals(table)
+    assert backtrail.select_coreset(run, 0.5, method=method).equals(table)
     assert table["score"].is_null().all() == (method in {"dve", "herding", "random"})
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_of_many_are_balanced_too(run: Run, method: str) -> None:
     """No class waits for another: of any first few, every class has its share, give or take one."""
-    labels = whence.select_coreset(run, 0.5, method=method)["label"].to_numpy()
+    labels = backtrail.select_coreset(run, 0.5, method=method)["label"].to_numpy()
     for count in range(1, len(labels)):
         shares = np.bincount(labels[:count], minlength=CLASSES)
         assert np.abs(shares - count * np.array([8, 6, 4, 2]) / 20).max() <= 1
@@ -73,8 +79,8 @@ def test_the_first_of_many_are_balanced_too(run: Run, method: str) -> None:
 def test_any_fraction_counts_samples(run: Run) -> None:
     """From one sample to all of them."""
     for fraction, count in ((1e-9, 1), (0.1, 4), (0.26, 10), (1.0, ROWS)):
-        assert len(whence.select_coreset(run, fraction, method="random")) == count
-    everything = whence.select_coreset(run, 1.0)
+        assert len(backtrail.select_coreset(run, fraction, method="random")) == count
+    everything = backtrail.select_coreset(run, 1.0)
     assert sorted(everything["sample"]) == list(range(ROWS))
 
 
@@ -84,53 +90,60 @@ def test_scores_order_what_is_kept(run: Run) -> None:
     inputs, labels, _ = run.task.data.tensors
     outputs = torch.func.functional_call(run.task.model, state.params, (inputs,))
     losses = cross_entropy(outputs, labels, reduction="none").double().numpy()
-    kept = whence.select_coreset(run, 0.25, method="loss", balanced=False)
+    kept = backtrail.select_coreset(run, 0.25, method="loss", balanced=False)
     assert kept["sample"].to_list() == np.argsort(losses, kind="stable")[:10].tolist()
     np.testing.assert_allclose(kept["score"], np.sort(losses)[:10], rtol=1e-5)
-    hard = whence.select_coreset(run, 0.25, method="el2n", balanced=False)["score"].to_numpy()
+    hard = backtrail.select_coreset(run, 0.25, method="el2n", balanced=False)["score"].to_numpy()
     assert (np.diff(hard) <= 0).all()
-    assert hard[-1] >= whence.select_coreset(run, 1.0, method="el2n")["score"].sort(descending=True)[9]
+    assert (
+        hard[-1]
+        >= backtrail.select_coreset(run, 1.0, method="el2n")["score"].sort(descending=True)[9]
+    )
 
 
 def test_it_may_choose_among_some(run: Run) -> None:
     """The fraction stays one of all; of too few, all are kept; a table will do, and so will numbers."""
-    among = whence.select_coreset(run, 0.5, method="loss")
-    kept = whence.select_coreset(run, 0.2, among=among)
+    among = backtrail.select_coreset(run, 0.5, method="loss")
+    kept = backtrail.select_coreset(run, 0.2, among=among)
     assert set(kept["sample"]) <= set(among["sample"])
     assert kept["label"].value_counts().sort("label")["count"].to_list() == [3, 2, 2, 1]
-    assert whence.select_coreset(run, 0.2, among=among["sample"].to_list()).equals(kept)
-    assert set(whence.select_coreset(run, 0.9, among=among)["sample"]) == set(among["sample"])
+    assert backtrail.select_coreset(run, 0.2, among=among["sample"].to_list()).equals(kept)
+    assert set(backtrail.select_coreset(run, 0.9, among=among)["sample"]) == set(among["sample"])
     with pytest.raises(UnknownSample):
-        whence.select_coreset(run, among=[0, ROWS])
+        backtrail.select_coreset(run, among=[0, ROWS])
 
 
 def test_random_draws_follow_the_seed(run: Run) -> None:
     """Another seed, other samples."""
-    first, second = (set(whence.select_coreset(run, method="random", seed=seed)["sample"]) for seed in (0, 1))
+    first, second = (
+        set(backtrail.select_coreset(run, method="random", seed=seed)["sample"]) for seed in (0, 1)
+    )
     assert first != second
 
 
 def test_an_influence_or_embeddings_at_hand_choose_as_their_method(run: Run) -> None:
     """Nothing is computed twice; scores are the influence on the mean of the queries."""
-    queries = whence.Loss(run.task.data, samples=[0, 20, 39])
-    influence = whence.DIT().attribute(run, queries)
-    table = whence.select_coreset(run, method=influence)
-    assert table.equals(whence.select_coreset(run, queries=queries, method="dit"))
+    queries = backtrail.Loss(run.task.data, samples=[0, 20, 39])
+    influence = backtrail.DIT().attribute(run, queries)
+    table = backtrail.select_coreset(run, method=influence)
+    assert table.equals(backtrail.select_coreset(run, queries=queries, method="dit"))
     expected = influence.total()[:, -1].mean(axis=0)[table["sample"].to_numpy()]
     np.testing.assert_allclose(table["score"], expected)
-    embeddings = whence.DataValueEmbedding().embed(run)
+    embeddings = backtrail.DataValueEmbedding().embed(run)
     for asked_too in (None, queries):
-        named = whence.select_coreset(run, queries=asked_too, method="dve")
-        assert whence.select_coreset(run, queries=asked_too, method=embeddings).equals(named)
+        named = backtrail.select_coreset(run, queries=asked_too, method="dve")
+        assert backtrail.select_coreset(run, queries=asked_too, method=embeddings).equals(named)
     assert named["score"].null_count() == 0
 
 
 def test_a_row_has_no_say_about_itself(run: Run) -> None:
     """Of training losses, the influence of a row on its own is left out: all of them are asked about here."""
-    table = whence.select_coreset(run, 1.0, method="dit")
-    total = whence.DIT().attribute(run, whence.Loss(run.task.data)).total()[:, -1]
+    table = backtrail.select_coreset(run, 1.0, method="dit")
+    total = backtrail.DIT().attribute(run, backtrail.Loss(run.task.data)).total()[:, -1]
     np.fill_diagonal(total, 0.0)
-    np.testing.assert_allclose(table.sort("sample")["score"], total.mean(axis=0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        table.sort("sample")["score"], total.mean(axis=0), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_herding_takes_what_brings_the_sum_closest() -> None:
@@ -144,7 +157,10 @@ def test_herding_takes_what_brings_the_sum_closest() -> None:
         found.append(best)
         left.remove(best)
     assert herded(vectors, 4).tolist() == found
-    gaps = [np.linalg.norm(vectors[list(some)].mean(axis=0) - goal) for some in combinations(range(9), 4)]
+    gaps = [
+        np.linalg.norm(vectors[list(some)].mean(axis=0) - goal)
+        for some in combinations(range(9), 4)
+    ]
     assert np.mean(np.array(gaps) < np.linalg.norm(vectors[found].mean(axis=0) - goal)) < 0.1
 
 
@@ -170,11 +186,16 @@ def test_features_are_the_inputs_of_the_last_layer(run: Run) -> None:
 def test_samples_with_ids_are_told_by_their_ids(tmp_path: Path) -> None:
     """And training losses cannot be asked about, which the error says."""
     run = made(tmp_path / "run", ids=True)
-    table = whence.select_coreset(run, 0.5, method="dve")
+    table = backtrail.select_coreset(run, 0.5, method="dve")
     assert table["sample"].is_between(100, 100 + ROWS - 1).all()
-    assert table["label"].to_list() == run.task.data.tensors[1][table["sample"].to_numpy() - 100].tolist()
-    with pytest.raises(RowsNotReadable, match="Give queries=, or a method that needs none \\('dve', 'random'"):
-        whence.select_coreset(run, method="dit")
+    assert (
+        table["label"].to_list()
+        == run.task.data.tensors[1][table["sample"].to_numpy() - 100].tolist()
+    )
+    with pytest.raises(
+        RowsNotReadable, match="Give queries=, or a method that needs none \\('dve', 'random'"
+    ):
+        backtrail.select_coreset(run, method="dit")
 
 
 def test_a_training_without_classes_is_not_balanced(tmp_path: Path) -> None:
@@ -182,24 +203,28 @@ def test_a_training_without_classes_is_not_balanced(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(12, 2, generator=draw), torch.arange(12.0)[:, None])
     model = nn.Linear(2, 1)
-    task = whence.regression(model, data)
+    task = backtrail.regression(model, data)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with whence.Recorder(tmp_path / "run", task, optimizer, checkpoints=whence.Every(2)) as recorder:
+    with backtrail.Recorder(
+        tmp_path / "run", task, optimizer, checkpoints=backtrail.Every(2)
+    ) as recorder:
         for inputs, targets in recorder.watch(DataLoader(data, 4)):
             (model(inputs) - targets).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    run = whence.open_run(tmp_path / "run", task)
-    table = whence.select_coreset(run, 0.5)
+    run = backtrail.open_run(tmp_path / "run", task)
+    table = backtrail.select_coreset(run, 0.5)
     assert table.columns == ["sample", "score", "rank"]
     assert len(table) == 6
     with pytest.raises(NoClasses):
-        whence.select_coreset(run, balanced=True)
+        backtrail.select_coreset(run, balanced=True)
 
 
 def test_samples_never_seen_are_not_kept(tmp_path: Path) -> None:
     """A fraction is one of those that the training saw."""
-    table = whence.select_coreset(recorded("twice in a batch", tmp_path), 1.0, queries=asked(), method="dit")
+    table = backtrail.select_coreset(
+        recorded("twice in a batch", tmp_path), 1.0, queries=asked(), method="dit"
+    )
     assert sorted(table["sample"]) == [0, 1, 2, 3, 4]
 
 
@@ -207,11 +232,14 @@ def test_what_makes_no_sense_is_refused(run: Run, tmp_path: Path) -> None:
     """A share that is none, a method that is none, another run's influence."""
     for fraction in (0.0, -0.1, 1.1):
         with pytest.raises(BadSetting, match="fraction"):
-            whence.select_coreset(run, fraction, method="random")
+            backtrail.select_coreset(run, fraction, method="random")
     with pytest.raises(BadSetting, match="'dve', 'dit'"):
-        whence.select_coreset(run, method="dvee")
+        backtrail.select_coreset(run, method="dvee")
     other = made(tmp_path / "other")
     with pytest.raises(OtherRun):
-        whence.select_coreset(run, method=whence.DIT().attribute(other, whence.Loss(other.task.data, samples=[0])))
+        backtrail.select_coreset(
+            run,
+            method=backtrail.DIT().attribute(other, backtrail.Loss(other.task.data, samples=[0])),
+        )
     with pytest.raises(EmbeddedElsewhere):
-        whence.select_coreset(run, method=whence.DataValueEmbedding().embed(other))
+        backtrail.select_coreset(run, method=backtrail.DataValueEmbedding().embed(other))

@@ -6,31 +6,35 @@ import numpy as np
 import polars as pl
 import pytest
 
-import whence
-from tests.methods.test_dit import recorded
-from tests.methods.test_exact import asked
-from whence.errors import BadSetting, NotObserved, OtherRun, WithoutQueries
-from whence.influence import agreement
+import backtrail
+from backtrail import stats
+from backtrail.errors import BadSetting, NotObserved, OtherRun, WithoutQueries
+from tests.methods.dit.test_dit import recorded
+from tests.methods.dit.test_exact import asked
 
 
 def estimate(table: pl.DataFrame, method: str, measure: str) -> float:
     """One figure of the table."""
-    (found,) = table.filter(pl.col("method") == method, pl.col("measure").str.starts_with(measure))["estimate"]
+    (found,) = table.filter(pl.col("method") == method, pl.col("measure").str.starts_with(measure))[
+        "estimate"
+    ]
     return float(found)
 
 
 def test_methods_are_judged_on_the_same_removals(tmp_path: Path) -> None:
     """The exact sweep predicts them, its negative predicts the opposite, and the measures are those of the oracle."""
     run, bank = recorded("momentum", tmp_path), tmp_path / "bank"
-    found = whence.DIT().attribute(run, asked())
-    scores: dict[str, whence.Influence | np.ndarray] = {
+    found = backtrail.DIT().attribute(run, asked())
+    scores: dict[str, backtrail.Influence | np.ndarray] = {
         "exact": found,
         "negative": -found.total()[:, -1].astype(np.float64),
     }
-    table = whence.evaluate(run, scores, removals=8, shares=(0.2, 0.5), groups=6, bank=bank)
+    table = backtrail.evaluate(run, scores, removals=8, shares=(0.2, 0.5), groups=6, bank=bank)
     assert table["method"].unique().sort().to_list() == ["exact", "negative"]
     assert estimate(table, "exact", "Pearson") >= 0.9
-    assert estimate(table, "negative", "Pearson") == pytest.approx(-estimate(table, "exact", "Pearson"))
+    assert estimate(table, "negative", "Pearson") == pytest.approx(
+        -estimate(table, "exact", "Pearson")
+    )
     assert table.filter(pl.col("measure") == "Pearson")["reruns"].to_list() == [8, 8]
     assert table.filter(pl.col("measure").str.starts_with("LDS"))["removed"].unique().to_list() == [
         round(0.2 * run.samples),
@@ -44,13 +48,13 @@ def test_methods_are_judged_on_the_same_removals(tmp_path: Path) -> None:
 def test_the_score_of_groups_is_the_linear_datamodelling_score(tmp_path: Path) -> None:
     """Against retraining of the same groups by hand."""
     run = recorded("adamw", tmp_path)
-    found = whence.DIT().attribute(run, asked())
-    table = whence.evaluate(run, found, removals=0, shares=(0.3,), groups=5, seed=7)
+    found = backtrail.DIT().attribute(run, asked())
+    table = backtrail.evaluate(run, found, removals=0, shares=(0.3,), groups=5, seed=7)
     size = round(0.3 * run.samples)
     draw = np.random.default_rng((7, size))
     groups = [np.sort(draw.choice(run.ids, size, replace=False)) for _ in range(5)]
-    actual = whence.retrain(run, asked(), [group.tolist() for group in groups]).change[:, 0]
-    expected = agreement.mean_over_queries(agreement.lds(found.total()[:, -1], groups, actual))
+    actual = backtrail.retrain(run, asked(), [group.tolist() for group in groups]).change[:, 0]
+    expected = stats.mean_over_queries(stats.lds(found.total()[:, -1], groups, actual))
     assert estimate(table, "DIT", "LDS") == pytest.approx(expected)
 
 
@@ -60,7 +64,7 @@ def test_samples_known_to_be_wrong_are_looked_for(tmp_path: Path) -> None:
     wrong = [1, 4]
     scores = np.ones((len(asked().names), run.samples))
     scores[:, wrong] = -1.0
-    table = whence.evaluate(run, {"told": scores}, asked(), wrong=wrong, removals=0, shares=())
+    table = backtrail.evaluate(run, {"told": scores}, asked(), wrong=wrong, removals=0, shares=())
     assert dict(zip(table["measure"], table["estimate"], strict=True)) == {
         "AUC": 1.0,
         "average precision": 1.0,
@@ -73,36 +77,38 @@ def test_an_effort_that_is_none_is_refused(tmp_path: Path) -> None:
     """A misspelt option, a share above all, one removal, no wrong samples."""
     run = recorded("sgd", tmp_path)
     scores = {"told": np.zeros((len(asked().names), run.samples))}
-    with pytest.raises(BadSetting, match="removal=4 is no setting; give only removals, shares, groups"):
-        whence.evaluate(run, scores, asked(), removal=4)  # type: ignore[call-arg]
+    with pytest.raises(
+        BadSetting, match="removal=4 is no setting; give only removals, shares, groups"
+    ):
+        backtrail.evaluate(run, scores, asked(), removal=4)  # type: ignore[call-arg]
     with pytest.raises(BadSetting, match="shares"):
-        whence.evaluate(run, scores, asked(), removals=0, shares=(5.0,))
+        backtrail.evaluate(run, scores, asked(), removals=0, shares=(5.0,))
     with pytest.raises(BadSetting, match="removals"):
-        whence.evaluate(run, scores, asked(), removals=1)
+        backtrail.evaluate(run, scores, asked(), removals=1)
     with pytest.raises(BadSetting, match="wrong='0 samples'"):
-        whence.evaluate(run, scores, asked(), wrong=[], removals=0, shares=())
+        backtrail.evaluate(run, scores, asked(), wrong=[], removals=0, shares=())
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     """Another run, other queries, an earlier end, other shapes, nothing to judge."""
     run = recorded("sgd", tmp_path)
-    found = whence.DIT().attribute(run, asked())
+    found = backtrail.DIT().attribute(run, asked())
     with pytest.raises(OtherRun):
-        whence.evaluate(recorded("sgd", tmp_path / "again"), found)
+        backtrail.evaluate(recorded("sgd", tmp_path / "again"), found)
     with pytest.raises(WithoutQueries, match=r"Give queries=, the ones named"):
-        whence.evaluate(run, found, whence.Loss(run.task.data, aggregate="mean"))
-    with pytest.raises(WithoutQueries, match=r"Give queries=, a whence\.Loss"):
-        whence.evaluate(run, {"told": found.total()[:, -1].astype(np.float64)})
+        backtrail.evaluate(run, found, backtrail.Loss(run.task.data, aggregate="mean"))
+    with pytest.raises(WithoutQueries, match=r"Give queries=, a backtrail\.Loss"):
+        backtrail.evaluate(run, {"told": found.total()[:, -1].astype(np.float64)})
     with pytest.raises(NotObserved):
-        whence.evaluate(run, whence.DIT().attribute(run, asked(), observed_at=1))
+        backtrail.evaluate(run, backtrail.DIT().attribute(run, asked(), observed_at=1))
     with pytest.raises(BadSetting, match="shape"):
-        whence.evaluate(run, {"told": np.zeros((1, 2))}, asked())
+        backtrail.evaluate(run, {"told": np.zeros((1, 2))}, asked())
     with pytest.raises(BadSetting, match="1 scores that are not finite"):
         bad = np.zeros((len(asked().names), run.samples))
         bad[0, 1] = np.nan
-        whence.evaluate(run, {"told": bad}, asked())
+        backtrail.evaluate(run, {"told": bad}, asked())
     with pytest.raises(BadSetting, match="several by name"):
-        whence.evaluate(run, {}, asked())
-    renormalized = whence.DIT(denominator="renormalize").attribute(run, asked())
+        backtrail.evaluate(run, {}, asked())
+    renormalized = backtrail.DIT(denominator="renormalize").attribute(run, asked())
     with pytest.raises(BadSetting, match="denominator"):
-        whence.evaluate(run, {"keep": found, "share": renormalized})
+        backtrail.evaluate(run, {"keep": found, "share": renormalized})

@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import whence
+import backtrail
+from backtrail.apply.trust import draw_visited, steadiest
+from backtrail.errors import OtherRun, WithoutQueries
+from backtrail.influence.writer import from_arrays
+from backtrail.stats import Interval
 from bench.models import digits, mlp
-from tests.methods.test_dit import recorded
-from tests.methods.test_exact import asked
-from whence.apply.trust import draw_visited, steadiest
-from whence.errors import OtherRun, WithoutQueries
-from whence.influence.agreement import Interval
-from whence.influence.writer import from_arrays
+from tests.methods.dit.test_dit import recorded
+from tests.methods.dit.test_exact import asked
 
 
 def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
     """And the statement says so, with its numbers."""
     run = recorded("momentum", tmp_path)
-    influence = whence.DIT().attribute(run, asked(), observed_at="epochs")
-    trust = whence.trust(run, influence, removals=8)
+    influence = backtrail.DIT().attribute(run, asked(), observed_at="epochs")
+    trust = backtrail.trust(run, influence, removals=8)
     assert trust.derivative is not None
     assert trust.derivative.error <= 1e-6
     assert trust.removal.pearson.estimate >= 0.9
@@ -34,38 +34,42 @@ def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
 def test_a_wrong_influence_fails_the_derivative_check(tmp_path: Path) -> None:
     """Scores of twice the size predict removals in the right order, and are not the derivative."""
     run = recorded("momentum", tmp_path)
-    right = whence.DIT().attribute(run, asked())
-    wrong = from_arrays(right.description, 2 * right.values(), sample=right.sample).with_queries(asked())
-    trust = whence.trust(run, wrong, removals=8)
+    right = backtrail.DIT().attribute(run, asked())
+    wrong = from_arrays(right.description, 2 * right.values(), sample=right.sample).with_queries(
+        asked()
+    )
+    trust = backtrail.trust(run, wrong, removals=8)
     assert trust.derivative is not None
     assert not trust.derivative.passed
-    assert trust.removal.slope == pytest.approx(whence.trust(run, right, removals=8).removal.slope / 2)
+    assert trust.removal.slope == pytest.approx(
+        backtrail.trust(run, right, removals=8).removal.slope / 2
+    )
     assert "not the derivative" in str(trust)
 
 
 def test_an_influence_from_disk_needs_its_queries(tmp_path: Path) -> None:
     """The message names them; with them the checks run."""
     run = recorded("sgd", tmp_path)
-    whence.DIT().attribute(run, asked(), out=tmp_path / "dit")
-    influence = whence.open_influence(tmp_path / "dit")
+    backtrail.DIT().attribute(run, asked(), out=tmp_path / "dit")
+    influence = backtrail.open_influence(tmp_path / "dit")
     with pytest.raises(WithoutQueries, match="row 0"):
-        whence.trust(run, influence)
+        backtrail.trust(run, influence)
     with pytest.raises(WithoutQueries):
-        whence.trust(run, influence, queries=whence.Custom(lambda m: m[0].weight.sum()))
-    assert whence.trust(run, influence, queries=asked(), removals=4).derivative is not None
+        backtrail.trust(run, influence, queries=backtrail.Custom(lambda m: m[0].weight.sum()))
+    assert backtrail.trust(run, influence, queries=asked(), removals=4).derivative is not None
 
 
 def test_an_influence_of_another_run_is_refused(tmp_path: Path) -> None:
     """Even of the same training recorded twice: its numbers may come from anywhere."""
-    influence = whence.DIT().attribute(recorded("sgd", tmp_path), asked())
+    influence = backtrail.DIT().attribute(recorded("sgd", tmp_path), asked())
     with pytest.raises(OtherRun, match="was made from the run"):
-        whence.trust(recorded("sgd", tmp_path / "again"), influence)
+        backtrail.trust(recorded("sgd", tmp_path / "again"), influence)
 
 
 def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
     """Where removals fail and most influence stems from the first update, the advice says so."""
     run = recorded("momentum", tmp_path)
-    trust = whence.trust(run, whence.DIT().attribute(run, asked()), removals=8)
+    trust = backtrail.trust(run, backtrail.DIT().attribute(run, asked()), removals=8)
     failed = replace(trust.removal, pearson=Interval(0.2, 0.0, 0.5))
     assert "step 0" in replace(trust, removal=failed, early=0.8).advice
     assert "not smooth" in replace(trust, removal=failed, early=0.1).advice
@@ -74,9 +78,12 @@ def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
 def test_what_a_linear_guide_can_reach_is_measured(tmp_path: Path) -> None:
     """By counting each sample twice; a guide that is as good as that is not told to look for another."""
     run = recorded("momentum", tmp_path)
-    trust = whence.trust(run, whence.DIT().attribute(run, asked()), removals=8)
+    trust = backtrail.trust(run, backtrail.DIT().attribute(run, asked()), removals=8)
     removal = trust.removal
-    alone = [whence.retrain(run, asked(), [[sample]], weight=2.0).change[:, 0, 0] for sample in removal.samples]
+    alone = [
+        backtrail.retrain(run, asked(), [[sample]], weight=2.0).change[:, 0, 0]
+        for sample in removal.samples
+    ]
     odd = (removal.actual - np.stack(alone, axis=1)) / 2
     expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(odd, removal.actual, strict=True)])
     assert removal.reachable == pytest.approx(expected)
@@ -84,24 +91,27 @@ def test_what_a_linear_guide_can_reach_is_measured(tmp_path: Path) -> None:
     poor = replace(removal, pearson=Interval(0.5, 0.3, 0.7), reachable=0.9)
     assert 'DIT(curvature="auto")' in replace(trust, removal=poor, early=0.0).advice
     spent = replace(poor, reachable=0.53)
-    assert "No score that adds up over samples does much better" in replace(trust, removal=spent, early=0.0).advice
+    assert (
+        "No score that adds up over samples does much better"
+        in replace(trust, removal=spent, early=0.0).advice
+    )
 
 
 def test_a_broken_recording_is_said_first(tmp_path: Path) -> None:
     """Another data set of the same length and the same first rows."""
     run = recorded("sgd", tmp_path)
-    influence = whence.DIT().attribute(run, asked())
+    influence = backtrail.DIT().attribute(run, asked())
     run.task.data.tensors[0][8] += 1.0
-    with pytest.raises(whence.WhenceError, match="data set"):
+    with pytest.raises(backtrail.BacktrailError, match="data set"):
         run.verify()
-    assert "FAILED" in str(whence.trust(run, influence, removals=4)).splitlines()[0]
+    assert "FAILED" in str(backtrail.trust(run, influence, removals=4)).splitlines()[0]
 
 
 def test_renormalised_influence_is_checked_by_removals_alone(tmp_path: Path) -> None:
     """The derivative check has no meaning there."""
     run = recorded("momentum", tmp_path)
-    influence = whence.DIT(denominator="renormalize").attribute(run, asked())
-    trust = whence.trust(run, influence, removals=8)
+    influence = backtrail.DIT(denominator="renormalize").attribute(run, asked())
+    trust = backtrail.trust(run, influence, removals=8)
     assert trust.derivative is None
     assert trust.removal.pearson.estimate >= 0.9
     assert trust.removal.reachable is None
@@ -110,8 +120,8 @@ def test_renormalised_influence_is_checked_by_removals_alone(tmp_path: Path) -> 
 def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) -> None:
     """No derivative check, no talk of smoothness: what such a method leaves out is the first suspect."""
     run = recorded("adamw", tmp_path)
-    for made in (whence.TracIn(), whence.GradientDot()):
-        trust = whence.trust(run, made.attribute(run, asked()), removals=8)
+    for made in (backtrail.TracIn(), backtrail.GradientDot()):
+        trust = backtrail.trust(run, made.attribute(run, asked()), removals=8)
         assert trust.derivative is None
         assert "derivative" not in str(trust)
         sure = replace(trust.removal, pearson=Interval(0.95, 0.9, 0.99), slope=1.0)
@@ -121,7 +131,7 @@ def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) 
         poor = replace(trust.removal, pearson=Interval(0.2, 0.0, 0.5))
         advice = replace(trust, removal=poor, early=0.9).advice
         assert advice.startswith(f"{name} is a poor guide")
-        assert "whence.DIT()" in advice
+        assert "backtrail.DIT()" in advice
 
 
 def test_only_visited_samples_are_left_out(tmp_path: Path) -> None:
@@ -150,17 +160,17 @@ def test_influence_predicts_leave_one_out_on_digits(optimizer: Any, tmp_path: Pa
     """A training on real handwriting: Pearson with retraining is at least 0.99."""
     torch.manual_seed(0)
     model, (train, test) = mlp(), digits()
-    task, moving = whence.classification(model, train), optimizer(model.parameters())
+    task, moving = backtrail.classification(model, train), optimizer(model.parameters())
     loader = DataLoader(train, batch_size=50, shuffle=True)
-    with whence.Recorder(tmp_path / "run", task, moving) as recorder:
+    with backtrail.Recorder(tmp_path / "run", task, moving) as recorder:
         for _ in range(7):
             for batch in recorder.watch(loader):
                 torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
                 moving.step()
                 moving.zero_grad()
-    run = whence.open_run(tmp_path / "run", task)
-    influence = whence.DIT().attribute(run, whence.Loss(test, aggregate="mean"))
-    trust = whence.trust(run, influence, removals=24)
+    run = backtrail.open_run(tmp_path / "run", task)
+    influence = backtrail.DIT().attribute(run, backtrail.Loss(test, aggregate="mean"))
+    trust = backtrail.trust(run, influence, removals=24)
     assert trust.removal.pearson.estimate >= 0.99
     assert trust.derivative is not None
     assert trust.derivative.passed

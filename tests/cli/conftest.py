@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from whence import cli
-from whence.cli.reference import _load
+from backtrail import cli
+from backtrail.cli.reference import _load
 
 TASK_FILE = """
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-import whence
+import backtrail
 
 draw = torch.Generator().manual_seed(0)
 data = TensorDataset(torch.randn(12, 3, generator=draw), torch.randint(2, (12,), generator=draw))
@@ -19,13 +19,13 @@ data = TensorDataset(torch.randn(12, 3, generator=draw), torch.randint(2, (12,),
 def make(seed=0):
     torch.manual_seed(seed)
     layers = torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
-    return whence.classification(torch.nn.Sequential(*layers), data)
+    return backtrail.classification(torch.nn.Sequential(*layers), data)
 
 task = make()
-queries = whence.Loss(data, samples=[0, 3])
+queries = backtrail.Loss(data, samples=[0, 3])
 number = 3
 
-def task_maker() -> whence.Task:
+def task_maker() -> backtrail.Task:
     return make()
 
 def broken():
@@ -34,7 +34,7 @@ def broken():
 def train(folder):
     made = make()
     optimizer = torch.optim.SGD(made.model.parameters(), lr=0.3)
-    with whence.Recorder(folder, made, optimizer, checkpoints=whence.Every(4)) as recorder:
+    with backtrail.Recorder(folder, made, optimizer, checkpoints=backtrail.Every(4)) as recorder:
         for _ in range(3):
             for inputs, labels in recorder.watch(DataLoader(data, 4)):
                 torch.nn.functional.cross_entropy(made.model(inputs), labels).backward()
@@ -76,6 +76,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (found.folder / "my_file.py").write_text(TASK_FILE)
     _load(found.folder / "my_file.py").train(found.run)
     assert (
-        cli.main(["attribute", found.run, *found.references, "--observed-at", "epochs", "--out", found.influence]) == 0
+        cli.main(
+            [
+                "attribute",
+                found.run,
+                *found.references,
+                "--observed-at",
+                "epochs",
+                "--out",
+                found.influence,
+            ]
+        )
+        == 0
     )
     return found

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import whence
+import backtrail
+from backtrail import cli
+from backtrail.cli.reference import task_at
 from tests.cli.conftest import Place
-from whence import cli
-from whence.cli.reference import task_at
 
 Captured = pytest.CaptureFixture[str]
 
@@ -29,7 +29,7 @@ def run(capsys: Captured, *arguments: str) -> tuple[str, str]:
 def next_words(text: str) -> list[str]:
     """The words of the command that the last line proposes."""
     last = text.strip().splitlines()[-1]
-    assert last.startswith("next: whence ")
+    assert last.startswith("next: backtrail ")
     return shlex.split(last)[2:]
 
 
@@ -37,8 +37,17 @@ def test_info_tells_what_a_run_holds(place: Place, capsys: Captured) -> None:
     """Steps, epochs, learning rate and batches are those of the training, and no task is needed."""
     out, err = run(capsys, "info", place.run, "--form", "json")
     told = json.loads(out)
-    assert (told["steps"], told["epochs"], told["training_samples"], told["states_kept"]) == (9, 3, 12, 4)
-    assert (told["optimizer"], told["learning_rate"], told["samples_a_step"]) == ("SGD", [0.3, 0.3], [4, 4])
+    assert (told["steps"], told["epochs"], told["training_samples"], told["states_kept"]) == (
+        9,
+        3,
+        12,
+        4,
+    )
+    assert (told["optimizer"], told["learning_rate"], told["samples_a_step"]) == (
+        "SGD",
+        [0.3, 0.3],
+        [4, 4],
+    )
     assert told["finished"] is True
     assert told["mebibytes_on_disk"] > 0
     assert next_words(err)[:2] == ["verify", place.run]
@@ -47,7 +56,9 @@ def test_info_tells_what_a_run_holds(place: Place, capsys: Captured) -> None:
 def test_info_tells_of_captured_rows(place: Place, capsys: Captured, tmp_path: Path) -> None:
     """Where a recording holds some, they are most of it."""
     copy = Path(shutil.copytree(place.run, tmp_path / "run"))
-    assert "mebibytes_of_captured_rows" not in json.loads(run(capsys, "info", str(copy), "--form", "json")[0])
+    assert "mebibytes_of_captured_rows" not in json.loads(
+        run(capsys, "info", str(copy), "--form", "json")[0]
+    )
     (copy / "rows").mkdir()
     (copy / "rows" / "00000000.safetensors").write_bytes(bytes(2**20))
     told = json.loads(run(capsys, "info", str(copy), "--form", "json")[0])
@@ -74,10 +85,10 @@ def test_verify_replays(place: Place, capsys: Captured) -> None:
 
 def test_attribute_answers_as_the_library_does(place: Place) -> None:
     """The influence on disk is the one that DIT gives for the same task and queries."""
-    recorded = whence.open_run(place.run, task_at(place.at("task")))
-    queries = whence.Loss(recorded.task.data, samples=[0, 3])
-    expected = whence.DIT().attribute(recorded, queries, observed_at="epochs")
-    found = whence.open_influence(place.influence)
+    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    queries = backtrail.Loss(recorded.task.data, samples=[0, 3])
+    expected = backtrail.DIT().attribute(recorded, queries, observed_at="epochs")
+    found = backtrail.open_influence(place.influence)
     assert found.observed_at == (3, 6, 9)
     assert (found.values() == expected.values()).all()
 
@@ -85,40 +96,72 @@ def test_attribute_answers_as_the_library_does(place: Place) -> None:
 def test_attribute_at_given_states(place: Place, capsys: Captured) -> None:
     """States can be numbers, and the result is told with the command to look at it."""
     out_folder = str(place.folder / "two states")
-    out, _ = run(capsys, "attribute", place.run, *place.references, "--out", out_folder, "--observed-at", "2", "5")
-    assert whence.open_influence(out_folder).observed_at == (2, 5)
+    out, _ = run(
+        capsys,
+        "attribute",
+        place.run,
+        *place.references,
+        "--out",
+        out_folder,
+        "--observed-at",
+        "2",
+        "5",
+    )
+    assert backtrail.open_influence(out_folder).observed_at == (2, 5)
     assert "positive = helpful" in out
     assert next_words(out) == ["top", out_folder]
 
 
 @pytest.mark.parametrize(
     ("method", "made"),
-    [("tracin", whence.TracIn()), ("gradient-dot", whence.GradientDot()), ("dve", whence.DataValueEmbedding())],
+    [
+        ("tracin", backtrail.TracIn()),
+        ("gradient-dot", backtrail.GradientDot()),
+        ("dve", backtrail.DataValueEmbedding()),
+    ],
     ids=["tracin", "dot", "dve"],
 )
 def test_attribute_by_another_method(
     method: str,
-    made: whence.TracIn | whence.GradientDot | whence.DataValueEmbedding,
+    made: backtrail.TracIn | backtrail.GradientDot | backtrail.DataValueEmbedding,
     place: Place,
     capsys: Captured,
     tmp_path: Path,
 ) -> None:
     """The influence on disk is the method's own, and says so."""
-    out, _ = run(capsys, "attribute", place.run, *place.references, "--out", str(tmp_path / "out"), "--method", method)
-    recorded = whence.open_run(place.run, task_at(place.at("task")))
-    expected = made.attribute(recorded, whence.Loss(recorded.task.data, samples=[0, 3]))
+    out, _ = run(
+        capsys,
+        "attribute",
+        place.run,
+        *place.references,
+        "--out",
+        str(tmp_path / "out"),
+        "--method",
+        method,
+    )
+    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    expected = made.attribute(recorded, backtrail.Loss(recorded.task.data, samples=[0, 3]))
     assert out.startswith(f"Influence by {type(made).__name__}")
-    assert (whence.open_influence(tmp_path / "out").values() == expected.values()).all()
+    assert (backtrail.open_influence(tmp_path / "out").values() == expected.values()).all()
 
 
 @pytest.mark.parametrize("query", ["1", "loss[3]"])
 def test_top_lists_what_the_library_lists(place: Place, capsys: Captured, query: str) -> None:
     """A query is found by number and by name, with order and window."""
     flags = ("--k", "4", "--query", query, "--order", "helpful", "--window", "3", "9")
-    expected = whence.open_influence(place.influence).top(4, query=1, order="helpful", window=(3, 9))
+    expected = backtrail.open_influence(place.influence).top(
+        4, query=1, order="helpful", window=(3, 9)
+    )
     out, err = run(capsys, "top", place.influence, *flags, "--form", "csv")
     assert pl.read_csv(StringIO(out)).rows() == expected.rows()
-    assert next_words(err) == ["curve", place.influence, "--sample", str(expected["sample"][0]), "--query", query]
+    assert next_words(err) == [
+        "curve",
+        place.influence,
+        "--sample",
+        str(expected["sample"][0]),
+        "--query",
+        query,
+    ]
     out, _ = run(capsys, "top", place.influence, *flags, "--form", "json")
     assert [row["sample"] for row in json.loads(out)] == expected["sample"].to_list()
 
@@ -137,7 +180,10 @@ def test_top_for_people_says_what_a_number_means(place: Place, capsys: Captured)
 def test_curve_follows_one_sample(place: Place, capsys: Captured) -> None:
     """The points are the library's, from zero at state 0."""
     out, _ = run(capsys, "curve", place.influence, "--sample", "5", "--form", "csv")
-    assert pl.read_csv(StringIO(out)).rows() == whence.open_influence(place.influence).curve(sample=5).rows()
+    assert (
+        pl.read_csv(StringIO(out)).rows()
+        == backtrail.open_influence(place.influence).curve(sample=5).rows()
+    )
 
 
 def test_patterns_counts_every_sample_once(place: Place, capsys: Captured) -> None:
@@ -152,21 +198,35 @@ def test_patterns_counts_every_sample_once(place: Place, capsys: Captured) -> No
 
 def test_regimes_tells_what_the_library_finds(place: Place, capsys: Captured) -> None:
     """A row per regime without a task, and the sentence above the table for people."""
-    recorded = whence.open_run(place.run, task_at(place.at("task")))
-    expected = whence.regimes(recorded, whence.open_influence(place.influence))
+    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    expected = backtrail.regimes(recorded, backtrail.open_influence(place.influence))
     out, err = run(capsys, "regimes", place.run, place.influence, "--form", "csv")
     assert pl.read_csv(StringIO(out)).rows() == expected.table().rows()
     assert next_words(err) == ["top", place.influence]
     out, _ = run(capsys, "regimes", place.run, place.influence, "--query", "1")
-    assert out.startswith(whence.regimes(recorded, whence.open_influence(place.influence), query=1).summary)
+    assert out.startswith(
+        backtrail.regimes(recorded, backtrail.open_influence(place.influence), query=1).summary
+    )
 
 
-def test_coreset_keeps_what_the_library_keeps(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_coreset_keeps_what_the_library_keeps(
+    place: Place, capsys: Captured, tmp_path: Path
+) -> None:
     """The whole table in a file and in the forms for machines, the first ten for people."""
-    recorded = whence.open_run(place.run, task_at(place.at("task")))
+    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
     words = "coreset", place.run, "--task", place.at("task"), "--fraction"
-    expected = whence.select_coreset(recorded, 0.95, method="loss")
-    out, err = run(capsys, *words, "0.95", "--method", "loss", "--form", "csv", "--out", str(tmp_path / "kept.csv"))
+    expected = backtrail.select_coreset(recorded, 0.95, method="loss")
+    out, err = run(
+        capsys,
+        *words,
+        "0.95",
+        "--method",
+        "loss",
+        "--form",
+        "csv",
+        "--out",
+        str(tmp_path / "kept.csv"),
+    )
     assert pl.read_csv(StringIO(out)).equals(expected)
     assert pl.read_csv(tmp_path / "kept.csv").equals(expected)
     assert next_words(err) == ["info", place.run]
@@ -175,7 +235,7 @@ def test_coreset_keeps_what_the_library_keeps(place: Place, capsys: Captured, tm
     assert len(out.splitlines()) == 2 + 11 + 2
     assert next_words(out)[:2] == ["coreset", place.run]
     out, _ = run(capsys, *words, "0.5", "--method", "dit", "--form", "json")
-    assert pl.read_json(StringIO(out)).equals(whence.select_coreset(recorded, 0.5, method="dit"))
+    assert pl.read_json(StringIO(out)).equals(backtrail.select_coreset(recorded, 0.5, method="dit"))
 
 
 def test_trust_states_three_checks(place: Place, capsys: Captured) -> None:
@@ -190,14 +250,16 @@ def test_trust_states_three_checks(place: Place, capsys: Captured) -> None:
 
 def test_trust_fails_with_code_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed check is no error of the program: the statement is printed, and the exit code is 1."""
-    monkeypatch.setattr("whence.apply.trust.GOOD", 1.1)
-    assert cli.main(["trust", place.run, place.influence, *place.references, "--removals", "3"]) == 1
+    monkeypatch.setattr("backtrail.apply.trust.GOOD", 1.1)
+    assert (
+        cli.main(["trust", place.run, place.influence, *place.references, "--removals", "3"]) == 1
+    )
 
 
 def test_clean_lists_what_the_library_lists(place: Place, capsys: Captured, tmp_path: Path) -> None:
     """The ranking on the screen and in the file, and for people what it is."""
-    recorded = whence.open_run(place.run, task_at(place.at("task")))
-    expected, path = whence.find_mislabeled(recorded), tmp_path / "review.csv"
+    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    expected, path = backtrail.find_mislabeled(recorded), tmp_path / "review.csv"
     task = ("--task", place.at("task"))
     out, err = run(capsys, "clean", place.run, *task, "--out", str(path), "--form", "json")
     assert [row["sample"] for row in json.loads(out)] == expected["sample"].to_list()
@@ -210,9 +272,18 @@ def test_clean_lists_what_the_library_lists(place: Place, capsys: Captured, tmp_
 
 def test_clean_asks_about_a_data_set_of_the_file(place: Place, capsys: Captured) -> None:
     """Validation rows are named like a task."""
-    recorded = whence.open_run(place.run, task_at(place.at("task")))
-    expected = whence.find_mislabeled(recorded, method="dit", validation=recorded.task.data)
-    flags = ("--task", place.at("task"), "--method", "dit", "--validation", place.at("data"), "--form", "csv")
+    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    expected = backtrail.find_mislabeled(recorded, method="dit", validation=recorded.task.data)
+    flags = (
+        "--task",
+        place.at("task"),
+        "--method",
+        "dit",
+        "--validation",
+        place.at("data"),
+        "--form",
+        "csv",
+    )
     out, _ = run(capsys, "clean", place.run, *flags)
     assert pl.read_csv(StringIO(out))["sample"].to_list() == expected["sample"].to_list()
 
@@ -220,7 +291,9 @@ def test_clean_asks_about_a_data_set_of_the_file(place: Place, capsys: Captured)
 def test_next_commands_work(place: Place, capsys: Captured) -> None:
     """From a run to a curve by typing what the command before proposed, file names filled in."""
     out, _ = run(capsys, "info", place.run)
-    out, _ = run(capsys, *(word.replace("FILE.py:task", place.at("task")) for word in next_words(out)))
+    out, _ = run(
+        capsys, *(word.replace("FILE.py:task", place.at("task")) for word in next_words(out))
+    )
     for verb in ("attribute", "top", "curve", "patterns"):
         words = next_words(out)
         assert words[0] == verb
@@ -228,24 +301,40 @@ def test_next_commands_work(place: Place, capsys: Captured) -> None:
     assert next_words(out)[0] == "trust"
 
 
-def test_evaluate_puts_influences_side_by_side(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_evaluate_puts_influences_side_by_side(
+    place: Place, capsys: Captured, tmp_path: Path
+) -> None:
     """A row per influence and measure; the bank holds the re-runs."""
     sides = place.influence, place.influence
-    out, err = run(capsys, "evaluate", place.run, *sides, *place.references, "--bank", str(tmp_path), "--form", "csv")
+    out, err = run(
+        capsys,
+        "evaluate",
+        place.run,
+        *sides,
+        *place.references,
+        "--bank",
+        str(tmp_path),
+        "--form",
+        "csv",
+    )
     table = pl.read_csv(StringIO(out))
     assert set(table["measure"]) == {"Pearson", "Spearman", "slope", "LDS, 5%"}
     assert set(table["method"]) == {place.influence}
-    assert len(list(tmp_path.iterdir())) == 1  # 5 % of twelve are one, and each was left out already
+    assert (
+        len(list(tmp_path.iterdir())) == 1
+    )  # 5 % of twelve are one, and each was left out already
     assert next_words(err)[0] == "trust"
 
 
-def test_forget_writes_what_the_library_returns(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_forget_writes_what_the_library_returns(
+    place: Place, capsys: Captured, tmp_path: Path
+) -> None:
     """A state_dict on disk that the model loads, and the command that compares it with retraining."""
     file = tmp_path / "new" / "model.safetensors"
     flags = ("--task", place.at("task"), "--samples", "3", "5", "--replay", "4", "--out", str(file))
     out, _ = run(capsys, "forget", place.run, *flags)
-    recorded = whence.open_run(place.run, task_at(place.at("task")))
-    expected, found = whence.forget(recorded, [3, 5], replay=4), load_file(file)
+    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    expected, found = backtrail.forget(recorded, [3, 5], replay=4), load_file(file)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert out.startswith("2 samples forgotten, 4 tensors written")
@@ -254,7 +343,15 @@ def test_forget_writes_what_the_library_returns(place: Place, capsys: Captured, 
 
 def test_forget_is_judged_by_a_test_set(place: Place, capsys: Captured, tmp_path: Path) -> None:
     """Three measures beside training again; and all steps replayed is what to type next."""
-    flags = ("--task", place.at("task"), "--samples", "3", "5", "--out", str(tmp_path / "model.safetensors"))
+    flags = (
+        "--task",
+        place.at("task"),
+        "--samples",
+        "3",
+        "5",
+        "--out",
+        str(tmp_path / "model.safetensors"),
+    )
     out, _ = run(capsys, "forget", place.run, *flags, "--test", place.at("data"))
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["parameters", "predictions", "membership"]

@@ -7,14 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-import whence
-from whence import cli
-from whence.cli import demo_task
-from whence.cli.demo import fresh
-from whence.cli.demo_measure import accuracy, early_late, most_harmful, overhead, rankings, windows
-from whence.cli.demo_task import TRAINING, VALIDATION, WRONG, digits, fit, queries, task
-from whence.influence.influence import Influence
-from whence.run.run import Run
+import backtrail
+from backtrail import cli
+from backtrail.cli import demo_task
+from backtrail.cli.demo import fresh
+from backtrail.cli.demo_measure import (
+    accuracy,
+    early_late,
+    most_harmful,
+    overhead,
+    rankings,
+    windows,
+)
+from backtrail.cli.demo_task import TRAINING, VALIDATION, WRONG, digits, fit, queries, task
+from backtrail.influence.influence import Influence
+from backtrail.run.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +32,8 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Influence]:
         patch.setattr(demo_task, "EPOCHS", 3)
         learner = task()
         fit(learner, folder)
-    run = whence.open_run(folder, learner)
-    return run, whence.DIT().attribute(run, queries(), observed_at="epochs")
+    run = backtrail.open_run(folder, learner)
+    return run, backtrail.DIT().attribute(run, queries(), observed_at="epochs")
 
 
 def test_a_tenth_of_the_labels_is_wrong() -> None:
@@ -35,7 +42,11 @@ def test_a_tenth_of_the_labels_is_wrong() -> None:
     given = found.training.tensors[1]
     assert torch.equal(given != found.truth, found.wrong)
     assert int(found.wrong.sum()) == WRONG
-    assert [len(part) for part in (found.training, found.validation, found.test)] == [TRAINING, VALIDATION, 397]
+    assert [len(part) for part in (found.training, found.validation, found.test)] == [
+        TRAINING,
+        VALIDATION,
+        397,
+    ]
     assert 0 <= int(given.min()) <= int(given.max()) <= 9
 
 
@@ -107,12 +118,32 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     told = capsys.readouterr().out
     assert "FAILED" not in told
     assert "DIFFERENT" not in told
-    for name in ("task.py", "run", "influence", "plots/curve.png", "plots/heatmap.png", "plots/removals.png"):
+    for name in (
+        "task.py",
+        "run",
+        "influence",
+        "plots/curve.png",
+        "plots/heatmap.png",
+        "plots/removals.png",
+    ):
         assert (folder / name).exists(), name
-    wrong = digits().wrong[whence.open_influence(folder / "influence").top(WRONG)["sample"].to_list()]
+    wrong = digits().wrong[
+        backtrail.open_influence(folder / "influence").top(WRONG)["sample"].to_list()
+    ]
     assert int(wrong.sum()) > 0.75 * WRONG
-    commands = [shlex.split(line.removeprefix("next:")) for line in told.splitlines() if " whence " in line]
-    commands = [words[1:] for words in commands if words[0] == "whence" and words[1] != "demo:"]
-    assert [words[0] for words in commands] == ["info", "top", "curve", "patterns", "trust", "verify"]
+    commands = [
+        shlex.split(line.removeprefix("next:"))
+        for line in told.splitlines()
+        if " backtrail " in line
+    ]
+    commands = [words[1:] for words in commands if words[0] == "backtrail" and words[1] != "demo:"]
+    assert [words[0] for words in commands] == [
+        "info",
+        "top",
+        "curve",
+        "patterns",
+        "trust",
+        "verify",
+    ]
     for words in commands:
         assert cli.main(["4" if word == "100" else word for word in words]) == 0

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from backtrail import cli
+from backtrail.cli import show
+from backtrail.cli.reference import _load
 from tests.cli.conftest import Place
-from whence import cli
-from whence.cli import show
-from whence.cli.reference import _load
 
 Captured = pytest.CaptureFixture[str]
 
@@ -19,7 +19,7 @@ def failing(capsys: Captured, *arguments: str) -> str:
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("whence: ")
+    assert err.startswith("backtrail: ")
     assert err.count("\n") == 1
     return err
 
@@ -53,7 +53,9 @@ def test_references_that_lead_nowhere(place: Place, capsys: Captured, reference:
         ("import math\ntask = math.sqrt()\n", "line 2: TypeError"),
     ],
 )
-def test_files_that_do_not_run(place: Place, capsys: Captured, tmp_path: Path, *, source: str, said: str) -> None:
+def test_files_that_do_not_run(
+    place: Place, capsys: Captured, tmp_path: Path, *, source: str, said: str
+) -> None:
     """What goes wrong in the user's file is told with its line."""
     path = tmp_path / "mine.py"
     path.write_text(source)
@@ -64,13 +66,27 @@ def test_no_queries_in_a_file(capsys: Captured, place: Place, tmp_path: Path) ->
     """A file without what is wanted says so."""
     path = tmp_path / "empty.py"
     path.write_text("x = 1\n")
-    flags = ("--task", place.at("task"), "--queries", f"{path}:queries", "--out", str(tmp_path / "out"))
+    flags = (
+        "--task",
+        place.at("task"),
+        "--queries",
+        f"{path}:queries",
+        "--out",
+        str(tmp_path / "out"),
+    )
     assert "There is no Query in it." in failing(capsys, "attribute", place.run, *flags)
 
 
 def test_only_data_sets_are_named_as_such(place: Place, capsys: Captured, tmp_path: Path) -> None:
     """Strings and classes have a length and items, too; and nothing is written before the rows are found."""
-    flags = ("--task", place.at("task"), "--samples", "3", "--out", str(tmp_path / "model.safetensors"))
+    flags = (
+        "--task",
+        place.at("task"),
+        "--samples",
+        "3",
+        "--out",
+        str(tmp_path / "model.safetensors"),
+    )
     said = failing(capsys, "forget", place.run, *flags, "--test", place.at("nothing"))
     assert said.endswith("my_file.py has no 'nothing'. A data set there: data.\n")
     assert list(tmp_path.iterdir()) == []
@@ -79,17 +95,27 @@ def test_only_data_sets_are_named_as_such(place: Place, capsys: Captured, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("coreset", "--out", "kept.parquet"), "out='kept.parquet' is no setting; give the name of a file that ends"),
+        (
+            ("coreset", "--out", "kept.parquet"),
+            "out='kept.parquet' is no setting; give the name of a file that ends",
+        ),
         (("forget", "--samples", "3", "--out", "model.pt"), "ends with .safetensors"),
-        (("forget", "--out", "model.safetensors", "--samples"), "give at least one sample to forget"),
+        (
+            ("forget", "--out", "model.safetensors", "--samples"),
+            "give at least one sample to forget",
+        ),
     ],
 )
-def test_files_and_samples_that_are_none(place: Place, capsys: Captured, *, words: tuple[str, ...], said: str) -> None:
+def test_files_and_samples_that_are_none(
+    place: Place, capsys: Captured, *, words: tuple[str, ...], said: str
+) -> None:
     """A file is not written in a format that its name denies, and nothing is not forgotten."""
     assert said in failing(capsys, words[0], place.run, "--task", place.at("task"), *words[1:])
 
 
-def test_errors_of_the_library_are_lines_too(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_errors_of_the_library_are_lines_too(
+    place: Place, capsys: Captured, tmp_path: Path
+) -> None:
     """A folder without a run or an influence, an unknown sample, query or window: no traceback."""
     assert "holds no run" in failing(capsys, "info", str(tmp_path))
     assert "holds no influence" in failing(capsys, "top", str(tmp_path))
@@ -113,14 +139,20 @@ def test_system_errors_are_lines_too(place: Place, capsys: Captured, tmp_path: P
     assert "file" in failing(capsys, "attribute", place.run, *place.references, "--out", out)
 
 
-def test_demo_without_its_extra(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_without_its_extra(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is missing is told with the command that installs it, before any file is written."""
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert "pip install 'whence[demo]'" in failing(capsys, "demo", "--out", str(tmp_path / "demo"))
+    assert "pip install 'backtrail[demo]'" in failing(
+        capsys, "demo", "--out", str(tmp_path / "demo")
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_ends_quietly(place: Place, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_quietly(
+    place: Place, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An interrupt is no error: nothing is printed, and the code is 130."""
 
     def interrupt(*_: object, **__: object) -> None:

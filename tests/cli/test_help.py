@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from whence import cli
-from whence.cli import show
+from backtrail import cli
+from backtrail.cli import show
 
 Captured = pytest.CaptureFixture[str]
 
@@ -47,20 +47,25 @@ def spelled(verb: Verb) -> list[str]:
     """Arguments of a command as they are typed: positional ones in capitals."""
     arguments = inspect.signature(verb).parameters.values()
     dashed = [(a.name.upper(), "--" + a.name.replace("_", "-")) for a in arguments]
-    return [flag if a.kind is a.KEYWORD_ONLY else word for a, (word, flag) in zip(arguments, dashed, strict=True)]
+    return [
+        flag if a.kind is a.KEYWORD_ONLY else word
+        for a, (word, flag) in zip(arguments, dashed, strict=True)
+    ]
 
 
 def test_flags_are_frozen() -> None:
     """Commands and flags are exactly these, at most six flags each."""
     assert {verb.__name__: spelled(verb) for verb in cli.VERBS} == FLAGS
-    assert all(len([word for word in words if word.startswith("--")]) <= 6 for words in FLAGS.values())
+    assert all(
+        len([word for word in words if word.startswith("--")]) <= 6 for words in FLAGS.values()
+    )
 
 
 @pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.__name__)
 def test_every_command_explains_itself(verb: Verb, capsys: Captured) -> None:
     """The help has every argument, an explanation of each, and an example that begins like a command."""
     told = helped(capsys, verb.__name__, "--help")
-    assert f"Example: whence {verb.__name__}" in told
+    assert f"Example: backtrail {verb.__name__}" in told
     assert (verb.__doc__ or "").splitlines()[0] in " ".join(told.split())
     for word in FLAGS[verb.__name__]:
         assert word in told
@@ -72,11 +77,13 @@ def test_examples_name_real_flags() -> None:
     for verb in cli.VERBS:
         doc = verb.__doc__ or ""
         example = doc[doc.index("Example:") :].split("\n\n")[0]
-        assert {word for word in example.split() if word.startswith("--")} <= set(FLAGS[verb.__name__])
+        assert {word for word in example.split() if word.startswith("--")} <= set(
+            FLAGS[verb.__name__]
+        )
 
 
 def test_help_lists_all_commands(capsys: Captured) -> None:
-    """`whence --help`, and `whence` alone, list every command with one line."""
+    """`backtrail --help`, and `backtrail` alone, list every command with one line."""
     told = helped(capsys, "--help")
     assert all(f"• {name} " in told for name in FLAGS)
     assert "Example" not in told
@@ -87,7 +94,7 @@ def test_help_loads_nothing_heavy() -> None:
     """Asking for help brings in no library that takes time."""
     heavy = "{'torch', 'numpy', 'scipy', 'polars', 'zarr', 'matplotlib', 'sklearn'}"
     code = (
-        "import sys\nfrom whence.cli import main\n"
+        "import sys\nfrom backtrail.cli import main\n"
         f"try: main(['--help'])\nexcept SystemExit: print('HEAVY', *sorted({heavy} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -96,9 +103,9 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_the_program_is_installed() -> None:
     """The entry point runs, and a broken pipe is no error."""
-    program = Path(sys.executable).with_name("whence")
+    program = Path(sys.executable).with_name("backtrail")
     if not program.exists():
-        pytest.skip("whence is not installed in this environment")
+        pytest.skip("backtrail is not installed in this environment")
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([program, "--help"], stdout=writing, stderr=subprocess.PIPE, check=False)
@@ -109,15 +116,15 @@ def test_the_program_is_installed() -> None:
 @pytest.mark.parametrize(
     ("found", "started", "said"),
     [
-        ("/bin/whence", ".venv/bin/whence", "whence"),
-        (None, ".venv/bin/whence", ".venv/bin/whence"),
-        (None, "pytest", "whence"),
+        ("/bin/backtrail", ".venv/bin/backtrail", "backtrail"),
+        (None, ".venv/bin/backtrail", ".venv/bin/backtrail"),
+        (None, "pytest", "backtrail"),
     ],
 )
 def test_suggested_commands_can_be_typed(
     monkeypatch: pytest.MonkeyPatch, *, found: str | None, started: str, said: str
 ) -> None:
     """A program that the shell does not find is named by its place."""
-    monkeypatch.setattr(shutil, "which", {"whence": found}.get)
+    monkeypatch.setattr(shutil, "which", {"backtrail": found}.get)
     monkeypatch.setattr(sys, "argv", [str(Path.cwd() / started)])
     assert show.command("top", "run/dit") == f"{said} top run/dit"

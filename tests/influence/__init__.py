@@ -1,1 +1,1 @@
-"""Tests of whence.influence."""
+"""Tests of backtrail.influence."""

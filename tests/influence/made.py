@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from whence.influence.influence import Influence
-from whence.influence.layout import Description
-from whence.influence.writer import from_arrays
+from backtrail.influence.influence import Influence
+from backtrail.influence.layout import Description
+from backtrail.influence.writer import from_arrays
 
 QUERIES, OBSERVED, STEPS, SLOTS, SAMPLES = ("loss a", "loss b", "größe"), (0, 3, 7, 10), 11, 4, 9
 

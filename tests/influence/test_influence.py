@@ -7,6 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from backtrail import errors
+from backtrail.influence.influence import Influence, open_influence
+from backtrail.influence.tables import Order
+from backtrail.influence.writer import from_arrays
 from tests.influence.made import (
     OBSERVED,
     QUERIES,
@@ -19,10 +23,6 @@ from tests.influence.made import (
     slots,
     summed,
 )
-from whence import errors
-from whence.influence.influence import Influence, open_influence
-from whence.influence.tables import Order
-from whence.influence.writer import from_arrays
 
 Case = tuple[Callable[[Influence], object], type[Exception], list[str]]
 ORDERS: dict[Order, Callable[[float], float]] = {
@@ -108,7 +108,9 @@ def test_windows_add_up_to_the_whole(influence: Influence) -> None:
 
 @pytest.mark.parametrize("observed_at", [3, 7, "end"])
 @pytest.mark.parametrize("steps", [(0, STEPS), (2, 9), (5, 6), (4, 4)])
-def test_visits_sum_some_steps(influence: Influence, steps: tuple[int, int], observed_at: int | str) -> None:
+def test_visits_sum_some_steps(
+    influence: Influence, steps: tuple[int, int], observed_at: int | str
+) -> None:
     """Visits sum over the steps [a, b) only, seen from one state; the end is the last state."""
     column = -1 if observed_at == "end" else OBSERVED.index(int(observed_at))
     found = influence.visits(*steps, observed_at=observed_at)  # type: ignore[arg-type]
@@ -250,7 +252,11 @@ def test_parquet_holds_the_long_table(influence: Influence, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "case",
     [
-        (lambda i: i.window(3, 5), errors.NotObserved, ["State 5", "0, 3, 7, 10", "attribute again"]),
+        (
+            lambda i: i.window(3, 5),
+            errors.NotObserved,
+            ["State 5", "0, 3, 7, 10", "attribute again"],
+        ),
         (lambda i: i.visits(0, 4, observed_at=9), errors.NotObserved, ["State 9"]),
         (lambda i: i.window(7, 3), errors.ImpossibleWindow, ["(7, 3)", "<= 11"]),
         (lambda i: i.visits(-1, 3), errors.ImpossibleWindow, ["(-1, 3)"]),

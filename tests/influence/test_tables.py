@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whence.influence.layout import CHUNK_BYTES, chunk_shape
-from whence.influence.tables import add_by_sample, ranking
+from backtrail.influence.layout import CHUNK_BYTES, chunk_shape
+from backtrail.influence.tables import add_by_sample, ranking
 
 
 @given(seed=st.integers(0, 10_000), steps=st.integers(1, 5), slots=st.integers(1, 6))
@@ -39,7 +39,9 @@ def test_samples_without_a_number_come_last() -> None:
     assert ranking(scores, "absolute").tolist() == [1, 2, 0]
 
 
-@pytest.mark.parametrize("shard", [(1, 1, 1, 1), (7, 13, 101, 257), (64, 10, 50, 512), (1, 1, 3, 1_000_003)])
+@pytest.mark.parametrize(
+    "shard", [(1, 1, 1, 1), (7, 13, 101, 257), (64, 10, 50, 512), (1, 1, 3, 1_000_003)]
+)
 def test_chunks_divide_their_shard(shard: tuple[int, ...]) -> None:
     """Every chunk is a whole part of the shard and at most about 1 MB."""
     chunk = chunk_shape(shard, 4)

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from backtrail import errors
+from backtrail.influence.influence import open_influence
+from backtrail.influence.writer import InfluenceWriter, from_arrays
 from tests.influence.made import SAMPLES, STEPS, description, losses, made, numbers, slots
-from whence import errors
-from whence.influence.influence import open_influence
-from whence.influence.writer import InfluenceWriter, from_arrays
 
 
 def begun(path: Path | None, *done: int) -> InfluenceWriter:
@@ -47,7 +47,9 @@ def test_the_shard_length_does_not_change_the_numbers(shard: int) -> None:
 
 @pytest.mark.parametrize("cut", [0, 20, None])
 @pytest.mark.parametrize("shard", [1, 2])
-def test_resuming_after_a_kill_gives_the_same_bits(tmp_path: Path, shard: int, cut: int | None) -> None:
+def test_resuming_after_a_kill_gives_the_same_bits(
+    tmp_path: Path, shard: int, cut: int | None
+) -> None:
     """A shard whose file was cut short, or written but not marked, is written again."""
     path = tmp_path / "influence"
     write(begun(path, 0), shard)
@@ -209,7 +211,9 @@ def test_what_is_no_influence_is_refused(tmp_path: Path) -> None:
     made(path)
     text = (path / "zarr.json").read_text()
     (path / "zarr.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(errors.NotAnInfluence, match="'whence influence 2', not 'whence influence 1'"):
+    with pytest.raises(
+        errors.NotAnInfluence, match="'backtrail influence 2', not 'backtrail influence 1'"
+    ):
         open_influence(path)
 
 

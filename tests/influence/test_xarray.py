@@ -7,9 +7,9 @@ import pytest
 import xarray as xr
 import zarr
 
+from backtrail import errors, extras
+from backtrail.influence.influence import open_influence
 from tests.influence.made import OBSERVED, QUERIES, STEPS, losses, made, numbers, slots
-from whence import errors, extras
-from whence.influence.influence import open_influence
 
 
 def check(dataset: xr.Dataset) -> None:
@@ -66,5 +66,5 @@ def test_missing_xarray_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
         raise ImportError(name)
 
     monkeypatch.setattr(extras, "import_module", absent)
-    with pytest.raises(errors.MissingExtra, match=r"pip install 'whence\[xarray\]'"):
+    with pytest.raises(errors.MissingExtra, match=r"pip install 'backtrail\[xarray\]'"):
         made().to_xarray()

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import whence
+import backtrail
+from backtrail.errors import BadSetting, DifferentInfluence, TooLittleMemory
+from backtrail.methods.memory import Limits, budget
+from backtrail.methods.retrain.retrain import retrain
+from backtrail.queries import Query
+from backtrail.run.run import Run
+from backtrail.step.step import Transition
+from backtrail.sweep.adjoint import pull_back
 from tests.cases import ADAMW, SGD, Case, normed, one_group, record, rows, train
-from tests.methods.test_dit import Stopped
-from tests.methods.test_exact import asked, assert_exact, read
+from tests.methods.dit.test_dit import Stopped
+from tests.methods.dit.test_exact import asked, assert_exact, read
 from tests.oracles import nudge
-from whence.errors import BadSetting, DifferentInfluence, TooLittleMemory
-from whence.methods.again.retrain import retrain
-from whence.methods.memory import Limits, budget
-from whence.queries import Query
-from whence.replay.reverse import pull_back
-from whence.replay.transition import Transition
-from whence.run.run import Run
 
 CASES = [
     Case("momentum", one_group(SGD, lr=0.3, momentum=0.9)),
@@ -40,9 +40,9 @@ AVERAGES: dict[str, dict[str, Any]] = {
 STATES = [2, 4, 5]
 
 
-def averaged(name: str) -> whence.Averaged:
+def averaged(name: str) -> backtrail.Averaged:
     """The queries of the other tests, of an average."""
-    return whence.Averaged(asked(), **AVERAGES[name])
+    return backtrail.Averaged(asked(), **AVERAGES[name])
 
 
 def observed(name: str) -> Callable[..., np.ndarray]:
@@ -50,7 +50,10 @@ def observed(name: str) -> Callable[..., np.ndarray]:
     query = averaged(name)
 
     def observe(
-        case: Case, read: Callable[[nn.Module], Tensor], states: Sequence[int], weights: object = None
+        case: Case,
+        read: Callable[[nn.Module], Tensor],
+        states: Sequence[int],
+        weights: object = None,
     ) -> object:
         model = case.built()
         model.train()
@@ -63,14 +66,19 @@ def observed(name: str) -> Callable[..., np.ndarray]:
             if number >= query.start and (number - query.start) % query.every == 0:
                 average.update_parameters(model)
             if number in states:
-                found[number] = read_in_eval_mode(average if number >= query.start else model, model, read, query)
+                found[number] = read_in_eval_mode(
+                    average if number >= query.start else model, model, read, query
+                )
         return np.stack([found[number] for number in states], axis=1)
 
     return observe  # type: ignore[return-value]
 
 
 def read_in_eval_mode(
-    average: nn.Module, model: nn.Module, read: Callable[[nn.Module], Tensor], query: whence.Averaged
+    average: nn.Module,
+    model: nn.Module,
+    read: Callable[[nn.Module], Tensor],
+    query: backtrail.Averaged,
 ) -> np.ndarray:
     """On a copy, with the live buffers where they are not averaged (AveragedModel copies them at updates only)."""
     copy = deepcopy(average.module if isinstance(average, AveragedModel) else average)
@@ -86,7 +94,7 @@ def recorded(case: Case, folder: Path) -> Run:
     """A run of a case."""
     model, data = case.built(), rows()
     record(case, model, data, folder / "run")
-    return whence.open_run(folder / "run", case.task(model, data))
+    return backtrail.open_run(folder / "run", case.task(model, data))
 
 
 @pytest.mark.parametrize("name", AVERAGES)
@@ -97,7 +105,9 @@ def test_the_sweep_of_an_average_equals_nudging_each_weight(
     """At several observed states, before and after the average's start."""
     monkeypatch.setattr(nudge, "observe", observed(name))
     truth = nudge.nudge_every_weight(case, read, STATES)
-    influence = whence.DIT(chunk=2).attribute(recorded(case, tmp_path), averaged(name), observed_at=STATES)
+    influence = backtrail.DIT(chunk=2).attribute(
+        recorded(case, tmp_path), averaged(name), observed_at=STATES
+    )
     assert_exact(influence.values(), truth)
 
 
@@ -107,12 +117,16 @@ def test_leaving_out_reads_the_same_average(case: Case, name: str, tmp_path: Pat
     """Also where the re-run starts in the middle, and in small stacks."""
     run, observe, samples = recorded(case, tmp_path), observed(name), [0, 4, 8]
     base = observe(case, read, STATES)
-    found = retrain(run, averaged(name), [[sample] for sample in samples], observed_at=STATES, batch=1)
+    found = retrain(
+        run, averaged(name), [[sample] for sample in samples], observed_at=STATES, batch=1
+    )
     np.testing.assert_allclose(found.base[:, -1], base[:, -1], rtol=1e-12)
     for place, sample in enumerate(samples):
 
         def weights(step: int, sample: int = sample) -> Tensor:
-            return torch.tensor([float(row != sample) for row in case.batches[step]], dtype=torch.float64)
+            return torch.tensor(
+                [float(row != sample) for row in case.batches[step]], dtype=torch.float64
+            )
 
         truth = observe(case, read, STATES, weights) - base
         np.testing.assert_allclose(found.change[:, :, place], truth, rtol=1e-9, atol=1e-13)
@@ -128,15 +142,21 @@ def test_shares_add_up_to_one_and_to_the_running_average() -> None:
             folded = folded + rate * (np.eye(9)[number] - folded)
             if number < query.start:
                 folded = np.eye(9)[number]
-            np.testing.assert_allclose([query.share(t, number) for t in range(9)], folded, atol=1e-15)
+            np.testing.assert_allclose(
+                [query.share(t, number) for t in range(9)], folded, atol=1e-15
+            )
             assert sum(folded) == pytest.approx(1.0)
 
 
 def test_no_decay_is_the_state_itself(tmp_path: Path) -> None:
     """An average with decay 0 forgets everything but the last state, bit for bit."""
     run = recorded(CASES[3], tmp_path)
-    plain = whence.DIT().attribute(run, asked(), observed_at=STATES).values()
-    found = whence.DIT().attribute(run, whence.Averaged(asked(), decay=0.0), observed_at=STATES).values()
+    plain = backtrail.DIT().attribute(run, asked(), observed_at=STATES).values()
+    found = (
+        backtrail.DIT()
+        .attribute(run, backtrail.Averaged(asked(), decay=0.0), observed_at=STATES)
+        .values()
+    )
     np.testing.assert_array_equal(found, plain)
 
 
@@ -144,9 +164,11 @@ def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the middle of the way back; another average does not go on in its folder."""
-    monkeypatch.setattr("whence.methods.dit.SHORTEST", 1)
+    monkeypatch.setattr("backtrail.methods.dit.dit.SHORTEST", 1)
     run, query = recorded(CASES[3], tmp_path), averaged("timm")
-    whole = whence.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / "whole").values()
+    whole = (
+        backtrail.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / "whole").values()
+    )
     for stop in range(run.steps):
 
         def failing(transition: Transition, *args: Any, stop: int = stop, **options: Any) -> object:
@@ -154,21 +176,25 @@ def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
                 raise Stopped
             return pull_back(transition, *args, **options)
 
-        monkeypatch.setattr("whence.replay.reverse.pull_back", failing)
+        monkeypatch.setattr("backtrail.sweep.adjoint.pull_back", failing)
         with pytest.raises(Stopped):
-            whence.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / f"part{stop}")
-        monkeypatch.setattr("whence.replay.reverse.pull_back", pull_back)
-        resumed = whence.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / f"part{stop}")
+            backtrail.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / f"part{stop}")
+        monkeypatch.setattr("backtrail.sweep.adjoint.pull_back", pull_back)
+        resumed = backtrail.DIT().attribute(
+            run, query, observed_at=STATES, out=tmp_path / f"part{stop}"
+        )
         np.testing.assert_array_equal(resumed.values(), whole)
     with pytest.raises(DifferentInfluence, match="average"):
-        whence.DIT().attribute(run, averaged("every second"), observed_at=STATES, out=tmp_path / "whole")
+        backtrail.DIT().attribute(
+            run, averaged("every second"), observed_at=STATES, out=tmp_path / "whole"
+        )
 
 
 def test_trust_asks_the_average(tmp_path: Path) -> None:
     """All three checks pass: the derivative of the average is right, and predicts removals."""
     run = recorded(CASES[1], tmp_path)
-    influence = whence.DIT().attribute(run, averaged("torch"))
-    statement = whence.trust(run, influence, removals=9)
+    influence = backtrail.DIT().attribute(run, averaged("torch"))
+    statement = backtrail.trust(run, influence, removals=9)
     assert statement.derivative is not None
     assert statement.derivative.passed
     assert statement.derivative.error < 1e-6
@@ -198,10 +224,10 @@ def least(run: Run, query: Query) -> int:
 @pytest.mark.parametrize(
     ("made", "what"),
     [
-        (lambda: whence.Averaged(asked(), decay=1.0), "decay=1.0 is no setting"),
-        (lambda: whence.Averaged(asked(), start=-1), "start=-1 is no setting"),
-        (lambda: whence.Averaged(asked(), every=0), "every=0 is no setting"),
-        (lambda: whence.Averaged(whence.Averaged(asked())), "queries of the weights"),
+        (lambda: backtrail.Averaged(asked(), decay=1.0), "decay=1.0 is no setting"),
+        (lambda: backtrail.Averaged(asked(), start=-1), "start=-1 is no setting"),
+        (lambda: backtrail.Averaged(asked(), every=0), "every=0 is no setting"),
+        (lambda: backtrail.Averaged(backtrail.Averaged(asked())), "queries of the weights"),
     ],
 )
 def test_what_is_no_average_is_refused(made: Callable[[], Query], what: str) -> None:

@@ -6,22 +6,28 @@ import numpy as np
 import pytest
 import torch
 
-import whence
-from tests.methods.test_dit import of_samples, recorded
-from tests.methods.test_exact import asked
-from whence.errors import NoSuchState
-from whence.influence.writer import InfluenceWriter
-from whence.methods.dit import slots
+import backtrail
+from backtrail.errors import NoSuchState
+from backtrail.influence.writer import InfluenceWriter
+from backtrail.methods.result import slots
+from tests.methods.dit.test_dit import of_samples, recorded
+from tests.methods.dit.test_exact import asked
 
-Method = whence.DIT | whence.TracIn | whence.GradientDot | whence.DataValueEmbedding | whence.DiffIn
+Method = (
+    backtrail.DIT
+    | backtrail.TracIn
+    | backtrail.GradientDot
+    | backtrail.DataValueEmbedding
+    | backtrail.DiffIn
+)
 METHODS: dict[str, Method] = {
-    "DIT": whence.DIT(),
-    "TracIn": whence.TracIn(),
-    "TracIn, kept": whence.TracIn(states="kept"),
-    "GradientDot": whence.GradientDot(),
-    "DataValueEmbedding": whence.DataValueEmbedding(rank=8),
-    "DiffIn": whence.DiffIn(2),
-    "DiffIn, corrected": whence.DiffIn(2, "corrected", batch=4),
+    "DIT": backtrail.DIT(),
+    "TracIn": backtrail.TracIn(),
+    "TracIn, kept": backtrail.TracIn(states="kept"),
+    "GradientDot": backtrail.GradientDot(),
+    "DataValueEmbedding": backtrail.DataValueEmbedding(rank=8),
+    "DiffIn": backtrail.DiffIn(2),
+    "DiffIn, corrected": backtrail.DiffIn(2, "corrected", batch=4),
 }
 RUNS = ["adamw", "two groups", "accumulation, batchnorm", "twice in a batch", "short batches"]
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -45,7 +51,9 @@ def test_the_result_says_what_it_is(name: str, method: Method, tmp_path: Path) -
 
 @each_method
 @each_run
-def test_what_cannot_have_influence_has_exactly_none(name: str, method: Method, tmp_path: Path) -> None:
+def test_what_cannot_have_influence_has_exactly_none(
+    name: str, method: Method, tmp_path: Path
+) -> None:
     """The padding, the steps from the observed state on, and the samples never seen."""
     run = recorded(name, tmp_path)
     found = method.attribute(run, asked(), observed_at="epochs" if name == "adamw" else [1, 2])
@@ -67,7 +75,9 @@ def test_sums_are_the_whole(name: str, method: Method, tmp_path: Path) -> None:
     found = method.attribute(run, asked(), observed_at=range(1, run.steps + 1))
     total = found.total()[:, -1]
     scale = np.abs(total).max()
-    np.testing.assert_allclose(total, of_samples(found.values()[:, -1], run), rtol=0, atol=1e-13 * scale)
+    np.testing.assert_allclose(
+        total, of_samples(found.values()[:, -1], run), rtol=0, atol=1e-13 * scale
+    )
     np.testing.assert_allclose(found.visits(0, run.steps), total, rtol=0, atol=1e-13 * scale)
     windows = sum(found.window(t, t + 1) for t in range(run.steps))
     np.testing.assert_allclose(windows, total, rtol=0, atol=1e-12 * scale)
@@ -81,7 +91,9 @@ def test_a_state_alone_has_the_same_answer(name: str, method: Method, tmp_path: 
     together = method.attribute(run, asked(), observed_at=[1, 2, run.steps]).values()
     for column, state in enumerate(sorted({1, 2, run.steps})):
         alone = method.attribute(run, asked(), observed_at=state).values()[:, 0]
-        np.testing.assert_allclose(together[:, column], alone, rtol=0, atol=1e-12 * np.abs(alone).max())
+        np.testing.assert_allclose(
+            together[:, column], alone, rtol=0, atol=1e-12 * np.abs(alone).max()
+        )
 
 
 @each_method
@@ -90,9 +102,11 @@ def test_the_same_question_gives_the_same_bits(name: str, method: Method, tmp_pa
     """In memory, on disk, and read again."""
     run = recorded(name, tmp_path)
     first = method.attribute(run, asked(), observed_at="epochs").values()
-    np.testing.assert_array_equal(method.attribute(run, asked(), observed_at="epochs").values(), first)
+    np.testing.assert_array_equal(
+        method.attribute(run, asked(), observed_at="epochs").values(), first
+    )
     method.attribute(run, asked(), observed_at="epochs", out=tmp_path / "out")
-    np.testing.assert_array_equal(whence.open_influence(tmp_path / "out").values(), first)
+    np.testing.assert_array_equal(backtrail.open_influence(tmp_path / "out").values(), first)
 
 
 class Killed(Exception):
@@ -105,7 +119,7 @@ def test_an_attribution_killed_anywhere_resumes_to_the_same_bits(
     name: str, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After every shard in turn, marked or not."""
-    monkeypatch.setattr("whence.methods.dit.SHORTEST", 1)
+    monkeypatch.setattr("backtrail.methods.dit.dit.SHORTEST", 1)
     run = recorded(name, tmp_path)
     states = [2, run.steps]
     whole = method.attribute(run, asked(), observed_at=states).values()
@@ -123,9 +137,11 @@ def test_an_attribution_killed_anywhere_resumes_to_the_same_bits(
             patch.setattr(InfluenceWriter, "mark_done", failing)
             with pytest.raises(Killed):
                 method.attribute(run, asked(), observed_at=states, out=out)
-        with pytest.raises(whence.WhenceError, match=f"{survived} of {run.steps} shards"):
-            whence.open_influence(out)
-        np.testing.assert_array_equal(method.attribute(run, asked(), observed_at=states, out=out).values(), whole)
+        with pytest.raises(backtrail.BacktrailError, match=f"{survived} of {run.steps} shards"):
+            backtrail.open_influence(out)
+        np.testing.assert_array_equal(
+            method.attribute(run, asked(), observed_at=states, out=out).values(), whole
+        )
 
 
 @each_method
@@ -133,10 +149,10 @@ def test_another_question_in_the_same_folder_is_refused(method: Method, tmp_path
     """The message says what differs."""
     run = recorded("adamw", tmp_path)
     method.attribute(run, asked(), out=tmp_path / "out")
-    with pytest.raises(whence.WhenceError, match="observed_at"):
+    with pytest.raises(backtrail.BacktrailError, match="observed_at"):
         method.attribute(run, asked(), observed_at=2, out=tmp_path / "out")
     other = next(made for made in METHODS.values() if made is not method)
-    with pytest.raises(whence.WhenceError, match="another influence"):
+    with pytest.raises(backtrail.BacktrailError, match="another influence"):
         other.attribute(run, asked(), out=tmp_path / "out")
 
 
@@ -148,7 +164,9 @@ def test_states_that_are_not_there_are_refused(method: Method, tmp_path: Path) -
 
 
 @each_method
-def test_the_model_at_hand_and_the_generators_are_left_alone(method: Method, tmp_path: Path) -> None:
+def test_the_model_at_hand_and_the_generators_are_left_alone(
+    method: Method, tmp_path: Path
+) -> None:
     """Weights, modes and random state are those of before."""
     run = recorded("batchnorm, adamw", tmp_path)
     model, drawn = run.task.model, torch.get_rng_state()

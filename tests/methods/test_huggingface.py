@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import whence
+import backtrail
 from tests.gate import BAR, Cell, cells
 from tests.huggingface import ROWS, adapted, gpt2, texts, tokenizers, transformers
 from tests.loops import adam, backward
@@ -27,7 +27,9 @@ def test_influence_equals_nudging_each_weight(cell: Cell, tmp_path: Path) -> Non
 def test_their_own_padding_collator(tmp_path: Path) -> None:
     """A tokenizer's rows and batches, which are no dicts, and the model's own loss in float32."""
     words = ["[PAD]", "[UNK]", "the", "owl", "dog", "says", "hoot", "woof"]
-    plain = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    plain = tokenizers.models.WordLevel(
+        {word: i for i, word in enumerate(words)}, unk_token="[UNK]"
+    )
     built = tokenizers.Tokenizer(plain)
     built.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=built, pad_token="[PAD]")
@@ -35,46 +37,67 @@ def test_their_own_padding_collator(tmp_path: Path) -> None:
     data: Any = [tokenizer(line) for line in lines]
     collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
     model = gpt2().train()
-    task, optimizer = whence.language_model(model, data, collate=collate, reduce=whence.TokenMean()), adam(model)
-    loader: DataLoader[object] = DataLoader(data, batch_sampler=[[0, 1], [2, 4], [3], [1, 3, 2]], collate_fn=collate)
-    with whence.Recorder(tmp_path, task, optimizer) as recorder:
+    task, optimizer = (
+        backtrail.language_model(model, data, collate=collate, reduce=backtrail.TokenMean()),
+        adam(model),
+    )
+    loader: DataLoader[object] = DataLoader(
+        data, batch_sampler=[[0, 1], [2, 4], [3], [1, 3, 2]], collate_fn=collate
+    )
+    with backtrail.Recorder(tmp_path, task, optimizer) as recorder:
         for batch in (batch for _ in range(2) for batch in recorder.watch(loader)):
             backward(model(**batch).loss)
             optimizer.step()
             optimizer.zero_grad()
-    run = whence.open_run(tmp_path, task)
-    influence = whence.DIT().attribute(run, whence.Loss(data, samples=[0, 4]))
-    derivative = whence.trust(run, influence, removals=2).derivative
+    run = backtrail.open_run(tmp_path, task)
+    influence = backtrail.DIT().attribute(run, backtrail.Loss(data, samples=[0, 4]))
+    derivative = backtrail.trust(run, influence, removals=2).derivative
     assert derivative
     assert derivative.passed
     assert (influence.total()[:, :, 3] == 0).all()  # a single word predicts nothing, alone or not
 
 
 @pytest.mark.parametrize("make", [gpt2, adapted])
-def test_accumulation_with_a_mean_over_the_steps_tokens(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_accumulation_with_a_mean_over_the_steps_tokens(
+    make: Callable[[], nn.Module], tmp_path: Path
+) -> None:
     """As their trainer does it: every micro-batch's sum is divided by the tokens of the whole step."""
     model = make().train()
     data: Any = texts(prompt=1)
-    task = whence.language_model(model, data, reduce=whence.TokenMean())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-6)
-    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(data, batch_sampler=[[0, 1], [2, 4], [3, 1], [2, 0]])
+    task = backtrail.language_model(model, data, reduce=backtrail.TokenMean())
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-6
+    )
+    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(
+        data, batch_sampler=[[0, 1], [2, 4], [3, 1], [2, 0]]
+    )
     counts = [(batch["labels"][:, 1:] != -100).sum() for batch in loader]
-    with whence.Recorder(tmp_path, task, optimizer) as recorder:
+    with backtrail.Recorder(tmp_path, task, optimizer) as recorder:
         for number, batch in enumerate(recorder.watch(loader)):
             first = number - number % 2
             backward(model(**batch, num_items_in_batch=counts[first] + counts[first + 1]).loss)
             if number % 2:
                 optimizer.step()
                 optimizer.zero_grad()
-    run = whence.open_run(tmp_path, task)
+    run = backtrail.open_run(tmp_path, task)
     run.verify()
-    for curvature in (whence.Hessian(), whence.GaussNewton(), whence.Hessian(product="difference")):
-        total = whence.DIT(curvature=curvature).attribute(run, whence.Loss(data, samples=[0])).total()
+    for curvature in (
+        backtrail.Hessian(),
+        backtrail.GaussNewton(),
+        backtrail.Hessian(product="difference"),
+    ):
+        total = (
+            backtrail.DIT(curvature=curvature)
+            .attribute(run, backtrail.Loss(data, samples=[0]))
+            .total()
+        )
         assert (total != 0).all()
 
 
 @pytest.mark.parametrize("make", [gpt2, adapted])
-def test_gradient_checkpointing_changes_nothing(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    make: Callable[[], nn.Module], tmp_path: Path
+) -> None:
     """The replay goes without, and finds the same; the live model goes on with it."""
     data: Any = texts(prompt=1)
     totals = []
@@ -84,16 +107,19 @@ def test_gradient_checkpointing_changes_nothing(make: Callable[[], nn.Module], t
         if checkpointing:
             model.gradient_checkpointing_enable()
         learning = [p for p in model.parameters() if p.requires_grad]
-        task = whence.language_model(model, data, reduce=whence.TokenMean())
+        task = backtrail.language_model(model, data, reduce=backtrail.TokenMean())
         optimizer = torch.optim.SGD(learning, lr=0.1, momentum=0.9)
-        with whence.Recorder(tmp_path / str(checkpointing), task, optimizer) as recorder:
+        with backtrail.Recorder(tmp_path / str(checkpointing), task, optimizer) as recorder:
             for batch in recorder.watch(DataLoader(data, batch_size=2)):
                 backward(model(**batch).loss)
                 optimizer.step()
                 optimizer.zero_grad()
-        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == checkpointing
-        run = whence.open_run(tmp_path / str(checkpointing), task)
+        assert (
+            any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+            == checkpointing
+        )
+        run = backtrail.open_run(tmp_path / str(checkpointing), task)
         run.verify()
-        totals.append(whence.DIT().attribute(run, whence.Loss(data, samples=[0])).total())
+        totals.append(backtrail.DIT().attribute(run, backtrail.Loss(data, samples=[0])).total())
     assert (totals[0] != 0).all()
     assert totals[1] == pytest.approx(totals[0], rel=1e-4)

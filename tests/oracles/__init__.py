@@ -1,1 +1,1 @@
-"""Slow, obvious versions of what whence computes fast."""
+"""Slow, obvious versions of what backtrail computes fast."""

@@ -43,7 +43,12 @@ class Oracle:
         named: dict[str, Tensor] = dict(model.named_parameters())
         if self.case.penalty is None:
             return torch.zeros(sum(p.numel() for p in named.values()), dtype=torch.float64)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(self.case.penalty(named), list(named.values()))])
+        return torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(self.case.penalty(named), list(named.values()))
+            ]
+        )
 
     def of_queries(self, read: Read) -> np.ndarray:
         """The terms paired with queries, [query, state, sample]."""
@@ -63,21 +68,27 @@ class Oracle:
             total = 0.0
             for state in self.states:
                 model, change = self.term(training, state, sample)
-                total += float(flat_gradient(end if self.form == "corrected" else model, [sample]) @ change)
+                total += float(
+                    flat_gradient(end if self.form == "corrected" else model, [sample]) @ change
+                )
             found.append(total)
         return np.array(found)
 
     def of_removal(self, samples: Sequence[int]) -> Tensor:
         """The change of the parameters, flat."""
         training = trained(self.case)
-        changes = [self.term(training, state, sample)[1] for state in self.states for sample in samples]
+        changes = [
+            self.term(training, state, sample)[1] for state in self.states for sample in samples
+        ]
         return torch.stack(changes).sum(0)
 
 
 def flat_rates(model: nn.Module, training: Trained, state: int) -> Tensor:
     """The rate of every entry, as the step from the state used it."""
     by_name = training.rates[min(state, len(training.rates) - 1)]
-    return torch.cat([torch.full((p.numel(),), by_name[name]).double() for name, p in model.named_parameters()])
+    return torch.cat(
+        [torch.full((p.numel(),), by_name[name]).double() for name, p in model.named_parameters()]
+    )
 
 
 def loss(model: nn.Module, samples: Sequence[int]) -> Tensor:
@@ -88,12 +99,17 @@ def loss(model: nn.Module, samples: Sequence[int]) -> Tensor:
 
 def flat_gradient(model: nn.Module, samples: Sequence[int]) -> Tensor:
     """Of the mean loss of samples."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss(model, samples), list(model.parameters()))])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss(model, samples), list(model.parameters()))]
+    )
 
 
 def flat_jacobian(model: nn.Module, read: Read) -> Tensor:
     """Of queries, [query, entry]."""
-    slopes = [torch.autograd.grad(number, list(model.parameters()), retain_graph=True) for number in read(model)]
+    slopes = [
+        torch.autograd.grad(number, list(model.parameters()), retain_graph=True)
+        for number in read(model)
+    ]
     return torch.stack([torch.cat([g.flatten() for g in slope]) for slope in slopes])
 
 
@@ -102,6 +118,8 @@ def flat_hessian(case: Case, model: nn.Module, samples: Sequence[int], *, penalt
     parameters, total = list(model.parameters()), loss(model, samples)
     if case.penalty is not None and penalty == "with":
         total = total + case.penalty(dict(model.named_parameters()))
-    slopes = torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters, create_graph=True)])
+    slopes = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(total, parameters, create_graph=True)]
+    )
     columns = [torch.autograd.grad(slope, parameters, retain_graph=True) for slope in slopes]
     return torch.stack([torch.cat([g.flatten() for g in column]) for column in columns])

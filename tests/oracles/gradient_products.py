@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from tests.cases import Case, loader, rows, steps
 
 Read = Callable[[nn.Module], Tensor]  # the queries of a model, [query]
-Look = Callable[[int, int], int]  # step, observed state -> the state at which both gradients are taken
+Look = Callable[
+    [int, int], int
+]  # step, observed state -> the state at which both gradients are taken
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def gradient_products(case: Case, read: Read, observed_at: Sequence[int], look: 
             for slot, sample in enumerate(slot_gradients(case, model, step)):
                 for query, slope in enumerate(asked):
                     products = {name: float((slope[name] * sample[name]).sum()) for name in sample}
-                    found[query, column, step, slot] = sum(rates[name] * products[name] for name in products)
+                    found[query, column, step, slot] = sum(
+                        rates[name] * products[name] for name in products
+                    )
     return found
 
 
@@ -82,8 +86,12 @@ def slot_gradients(case: Case, model: nn.Module, step: int) -> list[dict[str, Te
 
 def gradient(model: nn.Module, number: Tensor) -> dict[str, Tensor]:
     """By every parameter that learns; zero where the number does not depend on it."""
-    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = torch.autograd.grad(number, list(learning.values()), retain_graph=True, allow_unused=True)
+    learning = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    found = torch.autograd.grad(
+        number, list(learning.values()), retain_graph=True, allow_unused=True
+    )
     return {
         name: torch.zeros_like(parameter) if slope is None else slope
         for (name, parameter), slope in zip(learning.items(), found, strict=True)

@@ -27,17 +27,24 @@ def trained_with(case: Case, group: Collection[int], weight: float, *, first: in
 
 def floats(model: nn.Module) -> Tensor:
     """Every floating entry of the state_dict, one after the other."""
-    return torch.cat([t.detach().flatten() for t in model.state_dict().values() if t.is_floating_point()])
+    return torch.cat(
+        [t.detach().flatten() for t in model.state_dict().values() if t.is_floating_point()]
+    )
 
 
 def change_by_removal(case: Case, group: Collection[int]) -> Tensor:
     """Minus the derivative of every entry by the weight of the whole group.
 
-    Central differences, of which neighbouring sizes give Richardson values; the pair that agrees best is taken.
+    Central differences, of which neighbouring sizes give Richardson values; the pair that agrees
+    best is taken.
     """
     central = torch.stack(
         [
-            (floats(trained_with(case, group, 1 - size)) - floats(trained_with(case, group, 1 + size))) / (2 * size)
+            (
+                floats(trained_with(case, group, 1 - size))
+                - floats(trained_with(case, group, 1 + size))
+            )
+            / (2 * size)
             for size in SIZES
         ]
     )

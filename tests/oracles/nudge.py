@@ -11,7 +11,9 @@ from tests.cases import Case, rows, train
 SIZES = (4e-3, 1e-3, 2.5e-4, 6.25e-5, 1.5625e-5)  # each a quarter of the last
 Read = Callable[[nn.Module], Tensor]  # the queries of a model, [query]
 Weights = Callable[[int], Tensor]  # the weights of a step's slots
-Training = Callable[[Weights], np.ndarray]  # from the weights of all slots to the queries, [query, observed_at]
+Training = Callable[
+    [Weights], np.ndarray
+]  # from the weights of all slots to the queries, [query, observed_at]
 
 
 def nudge_every_weight(case: Case, read: Read, observed_at: Sequence[int]) -> np.ndarray:
@@ -23,8 +25,8 @@ def nudge_every_weight(case: Case, read: Read, observed_at: Sequence[int]) -> np
 def nudge(training: Training, counts: Sequence[int], sizes: Sequence[float] = SIZES) -> np.ndarray:
     """Minus the derivative of a training's queries by the weight of each of the steps' slots.
 
-    Central differences, of which neighbouring sizes give Richardson values; for every entry the pair of sizes that
-    agrees best is taken.
+    Central differences, of which neighbouring sizes give Richardson values; for every entry the
+    pair of sizes that agrees best is taken.
     """
     found = {
         (step, slot): -derivative(training, counts, (step, slot), sizes=sizes)
@@ -58,7 +60,9 @@ def derivative(
     return best
 
 
-def observe(case: Case, read: Read, observed_at: Sequence[int], weights: Weights | None = None) -> np.ndarray:
+def observe(
+    case: Case, read: Read, observed_at: Sequence[int], weights: Weights | None = None
+) -> np.ndarray:
     """Train and read the queries at the observed states, [query, observed_at]."""
     model = case.built()
     model.train()

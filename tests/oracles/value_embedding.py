@@ -14,7 +14,9 @@ def adamw_embeddings(case: Case, *, lr: float, decay: float) -> list[Tensor]:
     gradients = [_flat(slot_gradients(case, training.models[step], step)) for step in range(count)]
     sizes = [parameter.numel() for parameter in case.built().parameters()]
     means = [slots.sum(0) for slots in gradients]
-    rates = [_at_most_median(*pair, sizes) for pair in zip(adam_rates(means, lr), means, strict=True)]
+    rates = [
+        _at_most_median(*pair, sizes) for pair in zip(adam_rates(means, lr), means, strict=True)
+    ]
     one = torch.eye(len(rates[0]), dtype=torch.float64)
     found, transport = [], one
     for slots, rate in zip(gradients[::-1], rates[::-1], strict=True):
@@ -46,4 +48,6 @@ def _at_most_median(rates: Tensor, mean: Tensor, sizes: list[int]) -> Tensor:
 
 def _flat(gradients: list[dict[str, Tensor]]) -> Tensor:
     """In the order of the model's parameters."""
-    return torch.stack([torch.cat([tensor.flatten() for tensor in one.values()]) for one in gradients])
+    return torch.stack(
+        [torch.cat([tensor.flatten() for tensor in one.values()]) for one in gradients]
+    )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from whence.methods.embedding.recursion import Visits
+from backtrail.methods.dve.recursion import Visits
 
 
 def factor(visits: Visits, damping: float = 0.0) -> Tensor:
@@ -32,6 +32,11 @@ def value_embeddings(steps: Sequence[Visits], damping: float = 0.0) -> list[Tens
     """The embeddings of every step, `[slot, rank]`."""
     behind = products(steps, damping)[1:]
     return [
-        torch.stack([float(c) * (product @ row.double()) for c, row in zip(visits.share, visits.moved, strict=True)])
+        torch.stack(
+            [
+                float(c) * (product @ row.double())
+                for c, row in zip(visits.share, visits.moved, strict=True)
+            ]
+        )
         for visits, product in zip(steps, behind, strict=True)
     ]

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import whence
+import backtrail
+from backtrail.errors import ReplayMismatch, UnexplainedGradient
+from backtrail.methods.retrain.retrain import retrain
+from backtrail.queries import values
+from backtrail.run import journal
+from backtrail.run.run import Run
+from backtrail.step.step import Transition
 from tests.loops import Loop, adam, backward, mlp, moody, recorded, refused, rows
-from whence.errors import ReplayMismatch, UnexplainedGradient
-from whence.methods.again.retrain import retrain
-from whence.queries import values
-from whence.replay.transition import Transition
-from whence.run import journal
-from whence.run.run import Run
 
 Watch = Callable[[Any], Any]
 LOW = torch.bfloat16
@@ -29,7 +29,9 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
 
 
-def under_autocast(loop: Loop, *, outside: bool = False, full: tuple[int, ...] = ()) -> Callable[[Watch], None]:
+def under_autocast(
+    loop: Loop, *, outside: bool = False, full: tuple[int, ...] = ()
+) -> Callable[[Watch], None]:
     """The plain loop under autocast, but for some batches; or with the loss outside of it."""
 
     def train(watch: Watch) -> None:
@@ -45,7 +47,9 @@ def under_autocast(loop: Loop, *, outside: bool = False, full: tuple[int, ...] =
 
 
 @pytest.mark.parametrize("model", [mlp, moody])
-def test_a_run_under_autocast_is_replayed_to_rounding(model: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_a_run_under_autocast_is_replayed_to_rounding(
+    model: Callable[[], nn.Module], tmp_path: Path
+) -> None:
     """The log says which steps were under it; the check says so too, and how far the plain gradients are."""
     loop = Loop.of(model())
     run = recorded(loop, tmp_path / "run", under_autocast(loop, full=(1, 2)))
@@ -85,13 +89,15 @@ def test_a_loss_outside_of_autocast_is_within_the_tolerance(tmp_path: Path) -> N
     loop = Loop.of(mlp())
     with loop.recorder(tmp_path / "run") as recorder:
         under_autocast(loop, outside=True)(recorder.watch)
-    found = whence.open_run(tmp_path / "run", loop.task()).verify()
+    found = backtrail.open_run(tmp_path / "run", loop.task()).verify()
     assert 0 < found.difference < 5e-2
 
 
 def test_a_loop_that_does_something_else_is_still_found_out(tmp_path: Path) -> None:
     """The proof is wider under autocast, and not blind."""
-    loop = Loop.of(mlp(), options={"reduce": lambda batches: torch.full((len(batches[0][0]),), 1 / 5)})
+    loop = Loop.of(
+        mlp(), options={"reduce": lambda batches: torch.full((len(batches[0][0]),), 1 / 5)}
+    )
     with refused(UnexplainedGradient, "Step 0", "tolerance 0.05"):
         recorded(loop, tmp_path / "run", under_autocast(loop))
 
@@ -116,13 +122,15 @@ def test_a_replay_that_rounds_elsewhere_passes_up_to_a_threshold(
 @pytest.mark.parametrize("optimizer", [sgd, adam])
 @pytest.mark.parametrize("model", [mlp, moody])
 def test_trust_checks_the_derivative_along_the_recorded_training(
-    model: Callable[[], nn.Module], optimizer: Callable[[nn.Module], torch.optim.Optimizer], tmp_path: Path
+    model: Callable[[], nn.Module],
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    tmp_path: Path,
 ) -> None:
     """What autocast added to every gradient is held as it was, in the sweep and in the re-runs alike."""
     loop = Loop.of(model(), optimizer)
     run = recorded(loop, tmp_path / "run", under_autocast(loop))
-    influence = whence.DIT().attribute(run, whence.Loss(rows(5, seed=1), aggregate="mean"))
-    statement = whence.trust(run, influence, removals=4)
+    influence = backtrail.DIT().attribute(run, backtrail.Loss(rows(5, seed=1), aggregate="mean"))
+    statement = backtrail.trust(run, influence, removals=4)
     assert "under autocast bfloat16" in str(statement).splitlines()[0]
     assert statement.derivative is not None
     assert statement.derivative.error < 2e-4
@@ -132,7 +140,10 @@ def test_trust_checks_the_derivative_along_the_recorded_training(
 def test_re_runs_stay_on_the_recorded_training(tmp_path: Path) -> None:
     """The unperturbed one, in float64, ends where the training did."""
     loop = Loop.of(mlp(), sgd)
-    run, query = recorded(loop, tmp_path / "run", under_autocast(loop)), whence.Loss(rows(5, seed=1))
+    run, query = (
+        recorded(loop, tmp_path / "run", under_autocast(loop)),
+        backtrail.Loss(rows(5, seed=1)),
+    )
     end = run.state(run.steps)
     truth = values(query, run.task, params=end.params, buffers=end.buffers)
     found = retrain(run, query, [[0]])

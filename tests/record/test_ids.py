@@ -11,12 +11,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import whence
+import backtrail
+from backtrail.errors import (
+    BadIds,
+    CannotRenormalize,
+    UnknownId,
+    UnreadableData,
+    UnwatchableLoader,
+    WrongData,
+)
+from backtrail.methods.dit.auto import candidates, told
+from backtrail.run.run import Run
 from tests.loops import adam, backward, mlp, refused, rows
-from tests.methods.test_choose import slow_figures
-from whence.errors import BadIds, CannotRenormalize, UnknownId, UnreadableData, UnwatchableLoader, WrongData
-from whence.methods.choose import candidates, told
-from whence.run.run import Run
+from tests.methods.dit.test_auto import slow_figures
 
 IDS = [7, 3, 900_000_000_000_000_007, 41, 12, 5, 100, 101, 2**62, 8, 9, 10]  # no order, no pattern
 DATA = rows(len(IDS))
@@ -51,44 +58,61 @@ def loss(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return cross_entropy(outputs, batch["labels"], reduction="none")
 
 
-def streamed(path: Path, ids: Any = "id", *, more: Callable[[Any], Any] = lambda batch: batch, epochs: int = 3) -> Run:
+def streamed(
+    path: Path,
+    ids: Any = "id",
+    *,
+    more: Callable[[Any], Any] = lambda batch: batch,
+    epochs: int = 3,
+) -> Run:
     """A recorded training on the stream."""
     model, batches = Named(), DataLoader(Stream(), batch_size=4)
-    task, optimizer = whence.Task(model, None, loss, ids=ids), torch.optim.SGD(model.parameters(), lr=0.1)
-    with whence.Recorder(path, task, optimizer, checkpoints=whence.Every(4)) as recorder:
+    task, optimizer = (
+        backtrail.Task(model, None, loss, ids=ids),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    with backtrail.Recorder(path, task, optimizer, checkpoints=backtrail.Every(4)) as recorder:
         for _ in range(epochs):
             for batch in recorder.watch(map(more, batches)):
                 backward(loss(model(batch["inputs"]), batch).mean())
                 optimizer.step()
                 optimizer.zero_grad()
-    return whence.open_run(path, whence.Task(Named(), None, loss, ids=ids))
+    return backtrail.open_run(path, backtrail.Task(Named(), None, loss, ids=ids))
 
 
 def test_a_stream_is_recorded_by_id_and_attributed(tmp_path: Path) -> None:
     """The log, every table and every question speak of ids; removals agree with the derivative."""
     run = streamed(tmp_path / "run")
     assert run.verify().difference < 1e-12
-    assert all(sorted(sum((step.samples for step in run.log[t : t + 3]), ())) == sorted(IDS) for t in (0, 3, 6))
+    assert all(
+        sorted(sum((step.samples for step in run.log[t : t + 3]), ())) == sorted(IDS)
+        for t in (0, 3, 6)
+    )
     assert run.samples == len(IDS)
     assert run.ids.tolist() == sorted(IDS)
-    influence = whence.DIT().attribute(run, query(), observed_at="epochs", out=tmp_path / "dit")
-    statement = whence.trust(run, influence, removals=12)
+    influence = backtrail.DIT().attribute(run, query(), observed_at="epochs", out=tmp_path / "dit")
+    statement = backtrail.trust(run, influence, removals=12)
     assert statement.derivative is not None
     assert statement.derivative.error < 1e-6
     assert statement.removal.samples == tuple(sorted(IDS))
-    truth = whence.leave_one_out(run, query(), samples=IDS)
-    assert np.corrcoef(truth[0], influence.total()[0, -1][np.searchsorted(influence.ids, IDS)])[0, 1] > 0.99
+    truth = backtrail.leave_one_out(run, query(), samples=IDS)
+    assert (
+        np.corrcoef(truth[0], influence.total()[0, -1][np.searchsorted(influence.ids, IDS)])[0, 1]
+        > 0.99
+    )
 
 
-def query() -> whence.Custom:
+def query() -> backtrail.Custom:
     """The mean loss of other rows."""
     inputs, labels = rows(6, seed=1).tensors
-    return whence.Custom(lambda model: cross_entropy(model(inputs.double()), labels), labels=["loss"])
+    return backtrail.Custom(
+        lambda model: cross_entropy(model(inputs.double()), labels), labels=["loss"]
+    )
 
 
 @pytest.mark.parametrize(
     "method",
-    [whence.TracIn(), whence.GradientDot(), whence.DIT(curvature=whence.Zero())],
+    [backtrail.TracIn(), backtrail.GradientDot(), backtrail.DIT(curvature=backtrail.Zero())],
     ids=lambda m: type(m).__name__,
 )
 def test_every_method_counts_by_id(method: Any, tmp_path: Path) -> None:
@@ -107,29 +131,37 @@ def test_every_method_counts_by_id(method: Any, tmp_path: Path) -> None:
 def test_tables_show_ids(tmp_path: Path) -> None:
     """Rankings, curves, visits, patterns and the long table agree about who is who."""
     run = streamed(tmp_path / "run")
-    whence.DIT().attribute(run, query(), observed_at="epochs", out=tmp_path / "dit")
-    influence = whence.open_influence(tmp_path / "dit")
+    backtrail.DIT().attribute(run, query(), observed_at="epochs", out=tmp_path / "dit")
+    influence = backtrail.open_influence(tmp_path / "dit")
     totals = dict(zip(influence.ids.tolist(), influence.total()[0, -1].tolist(), strict=True))
     assert sorted(influence.top(12)["sample"].to_list()) == sorted(IDS)
     long = influence.to_polars().filter(observed_at=9)
     for sample in (2**62, 3):
         assert influence.top(12).filter(sample=sample)["influence"].item() == totals[sample]
-        assert influence.curve(sample=sample)["influence"][-1] == pytest.approx(totals[sample], rel=1e-12)
-        assert influence.visits_curve(sample=sample)["influence"].sum() == pytest.approx(totals[sample], rel=1e-12)
-        assert long.filter(sample=sample)["influence"].sum() == pytest.approx(totals[sample], rel=1e-12)
-    found = whence.patterns(influence)
+        assert influence.curve(sample=sample)["influence"][-1] == pytest.approx(
+            totals[sample], rel=1e-12
+        )
+        assert influence.visits_curve(sample=sample)["influence"].sum() == pytest.approx(
+            totals[sample], rel=1e-12
+        )
+        assert long.filter(sample=sample)["influence"].sum() == pytest.approx(
+            totals[sample], rel=1e-12
+        )
+    found = backtrail.patterns(influence)
     assert dict(found.select("sample", "total").iter_rows()) == pytest.approx(totals, rel=1e-12)
     assert influence.to_xarray()["id"].values.tolist() == sorted(IDS)
-    assert whence.plot.heatmap(influence, samples=[2**62]).get_yticklabels()[0].get_text() == str(2**62)
+    assert backtrail.plot.heatmap(influence, samples=[2**62]).get_yticklabels()[
+        0
+    ].get_text() == str(2**62)
 
 
 def test_unknown_ids_are_refused(tmp_path: Path) -> None:
     """By the run and by the influence, with some of those there are."""
     run = streamed(tmp_path / "run")
-    influence = whence.DIT().attribute(run, query())
+    influence = backtrail.DIT().attribute(run, query())
     asked: list[Callable[[], object]] = [
         lambda: influence.curve(sample=4),
-        lambda: whence.leave_one_out(run, query(), samples=[4]),
+        lambda: backtrail.leave_one_out(run, query(), samples=[4]),
     ]
     for ask in asked:
         with refused(UnknownId, "no sample 4", "12 samples, with ids 3, 5, 7"):
@@ -139,40 +171,54 @@ def test_unknown_ids_are_refused(tmp_path: Path) -> None:
 def test_the_choice_of_a_sweep_finds_samples_by_their_ids(tmp_path: Path) -> None:
     """The figures told are those of the removals of these ids."""
     run = streamed(tmp_path / "run")
-    chosen = str(whence.DIT(curvature="auto").attribute(run, query()).settings["chosen"])
-    rules = candidates(run, whence.Tangent())
+    chosen = str(backtrail.DIT(curvature="auto").attribute(run, query()).settings["chosen"])
+    rules = candidates(run, backtrail.Tangent())
     for rule, figure in zip(rules, slow_figures(run, rules, query()), strict=True):
         assert f"{told(rule)} {figure:.2f}" in chosen
 
 
 @pytest.mark.parametrize(
-    "ids", [2, lambda batch: batch[2], lambda batch: batch[2].tolist()], ids=["place", "function", "list"]
+    "ids",
+    [2, lambda batch: batch[2], lambda batch: batch[2].tolist()],
+    ids=["place", "function", "list"],
 )
 def test_ids_in_tuples_and_by_function(ids: Any, tmp_path: Path) -> None:
     """A column of a tuple, also where the data could be indexed, in a plain list of batches."""
     data = TensorDataset(*DATA.tensors, torch.tensor(IDS))
     model = mlp()
-    task, optimizer = whence.classification(model, data, ids=ids), adam(model)
+    task, optimizer = backtrail.classification(model, data, ids=ids), adam(model)
     batches = list(DataLoader(data, batch_size=5))
-    with whence.Recorder(tmp_path / "run", task, optimizer) as recorder:
+    with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
         watched = recorder.watch(batches)
         assert len(watched) == 3
         for batch in watched:
             backward(cross_entropy(model(batch[0]), batch[1]))
             optimizer.step()
             optimizer.zero_grad()
-    run = whence.open_run(tmp_path / "run", task)
+    run = backtrail.open_run(tmp_path / "run", task)
     assert [step.samples for step in run.log] == [tuple(IDS[:5]), tuple(IDS[5:10]), tuple(IDS[10:])]
     assert run.verify().difference < 1e-5
 
 
 WRONG: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
-    "missing": ("key", lambda batch: batch, ("ids='key'", "no such entry", "['inputs', 'labels', 'id']")),
+    "missing": (
+        "key",
+        lambda batch: batch,
+        ("ids='key'", "no such entry", "['inputs', 'labels', 'id']"),
+    ),
     "real": ("id", lambda batch: batch | {"id": batch["id"] / 2}, ("4 rows", "float32")),
     "negative": ("id", lambda batch: batch | {"id": -batch["id"]}, ("4 rows", "int64")),
     "too few": ("id", lambda batch: batch | {"id": batch["id"][:3]}, ("4 rows", "shape [3]")),
-    "columns": ("id", lambda batch: batch | {"id": batch["id"][:, None]}, ("4 rows", "shape [4, 1]")),
-    "words": ("id", lambda batch: batch | {"id": ["a", "b", "c", "d"]}, ("ids='id'", "a list of str")),
+    "columns": (
+        "id",
+        lambda batch: batch | {"id": batch["id"][:, None]},
+        ("4 rows", "shape [4, 1]"),
+    ),
+    "words": (
+        "id",
+        lambda batch: batch | {"id": ["a", "b", "c", "d"]},
+        ("ids='id'", "a list of str"),
+    ),
 }
 
 
@@ -188,10 +234,12 @@ def test_a_stream_without_ids_is_told_of_them(tmp_path: Path) -> None:
     """Both as the task's data and as a loader."""
     model = mlp()
     with refused(UnreadableData, "Stream", "Task(ids=...)"):
-        whence.Recorder(tmp_path / "run", whence.Task(model, Stream(), loss), adam(model))
+        backtrail.Recorder(tmp_path / "run", backtrail.Task(model, Stream(), loss), adam(model))
     with (
         refused(UnwatchableLoader, "no batch sampler", "Task(ids=...)"),
-        whence.Recorder(tmp_path / "run", whence.classification(model, DATA), adam(model)) as recorder,
+        backtrail.Recorder(
+            tmp_path / "run", backtrail.classification(model, DATA), adam(model)
+        ) as recorder,
     ):
         recorder.watch(DataLoader(Stream(), batch_size=4))
 
@@ -200,6 +248,6 @@ def test_a_run_with_ids_needs_a_task_with_ids(tmp_path: Path) -> None:
     """And has no renormalised denominators, which would need to read rows one by one."""
     run = streamed(tmp_path / "run", epochs=1)
     with refused(WrongData, "no ids="):
-        whence.open_run(tmp_path / "run", whence.Task(Named(), None, loss))
+        backtrail.open_run(tmp_path / "run", backtrail.Task(Named(), None, loss))
     with refused(CannotRenormalize, "cannot be read again"):
-        whence.DIT(denominator="renormalize").attribute(run, query())
+        backtrail.DIT(denominator="renormalize").attribute(run, query())

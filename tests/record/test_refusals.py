@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import whence
-from tests.loops import CLASSES, Augmented, Loop, backward, mlp, refused, rows
-from tests.processes import apart
-from whence.errors import (
+import backtrail
+from backtrail.errors import (
     BadBatch,
     BadLoss,
     BadOptimizer,
@@ -31,6 +29,8 @@ from whence.errors import (
     UnsupportedOptimizer,
     UnwatchedStep,
 )
+from tests.loops import CLASSES, Augmented, Loop, backward, mlp, refused, rows
+from tests.processes import apart
 
 
 def record(loop: Loop, path: Path, **options: Any) -> None:
@@ -49,7 +49,9 @@ NEVER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SparseAdam": torch.optim.SparseAdam,
     "MySGD": MySGD,
 }
-LATER = {name: getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
+LATER = {
+    name: getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)
+}
 
 
 @pytest.mark.parametrize("name", [*NEVER, *LATER])
@@ -58,13 +60,15 @@ def test_optimizers_without_a_derivative(name: str, tmp_path: Path) -> None:
     layer = nn.Linear(3, 3, bias=False)
     optimizer = (NEVER | LATER)[name](layer.parameters())
     with refused(UnsupportedOptimizer, name, "Supported: SGD, Adam"):
-        whence.Recorder(tmp_path / "run", whence.classification(layer, rows()), optimizer)
+        backtrail.Recorder(tmp_path / "run", backtrail.classification(layer, rows()), optimizer)
 
 
 def test_the_optimizer_of_another_model(tmp_path: Path) -> None:
     """Its tensors are counted, their shapes shown."""
     loop = Loop(mlp(), Loop.of(mlp()).optimizer)
-    with refused(BadOptimizer, "4 tensors that are not the task model's", "(8, 3)", "give the task the model"):
+    with refused(
+        BadOptimizer, "4 tensors that are not the task model's", "(8, 3)", "give the task the model"
+    ):
         record(loop, tmp_path)
 
 
@@ -83,13 +87,13 @@ def with_two_optimizers(path: Path) -> None:
 
 def test_only_embeddings_are_captured(tmp_path: Path) -> None:
     """Another method is named, and what can be captured."""
-    with refused(BadSetting, "capture=TracIn", "a whence.DataValueEmbedding"):
+    with refused(BadSetting, "capture=TracIn", "a backtrail.DataValueEmbedding"):
         apart(with_another_method, tmp_path)
 
 
 def with_another_method(path: Path) -> None:
     """A recorder that is to capture scores of another kind."""
-    Loop.of(mlp()).recorder(path, capture=whence.TracIn())
+    Loop.of(mlp()).recorder(path, capture=backtrail.TracIn())
 
 
 def test_a_second_optimizer_moves_a_parameter(tmp_path: Path) -> None:
@@ -110,7 +114,10 @@ def test_a_second_optimizer_moves_a_parameter(tmp_path: Path) -> None:
 def test_weights_loaded_between_steps(tmp_path: Path) -> None:
     """load_state_dict in the middle of a training is noticed."""
     loop = Loop.of(mlp())
-    with refused(ChangedOutside, "'0.weight'", "load_state_dict"), loop.recorder(tmp_path) as recorder:
+    with (
+        refused(ChangedOutside, "'0.weight'", "load_state_dict"),
+        loop.recorder(tmp_path) as recorder,
+    ):
         for batch in recorder.watch(loop.loader()):
             loop.backward(batch)
             loop.step()
@@ -121,7 +128,10 @@ def test_groups_that_change(tmp_path: Path) -> None:
     """A group added in the middle of a training is noticed."""
     model = mlp()
     loop = Loop(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
-    with refused(BadOptimizer, "parameter groups changed before step 1"), loop.recorder(tmp_path) as recorder:
+    with (
+        refused(BadOptimizer, "parameter groups changed before step 1"),
+        loop.recorder(tmp_path) as recorder,
+    ):
         for batch in recorder.watch(loop.loader()):
             loop.backward(batch)
             loop.optimizer.step()
@@ -132,7 +142,10 @@ def test_groups_that_change(tmp_path: Path) -> None:
 def test_a_step_without_a_watched_batch(tmp_path: Path) -> None:
     """Looping over the loader itself is told to loop over watch(loader)."""
     loop = Loop.of(mlp())
-    with refused(UnwatchedStep, "Step 0 has no batch", "recorder.watch(loader)"), loop.recorder(tmp_path):
+    with (
+        refused(UnwatchedStep, "Step 0 has no batch", "recorder.watch(loader)"),
+        loop.recorder(tmp_path),
+    ):
         loop.train(lambda loader: loader)
 
 
@@ -146,7 +159,10 @@ def test_a_batch_fed_before_any_was_yielded(tmp_path: Path) -> None:
 def test_another_number_of_rows_is_fed(tmp_path: Path) -> None:
     """Both numbers are told."""
     loop = Loop.of(mlp())
-    with refused(OtherSlots, "3 rows for a batch of 4 samples"), loop.recorder(tmp_path) as recorder:
+    with (
+        refused(OtherSlots, "3 rows for a batch of 4 samples"),
+        loop.recorder(tmp_path) as recorder,
+    ):
         next(iter(recorder.watch(loop.loader())))
         recorder.fed(loop.data[:3])
 
@@ -172,11 +188,16 @@ def test_gradients_never_cleared(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
     """The step is named; the steps before it are in the run."""
     loop = Loop.of(mlp())
-    with refused(Diverged, "gradient of step 3", "nan", "whole up to step 2"), loop.recorder(tmp_path) as recorder:
+    with (
+        refused(Diverged, "gradient of step 3", "nan", "whole up to step 2"),
+        loop.recorder(tmp_path) as recorder,
+    ):
         for number, batch in enumerate(recorder.watch(loop.loader())):
-            backward(cross_entropy(loop.model(batch[0]), batch[1]) * (float("nan") if number == 3 else 1))
+            backward(
+                cross_entropy(loop.model(batch[0]), batch[1]) * (float("nan") if number == 3 else 1)
+            )
             loop.step()
-    assert whence.open_run(tmp_path, loop.task()).steps == 3
+    assert backtrail.open_run(tmp_path, loop.task()).steps == 3
 
 
 def summed(loop: Loop, batch: Any) -> None:
@@ -203,7 +224,9 @@ def mixed(loop: Loop, batch: Any) -> None:
 
 @pytest.mark.parametrize("pull", [summed, clipped, penalized, mixed])
 @pytest.mark.parametrize("cause", ["reduce", "clip", "penalty", "fed(batch)"])
-def test_a_loop_that_does_something_else(pull: Callable[[Loop, Any], None], cause: str, tmp_path: Path) -> None:
+def test_a_loop_that_does_something_else(
+    pull: Callable[[Loop, Any], None], cause: str, tmp_path: Path
+) -> None:
     """The step, both norms, and every usual cause are told."""
     loop = Loop.of(mlp())
     with refused(UnexplainedGradient, "Step 0", "norm", cause), loop.recorder(tmp_path) as recorder:
@@ -228,11 +251,16 @@ def test_random_rows_that_are_not_stored(tmp_path: Path) -> None:
         (lambda *_: 3.0, "returned float"),
     ],
 )
-def test_losses_that_are_not_one_value_per_slot(loss: Callable[[Any, Any], Any], got: str, tmp_path: Path) -> None:
+def test_losses_that_are_not_one_value_per_slot(
+    loss: Callable[[Any, Any], Any], got: str, tmp_path: Path
+) -> None:
     """What the loss returned instead is shown."""
     loop = Loop.of(mlp())
-    task = whence.Task(loop.model, loop.data, loss)
-    with refused(BadLoss, got, "reduction='none'"), whence.Recorder(tmp_path, task, loop.optimizer) as recorder:
+    task = backtrail.Task(loop.model, loop.data, loss)
+    with (
+        refused(BadLoss, got, "reduction='none'"),
+        backtrail.Recorder(tmp_path, task, loop.optimizer) as recorder,
+    ):
         loop.train(recorder.watch)
 
 
@@ -296,7 +324,13 @@ def test_batches_that_cannot_be_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: whence.Every(0), lambda: whence.Epochs(0), lambda: whence.Geometric(1.0), lambda: whence.Last(0)]
+    "make",
+    [
+        lambda: backtrail.Every(0),
+        lambda: backtrail.Epochs(0),
+        lambda: backtrail.Geometric(1.0),
+        lambda: backtrail.Last(0),
+    ],
 )
 def test_policies_that_keep_nothing(make: Callable[[], object]) -> None:
     """Periods and windows of nothing are refused at once."""

@@ -9,16 +9,18 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import whence
+import backtrail
+from backtrail.run.run import Run
 from tests.loops import Loop, backward, in_order, mlp, rows, samples
-from whence.run.run import Run
 
 Watch = Callable[[Any], Any]
 BROKEN = {2, 5, 8}  # batches whose loss is infinite
 CLIP = 0.5
 
 
-def scaled(loop: Loop, *, every: int, low: torch.dtype | None, clips: bool) -> Callable[[Watch], None]:
+def scaled(
+    loop: Loop, *, every: int, low: torch.dtype | None, clips: bool
+) -> Callable[[Watch], None]:
     """The loop of torch's own documentation, with accumulation, and batches whose loss is infinite."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 
@@ -69,7 +71,9 @@ def test_the_steps_taken_are_the_steps_recorded(
 @pytest.mark.parametrize("every", [1, 2])
 def test_gradients_clipped_after_unscaling_are_explained(every: int, tmp_path: Path) -> None:
     """The clip is the task's, of the unscaled gradient."""
-    loop = Loop.of(mlp(), adam(fused=False), data=rows(40), options={"clip": whence.ClipNorm(CLIP)})
+    loop = Loop.of(
+        mlp(), adam(fused=False), data=rows(40), options={"clip": backtrail.ClipNorm(CLIP)}
+    )
     run = opened(loop, tmp_path / "run", scaled(loop, every=every, low=None, clips=True))
     assert samples(run) == taken(every)
     assert max(step.norm for step in run.log) <= CLIP * (1 + 1e-5)
@@ -80,14 +84,16 @@ def opened(loop: Loop, path: Path, train: Callable[[Watch], None]) -> Run:
     """The recording of a loop, which the recorder has proved as it went."""
     with loop.recorder(path) as recorder:
         train(recorder.watch)
-    return whence.open_run(path, loop.task())
+    return backtrail.open_run(path, loop.task())
 
 
 def test_trust_understands_a_training_in_float16(tmp_path: Path) -> None:
     """Sweep and re-runs agree to what the replay's precision allows."""
     loop = Loop.of(mlp(), lambda model: torch.optim.SGD(model.parameters(), lr=0.2), data=rows(40))
     run = opened(loop, tmp_path / "run", scaled(loop, every=1, low=torch.float16, clips=False))
-    statement = whence.trust(run, whence.DIT().attribute(run, whence.Loss(loop.data, aggregate="mean")), removals=4)
+    statement = backtrail.trust(
+        run, backtrail.DIT().attribute(run, backtrail.Loss(loop.data, aggregate="mean")), removals=4
+    )
     assert "Trained under autocast float16" in str(statement)
     assert statement.derivative is not None
     assert statement.derivative.passed

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-import whence
+import backtrail
+from backtrail.errors import UnexplainedGradient
 from tests.loops import ORDER, Loop, backward, in_order, mlp, moody, recorded, rows, samples
-from whence.errors import UnexplainedGradient
 
 Watch = Callable[[Any], Any]
 
@@ -24,7 +24,9 @@ def halves(batches: Sequence[Sequence[Tensor]]) -> Tensor:
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("first", [True, False], ids=["zero_grad before", "zero_grad after"])
-def test_accumulated_batches_form_one_step(tmp_path: Path, *, set_to_none: bool, first: bool) -> None:
+def test_accumulated_batches_form_one_step(
+    tmp_path: Path, *, set_to_none: bool, first: bool
+) -> None:
     """Two batches a step, a last group of one, gradients cleared before or after, to None or to zero."""
     loop = Loop.of(moody(), data=rows(19), options={"reduce": halves})
     loader = loop.loader(**ORDER)
@@ -60,8 +62,15 @@ def test_epochs_that_end_within_a_step_keep_their_states(tmp_path: Path) -> None
                 if waiting % 2 == 0:
                     loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=whence.Epochs())
-    assert [[fed.epoch for fed in step.fed] for step in run.log] == [[0, 0], [0, 1], [1, 1], [2, 2], [2, 3], [3, 3]]
+    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Epochs())
+    assert [[fed.epoch for fed in step.fed] for step in run.log] == [
+        [0, 0],
+        [0, 1],
+        [1, 1],
+        [2, 2],
+        [2, 3],
+        [3, 3],
+    ]
     assert set(run.epochs) <= set(run.kept)
 
 
@@ -100,7 +109,7 @@ def test_validation_in_between_is_not_a_step(tmp_path: Path) -> None:
 def test_a_loop_that_draws_before_its_forward_pass_says_so(tmp_path: Path) -> None:
     """Random numbers drawn between the loader and dropout are an error that names the cure, and the cure works."""
 
-    def train(loop: Loop, recorder: whence.Recorder, *, cured: bool) -> None:
+    def train(loop: Loop, recorder: backtrail.Recorder, *, cured: bool) -> None:
         with recorder:
             for batch in recorder.watch(loop.loader()):
                 torch.randn(3)
@@ -114,7 +123,7 @@ def test_a_loop_that_draws_before_its_forward_pass_says_so(tmp_path: Path) -> No
         train(loop, loop.recorder(tmp_path / "run"), cured=False)
     loop = Loop.of(moody())
     train(loop, loop.recorder(tmp_path / "cured"), cured=True)
-    assert whence.open_run(tmp_path / "cured", loop.task()).verify().difference < 1e-5
+    assert backtrail.open_run(tmp_path / "cured", loop.task()).verify().difference < 1e-5
 
 
 def test_several_losses_on_one_batch_are_one_feeding(tmp_path: Path) -> None:
@@ -135,10 +144,12 @@ def test_several_losses_on_one_batch_are_one_feeding(tmp_path: Path) -> None:
             backward(cross_entropy(second, batch[1]))
             loop.step()
 
-    task = whence.Task(loop.model, loop.data, loss, predict=twice)
-    with whence.Recorder(tmp_path / "run", task, loop.optimizer, checkpoints=whence.Every(3)) as recorder:
+    task = backtrail.Task(loop.model, loop.data, loss, predict=twice)
+    with backtrail.Recorder(
+        tmp_path / "run", task, loop.optimizer, checkpoints=backtrail.Every(3)
+    ) as recorder:
         train(recorder.watch)
-    run = whence.open_run(tmp_path / "run", task)
+    run = backtrail.open_run(tmp_path / "run", task)
     assert run.verify().difference < 1e-5
     assert samples(run) == [[batch] for batch in in_order(22, 4)]
 
@@ -153,7 +164,7 @@ def test_two_steps_on_one_batch_are_two_steps(tmp_path: Path) -> None:
                 loop.backward(batch)
                 loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=whence.Every(3))
+    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Every(3))
     assert samples(run) == [[batch] for batch in in_order(22, 4) for _ in range(2)]
 
 
@@ -170,7 +181,7 @@ def test_a_skipped_step_is_none(tmp_path: Path) -> None:
                 else:
                     loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=whence.Epochs())
+    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Epochs())
     kept = [batch for number, batch in enumerate(in_order(22, 4)) if number not in {0, 3}]
     assert samples(run) == [[batch] for batch in kept] * 2
     assert run.kept == (0, 4, 8)
@@ -179,7 +190,11 @@ def test_a_skipped_step_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_real_gradient_scaler_skips_and_scales(tmp_path: Path, *, fused: bool) -> None:
     """The scale overflows at first and is halved: those steps are none; later ones record the unscaled gradient."""
-    loop = Loop.of(mlp(), lambda model: torch.optim.Adam(model.parameters(), lr=0.01, fused=fused), data=rows(40))
+    loop = Loop.of(
+        mlp(),
+        lambda model: torch.optim.Adam(model.parameters(), lr=0.01, fused=fused),
+        data=rows(40),
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127 * 1.9)
     weight, made = loop.model.get_parameter("0.weight"), list[int]()
 
@@ -196,13 +211,17 @@ def test_a_real_gradient_scaler_skips_and_scales(tmp_path: Path, *, fused: bool)
 
     loop.options["reduce"] = lambda _: torch.full((4,), 5.0)
     run = recorded(loop, tmp_path / "run", train)
-    assert samples(run) == [[batch] for number, batch in enumerate(in_order(40, 4)) if number in made]
+    assert samples(run) == [
+        [batch] for number, batch in enumerate(in_order(40, 4)) if number in made
+    ]
     assert 0 < len(made) < 10
 
 
 @pytest.mark.parametrize("backwards", [True, False], ids=["gradient thrown away", "no gradient"])
 @pytest.mark.parametrize("skipped", [{0}, {2, 3}, {0, 5}], ids=str)
-def test_a_skipped_step_still_moves_batch_norm(skipped: set[int], tmp_path: Path, *, backwards: bool) -> None:
+def test_a_skipped_step_still_moves_batch_norm(
+    skipped: set[int], tmp_path: Path, *, backwards: bool
+) -> None:
     """The forward pass of a batch that led to no step moved the running statistics; replay moves them as well."""
     loop = Loop.of(moody())
 
@@ -216,7 +235,7 @@ def test_a_skipped_step_still_moves_batch_norm(skipped: set[int], tmp_path: Path
             else:
                 loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=whence.Every(50))
+    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Every(50))
     made = [batch for number, batch in enumerate(in_order(22, 4)) if number not in skipped]
     assert [step.samples for step in run.log] == made
-    assert whence.DIT().attribute(run, whence.Loss(loop.data)).slots == 4
+    assert backtrail.DIT().attribute(run, backtrail.Loss(loop.data)).slots == 4

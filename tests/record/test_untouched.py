@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-import whence
+import backtrail
+from backtrail.step.state import State
 from tests.loops import Augmented, Loop, adam, beside, bits, mlp, moody, rows, watching
 from tests.processes import apart
-from whence.replay.state import State
 
 LOADERS: dict[str, dict[str, Any]] = {
     "shuffled": {},
@@ -72,7 +72,9 @@ def world() -> tuple[Any, ...]:
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
 
-def final(loop: Loop, recorder: whence.Recorder | None, loader: dict[str, Any]) -> tuple[State, tuple[Any, ...]]:
+def final(
+    loop: Loop, recorder: backtrail.Recorder | None, loader: dict[str, Any]
+) -> tuple[State, tuple[Any, ...]]:
     """The training's last state, and the state that it leaves the generators in."""
     SHARED.bit_generator.state = np.random.PCG64(3).state
     torch.manual_seed(11), np.random.seed(12), random.seed(13)
@@ -122,7 +124,9 @@ def augmented_is_unchanged(noise: Any, workers: int, path: Path) -> None:
     unchanged(fresh, path, {"num_workers": workers}, keep_batches=True)
 
 
-@pytest.mark.parametrize("noise", [torch_global, numpy_global, python_global, module_global, Private])
+@pytest.mark.parametrize(
+    "noise", [torch_global, numpy_global, python_global, module_global, Private]
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_draws_as_without_a_recorder(noise: Any, workers: int, tmp_path: Path) -> None:
     """Random rows stay the same rows, wherever their noise is drawn from."""
@@ -140,7 +144,9 @@ def wasting_is_unchanged(noise: Any, path: Path) -> None:
     unchanged(fresh, path, {})
 
 
-@pytest.mark.parametrize("noise", [torch_global, numpy_global, python_global, module_global, Private])
+@pytest.mark.parametrize(
+    "noise", [torch_global, numpy_global, python_global, module_global, Private]
+)
 def test_the_proof_gives_back_what_it_draws(noise: Any, tmp_path: Path) -> None:
     """A data set that draws and throws away is read again by the recorder, and draws on as if it had not been."""
     apart(wasting_is_unchanged, noise, tmp_path / "run")

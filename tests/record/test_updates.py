@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import whence
+import backtrail
 from tests.loops import CLASSES, FEATURES, Loop, adam, backward, mlp, moody, recorded
 
 Watch = Callable[[Any], Any]
@@ -23,14 +23,18 @@ def test_settings_of_every_group_are_those_of_the_update(tmp_path: Path) -> None
         {"params": model[2].named_parameters(), "weight_decay": 0.1},
     ]
     loop = Loop(model, torch.optim.SGD(groups, lr=0.1, momentum=0.9))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(loop.optimizer, max_lr=[0.1, 0.2], total_steps=12)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        loop.optimizer, max_lr=[0.1, 0.2], total_steps=12
+    )
     used: list[list[tuple[float, float]]] = []
 
     def train(watch: Watch) -> None:
         for _ in range(2):
             for batch in watch(loop.loader()):
                 loop.backward(batch)
-                used.append([(group["lr"], group["momentum"]) for group in loop.optimizer.param_groups])
+                used.append(
+                    [(group["lr"], group["momentum"]) for group in loop.optimizer.param_groups]
+                )
                 loop.step()
                 schedule.step()
 
@@ -56,8 +60,10 @@ def test_frozen_and_unused_parameters_stay(tmp_path: Path) -> None:
 
     run = recorded(loop, tmp_path / "run", train)
     frozen = ("0.weight", "0.bias", "extra.unused")
-    assert [step.idle for step in run.log] == [frozen] * 3 + [frozen[2:]] * 3
-    assert torch.equal(run.state(3, replay=True).params["0.weight"], mlp().get_parameter("0.weight"))
+    assert [step.unused for step in run.log] == [frozen] * 3 + [frozen[2:]] * 3
+    assert torch.equal(
+        run.state(3, replay=True).params["0.weight"], mlp().get_parameter("0.weight")
+    )
 
 
 def test_everything_may_be_frozen_but_what_comes_later(tmp_path: Path) -> None:
@@ -116,11 +122,13 @@ def test_a_penalty_counts_once_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "clip", [whence.ClipNorm(0.3), whence.ClipNorm(0.2, float("inf")), whence.ClipValue(0.05)], ids=str
+    "clip",
+    [backtrail.ClipNorm(0.3), backtrail.ClipNorm(0.2, float("inf")), backtrail.ClipValue(0.05)],
+    ids=str,
 )
 @pytest.mark.parametrize("unused", [False, True])
 def test_clipping_is_part_of_the_update(
-    clip: whence.ClipNorm | whence.ClipValue, tmp_path: Path, *, unused: bool
+    clip: backtrail.ClipNorm | backtrail.ClipValue, tmp_path: Path, *, unused: bool
 ) -> None:
     """Norm and value clipping, with and without a parameter that has no gradient."""
     model = mlp()
@@ -133,9 +141,9 @@ def test_clipping_is_part_of_the_update(
         for batch in watch(loop.loader()):
             loop.backward(batch)
             match clip:
-                case whence.ClipNorm():
+                case backtrail.ClipNorm():
                     nn.utils.clip_grad_norm_(parameters, clip.max_norm, clip.norm_type)
-                case whence.ClipValue():
+                case backtrail.ClipValue():
                     nn.utils.clip_grad_value_(parameters, clip.max_value)
             loop.step()
 
@@ -143,7 +151,8 @@ def test_clipping_is_part_of_the_update(
 
 
 @pytest.mark.parametrize(
-    "kind", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD"]
+    "kind",
+    ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD"],
 )
 def test_every_supported_optimizer_replays(kind: str, tmp_path: Path) -> None:
     """All of torch's elementwise optimizers, with their moments."""
@@ -154,7 +163,10 @@ def test_every_supported_optimizer_replays(kind: str, tmp_path: Path) -> None:
 def test_sums_and_own_reductions_replay(tmp_path: Path) -> None:
     """A loss that is summed, and one that is divided by a constant."""
     loop = Loop.of(mlp(), options={"reduce": "sum"})
-    other = Loop.of(mlp(), options={"reduce": lambda batches: torch.full((sum(len(b[1]) for b in batches),), 1 / 7)})
+    other = Loop.of(
+        mlp(),
+        options={"reduce": lambda batches: torch.full((sum(len(b[1]) for b in batches),), 1 / 7)},
+    )
     for number, (each, scale) in enumerate(((loop, 1.0), (other, 1 / 7))):
 
         def train(watch: Watch, each: Loop = each, scale: float = scale) -> None:
@@ -165,7 +177,9 @@ def test_sums_and_own_reductions_replay(tmp_path: Path) -> None:
         recorded(each, tmp_path / str(number), train)
 
 
-def test_weights_changed_after_the_last_step_are_not_the_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_changed_after_the_last_step_are_not_the_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Loading other weights before the recorder closes does not damage the run, and is said."""
     loop = Loop.of(moody(), adam)
 

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import whence
-from tests.loops import ROWS, Loop, mlp, moody, recorded, refused, rows
-from whence.errors import (
+import backtrail
+from backtrail.errors import (
     BadQuery,
     DamagedFile,
     EmptyRun,
@@ -23,7 +22,8 @@ from whence.errors import (
     WrongFormat,
     WrongModel,
 )
-from whence.run.run import Run
+from backtrail.run.run import Run
+from tests.loops import ROWS, Loop, mlp, moody, recorded, refused, rows
 
 
 @pytest.fixture
@@ -34,16 +34,29 @@ def run(tmp_path: Path) -> Run:
 
 def reopened(run: Run, model: nn.Module | None = None, data: Any = None) -> Run:
     """The run, opened with another model or data set."""
-    return whence.open_run(run.path, whence.classification(model or moody(), run.task.data if data is None else data))
+    return backtrail.open_run(
+        run.path,
+        backtrail.classification(model or moody(), run.task.data if data is None else data),
+    )
 
 
 def test_another_model(run: Run) -> None:
     """Every tensor that differs is named, with both shapes."""
     other = moody()
     other[4] = nn.Linear(8, 5)
-    with refused(WrongModel, "'4.bias' has shape [5]", "[3]", "'4.weight' has shape [5, 8]", "recorded with [3, 8]"):
+    with refused(
+        WrongModel,
+        "'4.bias' has shape [5]",
+        "[3]",
+        "'4.weight' has shape [5, 8]",
+        "recorded with [3, 8]",
+    ):
         reopened(run, other)
-    with refused(WrongModel, "'1.running_mean' [8] was recorded and is not in the model", "'2.bias' was not recorded"):
+    with refused(
+        WrongModel,
+        "'1.running_mean' [8] was recorded and is not in the model",
+        "'2.bias' was not recorded",
+    ):
         reopened(run, mlp())
     with refused(WrongModel, "'0.bias' is float64", "recorded as float32"):
         reopened(run, moody().double())
@@ -73,9 +86,9 @@ def test_other_rows_of_a_later_step(run: Run) -> None:
 
 def test_another_loss(run: Run) -> None:
     """A task whose loss is not the recorded one does not replay."""
-    task = whence.classification(moody(), run.task.data, reduce="sum")
+    task = backtrail.classification(moody(), run.task.data, reduce="sum")
     with refused(ReplayMismatch, "Step 0", "norm of its gradient"):
-        whence.open_run(run.path, task).verify()
+        backtrail.open_run(run.path, task).verify()
 
 
 def test_another_end_of_a_segment(run: Run) -> None:
@@ -84,7 +97,9 @@ def test_another_end_of_a_segment(run: Run) -> None:
     path = run.path / "states" / "00000004.safetensors"
     path.write_bytes((run.path / "states" / "00000000.safetensors").read_bytes())
     manifest = json.loads((run.path / "manifest.json").read_text())
-    manifest["files"]["states/00000004.safetensors"] = store.manifest.files["states/00000000.safetensors"]
+    manifest["files"]["states/00000004.safetensors"] = store.manifest.files[
+        "states/00000000.safetensors"
+    ]
     (run.path / "manifest.json").write_text(json.dumps(manifest))
     with refused(ReplayMismatch, "Step 3", "the state after it (replayed from state 0)"):
         reopened(run).verify()
@@ -97,7 +112,9 @@ def test_a_damaged_file(run: Run, name: str) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with refused(DamagedFile, str(path), "its checksum is", run.manifest.files[name], "record the run again"):
+    with refused(
+        DamagedFile, str(path), "its checksum is", run.manifest.files[name], "record the run again"
+    ):
         reopened(run).verify()
 
 
@@ -132,19 +149,19 @@ def test_a_damaged_journal(tmp_path: Path) -> None:
     path = tmp_path / "steps" / "00000000.journal"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
-    assert whence.open_run(tmp_path, loop.task()).steps == 11
+    assert backtrail.open_run(tmp_path, loop.task()).steps == 11
     path.write_bytes(b"".join(lines[:2]) + b"{]\n" + b"".join(lines[3:]))
     with refused(DamagedFile, str(path), "does not parse"):
-        whence.open_run(tmp_path, loop.task())
+        backtrail.open_run(tmp_path, loop.task())
     path.write_bytes(b"".join(lines[:2]) + b"".join(lines[3:]))
     with refused(DamagedFile, str(path), "step 3 stands where step 2 belongs"):
-        whence.open_run(tmp_path, loop.task())
+        backtrail.open_run(tmp_path, loop.task())
 
 
 def test_no_manifest(run: Run) -> None:
     """A folder without a manifest is no run, and how to make one is said."""
     (run.path / "manifest.json").unlink()
-    with refused(NotARun, str(run.path), "whence.Recorder("):
+    with refused(NotARun, str(run.path), "backtrail.Recorder("):
         reopened(run)
 
 
@@ -170,12 +187,14 @@ def test_a_run_without_steps(tmp_path: Path) -> None:
     with loop.recorder(tmp_path):
         pass
     with refused(EmptyRun, str(tmp_path), "no whole step"):
-        whence.open_run(tmp_path, loop.task())
+        backtrail.open_run(tmp_path, loop.task())
 
 
 def test_states_and_steps_that_are_not_there(run: Run) -> None:
     """What there is instead is told."""
-    with refused(MissingState, "State 6 was not kept", "0, 4, 8, 12", "replay=True", "from state 4"):
+    with refused(
+        MissingState, "State 6 was not kept", "0, 4, 8, 12", "replay=True", "from state 4"
+    ):
         run.state(6)
     for number in (-1, 13):
         with refused(NoSuchState, f"no state {number}", "0 to 12"):
@@ -187,10 +206,12 @@ def test_states_and_steps_that_are_not_there(run: Run) -> None:
 def test_queries_of_rows_that_are_not_there(run: Run) -> None:
     """Samples out of range are named, with the length of the data set."""
     for samples in ([3, 99], [-1]):
-        with refused(BadQuery, f"samples={[s for s in samples if s != 3]}", f"the data set has {ROWS} rows"):
-            whence.Loss(run.task.data, samples=samples)
+        with refused(
+            BadQuery, f"samples={[s for s in samples if s != 3]}", f"the data set has {ROWS} rows"
+        ):
+            backtrail.Loss(run.task.data, samples=samples)
     with refused(BadQuery, "no samples"):
-        whence.Loss(run.task.data, samples=[])
+        backtrail.Loss(run.task.data, samples=[])
 
 
 def test_opening_leaves_the_model_alone(run: Run) -> None:

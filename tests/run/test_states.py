@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import whence
+import backtrail
+from backtrail.record.policy import CheckpointPolicy
+from backtrail.step.state import State
 from tests.loops import Augmented, Loop, backward, bits, mlp, moody, recorded
-from whence.record.policy import CheckpointPolicy
-from whence.replay.state import State
 
 POLICIES: list[tuple[CheckpointPolicy, tuple[int, ...]]] = [
-    (whence.Every(5), (0, 5, 10, 15, 18)),
-    (whence.Every(100), (0, 18)),
-    (whence.Epochs(), (0, 6, 12, 18)),
-    (whence.Epochs(2), (0, 12, 18)),
-    (whence.Geometric(2.0), (0, 1, 2, 4, 8, 16, 18)),
-    (whence.Only((3, 17)), (0, 3, 17, 18)),
-    (whence.Last(3), (0, 16, 17, 18)),
+    (backtrail.Every(5), (0, 5, 10, 15, 18)),
+    (backtrail.Every(100), (0, 18)),
+    (backtrail.Epochs(), (0, 6, 12, 18)),
+    (backtrail.Epochs(2), (0, 12, 18)),
+    (backtrail.Geometric(2.0), (0, 1, 2, 4, 8, 16, 18)),
+    (backtrail.Only((3, 17)), (0, 3, 17, 18)),
+    (backtrail.Last(3), (0, 16, 17, 18)),
 ]
 
 
@@ -31,10 +31,14 @@ def on_disk(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(("policy", "kept"), POLICIES, ids=str)
-def test_states_are_those_of_the_live_loop(policy: CheckpointPolicy, kept: tuple[int, ...], tmp_path: Path) -> None:
+def test_states_are_those_of_the_live_loop(
+    policy: CheckpointPolicy, kept: tuple[int, ...], tmp_path: Path
+) -> None:
     """A policy keeps what it says; kept states equal the loop's bit for bit, and the others replay to them."""
     loop = Loop.of(moody())
-    run = recorded(loop, tmp_path / "run", lambda watch: loop.train(watch, epochs=3), checkpoints=policy)
+    run = recorded(
+        loop, tmp_path / "run", lambda watch: loop.train(watch, epochs=3), checkpoints=policy
+    )
     assert run.kept == kept == tuple(on_disk(run.path))
     assert len(loop.states) == run.steps + 1 == 19
     for number, lived in enumerate(loop.states):
@@ -60,7 +64,7 @@ def test_a_state_has_the_buffers_before_the_first_of_its_batches(tmp_path: Path)
             if number % 2:
                 loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=whence.Every(1))
+    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Every(1))
     for number, lived in enumerate(loop.states[::2]):
         assert bits(run.state(number)) == bits(lived)
 
@@ -105,7 +109,7 @@ class Wandering(nn.Module):
 def test_buffers_of_any_kind_are_replayed(tmp_path: Path) -> None:
     """Buffers moved in place or by assignment, small and large, are those before the forward pass."""
     loop = Loop.of(mlp(Wandering()))
-    run = recorded(loop, tmp_path / "run", checkpoints=whence.Every(3))
+    run = recorded(loop, tmp_path / "run", checkpoints=backtrail.Every(3))
     for number in run.kept:
         assert bits(run.state(number)) == bits(loop.states[number])
 
@@ -125,7 +129,10 @@ def test_stored_batches_replay_random_rows(workers: int, tmp_path: Path) -> None
     """keep_batches=True: rows that read differently every time replay to the loop's own states."""
     loop = Loop.of(moody(), data=Augmented(lambda: float(torch.randn(()))))
     run = recorded(
-        loop, tmp_path / "run", lambda watch: loop.train(watch, loop.loader(num_workers=workers)), keep_batches=True
+        loop,
+        tmp_path / "run",
+        lambda watch: loop.train(watch, loop.loader(num_workers=workers)),
+        keep_batches=True,
     )
     assert all(fed.stored for step in run.log for fed in step.fed)
     assert_close(run.state(3, replay=True), loop.states[3])
@@ -155,7 +162,7 @@ def test_what_the_loop_made_of_a_batch_is_replayed(every: int, tmp_path: Path) -
 
     with loop.recorder(tmp_path / "run") as recorder:
         train(recorder.watch)
-    run = whence.open_run(tmp_path / "run", loop.task())
+    run = backtrail.open_run(tmp_path / "run", loop.task())
     assert run.verify().difference < 1e-5
     stored = [fed.stored for step in run.log for fed in step.fed]
     assert stored == list(itertools.islice(itertools.cycle([True] + [False] * (every - 1)), 6))
@@ -168,25 +175,29 @@ class Odd:
 def collated(items: list[Any]) -> dict[Any, Any]:
     """A batch of nested dicts, lists, plain values, and one tensor in two places."""
     inputs = torch.stack([item[0] for item in items])
-    return {"x": inputs, 3: [inputs, None, 1.5, "text"], "y": {"label": torch.stack([item[1] for item in items])}}
+    return {
+        "x": inputs,
+        3: [inputs, None, 1.5, "text"],
+        "y": {"label": torch.stack([item[1] for item in items])},
+    }
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_batches_may_be_nested(tmp_path: Path, *, keep: bool) -> None:
     """Dicts, lists and plain values come back from disk as they were."""
     loop = Loop.of(mlp())
-    task = whence.Task(
+    task = backtrail.Task(
         loop.model,
         loop.data,
         lambda outputs, batch: cross_entropy(outputs, batch["y"]["label"], reduction="none"),
         predict=lambda model, batch: model(batch["x"]),
         collate=collated,
     )
-    with whence.Recorder(tmp_path / "run", task, loop.optimizer, keep_batches=keep) as recorder:
+    with backtrail.Recorder(tmp_path / "run", task, loop.optimizer, keep_batches=keep) as recorder:
         for batch in recorder.watch(loop.loader(collate_fn=collated)):
             loop.backward((batch["x"], batch["y"]["label"]))
             loop.step()
-    run = whence.open_run(tmp_path / "run", task)
+    run = backtrail.open_run(tmp_path / "run", task)
     assert run.verify().difference < 1e-5
     assert set(run.batches(0)[0]) == {"x", 3, "y"}
     assert run.batches(0)[0][3][1:] == [None, 1.5, "text"]
@@ -200,12 +211,16 @@ def test_values_without_content_do_not_disturb(tmp_path: Path) -> None:
         return [*torch.utils.data.default_collate(items), Odd()]
 
     loop.options["collate"] = collate
-    recorded(loop, tmp_path / "run", lambda watch: loop.train(watch, loop.loader(collate_fn=collate)))
+    recorded(
+        loop, tmp_path / "run", lambda watch: loop.train(watch, loop.loader(collate_fn=collate))
+    )
 
 
-def test_a_long_run_turns_its_journal_into_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_run_turns_its_journal_into_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps in Parquet segments and in the journal read as one log."""
-    monkeypatch.setattr("whence.run.store.SEGMENT", 5)
+    monkeypatch.setattr("backtrail.run.store.SEGMENT", 5)
     loop = Loop.of(mlp())
     run = recorded(loop, tmp_path / "run")
     assert sorted(file.name for file in (run.path / "steps").iterdir()) == [
@@ -218,14 +233,14 @@ def test_a_long_run_turns_its_journal_into_segments(tmp_path: Path, monkeypatch:
     loop = Loop.of(mlp())
     with pytest.raises(ValueError, match="stop here"), loop.recorder(tmp_path / "cut") as recorder:
         stop_after(loop, recorder, steps=7)
-    assert whence.open_run(tmp_path / "cut", loop.task()).steps == 7
+    assert backtrail.open_run(tmp_path / "cut", loop.task()).steps == 7
     assert sorted(file.name for file in (tmp_path / "cut" / "steps").iterdir()) == [
         "00000000.parquet",
         "00000005.journal",
     ]
 
 
-def stop_after(loop: Loop, recorder: whence.Recorder, *, steps: int) -> None:
+def stop_after(loop: Loop, recorder: backtrail.Recorder, *, steps: int) -> None:
     """Train until something goes wrong."""
     for number, batch in enumerate(recorder.watch(loop.loader(batch_size=2))):
         if number == steps:
@@ -245,15 +260,21 @@ def test_a_loop_that_fails_leaves_the_states_that_were_on_their_way(tmp_path: Pa
             if number == 4:
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), loop.recorder(tmp_path, checkpoints=whence.Every(1)) as recorder:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        loop.recorder(tmp_path, checkpoints=backtrail.Every(1)) as recorder,
+    ):
         train(recorder.watch)
-    assert whence.open_run(tmp_path, loop.task()).kept == (0, 1, 2, 3, 4)
+    assert backtrail.open_run(tmp_path, loop.task()).kept == (0, 1, 2, 3, 4)
 
 
 def test_a_state_that_cannot_be_written_stops_the_training(tmp_path: Path) -> None:
     """What the disk says of a file reaches the loop, at the next file or at the end."""
     loop = Loop.of(moody())
-    with pytest.raises(OSError, match="states"), loop.recorder(tmp_path, checkpoints=whence.Every(1)) as recorder:
+    with (
+        pytest.raises(OSError, match="states"),
+        loop.recorder(tmp_path, checkpoints=backtrail.Every(1)) as recorder,
+    ):
         for number, batch in enumerate(recorder.watch(loop.loader())):
             if number == 2:
                 (tmp_path / "states").rename(tmp_path / "elsewhere")

@@ -1,0 +1,146 @@
+"""Which training samples made this model what it is, and when.
+
+>>> import backtrail
+>>> "Task" in dir(backtrail)
+True
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Importing backtrail stays instant: a name brings its module (and torch with it) when first used.
+_HOME = {
+    "BacktrailError": "backtrail.errors",
+    "Task": "backtrail.task.task",
+    "ClipNorm": "backtrail.task.clipping",
+    "ClipValue": "backtrail.task.clipping",
+    "classification": "backtrail.task.presets",
+    "regression": "backtrail.task.presets",
+    "language_model": "backtrail.task.language",
+    "TokenMean": "backtrail.task.language",
+    "Averaged": "backtrail.queries",
+    "Loss": "backtrail.queries",
+    "Logit": "backtrail.queries",
+    "Margin": "backtrail.queries",
+    "Feature": "backtrail.queries",
+    "Saliency": "backtrail.queries",
+    "Parameter": "backtrail.queries",
+    "Custom": "backtrail.queries",
+    "Recorder": "backtrail.record.recorder",
+    "Every": "backtrail.record.policy",
+    "Epochs": "backtrail.record.policy",
+    "Geometric": "backtrail.record.policy",
+    "Only": "backtrail.record.policy",
+    "Last": "backtrail.record.policy",
+    "Run": "backtrail.run.run",
+    "open_run": "backtrail.run.run",
+    "DIT": "backtrail.methods.dit.dit",
+    "TracIn": "backtrail.methods.gradient_dot.tracin",
+    "GradientDot": "backtrail.methods.gradient_dot.tracin",
+    "DataValueEmbedding": "backtrail.methods.dve.dve",
+    "Embeddings": "backtrail.methods.dve.embeddings",
+    "open_embeddings": "backtrail.methods.dve.embeddings",
+    "DiffIn": "backtrail.methods.diff_in.diff_in",
+    "Checkpoints": "backtrail.methods.diff_in.checkpoints",
+    "Hessian": "backtrail.curvature.policies",
+    "GaussNewton": "backtrail.curvature.policies",
+    "EmpiricalFisher": "backtrail.curvature.policies",
+    "Zero": "backtrail.curvature.policies",
+    "Tangent": "backtrail.optim.slopes",
+    "Secant": "backtrail.optim.slopes",
+    "leave_one_out": "backtrail.methods.retrain.retrain",
+    "retrain": "backtrail.methods.retrain.retrain",
+    "Influence": "backtrail.influence.influence",
+    "open_influence": "backtrail.influence.influence",
+    "patterns": "backtrail.influence.analysis.patterns",
+    "select_coreset": "backtrail.apply.coreset",
+    "compare_coresets": "backtrail.apply.coreset_report",
+    "trust": "backtrail.apply.trust",
+    "evaluate": "backtrail.apply.evaluation",
+    "regimes": "backtrail.apply.select_by_regime",
+    "worth_selecting": "backtrail.apply.select_by_regime",
+    "forget": "backtrail.apply.unlearning",
+    "judge_forgetting": "backtrail.apply.unlearning_report",
+    "find_mislabeled": "backtrail.apply.cleaning",
+}
+
+__all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are strings
+
+if TYPE_CHECKING:
+    from backtrail import plot as plot
+    from backtrail.apply.cleaning import find_mislabeled as find_mislabeled
+    from backtrail.apply.coreset import select_coreset as select_coreset
+    from backtrail.apply.coreset_report import compare_coresets as compare_coresets
+    from backtrail.apply.evaluation import evaluate as evaluate
+    from backtrail.apply.select_by_regime import regimes as regimes
+    from backtrail.apply.select_by_regime import worth_selecting as worth_selecting
+    from backtrail.apply.trust import trust as trust
+    from backtrail.apply.unlearning import forget as forget
+    from backtrail.apply.unlearning_report import judge_forgetting as judge_forgetting
+    from backtrail.curvature.policies import EmpiricalFisher as EmpiricalFisher
+    from backtrail.curvature.policies import GaussNewton as GaussNewton
+    from backtrail.curvature.policies import Hessian as Hessian
+    from backtrail.curvature.policies import Zero as Zero
+    from backtrail.errors import BacktrailError as BacktrailError
+    from backtrail.influence.analysis.patterns import patterns as patterns
+    from backtrail.influence.influence import Influence as Influence
+    from backtrail.influence.influence import open_influence as open_influence
+    from backtrail.methods.diff_in.checkpoints import Checkpoints as Checkpoints
+    from backtrail.methods.diff_in.diff_in import DiffIn as DiffIn
+    from backtrail.methods.dit.dit import DIT as DIT
+    from backtrail.methods.dve.dve import DataValueEmbedding as DataValueEmbedding
+    from backtrail.methods.dve.embeddings import Embeddings as Embeddings
+    from backtrail.methods.dve.embeddings import open_embeddings as open_embeddings
+    from backtrail.methods.gradient_dot.tracin import GradientDot as GradientDot
+    from backtrail.methods.gradient_dot.tracin import TracIn as TracIn
+    from backtrail.methods.retrain.retrain import leave_one_out as leave_one_out
+    from backtrail.methods.retrain.retrain import retrain as retrain
+    from backtrail.optim.slopes import Secant as Secant
+    from backtrail.optim.slopes import Tangent as Tangent
+    from backtrail.queries import Averaged as Averaged
+    from backtrail.queries import Custom as Custom
+    from backtrail.queries import Feature as Feature
+    from backtrail.queries import Logit as Logit
+    from backtrail.queries import Loss as Loss
+    from backtrail.queries import Margin as Margin
+    from backtrail.queries import Parameter as Parameter
+    from backtrail.queries import Saliency as Saliency
+    from backtrail.record.policy import Epochs as Epochs
+    from backtrail.record.policy import Every as Every
+    from backtrail.record.policy import Geometric as Geometric
+    from backtrail.record.policy import Last as Last
+    from backtrail.record.policy import Only as Only
+    from backtrail.record.recorder import Recorder as Recorder
+    from backtrail.run.run import Run as Run
+    from backtrail.run.run import open_run as open_run
+    from backtrail.task.clipping import ClipNorm as ClipNorm
+    from backtrail.task.clipping import ClipValue as ClipValue
+    from backtrail.task.language import TokenMean as TokenMean
+    from backtrail.task.language import language_model as language_model
+    from backtrail.task.presets import classification as classification
+    from backtrail.task.presets import regression as regression
+    from backtrail.task.task import Task as Task
+
+
+def __getattr__(name: str) -> object:
+    """Import the module a public name lives in, and remember the name.
+
+    Raises:
+        AttributeError: There is no such public name.
+    """
+    if name == "plot":
+        return import_module("backtrail.plot")
+    if name not in _HOME:
+        raise AttributeError(
+            f"module 'backtrail' has no attribute {name!r}; it has {sorted(__all__)}"
+        )
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)

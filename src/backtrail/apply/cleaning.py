@@ -1,0 +1,249 @@
+"""Which training samples have a wrong label: rankings by suspicion, and the list to review.
+
+Nothing here changes the data. In every ranking a higher score is more suspicious.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final, get_args
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float64
+
+from backtrail.apply.cross_validation import FOLDS, cross
+from backtrail.apply.signals import (
+    ROWS,
+    class_count,
+    el2n,
+    labels,
+    losses,
+    margins,
+    outputs,
+    pieces,
+    probabilities,
+)
+from backtrail.errors import BadSetting, NotFinite
+from backtrail.influence.influence import Influence
+from backtrail.influence.tables import ranking
+from backtrail.methods.diff_in.diff_in import DiffIn
+from backtrail.methods.diff_in.row_gradients import RowGradients
+from backtrail.methods.diff_in.trajectory import chosen_states, point_at
+from backtrail.methods.dit.dit import DIT
+from backtrail.methods.dve.dve import DataValueEmbedding
+from backtrail.methods.memory import CACHE
+from backtrail.methods.observe import ObservedAt
+from backtrail.queries import Loss
+from backtrail.run.files import replacing
+from backtrail.run.run import Run
+from backtrail.task.task import Rows, evaluating
+from backtrail.tree import cast
+
+Method = Literal[
+    "mean-loss", "held-out", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"
+]
+Window = tuple[int, int]
+Suspicion = Float64[np.ndarray, " sample"]
+WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
+    ".csv": lambda table, path: table.write_csv(path),
+    ".parquet": lambda table, path: table.write_parquet(path),
+}
+
+
+def find_mislabeled(
+    run: Run,
+    *,
+    method: Method | Influence = "mean-loss",
+    validation: Rows | None = None,
+    window: Window | None = None,
+    checkpoints: int | Sequence[int] = 10,
+    out: str | Path | None = None,
+) -> pl.DataFrame:
+    """Rank the training samples by how likely their label is wrong.
+
+    * "mean-loss": loss, averaged over checkpoints;
+    * "held-out": the same distance as "el2n" (the loss, where there are no classes) in re-runs of
+      the training, half of it from those that left the sample out: 20 re-runs, stacked;
+    * "margin": best other class less the label's, averaged over checkpoints;
+    * "el2n": distance of the probabilities from the label, averaged over checkpoints;
+    * "loss": loss at the end;
+    * "tracin": learning rate times squared gradient of the own loss, summed over checkpoints;
+    * "self-influence": size of the published self-influence of `DiffIn`, over the checkpoints;
+    * "dit": harm to the mean loss of the validation rows, else of the training set, by one exact
+      sweep;
+    * "dve": the same by `DataValueEmbedding`;
+    * an influence that was computed before: the same, in the mean over its queries. Harm is
+      negative influence.
+
+    Those that read classes need a task of classes; the others read losses and gradients alone.
+
+    Args:
+        run: the recorded training.
+        method: what to rank by.
+        validation: rows with right labels; for "dit" and "dve".
+        window: count only what samples did to the loss between two states; for "dit", "dve" and an
+            influence that was observed at both.
+        checkpoints: how many states, spread over the training (those that were kept, where there
+            are some), or which.
+        out: a file for the list, `.csv` or `.parquet`; it is written anew.
+
+    Returns:
+        All samples, the most suspicious first: rank, sample (a row number, or an id where samples
+        have their own),
+        score, label, and suggested: the most probable of the other classes, by the average of the
+        checkpoints, or by the re-runs that left the sample out. It says what the label may be if it
+        is wrong, not that it is. Label and suggested are null where the task has no classes.
+
+    Raises:
+        BadSetting: a setting that is none, or that the method has no use for.
+        NoClasses: the method compares classes, and the task has none.
+        OtherRun: the influence is of another run.
+        NotFinite: some score is not.
+    """
+    _check(method, validation=validation, window=window, out=out)
+    asked = _Asked(run, tuple(chosen_states(run, checkpoints)), validation, window)
+    if method == "held-out":
+        crossed = cross(run, asked.states, folds=min(FOLDS, run.samples))
+        scores, chances = (crossed.out + crossed.inside) / 2, crossed.chances
+    else:
+        scores = asked.harm_of(method) if isinstance(method, Influence) else RANKINGS[method](asked)
+        chances = _chances(run, asked.states)
+    if unknown := run.ids[~np.isfinite(scores)].tolist():
+        raise NotFinite(unknown, scored=True)
+    table = _listed(run, scores, chances)
+    if out is not None:
+        with replacing(Path(out)) as scratch:
+            WRITERS[Path(out).suffix](table, scratch)
+    return table
+
+
+def gradient_sizes(run: Run, states: Sequence[int]) -> Float64[np.ndarray, " sample"]:
+    r"""TracIn's influence of every sample on its own loss, had each state been one step of gradient descent.
+
+    .. math:: \sum_t \eta_t \lVert \nabla \ell_j(\theta_t) \rVert^2
+
+    with every parameter group's own rate, as the step from that state used it.
+    """
+    found: np.ndarray = np.sum([_sizes_at(run, state) for state in states], axis=0)
+    return found
+
+
+def _sizes_at(run: Run, state: int) -> Float64[np.ndarray, " sample"]:
+    point, found = point_at(run, state), np.zeros(run.samples)
+    rows, like = RowGradients(run.task, point), next(iter(point.params.values()))
+    size = sum(tensor.nbytes for tensor in point.trained.values())
+    with evaluating(run.task):
+        for places, slots, read in pieces(run, rows=max(1, min(ROWS, CACHE // size))):
+            gradients = rows.each(cast(read, like.dtype, like.device), point.trained)
+            squares = {
+                name: tensor.flatten(1).square().sum(1) for name, tensor in gradients.items()
+            }
+            found[places] = sum(point.scaled(squares).values())[slots].double().cpu().numpy()  # type: ignore[index]
+    return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a ranking may read."""
+
+    run: Run
+    states: tuple[int, ...]
+    validation: Rows | None
+    window: Window | None
+
+    def harm(self, method: DIT | DataValueEmbedding) -> Suspicion:
+        """The harm to a mean loss, by a method of attribution.
+
+        Raises:
+            BadSetting: there are no rows to ask about.
+        """
+        if self.validation is None and self.run.has_ids:
+            raise BadSetting(
+                "validation",
+                None,
+                "rows with right labels: this run's own cannot be read by number",
+            )
+        rows = self.run.task.data if self.validation is None else self.validation
+        states: ObservedAt = "end" if self.window is None else self.window
+        return self.harm_of(
+            method.attribute(self.run, Loss(rows, aggregate="mean"), observed_at=states)
+        )
+
+    def harm_of(self, influence: Influence) -> Suspicion:
+        """The negative influence, in the mean over queries: of all visits at the end, or on a window."""
+        influence.check_run(self.run)
+        last = influence.observed_at[-1]
+        found: np.ndarray = 0.0 - influence.window(*(self.window or (0, last))).mean(
+            axis=0
+        )  # 0 - 0 has no sign
+        return found
+
+
+RANKINGS: dict[str, Callable[[_Asked], Suspicion]] = {
+    "mean-loss": lambda asked: np.mean(
+        [losses(asked.run, state) for state in asked.states], axis=0
+    ),
+    "margin": lambda asked: -margins(asked.run, asked.states),
+    "el2n": lambda asked: el2n(asked.run, asked.states),
+    "loss": lambda asked: losses(asked.run, asked.run.steps),
+    "tracin": lambda asked: gradient_sizes(asked.run, asked.states),
+    "self-influence": lambda asked: np.abs(DiffIn(asked.states).self_influence(asked.run)),
+    "dit": lambda asked: asked.harm(DIT()),
+    "dve": lambda asked: asked.harm(DataValueEmbedding()),
+}
+
+
+def _check(
+    method: Method | Influence,
+    *,
+    validation: Rows | None,
+    window: Window | None,
+    out: str | Path | None,
+) -> None:
+    """Refuse settings that are none before any work is done.
+
+    Raises:
+        BadSetting: names the setting, and what it may be.
+    """
+    swept, given = method in {"dit", "dve"}, isinstance(method, Influence)
+    if not given and method not in get_args(Method):
+        raise BadSetting(
+            "method", method, f"{', '.join(map(repr, get_args(Method)))}, or an influence"
+        )
+    if validation is not None and not swept:
+        raise BadSetting("validation", "...", "None, or method='dit' or 'dve' with it")
+    if window is not None and not swept and not given:
+        raise BadSetting("window", window, "None, or method='dit', 'dve' or an influence with it")
+    if window is not None and not window[0] < window[1]:
+        raise BadSetting("window", window, "two states, the earlier first")
+    if out is not None and Path(out).suffix not in WRITERS:
+        raise BadSetting(
+            "out", str(out), f"the name of a file that ends with {' or '.join(WRITERS)}"
+        )
+
+
+def _chances(run: Run, states: Sequence[int]) -> Float64[np.ndarray, "sample label"] | None:
+    """Probabilities of the classes, averaged over states; None where there are no classes."""
+    if not class_count(run):
+        return None
+    return sum(probabilities(outputs(run, state)) / len(states) for state in states)  # type: ignore[return-value]
+
+
+def _listed(
+    run: Run, scores: Suspicion, chances: Float64[np.ndarray, "sample label"] | None
+) -> pl.DataFrame:
+    """The table, the most suspicious first."""
+    order = ranking(scores, "helpful")
+    ranks = np.arange(1, len(order) + 1)
+    table = pl.DataFrame({"rank": ranks, "sample": run.ids[order], "score": scores[order]})
+    if chances is None:
+        none = pl.lit(None, pl.Int64)
+        return table.with_columns(none.alias("label"), none.alias("suggested"))
+    given, others = labels(run), chances.copy()
+    np.put_along_axis(others, given[:, None], -np.inf, 1)
+    return table.with_columns(
+        pl.Series("label", given[order]),
+        pl.Series("suggested", others.argmax(axis=1)[order], pl.Int64),
+    )

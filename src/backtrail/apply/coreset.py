@@ -1,0 +1,277 @@
+"""A part of the training set that stands for all of it: chosen by influence, or by the usual baselines."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict, Unpack, get_args
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from backtrail.apply import signals as scores
+from backtrail.apply.coreset_report import Samples, numbers
+from backtrail.errors import BadSetting, EmbeddedElsewhere, NoClasses, RowsNotReadable
+from backtrail.influence.influence import Influence
+from backtrail.influence.tables import places
+from backtrail.methods.diff_in.diff_in import DiffIn
+from backtrail.methods.dit.dit import DIT
+from backtrail.methods.dve.dve import DataValueEmbedding
+from backtrail.methods.dve.embeddings import Embeddings
+from backtrail.methods.gradient_dot.tracin import TracIn
+from backtrail.queries import Loss, Query
+from backtrail.run.run import Run
+
+Method = Literal["dve", "dit", "diff-in", "tracin", "herding", "el2n", "loss", "random"]
+ASKED = 256  # training losses that influence is on, where no queries are given
+EARLY = 3  # epochs whose ends EL2N looks at
+METHODS: dict[str, Callable[[], Any]] = {
+    "dit": DIT,
+    "diff-in": lambda: DiffIn(form="corrected"),
+    "tracin": lambda: TracIn(states="kept"),
+}
+Places = Int64[np.ndarray, " _"]
+Choose = Callable[[Places, int], Places]  # so many of a group
+Chooser = tuple[Float[np.ndarray, " sample"] | None, Choose]
+
+
+class CoresetOptions(TypedDict, total=False):
+    """Options of a choice.
+
+    Attributes:
+        among: samples to choose from, as numbers or as a table with them; default all. Of fewer
+            than are to be kept, all are.
+        seed: of the random choices; default 0.
+    """
+
+    among: Samples
+    seed: int
+
+
+def select_coreset(
+    run: Run,
+    fraction: float = 0.3,
+    *,
+    queries: Query | None = None,
+    method: str | Influence | Embeddings = "dve",
+    balanced: bool | None = None,
+    **options: Unpack[CoresetOptions],
+) -> pl.DataFrame:
+    r"""Keep the part of the training set that stands best for all of it.
+
+    Every sample j has a vector :math:`a_j`, and k of N samples are taken one by one so that the sum
+    of the chosen follows the sum of all (herding):
+
+    .. math:: j_{i+1} = \arg\min_{j} \Big\lVert \frac{i + 1}{N} \sum_{l} a_l - \sum_{l \le i} a_{j_l} - a_j \Big\rVert_2
+
+    For "dve" :math:`a_j` is the sample's embedding, summed over its visits: what it did to the
+    final weights. For the other influences it is the influence on every query, so that to first
+    order no query's loss differs between training on all and on the chosen. Those with the largest
+    influence would be near-duplicates of one another, and are no good coreset.
+
+    Args:
+        run: the recorded training on everything.
+        fraction: share that is kept, above 0 and at most 1, of all samples that the training saw.
+        queries: losses of validation rows, best one by one; by default those of at most 256 rows of
+            the training set, the influence of a row on its own loss left out. Embeddings need none.
+        method: "dve", "dit" (a sweep per query: ask few), "diff-in", "tracin", or an `Influence` or
+            `Embeddings` at hand. For comparison: "herding" in the inputs of the model's last layer;
+            "el2n", the samples that the first epochs got most wrong; "loss", those with the least
+            loss at the end; "random".
+        balanced: every class keeps its share of samples; by default, where the task has classes.
+        **options: see `CoresetOptions`.
+
+    Returns:
+        One row per kept sample, the best first: sample, score, rank (from 1), and label where there
+        are classes. The score is the influence on the mean of the queries, EL2N, or the loss; null
+        where the method has none.
+
+    Raises:
+        BadSetting: a fraction out of range, or a method that is none.
+        OtherRun: the influence is of another run.
+        EmbeddedElsewhere: the embeddings are of another run.
+        NoClasses: classes are to be balanced, and the task has none.
+        RowsNotReadable: training losses cannot be asked about, since samples have ids of their own.
+        UnknownSample: a sample to choose from that the training set does not have.
+    """
+    if not 0 < fraction <= 1:
+        raise BadSetting("fraction", fraction, "a share above 0 and at most 1")
+    labels, seen, among = _labels(run, needed=balanced is True), _seen(run), options.get("among")
+    pool = (
+        seen
+        if among is None
+        else np.intersect1d(seen, places(run.ids, numbers(among, name="among").tolist()))
+    )
+    groups = [pool]
+    if labels is not None and balanced is not False:
+        groups = [pool[labels[pool] == label] for label in np.unique(labels[pool])]
+    score, choose = _chooser(run, method, queries, seed=options.get("seed", 0))
+    chosen = _in_turns(groups, min(max(1, round(fraction * len(seen))), len(pool)), choose)
+    table = {
+        "sample": run.ids[chosen],
+        "score": pl.Series(
+            [None] * len(chosen) if score is None else score[chosen], dtype=pl.Float64
+        ),
+        "rank": np.arange(1, len(chosen) + 1),
+    }
+    return pl.DataFrame(table | ({} if labels is None else {"label": labels[chosen]}))
+
+
+def _seen(run: Run) -> Places:
+    """Places of the samples that the training saw."""
+    return np.flatnonzero(np.isin(run.ids, run.seen))
+
+
+def _labels(run: Run, *, needed: bool) -> Int64[np.ndarray, " sample"] | None:
+    try:
+        scores.outputs(run, run.kept[-1])  # numbers that happen to be whole are no classes
+        return scores.labels(run)
+    except NoClasses:
+        if needed:
+            raise
+        return None
+
+
+def _in_turns(groups: Sequence[Places], count: int, choose: Choose) -> Places:
+    """Every group's choice, one after the other in proportion, so that the first few are balanced, too."""
+    shares = quotas(np.array([len(group) for group in groups]), count)
+    turns = [(np.arange(share) + 0.5) / share for share in shares]
+    chosen = [choose(group, int(share)) for group, share in zip(groups, shares, strict=True)]
+    found: Places = np.concatenate(chosen)[np.argsort(np.concatenate(turns), kind="stable")]
+    return found
+
+
+def _chooser(
+    run: Run, method: str | Influence | Embeddings, queries: Query | None, *, seed: int
+) -> Chooser:
+    """What is told of every sample, and how some of a group are chosen."""
+    if isinstance(method, Influence):
+        method.check_run(run)
+        return _by_influence(method.total()[:, -1])
+    if isinstance(method, Embeddings):
+        return _by_embeddings(run, method, queries)
+    if method == "dve":
+        return _by_embeddings(run, DataValueEmbedding().embed(run), queries)
+    if method in BASELINES:
+        return BASELINES[method](run, seed)
+    return _by_influence(_attributed(run, method, queries, seed=seed))
+
+
+def _by_embeddings(run: Run, embeddings: Embeddings, queries: Query | None) -> Chooser:
+    """By what samples did to the weights, or to the queries.
+
+    Raises:
+        EmbeddedElsewhere: the embeddings are of another run.
+    """
+    if embeddings.about.run != run.id:
+        raise EmbeddedElsewhere(embeddings.path, embeddings.about.run, run.id)
+    if queries is None:
+        return None, _herding(embeddings.summed())
+    return _by_influence(embeddings.attribute(queries).total()[:, -1])
+
+
+def _by_influence(found: Float[np.ndarray, "query sample"]) -> Chooser:
+    return found.mean(axis=0), _herding(found.T)
+
+
+def _by(keys: Float[np.ndarray, " sample"]) -> Choose:
+    """The lowest keys first."""
+    return lambda group, count: group[np.argsort(keys[group], kind="stable")[:count]]
+
+
+def _herding(vectors: Float[np.ndarray, "sample entry"]) -> Choose:
+    return lambda group, count: group[herded(vectors[group], count)]
+
+
+def _attributed(
+    run: Run, method: str, queries: Query | None, *, seed: int
+) -> Float[np.ndarray, "query sample"]:
+    """Influence on every query; of training losses, that of a row on itself left out.
+
+    Raises:
+        BadSetting: there is no such method.
+        RowsNotReadable: there are no queries, and no rows to ask about.
+    """
+    if method not in METHODS:
+        raise BadSetting(
+            "method",
+            method,
+            ", ".join(map(repr, get_args(Method))) + ", an Influence or Embeddings",
+        )
+    if queries is None and run.has_ids:
+        others = ", ".join(map(repr, ("dve", *BASELINES)))
+        raise RowsNotReadable(
+            f"{method!r} without queries", f"Give queries=, or a method that needs none ({others})"
+        )
+    rows = np.sort(
+        np.random.default_rng(seed).choice(run.samples, min(ASKED, run.samples), replace=False)
+    )
+    asked = Loss(run.task.data, samples=rows.tolist()) if queries is None else queries
+    found: np.ndarray = METHODS[method]().attribute(run, asked).total()[:, -1]
+    if queries is None:
+        found[np.arange(len(rows)), rows] = 0.0
+    return found
+
+
+def last_inputs(run: Run, state: int) -> Float64[np.ndarray, "sample entry"]:
+    """What the last module with parameters is given, flattened: the features of every training sample at a state."""
+    last = [
+        module for module in run.task.binding.model.modules() if [*module.parameters(recurse=False)]
+    ][-1]
+    given: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda _module, inputs: given.append(inputs[0]))
+    try:
+        found = scores.read_rows(run, state, lambda _outputs, _batch: given[-1].flatten(1))
+    finally:
+        handle.remove()
+    return found
+
+
+def _by_loss(run: Run, seed: int) -> Chooser:
+    del seed
+    score = scores.losses(run, run.steps)
+    return score, _by(score)
+
+
+def _by_el2n(run: Run, seed: int) -> Chooser:
+    del seed
+    score = scores.el2n(run, run.epochs[:EARLY])
+    return score, _by(-score)
+
+
+BASELINES: dict[str, Callable[[Run, int], Chooser]] = {
+    "random": lambda run, seed: (None, _by(np.random.default_rng(seed).random(run.samples))),
+    "herding": lambda run, _seed: (None, _herding(last_inputs(run, run.steps))),
+    "el2n": _by_el2n,
+    "loss": _by_loss,
+}
+
+
+def herded(vectors: Float[np.ndarray, "sample entry"], count: int) -> Int64[np.ndarray, " chosen"]:
+    """Places of the first `count` rows, in the order in which herding takes them; of equals the first.
+
+    >>> herded(np.array([[0.0], [1.0], [2.0], [9.0]]), 2).tolist()
+    [2, 1]
+    """
+    sizes, mean = np.square(vectors).sum(axis=1), vectors.mean(axis=0)
+    missing = np.zeros_like(mean)  # what the chosen lack to the mean of all
+    free, chosen = np.ones(len(vectors), dtype=bool), np.zeros(count, dtype=np.int64)
+    for place in range(count):
+        missing += mean
+        gap = np.where(free, sizes - 2 * (vectors @ missing), np.inf)
+        chosen[place] = best = int(np.argmin(gap))
+        free[best] = False
+        missing -= vectors[best]
+    return chosen
+
+
+def quotas(sizes: Int64[np.ndarray, " group"], count: int) -> Int64[np.ndarray, " group"]:
+    """How many of `count` every group may have: in proportion, what is left over to the largest remainders.
+
+    >>> quotas(np.array([6, 3, 1]), 5).tolist()
+    [3, 2, 0]
+    """
+    shares = sizes * count / sizes.sum()
+    found: np.ndarray = np.floor(shares).astype(np.int64)
+    rest = np.argsort(found - shares, kind="stable")[: count - int(found.sum())]
+    found[rest] += 1
+    return found

@@ -1,0 +1,159 @@
+"""Trained again on parts of the training set: which part is as good as all of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from backtrail.apply.signals import are_classes, class_labels, class_scores
+from backtrail.errors import BadSetting
+from backtrail.influence.tables import places
+from backtrail.methods.result import slots
+from backtrail.methods.retrain.retrain import perturb
+from backtrail.methods.retrain.weights import sharing
+from backtrail.queries import Query
+from backtrail.queries.rows import RowQuery
+from backtrail.run.run import Run
+from backtrail.task.task import Batch, Task, evaluating
+from backtrail.tree import cast, plain
+
+Samples = Sequence[int] | Int[np.ndarray, " kept"] | pl.Series | pl.DataFrame
+COLUMNS = "name", "kept", "loss", "change", "accuracy"
+
+
+def compare_coresets(
+    run: Run,
+    coresets: Mapping[str, Samples],
+    queries: Query,
+    *,
+    draws: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> pl.DataFrame:
+    r"""Train again on each of several parts of the training set, and on as many samples drawn at random.
+
+    The recorded training is run again from its recorded start through its recorded batches, in
+    which all other samples have weight 0 and those kept share it:
+
+    .. math:: w_{t,b} = |S_t| / k_t \;\text{ if kept (of } k_t \text{), else } 0.
+
+    So a part is trained on for as many **steps** as everything was: a tenth of the data is then
+    seen ten times as often as in a training of its own with as many epochs, in batches a tenth as
+    large; a step with no kept sample at all has no gradient. In BatchNorm's statistics the others
+    stay. All parts are trained at once, in one stack.
+
+    Give queries on rows that chose nothing: a score that chose the data is no judge of it.
+
+    Args:
+        run: the recorded training.
+        coresets: names, and the samples kept, as :func:`backtrail.select_coreset` tells them.
+        queries: what to compare, such as the losses of test rows; the mean of them is told.
+        draws: how many times as many samples are drawn at random; the mean of them is told.
+        seed: of the draws.
+        dtype: precision of the trainings; by default the recorded one.
+
+    Returns:
+        A row for everything, one for each part, and one for random samples of each of their sizes:
+        name, kept (of the samples that the training saw), loss (the mean of the queries after the
+        training), change (against everything), and, where the queries are scores of rows with
+        classes, accuracy on these rows.
+
+    Raises:
+        BadSetting: there is no part, one is empty, or the number of draws is below 0.
+        UnknownSample: a sample that the training set does not have.
+    """
+    if not coresets:
+        raise BadSetting(
+            "coresets", dict(coresets), "at least one part by name, like {'mine': samples}"
+        )
+    if draws < 0:
+        raise BadSetting("draws", draws, "a number from 0")
+    table, draw = slots(run), np.random.default_rng(seed)
+    parts = {name: _ids(run, name, samples) for name, samples in coresets.items()}
+    sizes = sorted({len(part) for part in parts.values()})
+    drawn = {
+        f"random {n}": [draw.choice(run.seen, n, replace=False) for _ in range(draws)]
+        for n in sizes
+        if draws
+    }
+    named = [(name, [part]) for name, part in parts.items()] + list(drawn.items())
+    judged = _with_accuracy(run, queries)
+    changes = [sharing(np.isin(table, part), table >= 0) for _, group in named for part in group]
+    found = perturb(run, judged or queries, changes, observed_at=(run.steps,), dtype=dtype)
+    change, base = found.change[:, 0], found.base[:, 0]
+    kept, stops = (
+        [len(group[0]) for _, group in named],
+        np.cumsum([len(group) for _, group in named]),
+    )
+    means = [part.mean(axis=1) for part in np.split(change, stops[:-1], axis=1)]
+    after = base + np.array([np.zeros_like(base), *means])  # [row, query]
+    loss = after[:, 0] if judged else after.mean(axis=1)
+    told = {
+        "name": ["everything", *(name for name, _ in named)],
+        "kept": [len(run.seen), *kept],
+        "loss": loss,
+    }
+    accuracy = {"accuracy": after[:, 1]} if judged else {}
+    return pl.DataFrame(told | {"change": loss - loss[0]} | accuracy)
+
+
+def numbers(samples: Samples, *, name: str = "samples") -> Int[np.ndarray, " kept"]:
+    """Samples in order, each once; of a table, its column `sample`.
+
+    >>> numbers(pl.DataFrame({"sample": [5, 2, 5]})).tolist()
+    [2, 5]
+
+    Raises:
+        BadSetting: there are none, or a mask instead: of true and false, which would be the samples
+            0 and 1.
+    """
+    column = samples["sample"] if isinstance(samples, pl.DataFrame) else samples
+    found = np.unique(np.asarray(column))
+    if not len(found) or found.dtype.kind not in "iu":
+        raise BadSetting(name, list(column)[:6], "one or more samples, by their numbers")
+    return found.astype(np.int64)
+
+
+def _ids(run: Run, name: str, samples: Samples) -> Int[np.ndarray, " kept"]:
+    """The samples of a part that the training saw, each once; what it never saw, it cannot be trained on.
+
+    Raises:
+        BadSetting: there are none.
+    """
+    found = numbers(samples, name=f"coresets[{name!r}]")
+    places(run.ids, found.tolist())
+    if not len(seen := np.intersect1d(found, run.seen)):
+        raise BadSetting(
+            f"coresets[{name!r}]", found[:6].tolist(), "some samples that were in a recorded batch"
+        )
+    return seen
+
+
+def _with_accuracy(run: Run, queries: Query) -> RowQuery | None:
+    """The mean of the queries and the share of their rows that are classified rightly; None if these are no classes."""
+    if (
+        not isinstance(queries, RowQuery)
+        or len(queries.columns) > 1
+        or not _has_classes(run, queries)
+    ):
+        return None
+
+    def both(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        asked = queries.score(task, model, batch)
+        right = class_scores(task.predict(model, batch), batch).argmax(1) == class_labels(batch)
+        return torch.stack([asked, right.to(asked)], 1)
+
+    return replace(queries, score=both, aggregate="mean", columns=("", " and accuracy"))
+
+
+def _has_classes(run: Run, queries: RowQuery) -> bool:
+    state = run.state(run.kept[-1])
+    like = next(iter(state.params.values()))
+    read = (queries.collate or run.task.collate)([queries.data[queries.rows[0]]])
+    batch = cast(plain(read), like.dtype, like.device)
+    with evaluating(run.task):
+        return are_classes(run.task.outputs(state.params, state.buffers, batch)[0], batch)

@@ -1,0 +1,249 @@
+"""How good scores are: against retraining without samples, and in finding samples known to be wrong."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypedDict, Unpack, final
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Float, Float64
+
+from backtrail import stats
+from backtrail.apply.trust import draw_visited
+from backtrail.errors import BadSetting, NotObserved, WithoutQueries
+from backtrail.influence.influence import Influence
+from backtrail.influence.tables import places
+from backtrail.methods.retrain.retrain import Denominator, Retrained, check_options, retrain
+from backtrail.queries import Query
+from backtrail.run.run import Run
+from backtrail.stats import Interval, Statistic
+
+Scores = Float64[np.ndarray, "query sample"]
+Truth = Callable[[Sequence[Sequence[int]]], Retrained]
+ONE_BY_ONE: dict[str, Statistic] = {
+    "Pearson": stats.pearson,
+    "Spearman": stats.spearman,
+    "slope": stats.slope,
+}
+FINDING = {
+    "AUC": stats.auc,
+    "average precision": stats.average_precision,
+    "precision": stats.precision_at,
+}
+SCHEMA = {
+    "method": pl.String,
+    "measure": pl.String,
+    "removed": pl.Int64,
+    "reruns": pl.Int64,
+    "estimate": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+}
+
+
+class Effort(TypedDict, total=False):
+    """How much an evaluation does.
+
+    Attributes:
+        removals: how many samples are left out, one at a time; default 32.
+        shares: shares of the samples seen in training that are left out together; default 5 %.
+        groups: how many random groups of each share; default 32.
+        seed: of all draws; default 0.
+        bank: folder in which the re-runs are kept and found again; none by default.
+    """
+
+    removals: int
+    shares: Sequence[float]
+    groups: int
+    seed: int
+    bank: str | Path | None
+
+
+def evaluate(
+    run: Run,
+    influence: Influence | Mapping[str, Influence | Scores],
+    queries: Query | None = None,
+    *,
+    wrong: Sequence[int] | None = None,
+    **effort: Unpack[Effort],
+) -> pl.DataFrame:
+    r"""How good influence is, or several side by side: against retraining, and in finding samples known to be wrong.
+
+    Removed one at a time: Pearson, Spearman and slope of the actual over the predicted change of
+    each query at the end of training. Removed in random groups: the linear datamodelling score
+    (LDS), Spearman of the actual change with the sum of the group's scores. Each is the mean over
+    queries, with its 95 % bootstrap interval over removals. All of them are judged on the same
+    removals, so that what differs is the method.
+
+    Samples known to be wrong: how well the most harmful ones are those. AUC, average precision, and
+    precision at their true number, of the mean over queries; with bootstrap intervals over samples.
+
+    A bank makes the re-runs once: later calls, with other methods or other queries, read them.
+    Ground truth is run by the replay engine, in float64, with the denominator of the influence.
+
+    Args:
+        run: the recorded training.
+        influence: the result to judge, or several by name; or arrays of scores, `[query, sample]`,
+            in backtrail's sign: what the query gains when the sample is removed. Samples in the
+            order of `run.ids`.
+        queries: what was asked; needed where no influence knows it.
+        wrong: samples known to be wrong, as by mislabelling them on purpose.
+        **effort: see `Effort`.
+
+    Returns:
+        One row per method and measure: method, measure, removed (samples at a time), reruns (how
+        many trainings the measure rests on), estimate, low, high.
+
+    Raises:
+        OtherRun: an influence is of another run.
+        WithoutQueries: the queries are not known, or not those of an influence.
+        NotObserved: an influence does not see the end of training.
+        BadSetting: an option, a share or a number of removals that is none; scores of another
+            shape, or not finite; influences of two kinds of denominator, which no removal can judge
+            together.
+    """
+    check_options(effort, Effort)
+    if not isinstance(influence, Influence) and not influence:
+        raise BadSetting("influence", influence, "an influence, or several by name")
+    named = {influence.method: influence} if isinstance(influence, Influence) else dict(influence)
+    influences = [found for found in named.values() if isinstance(found, Influence)]
+    asked = queries or next((found.asked for found in influences if found.asked), None)
+    if not isinstance(asked, Query):
+        raise WithoutQueries(influences[0].queries if influences else ())
+    for found in influences:
+        _check(run, found, asked)
+    kinds: set[Denominator] = {
+        "keep" if found.denominator == "keep" else "renormalize" for found in influences
+    }
+    if len(kinds) > 1:
+        raise BadSetting("influence", sorted(kinds), "influences of one kind of denominator")
+    scores = {
+        name: _scores(found, name=name, shape=(len(asked.names), len(run.ids)))
+        for name, found in named.items()
+    }
+    truth = partial(
+        retrain, run, asked, denominator=kinds.pop() if kinds else "keep", bank=effort.get("bank")
+    )
+    rows = [row for trial in _trials(run, truth, **effort) for row in trial.judged(scores)]
+    if wrong is not None:
+        guilty = np.zeros(len(run.ids), dtype=bool)
+        guilty[places(run.ids, wrong)] = True
+        if not 0 < guilty.sum() < len(guilty):
+            raise BadSetting(
+                "wrong",
+                f"{guilty.sum()} samples",
+                "None, or some samples of the training set, not all",
+            )
+        rows += _finding(scores, guilty, seed=effort.get("seed", 0))
+    return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+
+
+Row = tuple[str, str, int, int, float, float, float]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Groups of samples left out, and what that did.
+
+    Attributes:
+        measures: how a prediction is compared with it.
+        groups: places of the samples left out together.
+        actual: change of every query, `[query, removal]`.
+    """
+
+    measures: Mapping[str, Statistic]
+    groups: list[np.ndarray]
+    actual: Float[np.ndarray, "query removal"]
+
+    def judged(self, scores: Mapping[str, Scores]) -> Iterator[Row]:
+        """A row for every method and measure."""
+        for name, found in scores.items():
+            predicted = stats.group_sums(found, self.groups)
+            for measure, statistic in self.measures.items():
+                interval = stats.bootstrap(statistic, predicted, self.actual)
+                yield (name, measure, len(self.groups[0]), len(self.groups), *_ends(interval))
+
+
+def _trials(run: Run, truth: Truth, **effort: Unpack[Effort]) -> Iterator[Trial]:
+    """One by one, then in groups of every share.
+
+    Raises:
+        BadSetting: a share or a number of removals that is none.
+    """
+    seed = effort.get("seed", 0)
+    single, count = effort.get("removals", 32), effort.get("groups", 32)
+    for name, value in (("removals", single), ("groups", count)):
+        if value == 1 or value < 0:
+            raise BadSetting(name, value, "0 for none, or a number from 2")
+    drawn = [[sample] for sample in draw_visited(run, single, seed=seed)] if single else []
+    planned: list[tuple[Mapping[str, Statistic], list[list[int]]]] = [(ONE_BY_ONE, drawn)]
+    for share in effort.get("shares", (0.05,)):
+        if not 0 < share < 1:
+            raise BadSetting("shares", share, "shares of the samples, above 0 and below 1")
+        size = max(1, round(share * len(run.seen)))
+        draw = np.random.default_rng((seed, size))
+        groups = [sorted(draw.choice(run.seen, size, replace=False).tolist()) for _ in range(count)]
+        planned.append(({f"LDS, {share:.0%}": stats.spearman}, groups))
+    for measures, removed in planned:
+        if removed:
+            yield Trial(
+                measures,
+                [np.array(places(run.ids, group)) for group in removed],
+                truth(removed).change[:, -1],
+            )
+
+
+def _finding(
+    scores: Mapping[str, Scores], guilty: Bool[np.ndarray, " sample"], *, seed: int
+) -> Iterator[Row]:
+    """How well the most harmful samples are the wrong ones; samples are drawn again for the interval."""
+    draws = np.random.default_rng(seed).integers(len(guilty), size=(1000, len(guilty)))
+    for name, found in scores.items():
+        suspicion = -found.mean(0)
+        for measure, statistic in FINDING.items():
+            again = [statistic(suspicion[d], guilty[d]) for d in draws]
+            low, high = np.nanquantile(again, [0.025, 0.975])
+            interval = Interval(statistic(suspicion, guilty), float(low), float(high))
+            yield (name, measure, int(guilty.sum()), 0, *_ends(interval))
+
+
+def _ends(interval: Interval) -> tuple[float, float, float]:
+    return interval.estimate, interval.low, interval.high
+
+
+def _check(run: Run, found: Influence, asked: Query) -> None:
+    """Refuse an influence that cannot be judged.
+
+    Raises:
+        OtherRun: it is of another run.
+        WithoutQueries: it is of other queries.
+        NotObserved: it does not see the end of training.
+    """
+    found.check_run(run)
+    if asked.names != found.queries:
+        raise WithoutQueries(found.queries)
+    if found.observed_at[-1] != run.steps:
+        raise NotObserved(run.steps, found.observed_at)
+
+
+def _scores(found: Influence | Scores, *, name: str, shape: tuple[int, int]) -> Scores:
+    """Totals at the end.
+
+    Raises:
+        BadSetting: scores of another shape, or not finite.
+    """
+    scores = found.total()[:, -1] if isinstance(found, Influence) else found
+    if scores.shape != shape:
+        raise BadSetting(
+            f"influence[{name!r}]",
+            scores.shape,
+            f"scores of the shape [query, sample], here {shape}",
+        )
+    if unknown := int((~np.isfinite(scores)).sum()):
+        raise BadSetting(
+            f"influence[{name!r}]", f"{unknown} scores that are not finite", "finite scores"
+        )
+    return scores.astype(np.float64)

@@ -1,0 +1,202 @@
+"""Scores of training samples that need no influence: what the model says of every row at states of the training.
+
+Rows are read in eval mode, from the data set by number; where samples have ids of their own, from
+the batch of their first visit. The axis `sample` is in the order of `run.ids`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from backtrail.errors import NoClasses
+from backtrail.run.run import Run
+from backtrail.task.task import Batch, evaluating, labels_of, logits_of
+from backtrail.tree import cast
+
+ROWS = 256  # of the data set that go through the model at once
+
+
+def losses(run: Run, state: int) -> Float64[np.ndarray, " sample"]:
+    r"""The task's own loss of every training sample at a state, :math:`\ell_j(\theta_t)`."""
+    return read_rows(run, state, run.task.losses_of)
+
+
+def outputs(run: Run, state: int) -> Float64[np.ndarray, "sample label"]:
+    """The scores (logits) that the model gives to every class at a state.
+
+    Raises:
+        NoClasses: the task's outputs are no scores of classes.
+    """
+    return read_rows(run, state, class_scores)
+
+
+def class_count(run: Run) -> int:
+    """How many classes the task has; 0 where its outputs are no scores of classes, or its labels no classes."""
+    try:
+        return int(outputs(run, run.steps).shape[1])
+    except NoClasses:
+        return 0
+
+
+def labels(run: Run) -> Int64[np.ndarray, " sample"]:
+    """The class that every training sample is given.
+
+    Raises:
+        NoClasses: the task's labels are no classes.
+    """
+    found = np.zeros(run.samples, dtype=np.int64)
+    for places, slots, batch in pieces(run):
+        found[places] = class_labels(batch)[slots].cpu().numpy()
+    return found
+
+
+def el2n(run: Run, states: Sequence[int]) -> Float64[np.ndarray, " sample"]:
+    r"""How far the model's probabilities are from the label (Paul et al., arXiv 2107.07075), averaged over states.
+
+    .. math:: \operatorname{mean}_t \lVert p_t(x_j) - e_{y_j} \rVert_2
+
+    Raises:
+        NoClasses: the task's outputs are no scores of classes.
+    """
+    given = labels(run)
+    found: np.ndarray = np.mean(
+        [_gaps(probabilities(outputs(run, state)), given) for state in states], axis=0
+    )
+    return found
+
+
+def margins(run: Run, states: Sequence[int]) -> Float64[np.ndarray, " sample"]:
+    r"""The label's score less the best other one, averaged over states: the area under the margin.
+
+    .. math:: \operatorname{mean}_t \big[ f_t(x_j)_{y_j} - \max_{c \ne y_j} f_t(x_j)_c \big]
+
+    Pleiss et al., arXiv 2001.10528. Low = the other samples speak against the label.
+
+    Raises:
+        NoClasses: the task's outputs are no scores of classes.
+    """
+    given = labels(run)
+    found: np.ndarray = np.mean([margin(outputs(run, state), given) for state in states], axis=0)
+    return found
+
+
+def margin(
+    scores: Float[np.ndarray, "sample label"], given: Int64[np.ndarray, " sample"]
+) -> Float64[np.ndarray, " sample"]:
+    """The score of the given class less the best of the others.
+
+    >>> margin(np.array([[1.0, 4.0, 3.0], [1.0, 4.0, 3.0]]), np.array([1, 0])).tolist()
+    [1.0, -3.0]
+    """
+    mine = np.take_along_axis(scores, given[:, None], 1)
+    others = scores.astype(np.float64)
+    np.put_along_axis(others, given[:, None], -np.inf, 1)
+    gap: np.ndarray = mine[:, 0] - others.max(axis=1)
+    return gap
+
+
+def probabilities(
+    scores: Float[np.ndarray, "*state sample label"],
+) -> Float64[np.ndarray, "*state sample label"]:
+    """Softmax over the classes.
+
+    >>> probabilities(np.array([[0.0, 0.0]])).tolist()
+    [[0.5, 0.5]]
+    """
+    return torch.from_numpy(scores.astype(np.float64)).softmax(-1).numpy()
+
+
+def class_scores(outputs: Any, batch: Batch) -> Float[Tensor, "slot label"]:
+    """The scores of classes in what `predict` returned; a single score per row is that of class 1 against class 0.
+
+    Raises:
+        NoClasses: there are none.
+    """
+    try:
+        found = logits_of(outputs)
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise NoClasses(f"predict returns a {type(outputs).__name__} without `logits`") from None
+    if found.dim() == 1 or found.shape[1:] == (1,):
+        found = torch.stack([torch.zeros_like(found.flatten()), found.flatten()], 1)
+    if found.dim() != 2:
+        raise NoClasses(f"predict returns shape {list(found.shape)}")
+    given, classes = class_labels(batch), found.shape[1]
+    if not 0 <= int(given.min()) <= int(given.max()) < classes:
+        raise NoClasses(
+            f"labels go from {int(given.min())} to {int(given.max())}, and there are {classes} classes"
+        )
+    return found
+
+
+def are_classes(outputs: Any, batch: Batch) -> bool:
+    """Whether the outputs are scores of classes, and the labels are numbers of these."""
+    try:
+        class_scores(outputs, batch)
+    except NoClasses:
+        return False
+    return True
+
+
+def class_labels(batch: Batch) -> Int64[Tensor, " slot"]:
+    """The classes in a batch.
+
+    Raises:
+        NoClasses: there are none.
+    """
+    try:
+        found = labels_of(batch)
+    except (KeyError, TypeError, IndexError):
+        raise NoClasses(f"a batch is a {type(batch).__name__} without labels") from None
+    flat = found.flatten() if found.shape[1:] == (1,) else found
+    if flat.dim() != 1 or not torch.equal(flat, flat.round()):
+        raise NoClasses(
+            f"labels are {found.dtype} of shape {list(found.shape)}, and no class numbers"
+        )
+    return flat.long()
+
+
+def _gaps(
+    chances: Float[np.ndarray, "sample label"], given: Int64[np.ndarray, " sample"]
+) -> Float64[np.ndarray, " sample"]:
+    found: np.ndarray = np.linalg.norm(chances - np.eye(chances.shape[1])[given], axis=1)
+    return found
+
+
+def read_rows(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -> np.ndarray:
+    """`function(outputs, batch)` of every sample at a state, `[sample, ...]`."""
+    state, parts, order = run.state(number, replay=True), [], []
+    like = next(iter(state.params.values()))
+    with evaluating(run.task):
+        for places, slots, read in pieces(run):
+            batch = cast(read, like.dtype, like.device)
+            numbers = function(run.task.outputs(state.params, state.buffers, batch)[0], batch)
+            parts.append(numbers[slots].double().cpu().numpy())
+            order.append(places)
+    found: np.ndarray = np.concatenate(parts)[np.argsort(np.concatenate(order))]
+    return found
+
+
+def pieces(
+    run: Run, rows: int = ROWS
+) -> Iterator[tuple[Int64[np.ndarray, " row"], list[int], Batch]]:
+    """Every sample once, at most so many rows at a time: places among `run.ids`, slots of a batch, and the batch.
+
+    Where samples have ids of their own, a batch is as it was stored, whatever its size.
+    """
+    if not run.has_ids:
+        for first in range(0, run.samples, rows):
+            some = list(range(first, min(first + rows, run.samples)))
+            yield np.array(some), list(range(len(some))), run.task.batch(some)
+        return
+    unseen = set(run.ids.tolist())
+    for index in range(run.steps):
+        batches = None if unseen.isdisjoint(run.step(index).samples) else run.batches(index)
+        for number, fed in enumerate(run.step(index).fed if batches else ()):
+            slots = {sample: slot for slot, sample in enumerate(fed.samples) if sample in unseen}
+            unseen -= slots.keys()
+            if batches and slots:
+                yield np.searchsorted(run.ids, list(slots)), list(slots.values()), batches[number]

@@ -1,0 +1,308 @@
+"""Whether to believe an influence: three checks, each measured on the user's own run.
+
+Replay: the recording explains the training. Derivative: the sweep is the derivative of the
+retrained query. Removal: the derivative predicts what happens when samples are really left out. The
+second tests the arithmetic, the third also whether one sample is a small change for this training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from backtrail import stats
+from backtrail.errors import ReplayMismatch, WithoutQueries, WrongData
+from backtrail.influence.influence import Influence
+from backtrail.influence.tables import places
+from backtrail.methods.result import precision
+from backtrail.methods.retrain.retrain import Denominator, perturb, retrain
+from backtrail.methods.retrain.weights import Nudge
+from backtrail.queries import Query
+from backtrail.run.run import AUTOCAST, Run, Verification
+from backtrail.stats import Interval
+
+SIZES = (1e-3, 1e-4, 1e-5, 1e-6)  # of the nudge; the two whose answers agree best are believed
+EXACT = {
+    "float32": 5e-3,
+    "float64": 1e-5,
+}  # error of a passed derivative check, by precision of the sweep
+KNOWN = 1e-2  # a derivative that retraining cannot tell better than this decides nothing
+GOOD = 0.9  # Pearson of a passed removal check
+CLOSE = 0.05  # to the best that a linear guide can reach
+RIGHT_SIZE = 1.5  # factor by which an approximation may miss the size of removals without a word
+EARLY = 0.5  # share of the influence in step 0 that is worth a word
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class DerivativeCheck:
+    """A random nudge of all weights: what the influence says against what retraining says.
+
+    Attributes:
+        error: largest relative error over queries and observed states.
+        uncertainty: how far two sizes of the nudge disagree, relative; the error cannot be known
+            better.
+        growth: how much the cotangents grew on the way back, largest over the queries; the error of
+            any sweep grows so.
+        allowed: error up to which the check passes, by the precision of the sweep.
+    """
+
+    error: float
+    uncertainty: float
+    growth: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within rounding, or within what retraining itself can tell."""
+        return self.error <= max(self.allowed, 3 * min(self.uncertainty, KNOWN))
+
+    def __str__(self) -> str:
+        """One sentence."""
+        verdict = "passed" if self.passed else "FAILED"
+        return (
+            f"derivative  {verdict}: influence and retraining after a tiny nudge differ by {self.error:.1e} "
+            f"(relative, known to {self.uncertainty:.0e}); cotangents grew {self.growth:.3g}-fold on the way back"
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RemovalCheck:
+    """Samples really left out: predicted against actual change of the queries at the last observed state.
+
+    Attributes:
+        samples: which samples were left out, one at a time.
+        predicted: `[query, sample]`.
+        actual: `[query, sample]`.
+        pearson: mean over queries, with its bootstrap interval over samples.
+        spearman: likewise.
+        slope: of actual over predicted, mean over queries; 1 is right in size.
+        noise: largest difference of two unperturbed re-runs; what is smaller means nothing.
+        reachable: Pearson of the actual changes with their own linear part, mean over queries; None
+            where the batch's denominator is renormalised. No score that adds up over samples can be
+            expected to do better.
+    """
+
+    samples: tuple[int, ...]
+    predicted: Float[np.ndarray, "query sample"]
+    actual: Float[np.ndarray, "query sample"]
+    pearson: Interval
+    spearman: Interval
+    slope: float
+    noise: float
+    reachable: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the correlation is good."""
+        return self.pearson.estimate >= GOOD
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is about as good as any linear guide could be."""
+        return self.reachable is not None and self.pearson.estimate >= self.reachable - CLOSE
+
+    def __str__(self) -> str:
+        """One sentence."""
+        verdict = "passed" if self.passed else "FAILED"
+        reach = (
+            ""
+            if self.reachable is None
+            else f"; a linear guide can reach a Pearson of {self.reachable:.2f}"
+        )
+        return (
+            f"removal     {verdict}: {len(self.samples)} samples left out one at a time: Pearson {self.pearson}, "
+            f"Spearman {self.spearman}, slope {self.slope:.2f}, noise floor {self.noise:.1e}{reach}"
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The three checks of an influence; `str()` is the statement.
+
+    Attributes:
+        replay: what the replay check found, or its failure in words.
+        derivative: the derivative check; None where the influence is meant to be no derivative
+            (another method than DIT, renormalised denominators, another curvature than the Hessian,
+            a secant).
+        removal: the removal check.
+        early: share of all influence that stems from step 0.
+        method: what computed the influence.
+    """
+
+    replay: Verification | str
+    derivative: DerivativeCheck | None
+    removal: RemovalCheck
+    early: float
+    method: str = "DIT"
+
+    def __str__(self) -> str:
+        """The checks, a line each, and what to make of them."""
+        replayed = isinstance(self.replay, Verification)
+        lines = [f"replay      {'passed' if replayed else 'FAILED'}: {self.replay}"]
+        lines += [str(check) for check in (self.derivative, self.removal) if check is not None]
+        return "\n".join([*lines, self.advice])
+
+    @property
+    def advice(self) -> str:
+        """What the three checks mean together."""
+        if not isinstance(self.replay, Verification):
+            return "Do not use these numbers: the recording does not explain the training."
+        if self.derivative is not None and not self.derivative.passed:
+            return "Do not use these numbers: the sweep is not the derivative of this training."
+        if self.method != "DIT":
+            return self._advice_on_an_approximation()
+        if not self.removal.passed and self.early > EARLY:
+            return (
+                f"{self.early:.0%} of the influence stems from step 0. Adam's first update is g / (|g| + eps): where "
+                "a gradient is near zero, its derivative is huge and says little. Ask again with "
+                "DIT(slope=backtrail.Secant()); for the next training, a warm-up or eps=1e-6 cures it."
+            )
+        if not self.removal.passed:
+            return self._advice_on_rough_training()
+        return "Influence predicts removals on this run."
+
+    def _advice_on_rough_training(self) -> str:
+        what = "The influence is" if self.derivative is None else "The derivative is right, and yet"
+        rough = (
+            f"{what} a poor guide to removals: at the scale of one sample this training is not smooth (ReLU with Adam, "
+            "a large learning rate)."
+        )
+        if self.removal.exhausted:
+            return (
+                f"{rough} No score that adds up over samples does much better: counting a sample twice does not undo "
+                "what leaving it out does. Trust groups of samples more than single ones."
+            )
+        return (
+            f'{rough} DIT(curvature="auto") measures whether another way of the sweep does better; trust ranks more '
+            "than sizes, and groups of samples more than single ones."
+        )
+
+    def _advice_on_an_approximation(self) -> str:
+        if not self.removal.passed:
+            return (
+                f"{self.method} is a poor guide to removals on this run. It leaves out a part of the training that "
+                "counts here (its documentation says which). Ask again with backtrail.DIT(), which leaves out nothing, "
+                "and check that too."
+            )
+        size = self.removal.slope
+        if not 1 / RIGHT_SIZE <= size <= RIGHT_SIZE:
+            return f"{self.method} ranks removals well on this run; their sizes are {size:.3g} times what it says."
+        return f"{self.method} predicts removals on this run."
+
+
+def trust(
+    run: Run,
+    influence: Influence,
+    *,
+    queries: Query | None = None,
+    removals: int = 32,
+    seed: int = 0,
+) -> Trust:
+    """Check an influence against its own run.
+
+    Args:
+        run: the run that was attributed.
+        influence: the result to check.
+        queries: what was asked; needed where the influence was read from disk.
+        removals: how many samples are left out, drawn among those that the training visited.
+        seed: of the draw and of the nudge.
+
+    Raises:
+        OtherRun: the influence is of another run.
+        WithoutQueries: the influence came from disk and no queries were given, or others than it
+            was made from.
+    """
+    influence.check_run(run)
+    asked = queries or influence.asked
+    if not isinstance(asked, Query) or asked.names != influence.queries:
+        raise WithoutQueries(influence.queries)
+    try:
+        replay: Verification | str = run.verify()
+    except (ReplayMismatch, WrongData) as mismatch:
+        replay = str(mismatch)
+    exact = influence.denominator == "keep" and influence.description.settings.get("exact", True)
+    derivative = derivative_check(run, influence, asked, seed=seed) if exact else None
+    samples = draw_visited(run, removals, seed=seed)
+    removal = removal_check(run, influence, asked, samples=samples)
+    return Trust(replay, derivative, removal, early_share(influence), influence.method)
+
+
+def derivative_check(
+    run: Run, influence: Influence, queries: Query, *, seed: int = 0
+) -> DerivativeCheck:
+    """Nudge all sample weights along one random direction, both ways, in float64, and compare."""
+    drawn = np.random.default_rng(seed).standard_normal(influence.sample.shape)
+    direction = torch.from_numpy(drawn)
+    nudges = [
+        Nudge(direction=direction, size=sign * size) for size in SIZES for sign in (1.0, -1.0)
+    ]
+    found = perturb(run, queries, nudges, observed_at=influence.observed_at).change
+    sizes = 2 * np.array(SIZES)
+    slopes = (found[:, :, 0::2] - found[:, :, 1::2]) / sizes  # [query, observed_at, size]
+    actual, uncertainty = steadiest(slopes)
+    predicted = -np.einsum("qotb,tb->qo", influence.values().astype(np.float64), drawn)
+    scale = np.abs(actual).max(axis=1, keepdims=True) + 1e-300
+    errors, unknown = np.abs(predicted - actual) / scale, uncertainty / scale
+    # A training under float16 is replayed without it, so sweep and re-run go along slightly
+    # different states.
+    coarse = any(step.autocast == "float16" for step in run.log)
+    allowed = AUTOCAST if coarse else EXACT[precision(run)]
+    return DerivativeCheck(
+        float(errors.max()), float(unknown.max()), float(influence.growth.max()), allowed
+    )
+
+
+def early_share(influence: Influence) -> float:
+    """Share of the absolute influence on the last observed state that stems from step 0."""
+    whole, first = (np.abs(influence.values(0, stop)[:, -1]).sum() for stop in (None, 1))
+    return float(first / whole) if whole > 0 else 0.0
+
+
+def steadiest(slopes: Float[np.ndarray, "query observed_at size"]) -> tuple[np.ndarray, np.ndarray]:
+    """Of neighbouring sizes of the nudge, the pair that agrees best: its Richardson value, and its disagreement."""
+    gaps = np.abs(np.diff(slopes, axis=2))
+    best = gaps.argmin(axis=2)[..., None]
+    large, small = (np.take_along_axis(slopes, best + k, 2)[..., 0] for k in (0, 1))
+    ratio = (SIZES[0] / SIZES[1]) ** 2
+    return (ratio * small - large) / (ratio - 1), np.take_along_axis(gaps, best, 2)[..., 0]
+
+
+def removal_check(
+    run: Run, influence: Influence, queries: Query, *, samples: Sequence[int]
+) -> RemovalCheck:
+    """Train again without each of the samples, and compare with the total at the last observed state."""
+    denominator: Denominator = "keep" if influence.denominator == "keep" else "renormalize"
+    last = influence.observed_at[-1]
+    found = retrain(run, queries, [[s] for s in samples], observed_at=last, denominator=denominator)
+    actual, reachable = found.change[:, 0], None
+    if denominator == "keep":
+        doubled = retrain(
+            run, queries, [[s] for s in samples], observed_at=last, weight=2.0
+        ).change[:, 0]
+        # What is linear in a sample's weight changes its sign where the sample is counted twice.
+        reachable = stats.mean_over_queries(stats.pearson((actual - doubled) / 2, actual))
+    predicted = influence.total()[:, -1][:, places(influence.ids, samples)]
+    return RemovalCheck(
+        tuple(samples),
+        predicted,
+        actual,
+        stats.bootstrap(stats.pearson, predicted, actual),
+        stats.bootstrap(stats.spearman, predicted, actual),
+        stats.mean_over_queries(stats.slope(predicted, actual)),
+        float(found.noise.max()),
+        reachable,
+    )
+
+
+def draw_visited(run: Run, count: int, *, seed: int) -> tuple[int, ...]:
+    """Samples that the training visited, drawn without replacement."""
+    drawn = np.random.default_rng(seed).choice(
+        run.seen, size=min(count, len(run.seen)), replace=False
+    )
+    return tuple(sorted(int(sample) for sample in drawn))

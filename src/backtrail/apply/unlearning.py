@@ -1,0 +1,164 @@
+"""Forgetting: the trained model without the influence of some samples, as a new state_dict; nothing is written.
+
+No guarantee of law or privacy comes with it: what is returned is close to the training without the
+samples, or not, and :func:`judge_forgetting` tells how close.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from backtrail.curvature.policies import Curvature
+from backtrail.errors import BadSetting
+from backtrail.methods.diff_in.checkpoints import Checkpoints
+from backtrail.methods.diff_in.diff_in import DiffIn
+from backtrail.methods.dit.dit import DIT
+from backtrail.methods.retrain.removal import Group, moved
+from backtrail.run.run import Precision, Run
+from backtrail.step.state import State
+from backtrail.sweep.rules import Rules
+from backtrail.task import torch_compile
+from backtrail.task.task import Task
+from backtrail.tree import add
+
+log = logging.getLogger(__name__)
+
+
+FIRST_ORDER = DIT()  # what a removal is estimated by, unless told otherwise
+PROBES = 16  # steps at which the first order is compared with a real step
+BENT = 0.3  # from which share on the first order is not to be relied on
+
+
+def forget(
+    run: Run | Checkpoints,
+    samples: Sequence[int],
+    *,
+    method: DIT | DiffIn | None = FIRST_ORDER,
+    replay: int = 0,
+    dtype: Precision = None,
+) -> dict[str, Tensor]:
+    r"""The state_dict of the trained model without the influence of some samples.
+
+    To first order in the weights of the group's slots, all removed together, at the state :math:`s
+    = T - k`; then the last k steps run again, truly without the group:
+
+    .. math:: \theta_s - \sum_{t < s,\, b \in \mathrm{group}} \frac{\partial \theta_s}{\partial w_{t,b}}
+        \;\longrightarrow\; \theta_T
+
+    With k = 0 that is the first-order effect alone; with k = T it is the training without the
+    group. BatchNorm's running statistics and the optimizer's moments are part of the state.
+
+    The sweep takes about three times as long as a replay of the training up to s, whatever the size
+    of the group. So `method=None, replay=run.steps` is both cheaper and exact: train again where
+    you can, and use the first order to study a training. Estimates by `DiffIn` take a few
+    gradients, and the replay of k steps alone takes k steps.
+
+    On the way, 16 steps are made for real from the estimated states. Where they are off from what
+    first order says of them by more than 30 % of what they change (all together), the log warns.
+
+    Args:
+        run: the recorded training; or, with a `DiffIn`, checkpoints of one that was not.
+        samples: which; one that was never visited changes nothing.
+        method: what is done before the replay. `DIT()`: the exact derivative of the training, with
+            its `curvature`, `slope` and `denominator`. `DiffIn(form="corrected")`: an estimate from
+            a few states, without replay. None: nothing; the replay starts at the recorded state.
+        replay: k, how many of the last steps run again without the samples.
+        dtype: precision of sweep and replay; by default that of the recording.
+
+    Returns:
+        Parameters and buffers, for `model.load_state_dict`.
+
+    Raises:
+        BadSetting: a `replay` that is none, or a method that does not go with it or with
+            checkpoints.
+        UnknownSample: a sample that the training set does not have.
+        UnknownId: a sample that the training did not see, where samples have ids of their own.
+    """
+    if isinstance(method, DiffIn):
+        if replay:
+            raise BadSetting(
+                "replay", replay, "0 with a DiffIn, which knows no state to go on from"
+            )
+        return _by_diff_in(run, samples, method)
+    if method is not None and not isinstance(method, DIT):
+        raise BadSetting(
+            "method", method, "backtrail.DIT(), backtrail.DiffIn(form='corrected') or None"
+        )
+    if isinstance(run, Checkpoints):
+        raise BadSetting(
+            "method", method, "backtrail.DiffIn(form='corrected'): checkpoints hold no steps to run"
+        )
+    if not 0 <= replay <= run.steps:
+        raise BadSetting("replay", replay, f"a number of steps from 0 to {run.steps}")
+    start, renormalize = (
+        run.steps - replay,
+        method is not None and method.denominator == "renormalize",
+    )
+    group = Group.of(run, samples, renormalize=renormalize, dtype=dtype)
+    if method is None:
+        begun = run.state(start, replay=True, dtype=dtype)
+    else:
+        begun, bend = first_order(group, start, method)
+        if not bend <= BENT:  # also where a sweep overflowed
+            _warn(group, bend)
+    return state_dict(run.task, group.replayed(start, begun) if replay else begun)
+
+
+def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
+    """The state `stop` after its first-order change; and the bend: how far steps are from it, of how far they go.
+
+    Raises:
+        BadSetting: the curvature is to be chosen, by queries that there are none of.
+    """
+    if not isinstance(method.curvature, Curvature):
+        raise BadSetting(
+            "curvature", method.curvature, "one curvature, like backtrail.GaussNewton()"
+        )
+    probed = frozenset(np.linspace(group.first, stop - 1, PROBES).round().astype(int).tolist())
+    off, far, before = 0.0, 0.0, None
+    for number, now in group.sweep(stop, Rules(method.curvature, method.slope)):
+        if before is not None and number - 1 in probed:
+            bend = group.bend(number - 1, before, now)
+            off, far = off + bend[0], far + bend[1]
+        before = now
+    assert before is not None
+    return moved(before), off / far if far else 0.0
+
+
+def _warn(group: Group, bend: float) -> None:
+    log.warning(
+        "forgetting %d samples to first order: steps without them are off by %.0f %% of what they change; much of the "
+        "way in parameters may be left. Train again without them: replay=%d",
+        *(len(group.removal.samples), 100 * bend, group.run.steps),
+    )
+
+
+def _by_diff_in(
+    run: Run | Checkpoints, samples: Sequence[int], method: DiffIn
+) -> dict[str, Tensor]:
+    end = (
+        run.trajectory(method.checkpoints).end
+        if isinstance(run, Checkpoints)
+        else run.state(run.steps)
+    )
+    return state_dict(
+        run.task, State(add(end.params, method.parameter_change(run, samples)), end.buffers)
+    )
+
+
+def state_dict(task: Task, state: State) -> dict[str, Tensor]:
+    """A state as `model.load_state_dict` wants it: in the model's precision, tied parameters under all their names."""
+    named: Mapping[str, Tensor] = torch_compile.parameters(task.model) | torch_compile.buffers(
+        task.model
+    )
+    names, tensors = (
+        {id(tensor): name for name, tensor in named.items()},
+        state.params | state.buffers,
+    )
+    return {
+        key: tensors[names[id(like)]].to(like.dtype).clone()
+        for key, like in task.model.state_dict(keep_vars=True).items()
+        if id(like) in names
+    }

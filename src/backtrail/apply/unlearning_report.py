@@ -1,0 +1,223 @@
+"""How close a model that was to forget is to the training without the samples: measured against that training."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from backtrail.errors import BadSetting
+from backtrail.methods.diff_in.checkpoints import matched, tensors_of
+from backtrail.methods.retrain.removal import Group
+from backtrail.methods.retrain.retrain import Denominator
+from backtrail.run.run import Run
+from backtrail.stats import auc
+from backtrail.step.state import State
+from backtrail.task.task import Batch, Rows, Task, evaluating, labels_of, logits_of
+from backtrail.tree import Tree, cast, norm, plain
+
+ROWS = 256  # that go through the model at once
+Pair = tuple[float, float]
+Triple = tuple[float, float, float]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Three models: as it was trained, as it was made to forget, and trained again without the samples.
+
+    Attributes:
+        samples: how many were to be forgotten.
+        parameters: distance of the forgotten model from the retrained one, over that of the trained
+            one: 0 is perfect, 1 no better than doing nothing.
+        predictions: the same for the divergence of predictions on the test rows.
+        divergence: from the retrained model's predictions, of the trained and of the forgotten:
+            mean Kullback-Leibler divergence of the classes' probabilities (nats); where outputs are
+            no classes, the mean square difference.
+        agreement: share of the test rows (or tokens) with the retrained model's class, of the
+            trained and of the forgotten; None where outputs are no classes.
+        membership: area under the ROC curve of telling forgotten samples from test rows by their
+            lower loss, of the trained, the forgotten and the retrained. The forgotten should look
+            like the retrained. None where rows cannot be read again.
+    """
+
+    samples: int
+    parameters: float
+    predictions: float
+    divergence: Pair
+    agreement: Pair | None
+    membership: Triple | None
+
+    def __str__(self) -> str:
+        """One line a measure, the second model first."""
+        before, after = self.divergence
+        lines = [
+            f"Forgetting {self.samples} samples, beside training again without them (1 = as far as without forgetting)",
+            f"parameters   {self.parameters:.3f}",
+            f"predictions  {self.predictions:.3f}: divergence {after:.2e}, and {before:.2e} without forgetting",
+        ]
+        if self.agreement is not None:
+            before, after = self.agreement
+            lines[-1] += f"; same class on {after:.1%}, and {before:.1%}"
+        if self.membership is not None:
+            trained, forgotten, retrained = self.membership
+            told = f"AUC {forgotten:.3f}; trained {trained:.3f}, retrained {retrained:.3f}"
+            lines.append(f"membership   {told} (0.5 = samples look like test rows)")
+        return "\n".join(lines)
+
+
+def judge_forgetting(
+    run: Run,
+    samples: Sequence[int],
+    state: Mapping[str, Tensor],
+    *,
+    test: Rows,
+    denominator: Denominator = "keep",
+) -> Forgotten:
+    r"""Compare a model that was to forget samples with the training without them, which is run for that.
+
+    With trained :math:`\theta`, forgotten :math:`\hat\theta` and retrained :math:`\theta'`
+
+    .. math:: \frac{\|\hat\theta - \theta'\|}{\|\theta - \theta'\|}
+        \qquad
+        \frac{\operatorname{mean}_x \mathrm{KL}(p_{\theta'}(x) \,\|\, p_{\hat\theta}(x))}
+        {\operatorname{mean}_x \mathrm{KL}(p_{\theta'}(x) \,\|\, p_{\theta}(x))}
+
+    Retraining goes over the recorded batches in float64, with weight 0 for the samples, and costs
+    one training.
+
+    Args:
+        run: the recorded training.
+        samples: which were to be forgotten.
+        state: the state_dict to judge, as `forget` returns it, or by any other means.
+        test: rows that were not trained on, of the same kind.
+        denominator: what a removal does to its batch's mean.
+
+    Raises:
+        UnknownSample: a sample that the training set does not have.
+        UnknownId: a sample that the training did not see, where samples have ids of their own.
+        BadCheckpoint: the state is not of this model; the message names the tensor.
+        BadSetting: there are no test rows, or the denominator is none.
+    """
+    if not len(test):
+        raise BadSetting("test", test, "at least one row that was not trained on")
+    if denominator not in get_args(Denominator):
+        raise BadSetting("denominator", denominator, "'keep' or 'renormalize'")
+    return Judge.of(run, samples, denominator=denominator)(state, test)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A training without some samples, and as it was, in float64: what models that were to forget are compared with."""
+
+    group: Group
+    trained: State
+    retrained: State
+
+    @staticmethod
+    def of(run: Run, samples: Sequence[int], *, denominator: Denominator = "keep") -> "Judge":
+        """Train again without the samples."""
+        group = Group.of(
+            run, samples, renormalize=denominator == "renormalize", dtype=torch.float64
+        )
+        start, end = (run.state(number, dtype=torch.float64) for number in (0, run.steps))
+        return Judge(group, end, group.replayed(0, start))
+
+    def __call__(self, state: Mapping[str, Tensor], test: Rows) -> Forgotten:
+        """Judge a state_dict by some rows that were not trained on."""
+        task, gone = self.group.run.task, sorted(self.group.removal.samples)
+        found = [self.trained, self._read(state), self.retrained]
+        divergence, agreement = _compared(task, found, test)
+        apart = [_distance(model.params, self.retrained.params) for model in found[:2]]
+        readable = gone and not self.group.run.has_ids
+        return Forgotten(
+            samples=len(gone),
+            parameters=_share(apart[1], apart[0]),
+            predictions=_share(divergence[1], divergence[0]),
+            divergence=divergence,
+            agreement=agreement,
+            membership=_membership(task, found, gone=[task.data[row] for row in gone], test=test)
+            if readable
+            else None,
+        )
+
+    def _read(self, state: Mapping[str, Tensor]) -> State:
+        given, end = tensors_of(state), self.trained
+        params = matched("state", given, end.params, needed="parameter")
+        return State(params, matched("state", given, end.buffers, needed=""))
+
+
+def _distance(left: Tree, right: Tree) -> float:
+    return norm({name: tensor - right[name] for name, tensor in left.items()})
+
+
+def _share(part: float, whole: float) -> float:
+    """Of nothing, nothing is 0."""
+    return part / whole if whole > 0 else float(part > 0) and float("inf")
+
+
+def _compared(task: Task, found: Sequence[State], test: Rows) -> tuple[Pair, Pair | None]:
+    """Divergence from the last model's predictions and agreement with its classes, of the first two."""
+    divergence, same, divisor, classes = np.zeros(2), np.zeros(2), 0, True
+    for batch in _batches(task, test):
+        with evaluating(task):
+            outputs = (task.outputs(state.params, state.buffers, batch)[0] for state in found)
+            *both, true = (logits_of(some).double() for some in outputs)
+        classes = _classes(true, batch)
+        divergence += [float((_kl if classes else _square)(true, some)) for some in both]
+        same += [float((some.argmax(-1) == true.argmax(-1)).sum()) for some in both]
+        divisor += true.shape[:-1].numel() if classes else true.numel()
+    pairs = [
+        (float(first), float(second)) for first, second in (divergence / divisor, same / divisor)
+    ]
+    return pairs[0], pairs[1] if classes else None
+
+
+def _classes(outputs: Tensor, batch: Batch) -> bool:
+    """Whether outputs are scores of classes: the labels are whole numbers, one for every vector of scores."""
+    try:
+        labels = labels_of(batch)
+    except (KeyError, IndexError, TypeError):
+        return False
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+    return (
+        whole and outputs.dim() > 1 and outputs.shape[-1] > 1 and labels.shape == outputs.shape[:-1]
+    )
+
+
+def _kl(true: Tensor, other: Tensor) -> Tensor:
+    true, other = true.log_softmax(-1), other.log_softmax(-1)
+    return (true.exp() * (true - other)).sum()
+
+
+def _square(true: Tensor, other: Tensor) -> Tensor:
+    return (true - other).square().sum()
+
+
+def _membership(task: Task, found: Sequence[State], *, gone: Rows, test: Rows) -> Triple:
+    """How well a lower loss tells the rows that are gone from test rows, by model."""
+    guilty = np.arange(len(gone) + len(test)) < len(gone)
+    first, second, third = (
+        auc(-np.concatenate([_losses(task, state, rows) for rows in (gone, test)]), guilty)
+        for state in found
+    )
+    return first, second, third
+
+
+def _losses(task: Task, state: State, rows: Rows) -> Float64[np.ndarray, " row"]:
+    with evaluating(task):
+        parts = [
+            task.losses(state.params, state.buffers, batch)[0] for batch in _batches(task, rows)
+        ]
+    return torch.cat(parts).double().cpu().numpy()
+
+
+def _batches(task: Task, rows: Rows) -> Iterator[Batch]:
+    """Rows in float64 on the task's device."""
+    for first in range(0, len(rows), ROWS):
+        some = [rows[row] for row in range(first, min(first + ROWS, len(rows)))]
+        yield cast(plain(task.collate(some)), torch.float64, task.device)

@@ -1,0 +1,24 @@
+"""Optional dependencies: imported when first needed, or refused with the cure."""
+
+from importlib import import_module
+from types import ModuleType
+
+from backtrail.errors import MissingExtra
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say how to install it.
+
+    >>> need("json", "demo").dumps([1])
+    '[1]'
+    >>> need("no_such_module", "demo")
+    Traceback (most recent call last):
+    backtrail.errors.sentences.MissingExtra: This needs 'no_such_module': pip install 'backtrail[demo]'.
+
+    Raises:
+        MissingExtra: If it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtra(module, extra) from error

@@ -1,0 +1,238 @@
+"""Writing an influence shard by shard, so that a killed attribution resumes where it was."""
+
+import shutil
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import zarr
+from jaxtyping import Float, Int
+from zarr.storage import MemoryStore
+
+from backtrail.errors import (
+    DifferentInfluence,
+    FolderTaken,
+    IllFormedInfluence,
+    UnfinishedInfluence,
+)
+from backtrail.influence import layout
+from backtrail.influence.influence import Influence
+from backtrail.influence.layout import Description
+from backtrail.influence.reader import Stored
+
+
+@final
+class InfluenceWriter:
+    """An influence in the making; what methods write to.
+
+    Write each shard of steps, in any order, and mark it done once everything that belongs to it is
+    safe; then `finish`. Without a path it is held in memory.
+
+    >>> about = Description(
+    ...     method="none",
+    ...     unit="nats",
+    ...     denominator="keep",
+    ...     run="a run",
+    ...     queries=("loss",),
+    ...     observed_at=(3,),
+    ...     steps=3,
+    ...     slots=2,
+    ...     samples=4,
+    ...     shard=2,
+    ... )
+    >>> sample = np.array([[0, 1], [2, 3], [0, -1]])
+    >>> writer = InfluenceWriter.create(None, about, sample=sample, dtype="float64")
+    >>> for shard, (start, stop) in enumerate(writer.shards):
+    ...     size = stop - start
+    ...     writer.write(start, np.ones((1, 1, size, 2)), np.zeros((size, 2)))
+    ...     writer.mark_done(shard)
+    >>> writer.finish().total().tolist()
+    [[[2.0, 1.0, 1.0, 1.0]]]
+    """
+
+    def __init__(self, group: zarr.Group, description: Description) -> None:
+        self._group = group
+        self.description = description
+        self.path = layout.folder(group)
+        self._marked_in_memory: set[int] = set()
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | None,
+        description: Description,
+        *,
+        sample: Int[np.ndarray, "step slot"],
+        dtype: str,
+        ids: Int[np.ndarray, " sample"] | None = None,
+    ) -> "InfluenceWriter":
+        """Begin an influence of zeros.
+
+        Args:
+            path: Where; a new or empty folder. None keeps it in memory.
+            description: Everything but the numbers.
+            sample: Row of the training set in every slot; -1 pads a short batch.
+            dtype: "float32" or "float64".
+            ids: All samples in order, where they have ids of their own.
+
+        Raises:
+            FolderTaken: If there is something at `path` already.
+        """
+        layout.validate(description, sample, ids)
+        if path is None:
+            group = layout.create(MemoryStore(), description, sample=sample, dtype=dtype, ids=ids)
+            return cls(group, description)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FolderTaken(path)
+        # Laid out beside its place and moved there whole: a kill leaves no half-made influence.
+        scratch = path.with_name(f".{path.name}.new")
+        shutil.rmtree(scratch, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        layout.create(scratch, description, sample=sample, dtype=dtype, ids=ids)
+        scratch.replace(path)
+        return cls(layout.load(path, "r+")[0], description)
+
+    @classmethod
+    def resume(cls, path: Path, description: Description) -> "InfluenceWriter":
+        """Go on with an influence that was begun with the same description.
+
+        Raises:
+            DifferentInfluence: With what differs.
+        """
+        group, there = layout.load(path, "r+")
+        differences = there.differences(description)
+        if differences:
+            raise DifferentInfluence(path, differences)
+        return cls(group, description)
+
+    @classmethod
+    def begin(
+        cls,
+        path: Path | None,
+        description: Description,
+        *,
+        sample: Int[np.ndarray, "step slot"],
+        dtype: str,
+        ids: Int[np.ndarray, " sample"] | None = None,
+    ) -> "InfluenceWriter":
+        """Resume the influence in a folder, or create it where there is none."""
+        if path is not None and (path / "zarr.json").is_file():
+            return cls.resume(path, description)
+        return cls.create(path, description, sample=sample, dtype=dtype, ids=ids)
+
+    @property
+    def shards(self) -> list[tuple[int, int]]:
+        """First step, and the one after the last, of each shard."""
+        return self.description.shards
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Numbers of the shards that are marked done, by any process."""
+        if self.path is None:
+            return frozenset(self._marked_in_memory)
+        return layout.done_shards(self.path)
+
+    def write(
+        self,
+        start: int,
+        block: Float[np.ndarray, "query observed_at step slot"],
+        loss: Float[np.ndarray, "step slot"],
+        *,
+        cotangent: Float[np.ndarray, "query observed_at step"] | None = None,
+    ) -> None:
+        """Write one whole shard; again, if an earlier attempt was cut short.
+
+        Args:
+            start: Its first step.
+            block: Influence at its steps.
+            loss: Training loss of each slot, NaN where unknown.
+            cotangent: Norm of each query's derivative by the state before each step, where the
+                method knows it.
+
+        Raises:
+            IllFormedInfluence: If this is not exactly a shard.
+        """
+        about = self.description
+        shard, offset = divmod(start, about.shard)
+        size = min(about.shard, about.steps - start)
+        expected = (*about.shape[:2], size, about.slots)
+        if offset or size < 1 or block.shape != expected or loss.shape != expected[2:]:
+            wanted = f"a block must be one whole shard: {about.shape} in steps of {about.shard}"
+            given = f"not {block.shape} with losses {loss.shape} from step {start}"
+            raise IllFormedInfluence([f"{wanted}, {given}"])
+        self._forget_attempt(shard)
+        steps = slice(start, start + size)
+        layout.write(self._group, "influence", block, slice(None), slice(None), steps)
+        layout.write(self._group, "loss", loss, steps)
+        if cotangent is not None:
+            layout.write(self._group, "cotangent", cotangent, slice(None), slice(None), steps)
+
+    def _forget_attempt(self, shard: int) -> None:
+        # Zarr would read the old file first, and stop at the checksum of one that was cut short.
+        if self.path is not None:
+            for name in layout.shard_files(shard)[:3]:
+                (self.path / name).unlink(missing_ok=True)
+
+    def mark_done(self, shard: int) -> None:
+        """Note that a shard, and all that is needed to go on behind it, is written."""
+        if self.path is None:
+            self._marked_in_memory.add(shard)
+        else:
+            layout.mark_done(self.path, shard)
+
+    def finish(self) -> Influence:
+        """Hand out the influence.
+
+        Raises:
+            UnfinishedInfluence: If a shard is not marked done.
+        """
+        if len(self.done) < len(self.shards):
+            raise UnfinishedInfluence(self.path, len(self.done), len(self.shards))
+        return Influence(Stored(self._group, self.description))
+
+
+def from_arrays(
+    description: Description,
+    values: Float[np.ndarray, "query observed_at step slot"],
+    *,
+    sample: Int[np.ndarray, "step slot"],
+    loss: Float[np.ndarray, "step slot"] | None = None,
+    path: Path | None = None,
+) -> Influence:
+    """Make an influence of numbers that are all there already, in memory or in a folder."""
+    known = np.full(sample.shape, np.nan) if loss is None else loss
+    writer = InfluenceWriter.create(path, description, sample=sample, dtype=str(values.dtype))
+    for shard, (start, stop) in enumerate(writer.shards):
+        writer.write(start, values[:, :, start:stop], known[start:stop])
+        writer.mark_done(shard)
+    return writer.finish()
+
+
+def example() -> Influence:
+    """Make a tiny influence to try things on: 2 queries, 2 states, 4 steps, 2 slots, 4 samples.
+
+    Sample 0 is visited at the steps 0, 1 and 3; sample 3 never.
+
+    >>> example().sample.tolist()
+    [[0, 1], [2, 0], [1, 2], [0, -1]]
+    >>> example().total()[0, 1].tolist()
+    [3.0, 2.0, -1.0, 0.0]
+    """
+    sample = np.array([[0, 1], [2, 0], [1, 2], [0, -1]])
+    sizes = np.array([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [4.0, 0.0]])
+    before = np.arange(4)[:, None] < np.array([2, 4])[:, None, None]
+    fading = np.where(before, sizes, 0.0) * np.array([2.0, 1.0])[:, None, None]
+    values = np.array([1.0, 10.0])[:, None, None, None] * fading
+    about = Description(
+        method="example",
+        unit="nats",
+        denominator="keep",
+        run="example",
+        queries=("test loss", "ten test losses"),
+        observed_at=(2, 4),
+        steps=4,
+        slots=2,
+        samples=4,
+        shard=2,
+    )
+    return from_arrays(about, values, sample=sample, loss=np.abs(sizes))

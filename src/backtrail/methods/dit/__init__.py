@@ -1,0 +1,1 @@
+"""Dynamic Influence Tracker (arXiv 2502.10793): exact influence by one reverse sweep."""

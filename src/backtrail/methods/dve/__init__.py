@@ -1,0 +1,1 @@
+"""Data Value Embedding (arXiv 2412.09538): a vector for every visit of every sample."""

@@ -1,0 +1,1 @@
+"""Experimental: captures per-sample gradient sketches while the training runs."""

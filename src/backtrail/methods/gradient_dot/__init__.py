@@ -1,0 +1,1 @@
+"""Gradient products without curvature: TracIn and GradientDot."""

@@ -1,0 +1,1 @@
+"""Ground truth: training again without some samples."""

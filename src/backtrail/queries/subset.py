@@ -1,0 +1,61 @@
+"""Some of the queries of a larger set."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import final
+
+from torch import Tensor
+
+from backtrail.queries.averaged import Averaged
+from backtrail.queries.query import Mode, Part, Query
+from backtrail.task.task import Task
+
+
+@final
+@dataclass(frozen=True)
+class QuerySubset(Query):
+    """The queries of these rows of a set; parts that none of them needs are not computed."""
+
+    queries: Query
+    rows: tuple[int, ...]
+    unit: str = field(init=False, repr=False)
+    mode: Mode = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Take unit and mode from the whole set."""
+        object.__setattr__(self, "unit", self.queries.unit)
+        object.__setattr__(self, "mode", self.queries.mode)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their names in the whole set."""
+        return tuple(self.queries.names[row] for row in self.rows)
+
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """The parts of the whole set, without the rows left out."""
+        place = {row: index for index, row in enumerate(self.rows)}
+        for part in self.queries.parts(task, like, together=together):
+            wanted = [index for index, row in enumerate(part.queries) if row in place]
+            if wanted:
+                rows = tuple(place[part.queries[i]] for i in wanted)
+                yield replace(part, queries=rows, weights=part.weights[wanted])
+
+
+def evenly_spaced(queries: Query, count: int) -> Query:
+    """At most so many of the queries, evenly spread.
+
+    >>> from backtrail.queries.rows import Loss
+    >>> evenly_spaced(Loss([(0.0, 0.0)] * 9), 3).names
+    ('loss[0]', 'loss[4]', 'loss[8]')
+    """
+    rows = spread(len(queries.names), count)
+    if isinstance(queries, Averaged):
+        return replace(queries, queries=QuerySubset(queries.queries, rows))
+    return QuerySubset(queries, rows)
+
+
+def spread(size: int, count: int) -> tuple[int, ...]:
+    """At most `count` of `size` places, from the first to the last."""
+    if size <= count:
+        return tuple(range(size))
+    return tuple(round(index * (size - 1) / max(count - 1, 1)) for index in range(count))

@@ -1,0 +1,1 @@
+"""Walks through a recorded training: backward, forward, and again with other weights."""

@@ -1,0 +1,32 @@
+"""How a sweep takes derivatives: of the loss twice, and of the optimizer's update once."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from backtrail.accel.onednn import fast_products
+from backtrail.curvature.policies import Curvature, Hessian
+from backtrail.curvature.vjp import GradientVJP
+from backtrail.optim.slopes import Slope, Tangent
+from backtrail.step.step import MicroBatch
+from backtrail.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a sweep takes derivatives: of the loss twice, and of the optimizer's update."""
+
+    curvature: Curvature
+    slope: Slope
+
+    @property
+    def exact(self) -> bool:
+        """Whether the sweep is the derivative of the training."""
+        return isinstance(self.curvature, Hessian) and isinstance(self.slope, Tangent)
+
+    def linearise(
+        self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
+    ) -> GradientVJP:
+        """Gradient of a piece and its transposed derivative at the given point."""
+        with fast_products():
+            return self.curvature.linearise(micro_batch, params, buffers, weights=weights)

@@ -1,0 +1,147 @@
+r"""The tangent sweep: a first-order change of the weights of slots walks forward through the recorded steps.
+
+With a change of the state before a step (METHODS: θ the parameters, m the moments, U the update),
+and a change of the weights of its slots,
+
+.. math::
+    \dot g = \nabla^2 L_t\, \dot\theta + \sum_b c_{t,b} \dot w_{t,b} \nabla \ell_b
+    \qquad
+    (\dot\theta, \dot m) \leftarrow U_t'(\dot\theta, \dot m, \dot g)
+
+It is the transpose of the adjoint sweep: that one tells one number from the change of every slot,
+this one the change of every number from that of some slots. One sweep costs about as much whatever
+the number of slots.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from backtrail.curvature.jvp import Pushed, along
+from backtrail.optim.flatten import FlatChunk, flat_chunks
+from backtrail.optim.jacobian import GRADIENT, PARAMETER, Entries
+from backtrail.step.state import State
+from backtrail.step.step import Transition
+from backtrail.sweep.rules import Rules
+from backtrail.tree import Tree, add
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A state, and its first-order change: of trained parameters, running statistics and elementwise moments.
+
+    A moment that is missing from the change does not change.
+    """
+
+    state: State
+    change: State
+
+    @staticmethod
+    def begin(transition: Transition, state: State) -> "Changed":
+        """A state that has not changed yet."""
+        trained = {name: torch.zeros_like(state.params[name]) for name in transition.trained}
+        running = {name: torch.zeros_like(state.buffers[name]) for name in transition.task.running}
+        return Changed(state, State(trained, running))
+
+
+def push_forward(
+    transition: Transition, now: Changed, weights: Float[Tensor, " slot"], *, rules: Rules
+) -> tuple[State, State]:
+    """Take the change of the state before a step to that of the state after it.
+
+    Args:
+        transition: the step.
+        now: the state before it, and its change.
+        weights: change of the weights of the step's slots: -1 removes a slot.
+        rules: how derivatives are taken.
+
+    Returns:
+        The state after the step as it happened, and its change.
+    """
+    state, update = now.state, transition.update
+    with transition.replaying(twice=rules.curvature.product == "autograd"):
+        found = _pieces(transition, now, weights, rules=rules)
+    consumed, buffers = found.gradient, found.buffers
+    if (
+        transition.step.autocast
+    ):  # the update was made from another gradient than the one that is differentiated
+        consumed, buffers, _ = transition.raw_gradient(state)
+    clipped, slopes = consumed, found.gradient_change
+    if transition.task.clip is not None:
+        clipped, slopes = along(transition.clipped, (consumed,), (slopes,))
+    entries = (
+        (
+            strand,
+            rules.slope.entries(update, state, clipped, chunk=strand, slots=sum(transition.sizes)),
+        )
+        for strand in flat_chunks(update, state, clipped)
+    )
+    params, moments = push_update(entries, slopes, change=now.change)
+    return transition.moved(state, clipped, buffers), State(params, found.buffers_change, moments)
+
+
+def _pieces(transition: Transition, now: Changed, weights: Tensor, *, rules: Rules) -> Pushed:
+    """The whole step's gradient and its change, micro-batch by micro-batch."""
+    state, change, total = (
+        now.state,
+        now.change,
+        Pushed({}, now.state.buffers, {}, now.change.buffers),
+    )
+    for micro_batch, part in zip(
+        transition.micro_batches(), transition.split(weights), strict=True
+    ):
+        assert part is not None
+        at = Changed(State(state.params, total.buffers), State(change.params, total.buffers_change))
+        found = rules.curvature.push(micro_batch, (at.state, at.change), weights=part)
+        total = Pushed(
+            add(total.gradient, found.gradient),
+            found.buffers,
+            add(total.gradient_change, found.gradient_change),
+            found.buffers_change,
+        )
+    return total
+
+
+def push_update(
+    slopes: Iterable[tuple[FlatChunk, Entries]], grads: Tree, *, change: State
+) -> tuple[Tree, dict[str, Tree]]:
+    """Take the change of the state before an update, and of the gradient, to the parameters and moments after it.
+
+    Args:
+        slopes: the update's derivative, strand by strand.
+        grads: the change of the (clipped) gradient.
+        change: that of the state; parameters without gradient, and their moments, keep theirs.
+    """
+    parts: dict[str, dict[str, list[Tensor]]] = {}
+    for strand, entries in slopes:
+        after = _products(entries, _before(strand, grads, change))
+        for span, place in strand.parts():
+            for key, tensor in after.items():
+                parts.setdefault(span.name, {}).setdefault(key, []).append(tensor[place])
+    found = {
+        name: {k: torch.cat(t).view_as(grads[name]) for k, t in tree.items()}
+        for name, tree in parts.items()
+    }
+    moved = {name: tree.pop(PARAMETER) for name, tree in found.items()}
+    return change.params | moved, change.moments | found
+
+
+def _before(strand: FlatChunk, grads: Tree, change: State) -> Tree:
+    """The changes of a strand's inputs, `[entry]`."""
+    keys = {key for span in strand.spans for key in change.moments.get(span.name, {})}
+    moments = {
+        key: strand.gather({span.name: change.moments[span.name][key] for span in strand.spans})
+        for key in keys
+    }
+    return moments | {PARAMETER: strand.gather(change.params), GRADIENT: strand.gather(grads)}
+
+
+def _products(entries: Entries, before: Tree) -> Tree:
+    after: Tree = {}
+    for (output, source), entry in entries.items():
+        if source in before:
+            after = add(after, {output: entry * before[source]})
+    return after

@@ -1,0 +1,58 @@
+"""Gradient clipping, as loops do it between the backward pass and the optimizer's step."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from backtrail.tree import Tree
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ClipNorm:
+    """Gradient clipping by total norm, as `torch.nn.utils.clip_grad_norm_` does it.
+
+    >>> ClipNorm(1.0)({"w": torch.tensor([3.0, 4.0])})
+    {'w': tensor([0.6000, 0.8000])}
+    """
+
+    max_norm: float
+    norm_type: float = 2.0
+
+    def __call__(self, grads: Tree) -> Tree:
+        """Scale all gradients by min(1, max_norm / norm)."""
+        scale = self._scale(grads)
+        return {name: g * scale for name, g in grads.items()}
+
+    def slope(self, grads: Tree) -> Tree:
+        """What is left of a change of each entry, with the norm taken as fixed."""
+        scale = self._scale(grads)
+        return {name: scale.expand_as(g) for name, g in grads.items()}
+
+    def _scale(self, grads: Tree) -> Tensor:
+        norms = [torch.linalg.vector_norm(g, self.norm_type) for g in grads.values()]
+        total = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
+        # torch adds 1e-6 to the norm; we must do as it does to replay the same update.
+        return torch.clamp(self.max_norm / (total + 1e-6), max=1.0)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ClipValue:
+    """Gradient clipping entry by entry, as `torch.nn.utils.clip_grad_value_` does it.
+
+    >>> ClipValue(1.0)({"w": torch.tensor([3.0, -0.5])})
+    {'w': tensor([ 1.0000, -0.5000])}
+    """
+
+    max_value: float
+
+    def __call__(self, grads: Tree) -> Tree:
+        """Clamp every entry to [-max_value, max_value]."""
+        return {name: g.clamp(-self.max_value, self.max_value) for name, g in grads.items()}
+
+    def slope(self, grads: Tree) -> Tree:
+        """What is left of a change of each entry: all or nothing."""
+        return {name: (g.abs() <= self.max_value).to(g) for name, g in grads.items()}

@@ -1,0 +1,129 @@
+"""Language models: the loss of a row of tokens, and how a loop averages over tokens.
+
+Decisions: two kinds of batch, told apart by their type. A pair (tokens, targets) has the next
+tokens as its targets. A mapping is what Hugging Face's models take: its `labels` are the tokens
+themselves, and the shift by one place happens here, as it does in those models. In both, -100 marks
+a target that does not count.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from backtrail.errors import NoLabels
+from backtrail.task.presets import IGNORED, drawn_classes
+from backtrail.task.task import Batch, Rows, Task, default_predict, logits_of
+
+WEIGHTS = "token_weights"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TokenMean:
+    r"""A `reduce` for loops that average over all tokens of a batch, so that long rows count more than short ones.
+
+    With :math:`n_b` the number of tokens of row b that count (or the sum of their weights),
+
+    .. math:: c_b = n_b / \sum_{b'} n_{b'}
+
+    `model(**batch).loss` of Hugging Face's models is averaged this way, and so is torch's own
+    `cross_entropy`.
+
+    >>> batch = torch.zeros(2, 3), torch.tensor([[5, 6, 7], [5, -100, -100]])
+    >>> TokenMean()([batch]).tolist()
+    [0.75, 0.25]
+
+    Args:
+        over: which tokens are counted where gradients are accumulated: those of the whole "step",
+            or those of each "batch", whose means are then averaged.
+    """
+
+    over: Literal["step", "batch"] = "step"
+
+    def __call__(self, batches: Sequence[Batch]) -> Float[Tensor, " slot"]:
+        """The factor of every slot of one step."""
+        counts = [targets_of(batch)[1].double().sum(1) for batch in batches]
+        if self.over == "batch":
+            return torch.cat([_shares(count) / len(counts) for count in counts])
+        return _shares(torch.cat(counts))
+
+
+def language_model(model: nn.Module, data: Rows, **options: Any) -> Task:
+    r"""Cross-entropy of the next token, in nats, averaged over the tokens of a row.
+
+    .. math:: \ell_b = \sum_i v_{b,i} \left(-\log p_{b,i}\right) / \sum_i v_{b,i}
+
+    A batch is a pair (tokens, targets), or a mapping as Hugging Face's models take it: `input_ids`,
+    `attention_mask` and whatever else the model wants, `labels`, which are shifted by one place
+    here, and optionally `token_weights`, the v of every label. Without them v is 1, and 0 where the
+    label is -100. Labels and weights are kept from the model, which would compute a loss of its
+    own.
+
+    The loop averages these losses over the rows (`reduce="mean"`, the default) or over all tokens
+    (`reduce=backtrail.TokenMean()`, which is what `model(**batch).loss` does).
+
+    >>> rows = [{"input_ids": torch.arange(3), "labels": torch.tensor([0, 1, -100])}] * 2
+    >>> task = language_model(
+    ...     nn.Embedding(5, 5), rows, predict=lambda model, batch: model(batch["input_ids"])
+    ... )
+    >>> task.losses(task.parameters(), {}, task.batch([0, 1]))[0].shape
+    torch.Size([2])
+    """
+    return Task(model, data, _loss, **{"predict": _logits, "draw": _draw} | options)
+
+
+def targets_of(batch: Batch) -> tuple[Int[Tensor, "slot place"], Tensor]:
+    """The next token at every place of a batch's rows, and the weight of its loss, both `[slot, place]`.
+
+    Raises:
+        NoLabels: the batch has none.
+    """
+    if not isinstance(batch, Mapping):
+        return batch[1], batch[1] != IGNORED
+    if "labels" not in batch:
+        raise NoLabels(list(batch))
+    targets = batch["labels"][:, 1:]
+    counted = targets != IGNORED
+    return targets, counted * batch[WEIGHTS][:, 1:] if WEIGHTS in batch else counted
+
+
+def _shares(counts: Tensor) -> Tensor:
+    """Of nothing everyone has nothing: where no token counts, torch's mean is NaN and its gradient zero."""
+    total = counts.sum()
+    return counts / total.where(total != 0, 1)
+
+
+def _loss(outputs: Any, batch: Batch) -> Tensor:
+    targets, weights = targets_of(batch)
+    logits = logits_of(outputs)[
+        :, : targets.shape[1]
+    ]  # nothing comes after the last place of a mapping's labels
+    nats = cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    total = weights.sum(1)
+    return (nats.view(targets.shape) * weights).sum(1) / total.where(
+        total != 0, 1
+    )  # a row of nothing has loss zero
+
+
+def _draw(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Every place draws on its own, so the mean over n of them would have an n-th of the curvature: hence the root."""
+    targets, weights = targets_of(batch)
+    logits = logits_of(outputs)[:, : targets.shape[1]].flatten(0, 1)
+    nats = cross_entropy(logits, drawn_classes(logits, generator), reduction="none").view(
+        targets.shape
+    )
+    total = weights.sum(1, keepdim=True)
+    return (nats * (weights / total.where(total != 0, 1)).sqrt()).sum(1)
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    if isinstance(batch, Mapping):
+        batch = {name: value for name, value in batch.items() if name not in {"labels", WEIGHTS}}
+    return logits_of(default_predict(model, batch))

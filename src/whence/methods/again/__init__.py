@@ -1,1 +1,0 @@
-"""Ground truth: trainings run again with changed weights of samples."""

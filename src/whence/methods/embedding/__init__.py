@@ -1,1 +1,0 @@
-"""Data Value Embedding: a vector for every visit."""

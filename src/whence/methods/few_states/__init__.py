@@ -1,1 +1,0 @@
-"""Diff-In: influence from a few states."""

@@ -1,0 +1,45 @@
+"""The exactness gate: every cell of the grid in tests/gate.py, against brute force, in float64."""
+
+from pathlib import Path
+
+import pytest
+
+import backtrail
+from backtrail.accel import second_order
+from tests.gate import BAR, ROWS, Cell, cells
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers are differentiated twice as large ones are."""
+    monkeypatch.setattr(second_order, "LARGE", 1)
+
+
+@pytest.mark.parametrize("cell", cells(ROWS), ids=str)
+def test_influence_equals_nudging_each_weight(cell: Cell, tmp_path: Path) -> None:
+    """Largest difference from training again with a slot's weight nudged, relative to the largest derivative."""
+    assert cell.error(tmp_path / "run") <= BAR
+
+
+def test_the_gate_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A derivative that forgets how training moves BatchNorm's statistics is far off in their row, and in no other."""
+    normed, dropped = (Cell(row, "SGD + momentum") for row in ROWS[1:3])
+    monkeypatch.setattr(backtrail.Task, "running", ())
+    assert normed.error(tmp_path / "normed") > 1e-2
+    assert dropped.error(tmp_path / "dropped") <= BAR
+
+
+def test_the_gate_has_every_row() -> None:
+    """None is lost unseen."""
+    wanted = (
+        "tied",
+        "BatchNorm",
+        "dropout",
+        "augmentation",
+        "frozen",
+        "LoRA",
+        "padding",
+        "contrastive",
+    )
+    for name, row in zip(wanted, ROWS, strict=True):
+        assert name in row.name

@@ -1,0 +1,211 @@
+"""Whole sweeps under every curvature policy."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+import backtrail
+from backtrail import stats
+from backtrail.curvature.policies import Curvature
+from backtrail.errors import BadSetting
+from backtrail.run.run import Run
+from bench.models import digits
+from tests.cases import ADAMW, CASES, CLASSES, FEATURES, Case, normed, one_group, record, rows
+from tests.methods.dit.test_exact import asked
+
+BY_NAME = {case.name: case for case in CASES}
+POLICIES = [
+    backtrail.Hessian(),
+    backtrail.GaussNewton(),
+    backtrail.EmpiricalFisher(),
+    backtrail.Zero(),
+]
+PARTED = [
+    "batchnorm, adamw",
+    "accumulation, batchnorm",
+    "penalty",
+    "batchnorm, skipped",
+    "frozen",
+    "tied, adamw",
+]
+
+
+def dropping() -> nn.Module:
+    """With dropout, whose mask a replay draws again."""
+    return nn.Sequential(nn.Linear(FEATURES, 5), nn.GELU(), nn.Dropout(0.4), nn.Linear(5, CLASSES))
+
+
+def recorded(case: Case, folder: Path) -> Run:
+    """A run of a case."""
+    model, data = case.built(), rows()
+    record(case, model, data, folder / "run")
+    return backtrail.open_run(folder / "run", case.task(model, data))
+
+
+def scores(run: Run, curvature: Curvature, chunk: int = 1) -> np.ndarray:
+    """Influence of every slot."""
+    return (
+        backtrail.DIT(curvature=curvature, chunk=chunk)
+        .attribute(run, asked(), observed_at="epochs")
+        .values()
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("name", [*PARTED, "dropout"])
+def test_differences_and_chunks_change_only_digits(
+    name: str, policy: Curvature, tmp_path: Path
+) -> None:
+    """Every policy gives the same by autograd and by differences, for one query at a time and for two."""
+    run = recorded(
+        BY_NAME.get(name) or Case("dropout", one_group(ADAMW, lr=0.01), model=dropping), tmp_path
+    )
+    exact = scores(run, policy)
+    scale = np.abs(exact).max()
+    assert scale > 0
+    np.testing.assert_allclose(scores(run, policy, chunk=2), exact, rtol=0, atol=1e-11 * scale)
+    by_difference: Curvature = replace(policy, product="difference")  # type: ignore[type-var]
+    for chunk in (1, 2):
+        np.testing.assert_allclose(
+            scores(run, by_difference, chunk), exact, rtol=0, atol=1e-6 * scale
+        )
+
+
+def test_gauss_newton_is_the_hessian_where_outputs_are_linear(tmp_path: Path) -> None:
+    """A linear classifier's outputs do not bend, so nothing is dropped; the other two policies drop something."""
+    run = recorded(
+        Case("linear", one_group(ADAMW, lr=0.05), model=lambda: nn.Linear(FEATURES, CLASSES)),
+        tmp_path,
+    )
+    exact = scores(run, backtrail.Hessian())
+    np.testing.assert_allclose(
+        scores(run, backtrail.GaussNewton()), exact, rtol=0, atol=1e-12 * np.abs(exact).max()
+    )
+    for other in (backtrail.EmpiricalFisher(), backtrail.Zero()):
+        assert np.abs(scores(run, other) - exact).max() > 1e-3 * np.abs(exact).max()
+
+
+def test_the_last_step_feels_no_curvature(tmp_path: Path) -> None:
+    """All policies agree on the scores of the last step, and on no earlier one."""
+    run = recorded(Case("batchnorm", one_group(ADAMW, lr=0.01), model=normed), tmp_path)
+    exact = scores(run, backtrail.Hessian())[:, 0]
+    for other in POLICIES[1:]:
+        found = scores(run, other)[:, 0]
+        np.testing.assert_allclose(found[:, -1], exact[:, -1], rtol=1e-9, atol=1e-15)
+        assert not np.allclose(found[:, 0], exact[:, 0], rtol=1e-6)
+
+
+def test_a_policy_is_part_of_the_question(tmp_path: Path) -> None:
+    """The result says which curvature made it, and another one does not go on in its folder."""
+    run = recorded(BY_NAME["adamw"], tmp_path)
+    found = backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(
+        run, asked(), out=tmp_path / "dit"
+    )
+    assert found.description.settings["curvature"] == "GaussNewton(product='autograd')"
+    assert repr(found).startswith(
+        "Influence by DIT with GaussNewton(product='autograd'), Tangent() ("
+    )
+    with pytest.raises(backtrail.BacktrailError, match="curvature"):
+        backtrail.DIT(curvature=backtrail.Hessian()).attribute(run, asked(), out=tmp_path / "dit")
+
+
+WRONG = {
+    "DIT(curvature='hessian')": "curvature='hessian' is no setting; give backtrail.Hessian(), GaussNewton(), ",
+    "DIT(curvature=backtrail.GaussNewton('finite'))": "product='finite' is no setting; give 'autograd' or 'difference'",
+    "DIT(slope='secant')": "slope='secant' is no setting; give backtrail.Tangent() or backtrail.Secant()",
+    "DIT(denominator='drop')": "denominator='drop' is no setting; give 'keep' or 'renormalize'",
+    "DIT(chunk=0)": "chunk=0 is no setting; give a positive number, or None",
+}
+
+
+def test_settings_that_are_none_are_refused() -> None:
+    """At once, not in the middle of a sweep. In a process without the tests' own type checks."""
+    code = (
+        "import backtrail\n"
+        "for made in {!r}:\n"
+        " try: eval('backtrail.' + made)\n"
+        " except backtrail.BacktrailError as e: print(e)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(list(WRONG))], capture_output=True, text=True, check=True
+    )
+    for said, wanted in zip(done.stdout.splitlines(), WRONG.values(), strict=True):
+        assert said.startswith(wanted)
+
+
+def test_a_secant_has_a_width() -> None:
+    """Zero and less are no width."""
+    with pytest.raises(BadSetting, match="a positive number of samples"):
+        backtrail.Secant(-1.0)
+
+
+def test_no_generator_is_moved(tmp_path: Path) -> None:
+    """Differences draw dropout's masks again, and leave the generator as it was."""
+    run = recorded(Case("dropout", one_group(ADAMW, lr=0.01), model=dropping), tmp_path)
+    before = torch.get_rng_state()
+    scores(run, backtrail.GaussNewton(product="difference"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_secant_changes_nothing_for_sgd_and_something_for_adam(tmp_path: Path) -> None:
+    """SGD is linear in its gradient."""
+    for name, same in (("nesterov with decay", True), ("adamw", False)):
+        run = recorded(BY_NAME[name], tmp_path / name)
+        exact = scores(run, backtrail.Hessian())
+        found = (
+            backtrail.DIT(slope=backtrail.Secant())
+            .attribute(run, asked(), observed_at="epochs")
+            .values()
+        )
+        assert np.allclose(found, exact, rtol=0, atol=1e-9 * np.abs(exact).max()) == same
+
+
+def test_a_secant_survives_adams_first_step(tmp_path: Path) -> None:
+    """Entries that start with a gradient near zero decide the derivative, and no removal."""
+    data, _ = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 10))
+    task, optimizer = (
+        backtrail.classification(model, data),
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+    )
+    with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        for inputs, labels in recorder.watch(DataLoader(data, batch_size=50, shuffle=True)):
+            cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run = backtrail.open_run(tmp_path / "run", task)
+    query, samples = (
+        backtrail.Loss(data, samples=range(200), aggregate="mean"),
+        run.step(0).samples[:24],
+    )
+    truth = backtrail.leave_one_out(run, query, samples=samples)
+    found = [
+        float(
+            stats.pearson(
+                backtrail.DIT(slope=slope).attribute(run, query).total()[:, 0, list(samples)], truth
+            )[0]
+        )
+        for slope in (backtrail.Tangent(), backtrail.Secant())
+    ]
+    assert found[1] > max(0.95, found[0])
+
+
+def test_trust_leaves_the_derivative_check_out_where_there_is_no_derivative(tmp_path: Path) -> None:
+    """Such an influence is judged by removals."""
+    run = recorded(BY_NAME["adamw"], tmp_path)
+    for dit, checked in ((backtrail.DIT(), True), (backtrail.DIT(slope=backtrail.Secant()), False)):
+        statement = backtrail.trust(run, dit.attribute(run, asked()), removals=4)
+        assert (statement.derivative is not None) == checked
+    statement = backtrail.trust(
+        run, backtrail.DIT(curvature=backtrail.Zero()).attribute(run, asked()), removals=4
+    )
+    assert statement.derivative is None

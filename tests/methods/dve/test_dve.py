@@ -1,0 +1,367 @@
+"""Data Value Embedding beside what it approximates, and beside itself."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+import backtrail
+from backtrail.errors import (
+    BadSetting,
+    DamagedEmbeddings,
+    DifferentEmbeddings,
+    EmbeddedElsewhere,
+    EmbeddingGrew,
+    FolderTaken,
+    NoDraw,
+    NotEmbedded,
+    NotEmbeddings,
+    UnfinishedEmbeddings,
+)
+from backtrail.influence.tables import Order
+from backtrail.methods.dve.gather import Walk
+from backtrail.methods.dve.projection import Kind
+from backtrail.methods.dve.store import EmbeddingStore
+from backtrail.run.run import Run
+from backtrail.step.state import State
+from tests.cases import SGD, Case, decay, one_group, record, rows
+from tests.methods.dit.test_dit import recorded
+from tests.methods.dit.test_exact import asked
+from tests.methods.test_conformance import Killed
+from tests.oracles.value_embedding import adamw_embeddings
+
+
+def whole(**settings: Any) -> backtrail.DataValueEmbedding:
+    """Without a projection (an orthonormal one of such a rank is none), and all layers together."""
+    chosen: dict[str, Any] = {"rank": 1000, "layers": "together", "damping": 0.0}
+    return backtrail.DataValueEmbedding(**chosen | settings)
+
+
+def small(**settings: Any) -> backtrail.DataValueEmbedding:
+    """With a projection that loses something."""
+    chosen: dict[str, Any] = {"rank": 6, "projection": "gaussian", "damping": 0.5}
+    return backtrail.DataValueEmbedding(**chosen | settings)
+
+
+def run_of(case: Case, folder: Path) -> Run:
+    """A run of any case."""
+    model, data = case.built(), rows()
+    record(case, model, data, folder / "run")
+    return backtrail.open_run(folder / "run", case.task(model, data))
+
+
+def relative(found: np.ndarray, truth: np.ndarray) -> float:
+    """The largest difference, relative to the largest value."""
+    return float(np.abs(found - truth).max() / np.abs(truth).max())
+
+
+def by_groups(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Weights and biases with other rates and decays, which tears the parameters of a module apart."""
+    weights, biases = ([p for p in model.parameters() if p.dim() == axes] for axes in (2, 1))
+    return torch.optim.SGD(
+        [{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 0.05}], lr=0.2
+    )
+
+
+PLAIN = [
+    Case("sgd", one_group(SGD, lr=0.3)),
+    Case("decay", one_group(SGD, lr=0.3, weight_decay=0.2)),
+    Case("groups", by_groups),
+    Case("penalty", one_group(SGD, lr=0.3), penalty=decay),
+    Case("twice in a batch", one_group(SGD, lr=0.3), batches=[[0, 0, 1], [2, 3, 2], [0, 4, 4]]),
+    Case("accumulation", one_group(SGD, lr=0.3), accumulate=2),
+    Case("clip value", one_group(SGD, lr=0.3), clip=backtrail.ClipValue(0.1)),
+    Case("climbing", one_group(SGD, lr=0.05, maximize=True)),
+]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize("projection", ["orthonormal", "mask"])
+def test_at_full_rank_it_is_the_sweep_with_the_empirical_fisher(
+    case: Case, projection: str, tmp_path: Path
+) -> None:
+    """For plain gradient descent, at every observed state."""
+    run = run_of(case, tmp_path)
+    states = [1, run.steps]
+    truth = (
+        backtrail.DIT(curvature=backtrail.EmpiricalFisher())
+        .attribute(run, asked(), observed_at=states)
+        .values()
+    )
+    found = whole(fisher="empirical", projection=projection).attribute(
+        run, asked(), observed_at=states
+    )
+    assert relative(found.values(), truth) <= 1e-8
+
+
+@pytest.mark.slow
+def test_drawn_labels_are_the_gauss_newton_matrix_on_average(tmp_path: Path) -> None:
+    """Over many draws; what is left is what so many draws leave."""
+    run = recorded("sgd", tmp_path)
+    truth = backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(run, asked()).values()
+    draws = np.stack([whole(seed=seed).attribute(run, asked()).values() for seed in range(60)])
+    left = draws.std(0) / len(draws) ** 0.5
+    assert (np.abs(draws.mean(0) - truth) <= 4.5 * left + 1e-12).all()
+    assert relative(draws.mean(0), truth) < 0.05 < relative(draws[0], truth)
+
+
+def test_adamw_on_picked_entries_is_the_explicit_product(tmp_path: Path) -> None:
+    """With a rate for every entry, and decoupled decay."""
+    case = Case("adamw", one_group(torch.optim.AdamW, lr=0.01, weight_decay=0.3))
+    found = whole(fisher="empirical", projection="mask").embed(run_of(case, tmp_path)).values()
+    truth = torch.stack(adamw_embeddings(case, lr=0.01, decay=0.3)).numpy()
+    names = [name for name, _ in case.built().named_parameters()]
+    assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]  # the order of the coordinates
+    assert relative(found, truth) <= 1e-8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", "gaussian"), ("sgd", "orthonormal"), ("adamw", "mask")]
+)
+def test_projections_are_right_on_average(name: str, kind: Kind, tmp_path: Path) -> None:
+    """What a visit in the last step is worth has no recursion in it, and is unbiased."""
+    run = recorded(name, tmp_path)
+    truth = whole(fisher="empirical").attribute(run, asked()).values()[:, :, -1]
+    many = [
+        small(fisher="empirical", projection=kind, seed=seed).attribute(run, asked())
+        for seed in range(30)
+    ]
+    draws = np.stack([found.values()[:, :, -1] for found in many])
+    left = draws.std(0) / len(draws) ** 0.5
+    assert (np.abs(draws.mean(0) - truth) <= 4.5 * left + 1e-12).all()
+
+
+def test_layers_apart_leave_out_what_they_do_to_one_another(tmp_path: Path) -> None:
+    """Nothing in the last step, something in the first."""
+    run = recorded("sgd", tmp_path)
+    together = whole(fisher="empirical").attribute(run, asked()).values()
+    apart = whole(fisher="empirical", layers="apart").attribute(run, asked()).values()
+    assert relative(apart[..., -1, :], together[..., -1, :]) <= 1e-12
+    assert 1e-3 < relative(apart[..., 0, :], together[..., 0, :]) < 1
+
+
+def test_rows_and_columns_of_rates_come_near_to_those_of_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearer than a plain rate does; the three ways to follow AdamW."""
+    run = recorded("adamw", tmp_path)
+    exact = whole(fisher="empirical", projection="mask").attribute(run, asked()).values()
+    monkeypatch.setattr("backtrail.methods.dve.step_features.picks", lambda _: False)
+    factored = whole(fisher="empirical").attribute(run, asked()).values()
+    plain = whole(fisher="empirical", follow="rate").attribute(run, asked()).values()
+
+    def likeness(found: np.ndarray) -> float:
+        return float(np.corrcoef(found.ravel(), exact.ravel())[0, 1])
+
+    assert likeness(factored) > max(0.9, likeness(plain))
+
+
+@pytest.mark.parametrize("fisher", ["true", "empirical"])
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_segments_change_nothing_but_what_can_be_observed(
+    name: str, fisher: str, tmp_path: Path
+) -> None:
+    """The same influence on the end, and that on the ends between is the same as without the later steps."""
+    run = recorded(name, tmp_path)
+    whole_run, cut = small(fisher=fisher).embed(run), small(fisher=fisher, segments=3).embed(run)
+    assert cut.observed_at == (2, 4, 5)
+    truth = whole_run.attribute(asked()).values()
+    assert relative(cut.attribute(asked()).values(), truth) <= 1e-10
+    states = [2, 4, run.steps]
+    found = cut.attribute(asked(), observed_at=states).values()
+    again = (
+        small(fisher=fisher)
+        .embed(run, observed_at=states)
+        .attribute(asked(), observed_at=states)
+        .values()
+    )
+    np.testing.assert_array_equal(found, again)
+    assert (found[:, 0, 2:] == 0).all()
+    assert np.abs(found[:, 0, :2]).max() > 0
+    with pytest.raises(
+        NotEmbedded, match=r"not lead to 3; they lead to the states 2, 4, 5\. .*embed\(run, obs"
+    ):
+        cut.attribute(asked(), observed_at=3)
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never opens before it is whole."""
+    run = recorded("adamw", tmp_path)
+    truth = small(segments=2).embed(run, out=tmp_path / "whole").values()
+    np.testing.assert_array_equal(small(segments=2).embed(run).values(), truth)
+    monkeypatch.setattr("backtrail.methods.dve.store.SHORTEST", 2)
+    real, writes = EmbeddingStore.write, 0
+
+    def failing(self: EmbeddingStore, name: str, values: np.ndarray, start: int) -> None:
+        nonlocal writes
+        writes -= 1
+        if not writes:
+            raise Killed
+        real(self, name, values, start)
+
+    for survived in (1, 4, 9, 14, 22, 24, 27, 28):
+        writes, out = survived, tmp_path / f"out{survived}"
+        with monkeypatch.context() as patch:
+            patch.setattr(EmbeddingStore, "write", failing)
+            with pytest.raises(Killed):
+                small(segments=2).embed(run, out=out)
+        with pytest.raises(UnfinishedEmbeddings, match="unfinished"):
+            backtrail.open_embeddings(out, run)
+        np.testing.assert_array_equal(small(segments=2).embed(run, out=out).values(), truth)
+        np.testing.assert_array_equal(backtrail.open_embeddings(out, run).values(), truth)
+        assert not (out / "captured").exists()
+
+
+@pytest.mark.parametrize("name", ["penalty", "clip norm, adamw", "batchnorm, adamw"])
+def test_between_kept_states_it_goes_on_to_the_same_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is not killed never goes back to a kept state."""
+    run, begun, (real, mark) = (
+        recorded(name, tmp_path),
+        list[int](),
+        (Walk.before, EmbeddingStore.mark_captured),
+    )
+    monkeypatch.setattr("backtrail.methods.dve.store.SHORTEST", 3)
+
+    def before(self: Walk, step: int) -> State:
+        begun.append(step)
+        return real(self, step)
+
+    monkeypatch.setattr(Walk, "before", before)
+    truth = small(fisher="empirical").embed(run).values()
+
+    def failing(self: EmbeddingStore, shard: int) -> None:
+        mark(self, shard)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingStore, "mark_captured", failing)
+        with pytest.raises(Killed):
+            small(fisher="empirical").embed(run, out=tmp_path / "out")
+    assert 3 not in run.kept
+    np.testing.assert_array_equal(
+        small(fisher="empirical").embed(run, out=tmp_path / "out").values(), truth
+    )
+    assert begun == [0, 0, 3]
+
+
+def test_on_disk_it_is_what_it_was(tmp_path: Path) -> None:
+    """Opened again, and asked for the same; made only once."""
+    run = recorded("two groups", tmp_path)
+    made = small(segments=2).embed(run, out=tmp_path / "out")
+    opened = backtrail.open_embeddings(tmp_path / "out", run)
+    np.testing.assert_array_equal(
+        opened.attribute(asked()).values(), made.attribute(asked()).values()
+    )
+    assert repr(opened) == repr(made)
+    assert "5 steps x 3 slots" in repr(opened)
+    assert opened.path == tmp_path / "out"
+    before = (tmp_path / "out" / "done.json").stat().st_mtime_ns
+    small(segments=2).embed(run, out=tmp_path / "out")
+    assert (tmp_path / "out" / "done.json").stat().st_mtime_ns == before
+
+
+def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
+    """Other settings, another run, something else, a damaged file."""
+    run, other = recorded("adamw", tmp_path), recorded("sgd", tmp_path)
+    out = tmp_path / "out"
+    small().embed(run, out=out)
+    with pytest.raises(DifferentEmbeddings, match="seed: 0 there, 1 now"):
+        small(seed=1).embed(run, out=out)
+    with pytest.raises(EmbeddedElsewhere, match=run.id):
+        backtrail.open_embeddings(out, other)
+    with pytest.raises(NotEmbeddings, match="no such folder"):
+        backtrail.open_embeddings(tmp_path / "nowhere", run)
+    asked_of = backtrail.open_embeddings(out, run).attribute(asked(), out=tmp_path / "influence")
+    with pytest.raises(NotEmbeddings, match="backtrail influence"):
+        backtrail.open_embeddings(tmp_path / "influence", run)
+    assert asked_of.method == "DataValueEmbedding"
+    with pytest.raises(FolderTaken):
+        small().embed(run, out=run.path)
+    next((out / "embedding").rglob("c/0/0/0")).unlink()
+    with pytest.raises(DamagedEmbeddings, match="embedding/c/0/0/0"):
+        backtrail.open_embeddings(out, run)
+
+
+def test_the_best_samples_come_without_the_matrix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as from the influence, whatever fits at once."""
+    run = recorded("adamw", tmp_path)
+    embeddings = small(segments=2).embed(run)
+    influence = embeddings.attribute(asked())
+    for size in (10**9, 1):
+        monkeypatch.setattr("backtrail.methods.dve.embeddings.SUM_BYTES", size)
+        for order in get_args(Order):
+            found = embeddings.top(asked(), 4, order=order)
+            assert found.columns == ["query", "rank", "sample", "influence"]
+            for name in influence.queries:
+                truth = influence.top(4, query=name, order=order)
+                one = found.filter(query=name)
+                assert one["sample"].to_list() == truth["sample"].to_list()
+                assert one["rank"].to_list() == [1, 2, 3, 4]
+                np.testing.assert_allclose(one["influence"], truth["influence"], rtol=1e-9)
+
+
+def test_neighbours_are_those_of_the_summed_vectors(tmp_path: Path) -> None:
+    """By their cosine, without the sample itself; a sample never seen is like none."""
+    run = recorded("momentum", tmp_path)
+    cut, straight = small(segments=2).embed(run), small().embed(run)
+    sums = np.zeros((run.samples, straight.about.rank))
+    for step in run.log:
+        for slot, sample in enumerate(step.samples):
+            sums[sample] += straight.values()[step.index, slot]
+    sizes = np.linalg.norm(sums, axis=1)
+    cosine = sums @ sums[2] / np.where(sizes > 0, sizes, 1) / sizes[2]
+    order = [int(sample) for sample in np.argsort(-cosine, kind="stable") if sample != 2]
+    for embeddings in (cut, straight):
+        found = embeddings.nearest(2, 5)
+        assert found["sample"].to_list() == order[:5]
+        np.testing.assert_allclose(found["similarity"], cosine[order[:5]], rtol=1e-9)
+    with pytest.raises(backtrail.BacktrailError, match="no sample 9"):
+        straight.nearest(9)
+
+
+def before_batchnorm() -> torch.nn.Module:
+    """With a bias that BatchNorm takes away again."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.GELU(), torch.nn.Linear(5, 3)
+    )
+
+
+def test_a_bias_in_front_of_batchnorm_has_no_part(tmp_path: Path) -> None:
+    """Its gradient is rounding, by which Adam divides."""
+    case = Case("bias", one_group(torch.optim.AdamW, lr=0.003), model=before_batchnorm)
+    run = run_of(case, tmp_path)
+    embeddings = small().embed(run)
+    first, last = embeddings.about.layout["0.bias"]
+    assert (embeddings.values()[..., first:last] == 0).all()
+    truth = backtrail.DIT().attribute(run, asked()).values()
+    assert np.abs(embeddings.attribute(asked()).values()).max() < 100 * np.abs(truth).max()
+
+
+def test_what_cannot_be_done_says_what_can(tmp_path: Path) -> None:
+    """Settings, averages, labels that nobody can draw, growth."""
+    run = recorded("sgd", tmp_path)
+    for name, value in {"rank": 0, "damping": -1.0, "segments": 0}.items():
+        with pytest.raises(BadSetting, match=f"{name}={value!r} is no setting"):
+            backtrail.DataValueEmbedding(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(BadSetting, match=r"backtrail\.DIT answers for averages"):
+        small().attribute(run, backtrail.Averaged(asked(), 0.9))
+    task = backtrail.Task(run.task.model, run.task.data, run.task.loss)
+    with pytest.raises(NoDraw, match=r"Task\(draw=\.\.\.\)"):
+        small().embed(backtrail.open_run(run.path, task))
+    assert small(fisher="empirical").embed(backtrail.open_run(run.path, task)).about.rank
+    wild = run_of(
+        Case("wild", one_group(SGD, lr=300.0), batches=[[0, 1, 2], [3, 4, 5]] * 8),
+        tmp_path / "wild",
+    )
+    with pytest.raises(EmbeddingGrew, match=r"At step \d+ the embeddings of '(0|2|all layers)'"):
+        whole(fisher="empirical").embed(wild)
+    assert np.isfinite(whole(fisher="empirical", damping=0.5).embed(wild).values()).all()

@@ -1,0 +1,170 @@
+"""Rows that were made before the step are right, or are made again by a replay."""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import backtrail
+from backtrail.errors import NotCaptured
+from backtrail.methods.dve.live import early_rates as early
+from backtrail.methods.dve.live import files as kept_rows
+from backtrail.methods.dve.live.files import KeptRows
+from backtrail.methods.dve.live.hooks import BatchHooks
+from backtrail.methods.dve.projection import projection
+from backtrail.methods.dve.step_features import factors
+from backtrail.run.run import Run
+from backtrail.step.step import MicroBatch
+from tests.cases import ADAMW, Case, mlp, one_group, rows
+from tests.loops import backward, refused
+from tests.methods.dve.test_live_capture import begun, captured, embedding, same
+
+Between = Callable[
+    [torch.optim.Optimizer, int], None
+]  # what a loop does between backward pass and step
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter is settled as soon as its gradient is there."""
+    monkeypatch.setattr(early, "ENTRIES", 1)
+
+
+def train(path: Path, between: Between, **options: Any) -> Run:
+    """Six steps."""
+    data, model = rows(), mlp().double()
+    task, optimizer = (
+        backtrail.classification(model, data),
+        torch.optim.AdamW(model.parameters(), lr=0.01),
+    )
+    with backtrail.Recorder(path, task, optimizer, capture=embedding(**options)) as recorder:
+        for _ in range(2):
+            for number, (inputs, labels) in enumerate(
+                recorder.watch(DataLoader(data, batch_size=3))
+            ):
+                backward(nn.functional.cross_entropy(model(inputs), labels))
+                between(optimizer, number)
+                optimizer.step()
+                optimizer.zero_grad()
+    return backtrail.open_run(path, task)
+
+
+def kept(run: Run) -> list[bool]:
+    """Whether a step was captured."""
+    found = KeptRows(run, embedding()._of_rows)
+    return [found.step(step) is not None for step in range(run.steps)]
+
+
+def nothing(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """As most loops."""
+
+
+def schedule(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """Settings that the gradient did not meet."""
+    optimizer.param_groups[0]["lr"] = 0.01 / (1 + number)
+
+
+def clip(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """A gradient that was written to."""
+    del number
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad.mul_(1.0)
+
+
+@pytest.mark.parametrize(("between", "lost"), [(nothing, None), (schedule, 1), (clip, 0)])
+def test_what_happens_before_the_step(between: Between, lost: int | None, tmp_path: Path) -> None:
+    """A wrong guess costs one step's capture, which is replayed; from then on rows wait for the step."""
+    run = train(tmp_path / "run", between)
+    assert kept(run) == [step != lost for step in range(6)]
+    same(run, embedding())
+
+
+def warm_up(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """A schedule that begins at zero, as many do."""
+    optimizer.param_groups[0]["lr"] = 0.005 * number
+
+
+def test_a_rate_of_zero(tmp_path: Path) -> None:
+    """What is visited then has no influence, and hinders no other."""
+    run = train(tmp_path / "run", warm_up)
+    assert run.step(0).settings[0]["lr"] == 0.0
+    same(run, embedding())
+    values = embedding().embed(run).values()
+    assert (values[0] == 0).all()
+    assert (values[1] != 0).any()
+    left, right = factors(projection({"w": (3, 2)}), {"w": torch.zeros(3, 2)})["w"]
+    assert (left[:, None] * right == 0).all()
+
+
+def test_accumulated_gradients(tmp_path: Path) -> None:
+    """A further micro-batch changes the gradient."""
+    run = captured(
+        Case("adamw", one_group(ADAMW, lr=0.01), accumulate=2), tmp_path / "run", embedding()
+    )
+    assert not kept(run)[0]
+    assert all(kept(run)[1:])
+    same(run, embedding())
+
+
+def test_cotangents_do_not_wait_for_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is left when the backward pass is over, which is the point."""
+    waiting = []
+
+    def note(optimizer: torch.optim.Optimizer, number: int) -> None:
+        del optimizer, number
+        waiting.append(len(heard()._kept))  # type: ignore[union-attr]
+
+    heard: Callable[[], BatchHooks | None] = lambda: None  # noqa: E731
+    real = BatchHooks.enter
+
+    def noting(self: BatchHooks) -> None:
+        nonlocal heard
+        heard = weakref.ref(self)
+        real(self)
+
+    monkeypatch.setattr(BatchHooks, "enter", noting)
+    train(tmp_path / "run", note, fisher="empirical")
+    assert waiting == [0] * 6
+
+
+def test_rows_that_are_wrong_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples that change places, which their sum does not tell; what came since the last proof is taken back."""
+    real = BatchHooks.rows
+
+    def swapped(self: BatchHooks, piece: MicroBatch) -> dict[str, Tensor]:
+        wrong = piece.transition.step.index >= 3
+        return {
+            name: array.flip(0) if wrong else array for name, array in real(self, piece).items()
+        }
+
+    monkeypatch.setattr(BatchHooks, "rows", swapped)
+    monkeypatch.setattr(kept_rows, "STEPS", 1)
+    with refused(NotCaptured, "Step 4", "do not add up to the gradient of"):
+        train(tmp_path / "run", nothing)
+    data, model = rows(), mlp().double()
+    run = backtrail.open_run(tmp_path / "run", backtrail.classification(model, data))
+    assert kept(run) == [True, True, False, False]
+    same(run, embedding())
+
+
+def test_a_scaled_loss_is_refused(tmp_path: Path) -> None:
+    """Where the loop takes the scale back from the gradients, nobody takes it back from the cotangents."""
+    task, optimizer, recorder, loader = begun(tmp_path / "run")
+    with (
+        refused(NotCaptured, "Step 1", "scaled loss"),
+        recorder,
+    ):  # the first step is left to a replay
+        for inputs, labels in recorder.watch(loader):
+            backward(1024 * nn.functional.cross_entropy(task.model(inputs), labels))
+            for parameter in task.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad /= 1024
+            optimizer.step()
+            optimizer.zero_grad()

@@ -1,0 +1,345 @@
+"""TracIn and gradient-dot against plain PyTorch, and what they promise beside being right."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import backtrail
+from backtrail.methods.gradient_dot.products import slot_products
+from backtrail.methods.gradient_dot.state_products import alike
+from backtrail.run.run import Run
+from tests.cases import ADAMW, CASES, CLASSES, FEATURES, SGD, Case, one_group, rows
+from tests.methods.dit.test_dit import recorded
+from tests.methods.dit.test_exact import asked, read
+from tests.methods.dit.test_policies import dropping
+from tests.methods.dit.test_policies import recorded as recorded_case
+from tests.oracles.gradient_products import Look, gradient_products
+
+KEPT = 2  # the cases keep every second state
+METHODS: dict[str, tuple[backtrail.TracIn | backtrail.GradientDot, Look]] = {
+    "every": (backtrail.TracIn(states="every", chunk=2), lambda step, _: step),
+    "kept": (backtrail.TracIn(states="kept", chunk=2), lambda step, _: step - step % KEPT),
+    "dot": (backtrail.GradientDot(chunk=2), lambda _, observed: observed),
+}
+CHOSEN = [
+    "sgd",
+    "momentum",
+    "maximize",
+    "adamw",
+    "tied, sgd",
+    "tied, adamw",
+    "frozen",
+    "unused",
+    "two groups",
+    "one cycle",
+    "accumulation, adamw",
+    "accumulation, batchnorm",
+    "penalty",
+    "clip norm",
+    "twice in a batch",
+    "short batches",
+    "batchnorm, sgd",
+    "batchnorm, adamw",
+    "batchnorm, skipped",
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_scores_equal_a_loop_over_samples_and_queries(
+    name: str, method: str, tmp_path: Path
+) -> None:
+    """Every slot of every step, at two observed states, through the recorder and the folder."""
+    case, (made, look) = BY_NAME[name], METHODS[method]
+    run = recorded(name, tmp_path)
+    states = [run.steps - 1, run.steps]
+    truth = gradient_products(case, read, states, look)
+    found = made.attribute(run, asked(), observed_at=states).values()
+    assert (np.abs(truth).max(axis=(2, 3)) > 0).all()
+    np.testing.assert_allclose(found, truth, rtol=1e-9, atol=1e-12 * np.abs(truth).max())
+
+
+def test_the_last_step_of_plain_descent_is_the_derivative(tmp_path: Path) -> None:
+    """There TracIn leaves nothing out, if the query does not bend: no later step, no optimizer, no curvature."""
+    run, query = recorded("sgd", tmp_path), backtrail.Parameter("0.weight", [(0, 1), (3, 2)])
+    exact = backtrail.DIT().attribute(run, query).values()[..., -1, :]
+    found = backtrail.TracIn().attribute(run, query).values()[..., -1, :]
+    np.testing.assert_allclose(found, exact, rtol=1e-10)
+
+
+def test_in_a_training_that_hardly_moves_all_methods_agree(tmp_path: Path) -> None:
+    """Plain descent with a tiny rate: what they leave out is of the order of the rate."""
+    run = recorded_case(Case("slow", one_group(SGD, lr=1e-4)), tmp_path)
+    exact = backtrail.DIT().attribute(run, asked()).values()
+    for made, _ in METHODS.values():
+        found = made.attribute(run, asked()).values()
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-3 * np.abs(exact).max())
+
+
+def test_a_proponent_is_positive(tmp_path: Path) -> None:
+    """A sample's own loss: taking its step away would have left that loss higher."""
+    run = recorded("sgd", tmp_path)
+    own = backtrail.Loss(run.task.data, samples=range(9))
+    for made, _ in METHODS.values():
+        total = made.attribute(run, own).total()[:, 0]
+        assert (np.diag(total) > 0).all()
+
+
+def test_a_model_that_drops_units_is_seen_with_the_masks_of_each_visit(tmp_path: Path) -> None:
+    """Two visits of one sample have two masks, so none stands for the other."""
+    run = recorded_case(Case("dropout", one_group(ADAMW, lr=0.01), model=dropping), tmp_path)
+    assert not alike(run)
+    query = gradients_at(run, run.steps)
+    found = backtrail.GradientDot().attribute(run, asked()).values()
+    state = run.state(run.steps)
+    for index, step in enumerate(run.log):
+        for slot in range(len(step.samples)):
+            weights = torch.zeros(len(step.samples), dtype=torch.float64)
+            weights[slot] = 1.0
+            (_, (slope, _, _)) = next(run.transition(index).walk(state, weights))
+            truth = sum(0.01 * (query[name] * slope[name]).flatten(1).sum(1) for name in slope)
+            np.testing.assert_allclose(
+                found[:, 0, index, slot], np.asarray(truth), rtol=1e-9, atol=1e-15
+            )
+
+
+def gradients_at(run: Run, number: int) -> dict[str, Tensor]:
+    """Of the queries, by parameter."""
+    from backtrail.queries import gradients  # noqa: PLC0415
+
+    state = run.state(number)
+    return gradients(
+        asked(), run.task, params=state.params, buffers=state.buffers, trained=run.trained
+    )[1]
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Slots that products were taken of."""
+    seen: list[int] = []
+
+    def counting(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        found = slot_products(*arguments, **options)
+        seen.append(found[0].shape[1])
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("backtrail.methods.gradient_dot.state_products.slot_products", counting)
+        yield seen
+
+
+@pytest.mark.parametrize("epochs", [2, 6])
+def test_kept_states_cost_a_product_per_sample_and_not_per_visit(
+    epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two kept states a sample is multiplied once, however often it is visited; no step is replayed."""
+    run = long_run(epochs, tmp_path)
+    monkeypatch.setattr(
+        "backtrail.step.step.Transition.advance", lambda *_: pytest.fail("replayed")
+    )
+    for made in (backtrail.TracIn(states="kept"), backtrail.GradientDot()):
+        with counted(monkeypatch) as seen:
+            made.attribute(run, asked())
+        assert sum(seen) == 9  # state 0 is the only one kept before the end
+
+
+def test_groups_with_one_rate_share_a_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And groups with rates of their own do not."""
+
+    def groups(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+        def made(model: nn.Module) -> torch.optim.Optimizer:
+            weights, bias = model.parameters()
+            params: list[dict[str, Any]] = [
+                {"params": [weights]},
+                {"params": [bias], "lr": lr, "momentum": 0.5},
+            ]
+            return SGD(params, lr=0.1)
+
+        return made
+
+    for lr, products in ((0.1, 9), (0.2, 18)):
+        case = Case("groups", groups(lr), model=lambda: nn.Linear(FEATURES, CLASSES))
+        run = recorded_case(case, tmp_path / str(lr))
+        with counted(monkeypatch) as seen:
+            backtrail.GradientDot().attribute(run, asked())
+        assert sum(seen) == products
+
+
+def long_run(epochs: int, folder: Path) -> Run:
+    """All rows in batches of three, again and again; only the first and the last state are kept."""
+    model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
+    task, optimizer = (
+        backtrail.classification(model, data),
+        SGD(model.parameters(), lr=0.1, momentum=0.9),
+    )
+    with backtrail.Recorder(
+        folder / "run", task, optimizer, checkpoints=backtrail.Only([0])
+    ) as recorder:
+        for _ in range(epochs):
+            for inputs, labels in recorder.watch(DataLoader(data, 3, shuffle=True)):
+                nn.functional.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return backtrail.open_run(folder / "run", task)
+
+
+def test_stored_batches_are_taken_as_they_were_fed(tmp_path: Path) -> None:
+    """Rows that were changed in the loop cannot be read again by number."""
+    case, data = BY_NAME["sgd"], rows()
+    model = case.built()
+    task, optimizer = case.task(model, data), case.optimizer(model)
+    with backtrail.Recorder(tmp_path / "run", task, optimizer, keep_batches=True) as recorder:
+        for inputs, labels in recorder.watch(DataLoader(data, 3)):
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not alike(backtrail.open_run(tmp_path / "run", task))
+
+
+@pytest.mark.parametrize(
+    ("name", "leans"),
+    [
+        ("sgd", "no"),
+        ("short batches", "no"),
+        ("batchnorm, sgd", "yes"),
+        ("accumulation, batchnorm", "yes"),
+    ],
+)
+def test_samples_that_lean_on_their_batch_are_noticed(
+    name: str, leans: str, tmp_path: Path
+) -> None:
+    """Without BatchNorm a sample has one gradient at a state."""
+    assert alike(recorded(name, tmp_path)) == (leans == "no")
+
+
+def test_a_head_that_starts_at_zero_hides_no_batchnorm(tmp_path: Path) -> None:
+    """At state 0 every batch has the same losses there; later it shows."""
+
+    def zeroed() -> nn.Module:
+        head = nn.Linear(5, CLASSES)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return nn.Sequential(nn.Linear(FEATURES, 5, bias=False), nn.BatchNorm1d(5), head)
+
+    assert not alike(recorded_case(Case("zeroed", one_group(SGD, lr=0.3), model=zeroed), tmp_path))
+
+
+def test_losses_are_those_of_the_visits_where_they_are_known(tmp_path: Path) -> None:
+    """Only a replay meets the losses of the training."""
+    run = recorded("adamw", tmp_path)
+    exact = backtrail.DIT().attribute(run, asked()).loss
+    np.testing.assert_allclose(backtrail.TracIn().attribute(run, asked()).loss, exact, rtol=1e-12)
+    assert np.isnan(backtrail.GradientDot().attribute(run, asked()).loss).all()
+
+
+WRONG = {
+    "TracIn(states='all')": "states='all' is no setting; give 'every' or 'kept'",
+    "TracIn(chunk=0)": "chunk=0 is no setting; give a positive number, or None",
+    "TracIn(memory=-1)": "memory=-1 is no setting; give a positive number, or None",
+    "GradientDot(chunk=-2)": "chunk=-2 is no setting; give a positive number, or None",
+}
+
+
+def test_settings_that_are_none_are_refused() -> None:
+    """At once, in a process without the tests' own type checks."""
+    code = (
+        "import backtrail\n"
+        "for made in {!r}:\n"
+        " try: eval('backtrail.' + made)\n"
+        " except backtrail.BacktrailError as e: print(e)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(list(WRONG))], capture_output=True, text=True, check=True
+    )
+    for said, wanted in zip(done.stdout.splitlines(), WRONG.values(), strict=True):
+        assert said.startswith(wanted)
+
+
+def test_memory_that_cannot_hold_a_gradient_is_refused(tmp_path: Path) -> None:
+    """The message names the setting to raise."""
+    with pytest.raises(backtrail.BacktrailError, match="allow more: memory=bytes"):
+        backtrail.TracIn(memory=1).attribute(recorded("sgd", tmp_path), asked())
+
+
+def test_averaged_weights_are_left_to_dit(tmp_path: Path) -> None:
+    """A product of gradients knows no average of states."""
+    with pytest.raises(backtrail.BacktrailError, match=r"backtrail\.DIT answers for averages"):
+        backtrail.TracIn().attribute(
+            recorded("sgd", tmp_path), backtrail.Averaged(asked(), decay=0.5)
+        )
+
+
+def test_a_result_says_how_it_was_made(tmp_path: Path) -> None:
+    """Method and states, in its own words; other states do not go on in its folder."""
+    run = recorded("sgd", tmp_path)
+    found = backtrail.TracIn(states="kept").attribute(run, asked(), out=tmp_path / "tracin")
+    assert repr(found).startswith("Influence by TracIn with states='kept' (custom): 3 queries")
+    assert repr(backtrail.GradientDot().attribute(run, asked())).startswith(
+        "Influence by GradientDot (custom)"
+    )
+    assert found.settings["exact"] is False
+    with pytest.raises(backtrail.BacktrailError, match="states"):
+        backtrail.TracIn().attribute(run, asked(), out=tmp_path / "tracin")
+
+
+def test_the_cases_keep_every_second_state(tmp_path: Path) -> None:
+    """The oracle counts on it."""
+    assert recorded("sgd", tmp_path).kept == (0, 2, 4, 5)
+
+
+MANY_WAYS = [
+    "adamw",
+    "tied, adamw",
+    "batchnorm, adamw",
+    "penalty",
+    "accumulation, batchnorm",
+    "twice in a batch",
+]
+
+
+@pytest.mark.parametrize("name", MANY_WAYS)
+def test_many_queries_get_what_few_get(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether samples' gradients are formed or not; where batch norm mixes samples, they are not."""
+    run = recorded(name, tmp_path)
+    queries = backtrail.Loss(rows(), samples=range(len(rows())))
+    for method in (backtrail.TracIn(), backtrail.GradientDot()):
+        monkeypatch.setattr("backtrail.methods.gradient_dot.products.MANY", 1000)
+        few = method.attribute(run, queries)
+        monkeypatch.setattr("backtrail.methods.gradient_dot.products.MANY", 2)
+        many = method.attribute(run, queries)
+        np.testing.assert_allclose(many.values(), few.values(), rtol=1e-9, atol=1e-14)
+
+
+def test_many_queries_of_a_loss_that_couples_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sample has a gradient of its own; the derivative along each direction is taken."""
+    model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
+    task = backtrail.Task(
+        model, data, lambda outputs, _: (outputs - outputs.mean(0)).square().sum(1)
+    )
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        for inputs, _ in recorder.watch(DataLoader(data, 3)):
+            outputs = model(inputs)
+            (outputs - outputs.mean(0)).square().sum(1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run = backtrail.open_run(tmp_path / "run", task)
+    few = backtrail.TracIn().attribute(run, asked()).values()
+    monkeypatch.setattr("backtrail.methods.gradient_dot.products.MANY", 1)
+    np.testing.assert_array_equal(backtrail.TracIn().attribute(run, asked()).values(), few)

@@ -1,0 +1,135 @@
+"""The derivative of an update equals finite differences, however its parameters are cut into strands."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+import backtrail.optim.jacobian
+from backtrail.optim.flatten import ENTRIES, flat_chunks
+from backtrail.optim.jacobian import GRADIENT, PARAMETER, Entries, jacobian, pull_update
+from backtrail.step.state import State
+from backtrail.step.update import SUPPORTED, Update
+from backtrail.tree import Tree, each
+from tests.step.updates import started
+
+SHAPES = {"a": (3, 2), "b": (3,), "c": (), "d": (2, 2)}
+
+
+def entries_of(update: Update, state: State, grad: Tensor) -> Entries:
+    """The Jacobian at all entries of the parameter."""
+    (chunk,) = flat_chunks(update, state, {"w": grad})
+    return jacobian(update, state, {"w": grad}, chunk=chunk)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_the_jacobian_equals_finite_differences(kind: str, steps: int) -> None:
+    """Every output by every input, also at the first step of a fresh optimizer."""
+    update, state, grad = started(kind, steps)
+    entries = entries_of(update, state, grad)
+    after = update(state, {"w": grad})
+    outputs = [PARAMETER, *(k for k, m in after.moments["w"].items() if m.shape == grad.shape)]
+    sources = {source for _, source in entries}
+    assert {PARAMETER, GRADIENT} <= sources
+    for source in sources:
+        numeric = differences(update, state, grad, source)
+        for output in outputs:
+            exact = entries.get((output, source), torch.zeros(6, dtype=torch.float64))
+            torch.testing.assert_close(exact, numeric[output], rtol=1e-5, atol=1e-7)
+
+
+def differences(update: Update, state: State, grad: Tensor, source: str) -> dict[str, Tensor]:
+    """Central differences of all outputs, moving every entry of one input by a millionth of itself."""
+    found = []
+    inputs = {PARAMETER: state.params["w"], GRADIENT: grad} | state.moments.get("w", {})
+    size = 1e-6 * inputs[source].abs() + 1e-12
+    for sign in (1.0, -1.0):
+        params, moments, moved = (
+            dict(state.params),
+            {n: dict(t) for n, t in state.moments.items()},
+            grad,
+        )
+        match source:
+            case "parameter":
+                params["w"] = params["w"] + sign * size
+            case "gradient":
+                moved = grad + sign * size
+            case key:
+                moments["w"][key] = moments["w"][key] + sign * size
+        after = update(State(params, {}, moments), {"w": moved})
+        found.append({PARAMETER: after.params["w"]} | after.moments["w"])
+    return {
+        key: (found[0][key] - found[1][key]) / (2 * size)
+        for key in found[0]
+        if found[0][key].shape == grad.shape
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax"]
+)
+def test_entries_that_never_moved_have_a_finite_derivative(kind: str) -> None:
+    """A dead unit's second moment stays zero, and no NaN reaches its neighbours."""
+    update, state, grad = started(kind, 0)
+    for _ in range(3):
+        dead = grad.clone()
+        dead[2] = 0.0
+        entries = entries_of(update, state, dead)
+        assert all(torch.isfinite(entry).all() for entry in entries.values()), (kind, entries)
+        state = update(state, {"w": dead})
+
+
+def test_how_parameters_are_cut_into_strands_changes_no_cotangent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Several shapes, two groups, two ages: strands of four entries pull back as whole parameters do."""
+    draw = torch.Generator().manual_seed(1)
+
+    def tree(*leading: int) -> Tree:
+        return {
+            n: torch.rand((*leading, *shape), generator=draw, dtype=torch.float64)
+            for n, shape in SHAPES.items()
+        }
+
+    settings = started("AdamW", 1)[0].settings[0]
+    update = Update("AdamW", (("a", "b"), ("c", "d")), (settings, settings | {"lr": 0.5}))
+    state = update(
+        update(State(tree()), {name: grad for name, grad in tree().items() if name != "b"}), tree()
+    )
+    grads, after, first, second = tree(), tree(3), tree(3), tree(3)
+
+    def pulled() -> tuple[Tree, dict[str, Tree], Tree]:
+        params = each(torch.clone, after)
+        moments = {
+            name: {"exp_avg": first[name].clone(), "exp_avg_sq": second[name].clone()}
+            for name in after
+        }
+        slopes = (
+            (chunk, jacobian(update, state, grads, chunk=chunk))
+            for chunk in flat_chunks(update, state, grads)
+        )
+        return params, *pull_update(slopes, grads, params=params, moments=moments)
+
+    whole = pulled()
+    assert (
+        len(list(flat_chunks(update, state, grads))) == 3
+    )  # b is a step younger than a; c and d have another rate
+    monkeypatch.setitem(ENTRIES, "cpu", 4)
+    monkeypatch.setattr(backtrail.optim.jacobian, "ROWS_BYTES", 40)
+    assert len(list(flat_chunks(update, state, grads))) == 5
+    torch.testing.assert_close(pulled(), whole, rtol=0, atol=0)
+
+
+def test_nothing_is_left_behind() -> None:
+    """A sweep takes thousands of derivatives: what each of them kept would fill the memory."""
+    update, state, grad = started("AdamW", 4)
+
+    def tensors_after_another() -> int:
+        entries_of(update, state, grad)
+        gc.collect()
+        return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+    tensors_after_another()
+    assert tensors_after_another() == tensors_after_another()
