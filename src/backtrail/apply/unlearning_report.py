@@ -147,8 +147,8 @@ class Judge:
 
     def _read(self, state: Mapping[str, Tensor]) -> State:
         given, end = tensors_of(state), self.trained
-        params = matched("state", given, end.params, needed="parameter")
-        return State(params, matched("state", given, end.buffers, needed=""))
+        params = matched("state", given, end.params, required=True)
+        return State(params, matched("state", given, end.buffers, required=False))
 
 
 def _distance(left: Tree, right: Tree) -> float:

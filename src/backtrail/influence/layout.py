@@ -1,11 +1,11 @@
 """How an influence lies on disk: one zarr 3 group, and a done-mark per shard beside it.
 
-    influence  [query, observed_at, step, slot]   one zarr shard per `shard` steps sample     [step,
-    slot]                       row of the training set (or id), -1 pads a short batch id
-    [id]                               all samples in order, where they have ids of their own loss
-    [step, slot]                       training loss of each slot, NaN where unknown cotangent
-    [query, observed_at, step]         norm of the query's derivative by the state before the step,
-    if known query, observed_at, step                      coordinates, so that xarray shows names
+    influence  [query, observed_at, step, slot]   one zarr shard per `shard` steps
+    sample     [step, slot]                       row of the training set (or id), -1 pads a short batch
+    id         [id]                               all samples in order, where they have ids of their own
+    loss       [step, slot]                       training loss of each slot, NaN where unknown
+    cotangent  [query, observed_at, step]         norm of the query's derivative by the state before the step, if known
+    query, observed_at, step                      coordinates, so that xarray shows names
     done/000000.json                              the files of a finished shard and their sizes
 
 Every chunk carries a checksum. In memory it is the same group without the marks.

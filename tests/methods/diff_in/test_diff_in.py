@@ -95,9 +95,9 @@ def test_curvature_products_equal_autograd(dtype: torch.dtype, sides: Any, allow
     terms = Terms.of(
         trajectory, Corrected(), Differences(sides=sides), batch=128, seed=0, chunk=None
     )
-    near, at = terms._nears()[0], trajectory.end.trained
+    model, at = terms._local_models()[0], trajectory.end.trained
     with evaluating(trajectory.task):
-        directions = near.gradients(near.rows.read([0, 1, 2, 3]))
+        directions = model.gradients(model.rows.read([0, 1, 2, 3]))
         directions = {
             name: torch.cat(
                 [
@@ -108,9 +108,9 @@ def test_curvature_products_equal_autograd(dtype: torch.dtype, sides: Any, allow
             )
             for name, t in directions.items()
         }
-        found = near.curved(directions)
+        found = model.curvature_product(directions)
         for row in range(12):
-            (exact,) = vjp(near.proxy.gradient, at)[1](
+            (exact,) = vjp(model.proxy.gradient, at)[1](
                 {name: t[row] for name, t in directions.items()}
             )
             gap = length({name: found[name][row] - exact[name] for name in exact})
@@ -136,7 +136,7 @@ def test_no_direction_has_no_derivative_and_a_huge_one_does_not_overflow() -> No
 def test_differences_also_tell_the_value(sides: Any, allowed: float) -> None:
     """By their own two evaluations: the mean of both sides, or the one at the point itself."""
     at = {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}
-    slope, value = Differences(sides=sides).around(
+    slope, value = Differences(sides=sides).derivative_and_value(
         lambda tree: {"y": tree["x"] ** 3}, at, {"x": at["x"]}
     )
     assert abs(value["y"] - at["x"] ** 3).max() <= allowed
@@ -184,14 +184,16 @@ def test_the_warning_comes_where_training_went_far(tmp_path: Path) -> None:
     trajectory = trajectory_of(run, 2)
     terms = Terms.of(trajectory, Corrected(), Differences(), batch=512, seed=0, chunk=None)
     hessians = []
-    for near in terms._nears():
-        size = sum(t.numel() for t in near.point.trained.values())
+    for model in terms._local_models():
+        size = sum(t.numel() for t in model.point.trained.values())
         eye, begin, unit = torch.eye(size, dtype=torch.float64), 0, {}
-        for name, tensor in near.point.trained.items():
+        for name, tensor in model.point.trained.items():
             unit[name] = eye[:, begin : begin + tensor.numel()].reshape(size, *tensor.shape)
             begin += tensor.numel()
         with evaluating(trajectory.task):
-            hessians.append(torch.cat([t.flatten(1) for t in near.curved(unit).values()], 1))
+            hessians.append(
+                torch.cat([t.flatten(1) for t in model.curvature_product(unit).values()], 1)
+            )
     largest = max(float(torch.linalg.matrix_norm(h, 2)) for h in hessians)
     assert found.settings[REACH] == pytest.approx(run.steps * 0.3 * largest, rel=0.05)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training that was never recorded: what Diff-In needs, and no more."""
+"""Checkpoints of a training that was not recorded: all that Diff-In needs of one."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,22 +13,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from backtrail.errors import BadCheckpoint, DamagedFile, NoCheckpoints
-from backtrail.methods.diff_in.finite_differences import precise
+from backtrail.methods.diff_in.finite_differences import at_least_float32
 from backtrail.methods.diff_in.trajectory import Point, Trajectory
 from backtrail.task.task import Task
 from backtrail.task.torch_compile import parameters, plain
 from backtrail.tree import Tree, cast
 
-Given = tuple[int, Mapping[str, Any] | str | Path, float]
-ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
-WRAPPED = "module."  # as DistributedDataParallel names what it wraps
-NESTED = ("state_dict", "model_state_dict", "model")
+# (step, state_dict or file, learning rate)
+Entry = tuple[int, Mapping[str, Any] | str | Path, float]
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+# Prefix of the names inside DistributedDataParallel.
+WRAPPER_PREFIX = "module."
+# Keys under which common training loops keep the model's state_dict.
+NESTED_KEYS = ("state_dict", "model_state_dict", "model")
 
 
 @final
 @dataclass(frozen=True)
 class Checkpoints:
-    r"""States that a training left behind: each with its number t, the updates before it, and the rate η_t.
+    r"""States that a training left behind, each with its number t and the learning rate η_t.
+
+    The number of a state is how many updates were made before it.
 
     >>> model = torch.nn.Linear(2, 1)
     >>> data = torch.utils.data.TensorDataset(torch.ones(4, 2), torch.zeros(4, 1))
@@ -37,178 +42,206 @@ class Checkpoints:
     Checkpoints(1 of a training of 10 steps on 4 samples: 10)
 
     Args:
-        task: model, data and loss; every row of its data is taken to have been trained on, all
-            equally often.
-        source: `(step, state_dict, lr)` for each, a file in place of the state_dict if you like; or
-            a folder of files (`.pt`, `.pth`, `.bin`, `.safetensors`), each with its step as the
-            last number in its name. Files are read with `weights_only=True`: no code in them is
-            run.
+        task: Model, data and loss. Every row of its data counts as trained on, all equally often.
+        source: `(step, state_dict, lr)` for each checkpoint, where a file may stand in place of the
+            state_dict; or a folder of files (`.pt`, `.pth`, `.bin`, `.safetensors`), each with its
+            step as the last number in its name. Files are read with `weights_only=True`: no code
+            in them is run.
         steps: T, how many updates the training made.
-        lr: for a folder, the rate: one number, or one for every step that a file is of. Give the
-            rate that the update from the checkpoint used, not what a scheduler had set after the
-            last.
+        lr: For a folder, the learning rate: one number, or one for the step of every file. Give the
+            rate that the update from the checkpoint used, not the one that a scheduler set after
+            the last update.
 
     Raises:
-        NoCheckpoints: there are none, or not with what is needed to use them.
-        BadCheckpoint: one is not of this model or training; the message names it and what differs.
-        DamagedFile: one cannot be read.
+        NoCheckpoints: There are none, or a learning rate or step is missing.
+        BadCheckpoint: One does not fit the model or the training; the message names it.
+        DamagedFile: A file cannot be read.
     """
 
     task: Task
-    source: str | Path | Sequence[Given]
+    source: str | Path | Sequence[Entry]
     steps: int
     lr: float | Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
-        """Read them once, so that what is wrong is told now.
+        """Read the list of checkpoints once, so that mistakes are reported now.
 
         Raises:
-            BadCheckpoint: one is of a step that the training does not have.
+            BadCheckpoint: One has a step that the training does not have.
         """
         for step in self.states:
             if not 0 <= step <= self.steps:
-                raise BadCheckpoint(
-                    f"step {step}", f"the training has the states 0 to {self.steps}"
-                )
+                problem = f"the training has the states 0 to {self.steps}"
+                raise BadCheckpoint(f"step {step}", problem)
 
     @cached_property
-    def given(self) -> dict[int, tuple[Mapping[str, Any] | Path, float]]:
-        """What is at hand, by step.
+    def entries(self) -> dict[int, tuple[Mapping[str, Any] | Path, float]]:
+        """Content (or file) and learning rate of every checkpoint, by step, ascending.
 
         Raises:
-            NoCheckpoints: nothing, or not with what is needed to use it.
+            NoCheckpoints: There are none, or a learning rate or step is missing.
         """
-        found = self._in_folder() if isinstance(self.source, (str, Path)) else list(self.source)
-        if not found:
+        if isinstance(self.source, (str, Path)):
+            entries = self._entries_of_folder()
+        else:
+            entries = list(self.source)
+        if not entries:
             raise NoCheckpoints("the list is empty")
-        return {
-            int(step): (Path(content) if isinstance(content, (str, Path)) else content, float(rate))
-            for step, content, rate in sorted(found, key=lambda one: one[0])
-        }
+        by_step = {}
+        for step, content, rate in sorted(entries, key=lambda entry: entry[0]):
+            read = Path(content) if isinstance(content, (str, Path)) else content
+            by_step[int(step)] = (read, float(rate))
+        return by_step
 
     @property
     def states(self) -> tuple[int, ...]:
-        """Their numbers, in order."""
-        return tuple(self.given)
+        """Numbers of the states, ascending."""
+        return tuple(self.entries)
 
     def trajectory(self, checkpoints: int | Sequence[int]) -> Trajectory:
-        """Look at so many of them, evenly over the training, or at given ones; state 0 is left out.
+        """Choose so many states, evenly over the training, or given ones; state 0 is left out.
 
         Raises:
-            NoCheckpoints: none is left.
+            NoCheckpoints: None is left.
         """
-        later = [state for state in self.states if state > 0]
-        if not later:
+        trained = [state for state in self.states if state > 0]
+        if not trained:
             raise NoCheckpoints("the only one is of step 0, before any update")
         if isinstance(checkpoints, int):
-            wanted = [self.steps * part / checkpoints for part in range(1, checkpoints + 1)]
-            states = sorted(
-                {min(later, key=lambda state: (abs(state - aim), state)) for aim in wanted}
-            )
+            targets = [self.steps * part / checkpoints for part in range(1, checkpoints + 1)]
+            states = sorted({_nearest(trained, target) for target in targets})
         else:
             states = sorted(set(checkpoints))
         points = tuple(self.point(state) for state in states)
-        end = points[-1] if states[-1] == later[-1] else self.point(later[-1])
+        end = points[-1] if states[-1] == trained[-1] else self.point(trained[-1])
         return Trajectory(
-            self.task, self.steps, points, end, np.arange(len(self.task.data)), lambda _: end
+            task=self.task,
+            steps=self.steps,
+            points=points,
+            end=end,
+            samples=np.arange(len(self.task.data)),
+            look=lambda _: end,
         )
 
     def point(self, state: int) -> Point:
-        """One of them, read.
+        """Read one state.
 
         Raises:
-            BadCheckpoint: it is not there, or not of this model.
+            BadCheckpoint: It is not there, or not of this model.
         """
-        if state not in self.given:
-            raise BadCheckpoint(
-                f"step {state}", f"there are checkpoints of the steps {list(self.states)}"
-            )
-        content, rate = self.given[state]
+        if state not in self.entries:
+            problem = f"there are checkpoints of the steps {list(self.states)}"
+            raise BadCheckpoint(f"step {state}", problem)
+        content, rate = self.entries[state]
         tensors = tensors_of(content)
         place = str(content) if isinstance(content, Path) else f"the checkpoint of step {state}"
-        params = matched(place, tensors, self.task.parameters(), needed="parameter")
-        buffers = matched(place, tensors, self.task.buffers(), needed="")
-        moving = [
+        params = matched(place, tensors, self.task.parameters(), required=True)
+        buffers = matched(place, tensors, self.task.buffers(), required=False)
+        trained = [
             name for name, tensor in parameters(self.task.model).items() if tensor.requires_grad
         ]
-        return Point(state, precise(params), precise(buffers), dict.fromkeys(moving, rate))
+        return Point(
+            state=state,
+            params=at_least_float32(params),
+            buffers=at_least_float32(buffers),
+            rates=dict.fromkeys(trained, rate),
+        )
 
-    def _in_folder(self) -> list[Given]:
+    def _entries_of_folder(self) -> list[Entry]:
         folder = Path(str(self.source))
-        files = [file for file in sorted(folder.glob("*")) if file.suffix in ENDINGS]
+        files = [file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES]
         if not files:
-            raise NoCheckpoints(f"{folder} holds no file that ends with {', '.join(ENDINGS)}")
-        found: list[Given] = []
+            raise NoCheckpoints(f"{folder} holds no file that ends with {', '.join(SUFFIXES)}")
+        entries: list[Entry] = []
         for file in files:
             numbers = re.findall(r"\d+", file.stem)
             if not numbers:
                 raise NoCheckpoints(f"{file} has no step number in its name")
-            found.append((int(numbers[-1]), file, self._rate(int(numbers[-1]))))
-        return found
+            step = int(numbers[-1])
+            entries.append((step, file, self._rate(step)))
+        return entries
 
     def _rate(self, step: int) -> float:
         rate = self.lr.get(step) if isinstance(self.lr, Mapping) else self.lr
         if rate is None:
             raise NoCheckpoints(
-                f"no learning rate is given for step {step}; give lr=, a number or one for every step"
+                f"no learning rate is given for step {step}; "
+                "give lr=, a number or one for every step"
             )
         return rate
 
     def __repr__(self) -> str:
         """One line: how many, of what."""
         numbers = ", ".join(map(str, self.states))
-        return (
-            f"Checkpoints({len(self.states)} of a training of {self.steps} steps on {len(self.task.data)} samples: "
-            f"{numbers})"
-        )
+        training = f"a training of {self.steps} steps on {len(self.task.data)} samples"
+        return f"Checkpoints({len(self.states)} of {training}: {numbers})"
+
+
+def _nearest(states: Sequence[int], target: float) -> int:
+    """The state nearest to a target; of two equally near ones, the earlier."""
+    return min(states, key=lambda state: (abs(state - target), state))
 
 
 def tensors_of(content: Mapping[str, Any] | Path) -> Tree:
-    """The tensors of a model's state, from memory or a file, under their plain names."""
-    held = _loaded(content) if isinstance(content, Path) else content
-    nested = next((held[key] for key in NESTED if isinstance(held.get(key), Mapping)), held)
-    found = {
-        plain(name): tensor.detach()
-        for name, tensor in nested.items()
-        if isinstance(tensor, Tensor)
-    }
-    wrapped = found and all(name.startswith(WRAPPED) for name in found)
-    return (
-        {name.removeprefix(WRAPPED): tensor for name, tensor in found.items()} if wrapped else found
-    )
+    """The tensors of a model's state_dict, from memory or a file, without wrappers in their names.
+
+    torch.compile and DistributedDataParallel put prefixes before names; training loops keep the
+    state_dict under a key beside the optimizer's.
+    """
+    saved = _read(content) if isinstance(content, Path) else content
+    for key in NESTED_KEYS:
+        if isinstance(saved.get(key), Mapping):
+            saved = saved[key]
+            break
+    tensors = {}
+    for name, tensor in saved.items():
+        if isinstance(tensor, Tensor):
+            tensors[plain(name)] = tensor.detach()
+    is_wrapped = bool(tensors) and all(name.startswith(WRAPPER_PREFIX) for name in tensors)
+    if not is_wrapped:
+        return tensors
+    return {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def _loaded(file: Path) -> Mapping[str, Any]:
-    """What is in a file, without running code in it.
+def _read(file: Path) -> Mapping[str, Any]:
+    """Read a file without running code in it.
 
     Raises:
-        DamagedFile: it cannot be read.
+        DamagedFile: It cannot be read.
     """
     try:
-        safe = file.suffix == ".safetensors"
-        found: Mapping[str, Any] = (
-            load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        )
+        if file.suffix == ".safetensors":
+            content: Mapping[str, Any] = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DamagedFile(file, str(error)) from error
-    return found
+    return content
 
 
-def matched(place: str, found: Tree, wanted: Tree, *, needed: str) -> Tree:
-    """Every wanted tensor, in the model's precision and on its device; buffers that were not saved are the model's.
+def matched(place: str, tensors: Tree, like: Tree, *, required: bool) -> Tree:
+    """The tensors of a checkpoint under the model's names, in its precision and on its device.
+
+    Args:
+        place: Where the checkpoint is from, for error messages.
+        tensors: What it holds.
+        like: The model's own tensors.
+        required: Whether each must be there. Buffers that were not saved are the model's own.
 
     Raises:
-        BadCheckpoint: names the tensor that is not there, or has another shape.
+        BadCheckpoint: A tensor is missing or has another shape; the message names it.
     """
-    for name, like in wanted.items():
-        if needed and name not in found:
-            raise BadCheckpoint(place, f"it has no {needed} {name!r}; it has {sorted(found)[:6]}")
-        if name in found and found[name].shape != like.shape:
-            raise BadCheckpoint(
-                place,
-                f"{name!r} has shape {list(found[name].shape)}, the model's {list(like.shape)}",
-            )
-    return {
-        name: cast(found[name], like.dtype, like.device) if name in found else like
-        for name, like in wanted.items()
-    }
+    result = {}
+    for name, own in like.items():
+        if name in tensors:
+            given = tensors[name]
+            if given.shape != own.shape:
+                shapes = f"{name!r} has shape {list(given.shape)}, the model's {list(own.shape)}"
+                raise BadCheckpoint(place, shapes)
+            result[name] = cast(given, own.dtype, own.device)
+        elif required:
+            some = sorted(tensors)[:6]
+            raise BadCheckpoint(place, f"it has no parameter {name!r}; it has {some}")
+        else:
+            result[name] = own
+    return result

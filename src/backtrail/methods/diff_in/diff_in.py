@@ -1,16 +1,17 @@
-r"""Diff-In (arXiv 2508.14648): influence from a handful of states, by gradients and differences of gradients.
+r"""Diff-In (arXiv 2508.14648): influence from a few states, by gradients and their differences.
 
-With N samples, steps 0 ... T-1, m states t looked at, a proxy batch B, and G, H the gradient and
-Hessian of a loss:
+With N samples, steps 0 ... T-1, m states t, a proxy batch B, and G, H the gradient and Hessian of
+a loss:
 
 .. math::
     \text{published:} \quad \sum_t \frac{-t \eta_t^2}{N m} (H_B G_z + H_z G_B)
     \qquad
-    \text{corrected:} \quad \sum_t \frac{T}{m} \Big( \frac{\eta_t}{N} G_z - \frac{t \eta_t^2}{N} H_B G_z \Big)
+    \text{corrected:} \quad \sum_t \frac{T}{m}
+    \Big( \frac{\eta_t}{N} G_z - \frac{t \eta_t^2}{N} H_B G_z \Big)
 
-The published sum is one T-th of the second-order *correction* to what a removal changes, its first
-order dropped: where both make sense it runs against leaving samples out. The corrected sum is the
-change of the parameters by a removal.
+The published sum is 1/T of the second-order *correction* to the effect of a removal; the first
+order is missing. Where both make sense, it correlates negatively with leave-one-out. The corrected
+sum is the change of the parameters by a removal.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from backtrail.methods.diff_in.checkpoints import Checkpoints
 from backtrail.methods.diff_in.finite_differences import Differences, Sides
 from backtrail.methods.diff_in.forms import Corrected, Published
 from backtrail.methods.diff_in.terms import Terms
-from backtrail.methods.diff_in.trajectory import Trajectory, spread, trajectory_of
+from backtrail.methods.diff_in.trajectory import Trajectory, spread_over_visits, trajectory_of
 from backtrail.methods.observe import ObservedAt, observed_states
 from backtrail.methods.result import described, slots
 from backtrail.queries import Averaged, Query
@@ -39,53 +40,57 @@ from backtrail.run.run import Run
 from backtrail.tree import Tree, each
 
 Name = Literal["published", "corrected"]
-Seen = ObservedAt | Literal["checkpoints"]
-REACH, FAR = (
-    "T*lr*curvature",
-    0.2,
-)  # the setting that tells it, and from where on the sums are not to be relied on
+ObservedStates = ObservedAt | Literal["checkpoints"]
+# The setting that holds T times learning rate times curvature, and the value from which on the
+# expansion that both forms are should not be relied on.
+REACH = "T*lr*curvature"
+UNRELIABLE_FROM = 0.2
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class DiffIn:
-    r"""Influence from a few states of a training, recorded or not: no replay of its steps, no second derivative.
+    r"""Influence from a few states of a training, without replaying its steps.
 
-    A term of a sample z at a state t, which stands for the steps since the state before, is paired
-    with a query q:
+    It needs no second derivatives, and takes states of a recorded run or bare checkpoints.
+
+    The term of a sample z at a state t, which stands for the steps since the state before, is
+    paired with a query q:
 
     .. math::
         \text{corrected:} \quad \frac{T}{m} \Big\langle \nabla q(\theta_\tau),\;
         \frac{\eta_t}{N} G_z - \frac{t \eta_t^2}{N} H_B G_z \Big\rangle
         \qquad
-        \text{published:} \quad \frac{-t \eta_t^2}{N m} \langle \nabla q(\theta_t),\; H_B G_z + H_z G_B \rangle
+        \text{published:} \quad \frac{-t \eta_t^2}{N m}
+        \langle \nabla q(\theta_t),\; H_B G_z + H_z G_B \rangle
 
     The corrected form estimates what the query gains when the sample is removed, as long as T η λ
-    (λ the largest curvature) is far below 1; `influence.settings["T*lr*curvature"]` says how far.
-    **The published form is no such estimate**: it lacks the first order, and its sign is mostly the
-    opposite. Use its size, as the paper does.
+    (λ the largest curvature) is far below 1; `influence.settings["T*lr*curvature"]` holds that
+    number. **The published form is no such estimate**: it lacks the first order, and its sign is
+    mostly the opposite. The paper uses its magnitude.
 
-    Left out, in both: momentum, weight decay and clipping (of the optimizer, the rate of every
-    parameter group is all that counts), which batch a sample was in, and BatchNorm's statistics,
-    which are those of the state (rows are seen in eval mode).
+    Both forms leave out momentum, weight decay and clipping (of the optimizer only the learning
+    rate of every parameter group counts), which batch a sample was in, and changes of BatchNorm's
+    statistics, which are those of the state (rows are read in eval mode).
+
+    Source: "Diff-In", arXiv 2508.14648.
 
     Args:
-        checkpoints: how many states; one in each of so many equal stretches of steps, the last that
-            was kept there (its end, by replay, where none was). 1 looks at the end only, the
-            cheapest. Or the states themselves.
+        checkpoints: How many states: one from each of so many equal stretches of steps, the last
+            that was kept there (or the stretch's end, by replay, where none was kept). 1 takes
+            only the end, which costs least. Or the numbers of the states.
         form: "corrected" or "published".
-        batch: rows in the proxy batch B, drawn once.
-        epsilon: the length by which the parameters are moved for a difference (a hundredth of it in
-            double precision, if central).
-        seed: of the draw.
-        sides: "central" differences, or "one-sided" as published, whose error is of the order of
-            epsilon.
-        rank: through how many directions `self_influence` takes the curvature between gradients,
-            beyond twice as many samples; None takes every product, exactly.
-        chunk: rows at once through the model; by default as many as are of use.
+        batch: Rows in the proxy batch B, which is drawn once.
+        epsilon: Distance by which the parameters are moved for a finite difference (a hundredth of
+            it in double precision with central differences).
+        seed: Seed of the draw.
+        sides: "central" differences, or "one-sided" as published, whose error is of order epsilon.
+        rank: How many directions `self_influence` takes the curvature between gradients through,
+            if there are more than twice as many samples; None takes every product exactly.
+        chunk: Rows at once through the model; None: as many as are useful.
 
     Raises:
-        BadSetting: names the setting, and what it may be.
+        BadSetting: An argument has an invalid value; the message names it and what is expected.
     """
 
     checkpoints: int | Sequence[int] = 5
@@ -98,22 +103,23 @@ class DiffIn:
     chunk: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse settings that are none.
+        """Refuse invalid arguments.
 
         Raises:
-            BadSetting: names the setting, and what it may be.
+            BadSetting: An argument has an invalid value; the message names it.
         """
-        few = self.checkpoints
-        if min([few] if isinstance(few, int) else few, default=0) < 1:
-            raise BadSetting(
-                "checkpoints", few, "a number of states from 1, or the numbers of states from 1"
-            )
-        for name, kinds in (("form", Name), ("sides", Sides)):
-            if getattr(self, name) not in get_args(kinds):
-                raise BadSetting(name, getattr(self, name), " or ".join(map(repr, get_args(kinds))))
+        states = self.checkpoints
+        lowest = states if isinstance(states, int) else min(states, default=0)
+        if lowest < 1:
+            expected = "a number of states from 1, or the numbers of states from 1"
+            raise BadSetting("checkpoints", states, expected)
+        for name, choices in (("form", get_args(Name)), ("sides", get_args(Sides))):
+            if getattr(self, name) not in choices:
+                raise BadSetting(name, getattr(self, name), " or ".join(map(repr, choices)))
         for name in ("batch", "chunk", "rank"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise BadSetting(name, getattr(self, name), "a number from 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadSetting(name, value, "a number from 1")
         if not self.epsilon > 0:
             raise BadSetting("epsilon", self.epsilon, "a length above 0")
 
@@ -122,148 +128,156 @@ class DiffIn:
         run: "Run | Checkpoints",
         queries: Query,
         *,
-        observed_at: Seen = "checkpoints",
+        observed_at: ObservedStates = "checkpoints",
         out: str | Path | None = None,
     ) -> Influence:
-        r"""Influence of every sample on the queries, as a few states tell it.
+        r"""Influence of every sample on the queries, `[query, observed_at, step, slot]`.
 
-        Sign: what the query gains when the sample is removed; for a loss, positive is helpful,
-        negative harmful (of the corrected form; the published one points the same way in its
-        formula, and mostly the other way in fact).
+        Sign of the corrected form: what the query gains when the sample is removed; for a loss,
+        positive is helpful, negative harmful. The published form has the same sign convention in
+        its formula, and mostly the opposite sign in fact.
 
         The term of a state is spread evenly over the sample's visits in the steps that the state
-        stands for (where it has none there, over the nearest step before that has some, or else
-        after). So `total()` at the last state is the whole sum, and at an earlier one the sum so
-        far. A sample never visited has zero. Checkpoints without a recording know no visits: there
-        the result has one step, and one slot a sample.
+        stands for (a sample without a visit there: over those in the nearest earlier step that has
+        some, or else in the nearest later one). So `total()` at the last state is the whole sum,
+        and at an earlier state the sum up to there. A sample that was never visited has zero. Bare
+        checkpoints know no visits: the result has one step, with one slot for each sample.
 
-        With :math:`\langle \nabla q, H_B G_z \rangle = \langle H_B \nabla q, G_z \rangle` the
-        curvature costs a product for each query and state, however many samples there are.
+        By :math:`\langle \nabla q, H_B G_z \rangle = \langle H_B \nabla q, G_z \rangle` the
+        curvature costs one product for each query and state, however many samples there are.
 
         Args:
-            run: the recorded training, or checkpoints of one that was not.
-            queries: what is asked.
-            observed_at: up to which states visits count: "checkpoints" are the states looked at,
-                with the end in place of the last; "end", "epochs", a number, or several.
-            out: folder of the result. None keeps it in memory.
+            run: A recorded run, or checkpoints of a training that was not recorded.
+            queries: What is asked; the unit of the result is theirs.
+            observed_at: Up to which states visits count: "checkpoints" are the states of the sum,
+                with the end in place of the last; or "end", "epochs", a number, or several.
+            out: Folder of the result. None keeps it in memory.
 
         Raises:
-            BadSetting: the queries are of averaged weights.
+            BadSetting: The queries are of averaged weights.
         """
         if isinstance(queries, Averaged):
-            raise BadSetting(
-                "queries",
-                queries,
-                "queries of the weights themselves; backtrail.DIT answers for averages",
+            expected = (
+                "queries of the weights themselves; backtrail.DIT answers for averages of weights"
             )
-        trajectory = self._course(run)
-        terms, states = self._terms(trajectory), _states(run, trajectory, observed_at)
-        about, sample = _about(run, queries, states)
-        about = replace(about, method="DiffIn", settings=self._settings(terms))
-        double = all(tensor.dtype == torch.float64 for tensor in trajectory.end.params.values())
-        path, dtype = None if out is None else Path(out), "float64" if double else "float32"
-        writer = InfluenceWriter.begin(path, about, sample=sample, dtype=dtype)
+            raise BadSetting("queries", queries, expected)
+        trajectory = self._trajectory(run)
+        terms = self._terms(trajectory)
+        states = _states(run, trajectory, observed_at)
+        description, sample = _description(run, queries, states)
+        description = replace(description, method="DiffIn", settings=self._settings(terms))
+        params = trajectory.end.params.values()
+        is_double = all(tensor.dtype == torch.float64 for tensor in params)
+        writer = InfluenceWriter.begin(
+            None if out is None else Path(out),
+            description,
+            sample=sample,
+            dtype="float64" if is_double else "float32",
+        )
         if len(writer.done) < len(writer.shards):
-            _fill(writer, terms.of_queries(queries, states), _Visits.of(run, trajectory, sample))
+            visits = _Visits.of(run, trajectory, sample)
+            _fill(writer, terms.of_queries(queries, states), visits)
         return writer.finish().with_queries(queries)
 
     def self_influence(
         self, run: "Run | Checkpoints", samples: Sequence[int] | None = None
     ) -> Float64[np.ndarray, " sample"]:
-        """Influence of samples on their own loss: large, of either sign, where a label does not fit its row.
+        """Influence of samples on their own loss; large, of either sign, where labels are wrong.
 
-        Every sample has a curvature product of its own, which takes as many gradients as the proxy
-        batch has rows. Of many samples it is taken through `rank` directions instead, those in
-        which rows' gradients lie and curvature is large. Eight rows are checked against the exact
-        product at every state; the log warns where they are off by 5 %.
+        Every sample has a curvature product of its own, which costs as many gradients as the proxy
+        batch has rows. With many samples the products are taken through `rank` directions instead,
+        in which the rows' gradients lie and curvature is large. Eight rows are checked against the
+        exact product at every state; a warning is logged where they are off by 5 %.
 
         Args:
-            run: the recorded training, or checkpoints of one that was not.
-            samples: which; all by default. One that was never visited has zero.
+            run: A recorded run, or checkpoints of a training that was not recorded.
+            samples: Row numbers; None: all. A sample that was never visited has zero.
 
         Raises:
-            UnknownSample: a sample that the training set does not have.
+            UnknownSample: The training set has no such sample.
         """
-        trajectory = self._course(run)
-        wanted = (
-            np.arange(len(trajectory.task.data))
-            if samples is None
-            else np.asarray(samples, dtype=np.int64)
-        )
-        seen = np.isin(_rows(trajectory, wanted.tolist()), trajectory.samples)
-        found = np.zeros(len(wanted))
-        found[seen] = self._terms(trajectory).of_themselves(wanted[seen].tolist(), rank=self.rank)
-        return found
+        trajectory = self._trajectory(run)
+        if samples is None:
+            wanted = np.arange(len(trajectory.task.data))
+        else:
+            wanted = np.asarray(samples, dtype=np.int64)
+        was_seen = np.isin(_rows(trajectory, wanted.tolist()), trajectory.samples)
+        result = np.zeros(len(wanted))
+        terms = self._terms(trajectory)
+        result[was_seen] = terms.of_themselves(wanted[was_seen].tolist(), rank=self.rank)
+        return result
 
     def parameter_change(self, run: "Run | Checkpoints", samples: Sequence[int]) -> Tree:
-        """What the trained parameters gain when samples are removed, all together: the sum over the samples.
+        """Change of the trained parameters when samples are removed together, by parameter name.
 
-        Added to the parameters at the end it forgets the samples, as far as the corrected form
+        Added to the final parameters, it removes the samples' effect as far as the corrected form
         goes. The published form is no estimate of that.
 
         Args:
-            run: the recorded training, or checkpoints of one that was not.
-            samples: which; one that was never visited changes nothing.
+            run: A recorded run, or checkpoints of a training that was not recorded.
+            samples: Row numbers; one that was never visited changes nothing.
 
         Raises:
-            UnknownSample: a sample that the training set does not have.
+            UnknownSample: The training set has no such sample.
         """
-        trajectory = self._course(run)
+        trajectory = self._trajectory(run)
         seen = set(trajectory.samples.tolist())
         rows = [row for row in _rows(trajectory, samples) if row in seen]
         if not rows:
             return each(torch.zeros_like, trajectory.end.trained)
         return self._terms(trajectory).of_removal(rows)
 
-    def _course(self, run: "Run | Checkpoints") -> Trajectory:
-        return (
-            run.trajectory(self.checkpoints)
-            if isinstance(run, Checkpoints)
-            else trajectory_of(run, self.checkpoints)
-        )
+    def _trajectory(self, run: "Run | Checkpoints") -> Trajectory:
+        if isinstance(run, Checkpoints):
+            return run.trajectory(self.checkpoints)
+        return trajectory_of(run, self.checkpoints)
 
     def _terms(self, trajectory: Trajectory) -> Terms:
-        form = Corrected() if self.form == "corrected" else Published()
-        differences = Differences(self.epsilon, self.sides)
         return Terms.of(
-            trajectory, form, differences, batch=self.batch, seed=self.seed, chunk=self.chunk
+            trajectory,
+            Corrected() if self.form == "corrected" else Published(),
+            Differences(self.epsilon, self.sides),
+            batch=self.batch,
+            seed=self.seed,
+            chunk=self.chunk,
         )
 
     def _settings(self, terms: Terms) -> dict[str, object]:
         reach = float(f"{terms.reach():.3g}")
-        doubt = {"warning": "unreliable"} if reach > FAR else {}
-        return {
-            "form": self.form,
-            REACH: reach,
-            **doubt,
-            "states": [point.state for point in terms.trajectory.points],
-            "proxy": f"{len(terms.proxy)} rows, seed {self.seed}",
-            "differences": f"{self.sides}, epsilon {self.epsilon:g}",
-            "chunk": terms.chunk,
-            "exact": False,
-        }
+        settings: dict[str, object] = {"form": self.form, REACH: reach}
+        if reach > UNRELIABLE_FROM:
+            settings["warning"] = "unreliable"
+        settings["states"] = [point.state for point in terms.trajectory.points]
+        settings["proxy"] = f"{len(terms.proxy)} rows, seed {self.seed}"
+        settings["differences"] = f"{self.sides}, epsilon {self.epsilon:g}"
+        settings["chunk"] = terms.chunk
+        settings["exact"] = False
+        return settings
 
 
 def _rows(trajectory: Trajectory, samples: Sequence[int]) -> list[int]:
     return places(np.arange(len(trajectory.task.data)), samples)
 
 
-def _states(run: "Run | Checkpoints", trajectory: Trajectory, observed_at: Seen) -> Sequence[int]:
+def _states(
+    run: "Run | Checkpoints", trajectory: Trajectory, observed_at: ObservedStates
+) -> Sequence[int]:
     """The observed states; without a recording there is only the end."""
     if not isinstance(run, Run):
         return [trajectory.steps]
-    ends = [stop for _, stop in trajectory.stretches]
-    return observed_states(run, ends if observed_at == "checkpoints" else observed_at)
+    if observed_at == "checkpoints":
+        return observed_states(run, [stop for _, stop in trajectory.stretches])
+    return observed_states(run, observed_at)
 
 
-def _about(
+def _description(
     run: "Run | Checkpoints", queries: Query, states: Sequence[int]
 ) -> tuple[Description, np.ndarray]:
-    """What the influence is about, and the samples of its slots."""
+    """What the influence is about, and the samples of its slots, `[step, slot]`."""
     if isinstance(run, Run):
         return described(run, queries, tuple(states)), slots(run)
     sample = np.arange(len(run.task.data))[None]
-    about = Description(
+    description = Description(
         method="",
         unit=queries.unit,
         denominator="keep",
@@ -275,34 +289,17 @@ def _about(
         samples=sample.size,
         shard=1,
     )
-    return about, sample
-
-
-def _fill(
-    writer: InfluenceWriter,
-    terms: Float64[np.ndarray, "query observed_at point sample"],
-    visits: "_Visits",
-) -> None:
-    """Spread the terms over the visits, shard by shard."""
-    observed = np.asarray(writer.description.observed_at)[:, None]
-    for shard in sorted({*range(len(writer.shards))} - writer.done):
-        first, stop = writer.shards[shard]
-        steps = slice(first, stop)
-        shares = visits.shares[:, steps]
-        block = (terms[:, :, :, visits.place[steps]] * shares).sum(2)
-        block *= (np.arange(first, stop) < observed)[:, :, None]
-        writer.write(first, block, np.full(block.shape[2:], np.nan))
-        writer.mark_done(shard)
+    return description, sample
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Visits:
-    """Who sits in every slot, and how much of every state's term belongs there.
+    """Who sits in every slot, and which share of every state's term belongs there.
 
     Attributes:
-        place: of the slot's sample among those trained on, `[step, slot]`.
-        shares: `[point, step, slot]`.
+        place: Place of the slot's sample among those trained on, `[step, slot]`.
+        shares: Share of the sample's term, `[point, step, slot]`.
     """
 
     place: np.ndarray
@@ -311,8 +308,28 @@ class _Visits:
     @staticmethod
     def of(run: "Run | Checkpoints", trajectory: Trajectory, sample: np.ndarray) -> "_Visits":
         place = np.searchsorted(trajectory.samples, sample)
-        if isinstance(run, Run):
-            return _Visits(
-                place, np.stack([spread(sample, stretch) for stretch in trajectory.stretches])
-            )
-        return _Visits(place, np.ones((len(trajectory.points), *sample.shape)))
+        if not isinstance(run, Run):
+            return _Visits(place, np.ones((len(trajectory.points), *sample.shape)))
+        shares = [spread_over_visits(sample, stretch) for stretch in trajectory.stretches]
+        return _Visits(place, np.stack(shares))
+
+
+def _fill(
+    writer: InfluenceWriter,
+    terms: Float64[np.ndarray, "query observed_at point sample"],
+    visits: _Visits,
+) -> None:
+    """Spread the terms over the visits, and write them shard by shard."""
+    observed = np.asarray(writer.description.observed_at)[:, None]
+    for shard in sorted({*range(len(writer.shards))} - writer.done):
+        first, stop = writer.shards[shard]
+        steps = slice(first, stop)
+        # [query, observed_at, point, step, slot], summed over the points.
+        by_point = terms[:, :, :, visits.place[steps]] * visits.shares[:, steps]
+        block = by_point.sum(axis=2)
+        # Entries at steps from the observed state on are zero.
+        is_before = np.arange(first, stop) < observed
+        block *= is_before[:, :, None]
+        unknown_losses = np.full(block.shape[2:], np.nan)
+        writer.write(first, block, unknown_losses)
+        writer.mark_done(shard)

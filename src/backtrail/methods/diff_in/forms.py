@@ -1,13 +1,13 @@
 r"""The two sums of Diff-In, term by term: what one state says of a sample's removal.
 
-With D the rates of the parameter groups (η of the formulas), and all else at the state t:
+With D the learning rates by parameter group (η of the formulas) and everything else at state t:
 
 .. math::
     \text{published:} \; -t\, D (H_B D G_z + H_z D G_B) \qquad
     \text{corrected:} \; D G_z - t\, D H_B D G_z
 
-The corrected term has no H_z G_B: G_z at the state has moved along the training already, and holds
-it.
+The corrected term has no :math:`H_z G_B`. The gradient :math:`G_z` is taken at a state that has
+already moved along the training, so it contains that part; adding it would count it twice.
 """
 
 import abc
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backtrail.methods.diff_in.local_model import LocalModel
-from backtrail.methods.diff_in.row_gradients import products
+from backtrail.methods.diff_in.row_gradients import inner_products
 from backtrail.methods.diff_in.trajectory import Point
 from backtrail.task.task import Batch
 from backtrail.tree import Tree, add, each, joined
@@ -30,34 +30,35 @@ Scores = Callable[[Batch], Float[Tensor, "direction row"]]
 @final
 @dataclass(frozen=True, slots=True)
 class EndGradients:
-    """Gradients of rows at the end of a training."""
+    """Gradients of rows at the final state, `[row, ...]`."""
 
     point: Point
-    slopes: Tree
+    gradients: Tree
 
 
 class Form(abc.ABC):
     """One way to sum the terms of a few states."""
 
     name: str
-    # whether terms are paired with gradients at the observed state; else with those at their own
-    at_the_end: bool
+    # Whether terms are paired with the queries' gradients at the observed state (corrected) or
+    # with those at the term's own state (published).
+    pairs_at_observed_state: bool
 
     @abc.abstractmethod
     def factor(self, steps: int) -> float:
-        """What a term counts among m of them, times m N, for a training of so many steps."""
+        """Weight of a term, times m N, in a training of so many steps with m states."""
 
     @abc.abstractmethod
-    def scores(self, near: LocalModel, slopes: Sequence[Tree]) -> Scores:
-        """A state's terms of every row of a batch, paired with stacks of gradients, one after the other."""
+    def scores(self, model: LocalModel, gradients: Sequence[Tree]) -> Scores:
+        """Return a function from a batch to its rows' terms, paired with stacks of gradients."""
 
     @abc.abstractmethod
-    def own(self, near: LocalModel, batch: Batch, ends: EndGradients) -> Float[Tensor, " row"]:
-        """A state's terms of every row, each paired with the gradient of its own loss, which `ends` has at the end."""
+    def own(self, model: LocalModel, batch: Batch, ends: EndGradients) -> Float[Tensor, " row"]:
+        """Terms of every row of a batch, each paired with the gradient of its own loss."""
 
     @abc.abstractmethod
-    def change(self, near: LocalModel, total: Callable[[Tree], Tree]) -> Tree:
-        """A state's term of many rows together; `total` is the gradient of the sum of their losses."""
+    def change(self, model: LocalModel, gradient: Callable[[Tree], Tree]) -> Tree:
+        """Term of many rows together; `gradient` is that of the sum of their losses."""
 
 
 @final
@@ -65,69 +66,83 @@ class Corrected(Form):
     """The change of the parameters by a removal, to second order."""
 
     name = "corrected"
-    at_the_end = True
+    pairs_at_observed_state = True
 
     def factor(self, steps: int) -> float:
         """Every state stands for T/m steps."""
         return float(steps)
 
-    def scores(self, near: LocalModel, slopes: Sequence[Tree]) -> Scores:
-        """By symmetry a single product for all rows: <g, G - t H D G> = <g - t H D g, G>."""
-        directions = joined([self._direction(near, some) for some in slopes])
-        return lambda batch: products(directions, near.gradients(batch))
+    def scores(self, model: LocalModel, gradients: Sequence[Tree]) -> Scores:
+        """By symmetry one product serves all rows: <q, G - t H D G> = <q - t H D q, G>."""
+        directions = joined([self._direction(model, stack) for stack in gradients])
+        return lambda batch: inner_products(directions, model.gradients(batch))
 
-    def _direction(self, near: LocalModel, slopes: Tree) -> Tree:
-        bent = near.bent(slopes)
-        return {
-            name: tensor - near.point.state * bent[name]
-            for name, tensor in near.point.scaled(slopes).items()
-        }
+    def _direction(self, model: LocalModel, gradients: Tree) -> Tree:
+        t = model.point.state
+        curved = model.scaled_curvature_product(gradients)
+        scaled = model.point.scaled(gradients)
+        return {name: tensor - t * curved[name] for name, tensor in scaled.items()}
 
-    def own(self, near: LocalModel, batch: Batch, ends: EndGradients) -> Float[Tensor, " row"]:
-        """One curvature product a row: nothing is shared."""
-        slopes = ends.slopes if near.point is ends.point else near.gradients(batch)
-        return near.paired(ends.slopes, slopes) - near.point.state * near.bilinear(
-            ends.slopes, slopes
-        )
+    def own(self, model: LocalModel, batch: Batch, ends: EndGradients) -> Float[Tensor, " row"]:
+        """One curvature product for each row: nothing is shared."""
+        t = model.point.state
+        if model.point is ends.point:
+            gradients = ends.gradients
+        else:
+            gradients = model.gradients(batch)
+        first_order = model.scaled_inner_product(ends.gradients, gradients)
+        return first_order - t * model.bilinear(ends.gradients, gradients)
 
-    def change(self, near: LocalModel, total: Callable[[Tree], Tree]) -> Tree:
-        """One curvature product for all."""
-        step = near.point.scaled(total(near.point.trained))
-        bent = near.differences(near.proxy.gradient, near.point.trained, step)
-        return add(step, each(lambda tensor: -near.point.state * tensor, near.point.scaled(bent)))
+    def change(self, model: LocalModel, gradient: Callable[[Tree], Tree]) -> Tree:
+        """One curvature product for all rows."""
+        t = model.point.state
+        step = model.point.scaled(gradient(model.point.trained))
+        product = model.differences(model.proxy.gradient, model.point.trained, step)
+        correction = each(lambda tensor: -t * tensor, model.point.scaled(product))
+        return add(step, correction)
 
 
 @final
 class Published(Form):
-    """The second-order correction alone, over T, as the paper has it."""
+    """The second-order correction alone, divided by T, as the paper has it."""
 
     name = "published"
-    at_the_end = False
+    pairs_at_observed_state = False
 
     def factor(self, steps: int) -> float:
         """Every state counts 1/m."""
         del steps
         return 1.0
 
-    def scores(self, near: LocalModel, slopes: Sequence[Tree]) -> Scores:
-        """By symmetry a single product for all rows, and a difference of each row's own."""
-        scaled, bent = near.point.scaled(joined(slopes)), near.bent(joined(slopes))
+    def scores(self, model: LocalModel, gradients: Sequence[Tree]) -> Scores:
+        """By symmetry one product serves all rows; each row adds one difference of its own."""
+        t = model.point.state
+        stack = joined(gradients)
+        scaled = model.point.scaled(stack)
+        curved = model.scaled_curvature_product(stack)
 
-        def found(batch: Batch) -> Tensor:
-            apart, rows = near.along_step(lambda trained: near.rows.each(batch, trained))
-            return -near.point.state * (products(bent, rows) + products(scaled, apart))
+        def terms(batch: Batch) -> Tensor:
+            # H_z D G_B and G_z of every row, from the same two evaluations.
+            difference, rows = model.along_step(lambda trained: model.rows.each(batch, trained))
+            return -t * (inner_products(curved, rows) + inner_products(scaled, difference))
 
-        return found
+        return terms
 
-    def own(self, near: LocalModel, batch: Batch, ends: EndGradients) -> Float[Tensor, " row"]:
-        """One curvature product a row: nothing is shared."""
+    def own(self, model: LocalModel, batch: Batch, ends: EndGradients) -> Float[Tensor, " row"]:
+        """One curvature product for each row: nothing is shared."""
         del ends
-        apart, slopes = near.along_step(lambda trained: near.rows.each(batch, trained))
-        return -near.point.state * (near.bilinear(slopes, slopes) + near.paired(slopes, apart))
+        t = model.point.state
+        difference, rows = model.along_step(lambda trained: model.rows.each(batch, trained))
+        through_proxy = model.bilinear(rows, rows)
+        through_row = model.scaled_inner_product(rows, difference)
+        return -t * (through_proxy + through_row)
 
-    def change(self, near: LocalModel, total: Callable[[Tree], Tree]) -> Tree:
-        """One curvature product for all, and a difference of their gradient."""
-        apart, slope = near.along_step(total)
-        bent = near.differences(near.proxy.gradient, near.point.trained, near.point.scaled(slope))
-        both = near.point.scaled(add(bent, apart))
-        return each(lambda tensor: -near.point.state * tensor, both)
+    def change(self, model: LocalModel, gradient: Callable[[Tree], Tree]) -> Tree:
+        """One curvature product for all rows, and one difference of their gradient."""
+        t = model.point.state
+        difference, total = model.along_step(gradient)
+        product = model.differences(
+            model.proxy.gradient, model.point.trained, model.point.scaled(total)
+        )
+        both = model.point.scaled(add(product, difference))
+        return each(lambda tensor: -t * tensor, both)

@@ -1,4 +1,4 @@
-"""A training's loss around one of its states, by gradients and differences of gradients."""
+"""The loss around one state of a training, by gradients and finite differences of gradients."""
 
 import logging
 from collections.abc import Callable
@@ -6,35 +6,40 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
 from backtrail.methods.diff_in.finite_differences import Differences, length
 from backtrail.methods.diff_in.row_gradients import Proxy, RowGradients
-from backtrail.methods.diff_in.subspace import Subspace, mixed, orthonormal
+from backtrail.methods.diff_in.subspace import Subspace, orthonormal, random_combinations
 from backtrail.methods.diff_in.trajectory import Point
 from backtrail.sweep.rerun import select
 from backtrail.task.task import Batch
 from backtrail.tree import Tree, stack
 
 log = logging.getLogger(__name__)
-TOGETHER = 8  # curvature products at once
-ITERATIONS = 5  # from the gradient, which leans to steep directions already
-CHECKED, COARSE = (
-    8,
-    0.05,
-)  # rows whose curvature is checked, and the relative error from which on the log says so
+PRODUCTS_AT_ONCE = 8
+# Power iterations. The gradient, where they start, already has large parts along steep directions.
+POWER_ITERATIONS = 5
+# Rows whose curvature is checked against the exact product, and the relative error that is logged.
+CHECKED_ROWS = 8
+LARGE_ERROR = 0.05
 
 
 @final
 @dataclass(frozen=True)
 class LocalModel:
-    """The loss of single rows, and of the proxy batch, around a state.
+    """The losses of single rows and of the proxy batch around one state.
 
     Attributes:
-        subspace: directions through which the curvature between rows is taken; None takes every
-            product.
+        point: The state.
+        rows: Gradients of single rows there.
+        proxy: The training's loss, estimated on the proxy batch B.
+        differences: How directional derivatives are taken.
+        subspace: Directions through which the curvature between rows is taken; None takes every
+            product exactly.
     """
 
     point: Point
@@ -45,76 +50,84 @@ class LocalModel:
 
     @cached_property
     def step(self) -> Tree:
-        """What a step makes of the proxy batch's gradient: the rates times G_B."""
+        """The step that gradient descent takes on the proxy batch, without its sign: D G_B."""
         return self.point.scaled(self.proxy.gradient(self.point.trained))
 
     def gradients(self, batch: Batch) -> Tree:
-        """The gradient of every row of a batch, G_z."""
+        """The gradient of every row of a batch, G_z, `[row, ...]`."""
         return self.rows.each(batch, self.point.trained)
 
     def along_step(self, function: Callable[[Tree], Tree]) -> tuple[Tree, Tree]:
-        """The derivative along that step of gradients of rows, all that is asked of H_z; and the gradients."""
-        return self.differences.around(function, self.point.trained, self.step)
+        """Derivative of gradients along the proxy batch's step, H_z D G_B, and the gradients."""
+        return self.differences.derivative_and_value(function, self.point.trained, self.step)
 
-    def curved(self, directions: Tree) -> Tree:
-        """Curvature products with a stack of directions, H_B v, `[direction, ...]`."""
+    def curvature_product(self, directions: Tree) -> Tree:
+        """Curvature products H_B v with a stack of directions, `[direction, ...]`."""
 
         def product(direction: Tree) -> Tree:
             return self.differences(self.proxy.gradient, self.point.trained, direction)
 
         try:
-            found: Tree = vmap(product, chunk_size=TOGETHER)(directions)
+            products: Tree = vmap(product, chunk_size=PRODUCTS_AT_ONCE)(directions)
         except (RuntimeError, NotImplementedError, ValueError):
-            number = len(next(iter(directions.values())))
-            found = stack([product(select(directions, row)) for row in range(number)])
-        return found
+            # The model has an operation without a batching rule.
+            count = len(next(iter(directions.values())))
+            products = stack([product(select(directions, index)) for index in range(count)])
+        return products
 
-    def bent(self, directions: Tree) -> Tree:
-        """Curvature products between what steps make of two gradients, with a stack of the one: D H_B D v."""
-        return self.point.scaled(self.curved(self.point.scaled(directions)))
+    def scaled_curvature_product(self, directions: Tree) -> Tree:
+        """Curvature products between steps rather than gradients: D H_B D v."""
+        return self.point.scaled(self.curvature_product(self.point.scaled(directions)))
 
-    def paired(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:
-        """Inner products of a stack with what steps make of another, row by row."""
-        return sum(  # type: ignore[return-value]
-            rate * (left[name] * right[name]).flatten(1).sum(1)
-            for name, rate in self.point.rates.items()
-        )
+    def scaled_inner_product(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:
+        """Inner products <left, D right> of two stacks, row by row."""
+        like = next(iter(left.values()))
+        total = torch.zeros(len(like), dtype=like.dtype, device=like.device)
+        for name, rate in self.point.rates.items():
+            total = total + rate * (left[name] * right[name]).flatten(1).sum(1)
+        return total
 
     def bilinear(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:
-        """The products, row by row, of what steps make of two stacks, through the curvature."""
+        """Products <D left, H_B D right> of two stacks through the curvature, row by row."""
         if self.subspace is not None:
             return self.subspace.bilinear(left, right)
-        return self.paired(left, self.curved(self.point.scaled(right)))
+        return self.scaled_inner_product(left, self.curvature_product(self.point.scaled(right)))
 
     def within(self, rank: int) -> "LocalModel":
-        """The same, with the curvature between rows taken through so many directions; the log says where it is coarse.
+        """Take the curvature between rows through `rank` directions; log where that is inaccurate.
 
-        They are drawn from the gradients of the proxy batch's rows, and turned to where curvature
-        is large. For that, and for the check, one-sided differences do, at half the cost.
+        The directions are drawn from the gradients of the proxy batch's rows, and turned towards
+        large curvature. One-sided differences are accurate enough for that and for the check, at
+        half the cost.
         """
-        rows = [self.gradients(batch) for batch in self.proxy.batches]
-        rough = replace(self, differences=replace(self.differences, sides="one-sided"))
-        found = Subspace.spanned(rough.bent(orthonormal(mixed(rows, rank))), self.bent)
-        some = {name: tensor[:CHECKED] for name, tensor in rows[0].items()}
-        exact = rough.bilinear(some, some)
-        off = float((found.bilinear(some, some) - exact).norm() / exact.norm().clamp_min(1e-30))
-        if off > COARSE:
+        gradients = [self.gradients(batch) for batch in self.proxy.batches]
+        one_sided = replace(self, differences=replace(self.differences, sides="one-sided"))
+        drawn = orthonormal(random_combinations(gradients, rank))
+        turned = one_sided.scaled_curvature_product(drawn)
+        subspace = Subspace.spanned(turned, self.scaled_curvature_product)
+
+        checked = {name: tensor[:CHECKED_ROWS] for name, tensor in gradients[0].items()}
+        exact = one_sided.bilinear(checked, checked)
+        difference = subspace.bilinear(checked, checked) - exact
+        error = float(difference.norm() / exact.norm().clamp_min(1e-30))
+        if error > LARGE_ERROR:
             log.warning(
-                "at state %d, rank %d is off by %.0f %%: raise rank=",
+                "At state %d, curvature through rank=%d directions is off by %.0f %%: raise rank=.",
                 self.point.state,
                 rank,
-                100 * off,
+                100 * error,
             )
-        return replace(self, subspace=found)
+        return replace(self, subspace=subspace)
 
     def steepness(self) -> float:
-        """The largest rate times curvature around the state, by power iteration on the proxy batch."""
-        halves = {name: abs(rate) ** 0.5 for name, rate in self.point.rates.items()}
-        vector, found = self.step, 0.0
-        for _ in range(ITERATIONS):
+        """Largest eigenvalue of |D|^(1/2) H_B |D|^(1/2), by power iteration on the proxy batch."""
+        roots = {name: abs(rate) ** 0.5 for name, rate in self.point.rates.items()}
+        vector = self.step
+        eigenvalue = 0.0
+        for _ in range(POWER_ITERATIONS):
             size = length(vector).clamp_min(1e-30)
-            unit = {name: half * vector[name] / size for name, half in halves.items()}
+            unit = {name: root * vector[name] / size for name, root in roots.items()}
             product = self.differences(self.proxy.gradient, self.point.trained, unit)
-            vector = {name: half * product[name] for name, half in halves.items()}
-            found = float(length(vector))
-        return found
+            vector = {name: root * product[name] for name, root in roots.items()}
+            eigenvalue = float(length(vector))
+        return eigenvalue

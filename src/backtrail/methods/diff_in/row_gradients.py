@@ -1,6 +1,7 @@
-"""Gradients of a task's rows at one state, each on its own: in eval mode, so that no row leans on its batch.
+"""Gradients of a task's rows at one state, each row on its own.
 
-BatchNorm uses the state's running statistics, and dropout drops nothing.
+Modules are in eval mode, so that no row depends on its batch: BatchNorm uses the state's running
+statistics, and dropout is off.
 """
 
 from collections.abc import Sequence
@@ -26,66 +27,71 @@ class RowGradients:
     point: Point
 
     def read(self, rows: Sequence[int]) -> Batch:
-        """Rows of the data set on the state's device, in its precision."""
+        """Read rows of the data set, on the state's device and in its precision."""
         like = next(iter(self.point.params.values()))
         return cast(self.task.batch(rows), like.dtype, like.device)
 
     def each(self, batch: Batch, trained: Tree) -> Tree:
         """The gradient of every row of a batch, `[row, ...]`."""
-        leaves, shape = tree_flatten(batch)
+        leaves, structure = tree_flatten(batch)
         size = size_of(batch)
-        axes = [
-            0 if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else None
-            for leaf in leaves
-        ]
+        # Leaves without a row axis (a shared mask, a number) are the same for every row.
+        axes = [0 if _has_rows(leaf, size) else None for leaf in leaves]
 
-        def slope(*row: Tensor) -> Tree:
+        def gradient(*row: Tensor) -> Tree:
+            # The model expects a batch, so a row keeps a first axis of length 1.
             one = [
                 leaf if axis is None else leaf[None] for leaf, axis in zip(row, axes, strict=True)
             ]
-            return self.sum(tree_unflatten(one, shape), trained)
+            return self.sum(tree_unflatten(one, structure), trained)
 
         try:
-            found: Tree = vmap(slope, in_dims=tuple(axes))(*leaves)
+            gradients: Tree = vmap(gradient, in_dims=tuple(axes))(*leaves)
         except (RuntimeError, NotImplementedError, ValueError) as error:
+            # The model has an operation without a batching rule.
             self.task.binding.note_one_by_one(error)
-            parts = [
-                [
+            by_row = []
+            for row in range(size):
+                parts = [
                     leaf if axis is None else leaf[row]
                     for leaf, axis in zip(leaves, axes, strict=True)
                 ]
-                for row in range(size)
-            ]
-            return stack([slope(*part) for part in parts])
-        return found
+                by_row.append(gradient(*parts))
+            return stack(by_row)
+        return gradients
 
     def sum(self, batch: Batch, trained: Tree) -> Tree:
         """The gradient of the sum of the rows' losses."""
 
         def total(part: Tree) -> Tensor:
-            return self.task.losses(self.point.params | part, self.point.buffers, batch)[0].sum()
+            losses, _ = self.task.losses(self.point.params | part, self.point.buffers, batch)
+            return losses.sum()
 
-        found: Tree = grad(total)(trained)
-        return found
+        gradient: Tree = grad(total)(trained)
+        return gradient
 
     def of_penalty(self, trained: Tree) -> Tree:
-        """The gradient of the task's penalty."""
+        """The gradient of the task's penalty; empty where it has none."""
         penalty = self.task.penalty
         if penalty is None:
             return {}
-        found: Tree = grad(lambda part: penalty(self.point.params | part))(trained)
-        return found
+        gradient: Tree = grad(lambda part: penalty(self.point.params | part))(trained)
+        return gradient
+
+
+def _has_rows(leaf: object, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """The training's loss, estimated on one batch B: its gradient stands for that of any step.
+    """The training's loss, estimated on one batch B; its gradient stands for that of any step.
 
     Attributes:
-        gradients: of rows at one state.
-        batches: B, cut into parts that go through the model at once.
-        scale: the sum of the factors c of a step.
+        gradients: Gradients of rows at one state.
+        batches: B, in parts that go through the model one after the other.
+        scale: Sum of the factors c of a step: 1 for a mean loss.
     """
 
     gradients: RowGradients
@@ -93,19 +99,19 @@ class Proxy:
     scale: float
 
     def gradient(self, trained: Tree) -> Tree:
-        """That of the loss over B, with the penalty."""
+        """The gradient G_B of the loss over B, with the penalty."""
         total: Tree = {}
         for batch in self.batches:
             total = add(total, self.gradients.sum(batch, trained))
         size = sum(size_of(batch) for batch in self.batches)
-        return add(
-            each(lambda tensor: tensor * (self.scale / size), total),
-            self.gradients.of_penalty(trained),
-        )
+        mean = each(lambda tensor: tensor * (self.scale / size), total)
+        return add(mean, self.gradients.of_penalty(trained))
 
 
-def products(directions: Tree, rows: Tree) -> Float[Tensor, "direction row"]:
+def inner_products(directions: Tree, rows: Tree) -> Float[Tensor, "direction row"]:
     """Inner products of directions `[direction, ...]` with rows `[row, ...]`."""
-    return sum(  # type: ignore[return-value]
-        directions[name].flatten(1) @ rows[name].flatten(1).T for name in directions
-    )
+    by_tensor = [directions[name].flatten(1) @ rows[name].flatten(1).T for name in directions]
+    total = by_tensor[0]
+    for products in by_tensor[1:]:
+        total = total + products
+    return total

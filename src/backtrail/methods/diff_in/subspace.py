@@ -1,8 +1,8 @@
-r"""Curvature between many pairs of gradients, through the few directions that gradients of rows mostly lie in.
+r"""Curvature between many pairs of gradients, through a few directions that they mostly lie in.
 
-With an orthonormal basis Q of such directions and W = H Q, what a pair has inside the span is
-exact, and so is what passes between inside and outside; only the curvature between the two parts
-outside is left out:
+With an orthonormal basis Q of such directions and :math:`W = H Q`, the part of a pair inside the
+span is exact, and so is the part between inside and outside. Only the curvature between the two
+parts outside is left out:
 
 .. math:: a^\top H b \approx (Q a)^\top W b + (W a)^\top Q b - (Q a)^\top (Q W^\top) (Q b)
 """
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backtrail.methods.diff_in.row_gradients import products
+from backtrail.methods.diff_in.row_gradients import inner_products
 from backtrail.tree import Tree, add, joined
 
 
@@ -25,59 +25,62 @@ class Subspace:
     """Some directions, and the curvature products with them.
 
     Attributes:
-        directions: Q, and behind it W, `[direction, ...]`.
-        inner: how what two vectors have along them is paired: (-Q W, 1; 1, 0).
+        directions: Q, followed by W, `[direction, ...]`.
+        inner: The matrix (-Q W^T, 1; 1, 0) that pairs two vectors' coordinates along them.
     """
 
     directions: Tree
     inner: Tensor
 
     @staticmethod
-    def spanned(directions: Tree, curve: Callable[[Tree], Tree]) -> "Subspace":
-        """What some directions span."""
+    def spanned(directions: Tree, curvature_product: Callable[[Tree], Tree]) -> "Subspace":
+        """The subspace that a stack of directions spans."""
         basis = orthonormal(directions)
-        curved = curve(basis)
-        within = products(basis, curved)
+        curved = curvature_product(basis)
+        within = inner_products(basis, curved)
         one = torch.eye(len(within)).to(within)
-        inner = torch.cat(
-            [torch.cat([-within, one], 1), torch.cat([one, torch.zeros_like(one)], 1)]
-        )
-        return Subspace(joined([basis, curved]), inner)
+        zero = torch.zeros_like(one)
+        top = torch.cat([-within, one], dim=1)
+        bottom = torch.cat([one, zero], dim=1)
+        return Subspace(joined([basis, curved]), torch.cat([top, bottom]))
 
     def bilinear(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:
-        """The products of two stacks through the curvature, row by row."""
-        ours = products(self.directions, left)
-        theirs = ours if right is left else products(self.directions, right)
-        return (ours * (self.inner @ theirs)).sum(0)
+        """Products of two stacks through the curvature, row by row."""
+        left_coordinates = inner_products(self.directions, left)
+        if right is left:
+            right_coordinates = left_coordinates
+        else:
+            right_coordinates = inner_products(self.directions, right)
+        return (left_coordinates * (self.inner @ right_coordinates)).sum(0)
 
 
 def orthonormal(directions: Tree) -> Tree:
-    """An orthonormal basis of the span of a stack."""
-    flat = torch.cat([tensor.flatten(1) for tensor in directions.values()], 1)
+    """An orthonormal basis of the span of a stack, `[direction, ...]`."""
+    flat = torch.cat([tensor.flatten(1) for tensor in directions.values()], dim=1)
     basis = torch.linalg.qr(flat.T)[0].T
-    parts = torch.split(basis, [tensor[0].numel() for tensor in directions.values()], 1)
+    sizes = [tensor[0].numel() for tensor in directions.values()]
+    parts = torch.split(basis, sizes, dim=1)
     return {
         name: part.reshape(-1, *directions[name].shape[1:])
         for name, part in zip(directions, parts, strict=True)
     }
 
 
-def mixed(stacks: Iterable[Tree], rank: int) -> Tree:
-    """Random combinations of the rows of some stacks: they span what the rows mostly lie in.
+def random_combinations(stacks: Iterable[Tree], rank: int) -> Tree:
+    """Random combinations of the rows of some stacks, `[rank, ...]`: they span most of the rows.
 
-    Every row counts the same, however long: a wrong label's gradient is not to hide the others'.
+    Rows are scaled to length 1 first, so that the long gradient of a wrong label does not hide
+    the others.
     """
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     total: Tree = {}
     for rows in stacks:
         like = next(iter(rows.values()))
-        sizes = (
-            torch.stack([tensor.flatten(1).square().sum(1) for tensor in rows.values()])
-            .sum(0)
-            .sqrt()
-        )
-        weights = torch.randn(rank, len(like), generator=draw, dtype=torch.float64).to(like)
-        weights = weights / sizes.clamp_min(1e-30)
-        part = {name: torch.tensordot(weights, tensor, dims=1) for name, tensor in rows.items()}
-        total = add(total, part)
+        squares = [tensor.flatten(1).square().sum(1) for tensor in rows.values()]
+        lengths = torch.stack(squares).sum(0).sqrt()
+        # In float64, so that the same numbers are drawn in every precision.
+        weights = torch.randn(rank, len(like), generator=generator, dtype=torch.float64).to(like)
+        weights = weights / lengths.clamp_min(1e-30)
+        combined = {name: torch.tensordot(weights, tensor, dims=1) for name, tensor in rows.items()}
+        total = add(total, combined)
     return total

@@ -1,16 +1,17 @@
-"""Diff-In's terms at every state looked at: paired with queries, with the rows themselves, or as changes of parameters.
+"""Diff-In's terms at every state: paired with queries, with the rows themselves, or as changes.
 
-A sample adds `scale` times its row's loss, over their number, to a step's loss.
+A sample adds `scale` times its row's loss, divided by the number of samples, to a step's loss.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import final
 
 import numpy as np
+import torch
 from jaxtyping import Float64
-from torch import Tensor
 
 from backtrail.accel.allocator import keep_heap
 from backtrail.accel.onednn import fast_products
@@ -18,13 +19,15 @@ from backtrail.methods.diff_in.finite_differences import Differences, full_preci
 from backtrail.methods.diff_in.forms import EndGradients, Form
 from backtrail.methods.diff_in.local_model import LocalModel
 from backtrail.methods.diff_in.row_gradients import Proxy, RowGradients
-from backtrail.methods.diff_in.trajectory import Point, Trajectory, drawn
+from backtrail.methods.diff_in.trajectory import Point, Trajectory, proxy_rows
 from backtrail.methods.memory import CACHE
 from backtrail.queries import Query, gradients
 from backtrail.task.task import Batch, evaluating
 from backtrail.tree import Tree, add, each
 
-MOST, FEWEST = 256, 32  # rows at once: of all, at most; of the proxy batch, at least
+MOST_ROWS = 256  # rows whose gradients are taken at once, at most
+FEWEST_PROXY_ROWS = 32  # rows of the proxy batch that go through the model at once, at least
+GPU_ROOM = 16  # on a GPU gradients may take so many times the memory that they may on a processor
 
 
 @final
@@ -33,11 +36,11 @@ class Terms:
     """The sum over the states of a training, in parts.
 
     Attributes:
-        trajectory: the training.
-        form: which sum.
-        differences: how second derivatives are taken.
-        proxy: rows of the proxy batch.
-        chunk: rows at once.
+        trajectory: The training.
+        form: Which sum.
+        differences: How second derivatives are taken.
+        proxy: Rows of the proxy batch.
+        chunk: Rows at once through the model.
     """
 
     trajectory: Trajectory
@@ -56,115 +59,162 @@ class Terms:
         seed: int,
         chunk: int | None,
     ) -> "Terms":
-        """Draw the proxy batch, and decide how many rows go through the model at once."""
-        row = sum(tensor.nbytes for tensor in trajectory.end.trained.values())
-        room = CACHE if trajectory.task.device.type == "cpu" else 16 * CACHE
-        return Terms(
-            trajectory,
-            form,
-            differences,
-            drawn(trajectory, batch, seed),
-            chunk or max(1, min(MOST, room // row)),
-        )
+        """Draw the proxy batch, and decide how many rows go through the model at once.
+
+        Args:
+            trajectory: The training.
+            form: Which sum.
+            differences: How second derivatives are taken.
+            batch: Rows in the proxy batch.
+            seed: Of the draw.
+            chunk: Rows at once; None decides by the size of a row's gradient.
+        """
+        if chunk is None:
+            gradient_bytes = sum(tensor.nbytes for tensor in trajectory.end.trained.values())
+            on_cpu = trajectory.task.device.type == "cpu"
+            room = CACHE if on_cpu else GPU_ROOM * CACHE
+            chunk = max(1, min(MOST_ROWS, room // gradient_bytes))
+        rows = proxy_rows(trajectory, batch, seed)
+        return Terms(trajectory, form, differences, rows, chunk)
 
     @property
     def weight(self) -> float:
-        """What every term counts."""
+        """Factor before every term."""
         count = len(self.trajectory.samples) * len(self.trajectory.points)
         return self.trajectory.scale * self.form.factor(self.trajectory.steps) / count
 
     def reach(self) -> float:
-        """T times rate times the largest curvature, at the steepest of the states: the sums want it far below 1."""
-        with evaluating(self.trajectory.task), full_precision(), keep_heap(), fast_products():
-            return self.trajectory.steps * max(near.steepness() for near in self._nears())
+        """T times the largest learning rate times curvature over the states.
+
+        The sums of both forms are expansions in this number: they hold while it is far below 1.
+        """
+        with self._computing():
+            steepest = max(model.steepness() for model in self._local_models())
+        return self.trajectory.steps * steepest
 
     def of_queries(
         self, queries: Query, states: Sequence[int]
     ) -> Float64[np.ndarray, "query observed_at point sample"]:
-        """The terms of all samples, paired with queries; zero at observed states before the steps they stand for."""
-        trajectory, number = self.trajectory, len(queries.names)
-        found = np.zeros((number, len(states), len(trajectory.points), len(trajectory.samples)))
-        ends = (
-            [self._slopes(queries, trajectory.look(state)) for state in states]
-            if self.form.at_the_end
-            else []
-        )
-        alive = [
+        """The terms of all samples, paired with queries.
+
+        A term is zero at observed states that lie before the steps it stands for.
+
+        Args:
+            queries: What is asked.
+            states: Numbers of the observed states.
+        """
+        trajectory = self.trajectory
+        count = len(queries.names)
+        shape = (count, len(states), len(trajectory.points), len(trajectory.samples))
+        result = np.zeros(shape)
+        # By point: places of the observed states after the first of its steps.
+        later = [
             [place for place, state in enumerate(states) if state > start]
             for start, _ in trajectory.stretches
         ]
-        slopes = [
-            [ends[place] for place in places]
-            if self.form.at_the_end
-            else [self._slopes(queries, point)]
-            for point, places in zip(trajectory.points, alive, strict=True)
-        ]
-        with evaluating(trajectory.task), full_precision(), keep_heap(), fast_products():
-            nears = self._nears()
-            told = [place for place, places in enumerate(alive) if places]
-            scores = {place: self.form.scores(nears[place], slopes[place]) for place in told}
-            for first, batch in self._cut(nears[0].rows, trajectory.samples.tolist()):
-                for place, score in scores.items():
-                    by_state = score(batch).double().cpu().numpy()
-                    columns = slice(first, first + by_state.shape[1])
-                    by_state = by_state.reshape(-1, number, by_state.shape[1]).transpose(1, 0, 2)
-                    found[:, alive[place], place, columns] = self.weight * by_state
-        return found
+        query_gradients = self._query_gradients(queries, states, later)
+        with self._computing():
+            models = self._local_models()
+            scores = {}
+            for index, model in enumerate(models):
+                if later[index]:
+                    scores[index] = self.form.scores(model, query_gradients[index])
+            for first, batch in self._batches(models[0].rows, trajectory.samples.tolist()):
+                for index, score in scores.items():
+                    # [direction, row], where directions are [observed state, query] or [query].
+                    flat = score(batch).double().cpu().numpy()
+                    rows = flat.shape[1]
+                    by_query = flat.reshape(-1, count, rows).transpose(1, 0, 2)
+                    columns = slice(first, first + rows)
+                    result[:, later[index], index, columns] = self.weight * by_query
+        return result
+
+    def _query_gradients(
+        self, queries: Query, states: Sequence[int], later: Sequence[Sequence[int]]
+    ) -> list[list[Tree]]:
+        """Gradients of the queries that each point's terms are paired with."""
+        trajectory = self.trajectory
+        if not self.form.pairs_at_observed_state:
+            return [[self._gradients(queries, point)] for point in trajectory.points]
+        observed = [self._gradients(queries, trajectory.look(state)) for state in states]
+        return [[observed[place] for place in places] for places in later]
 
     def of_themselves(
         self, rows: Sequence[int], *, rank: int | None
     ) -> Float64[np.ndarray, " row"]:
-        """The sums of some rows, each paired with its own loss; through so many directions, if that is cheaper."""
-        with evaluating(self.trajectory.task), full_precision(), keep_heap(), fast_products():
-            nears = self._nears()
+        """The sums of some rows, each paired with the gradient of its own loss.
+
+        Args:
+            rows: Row numbers.
+            rank: Directions through which curvature is taken where that is cheaper; None: never.
+        """
+        with self._computing():
+            models = self._local_models()
             if rank is not None and 2 * rank < len(rows):
-                nears = [near.within(rank) for near in nears]
-            last = RowGradients(self.trajectory.task, self.trajectory.end)
-            return self.weight * np.concatenate(
-                [self._own(nears, last, batch) for _, batch in self._cut(last, rows)]
-            )
+                models = [model.within(rank) for model in models]
+            end = RowGradients(self.trajectory.task, self.trajectory.end)
+            sums = [self._own(models, end, batch) for _, batch in self._batches(end, rows)]
+        return self.weight * np.concatenate(sums)
 
     def of_removal(self, rows: Sequence[int]) -> Tree:
         """The change of the parameters when some rows are removed together."""
-        with evaluating(self.trajectory.task), full_precision(), keep_heap(), fast_products():
-            return reduce(add, [self._change(near, rows) for near in self._nears()])
+        with self._computing():
+            return reduce(add, [self._change(model, rows) for model in self._local_models()])
 
-    def _nears(self) -> list[LocalModel]:
-        """The states, with the proxy batch read once."""
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Eval mode, and kernels precise enough for differences."""
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.trajectory.task))
+            stack.enter_context(full_precision())
+            stack.enter_context(keep_heap())
+            stack.enter_context(fast_products())
+            yield
+
+    def _local_models(self) -> list[LocalModel]:
+        """The loss around every point; the proxy batch is read once for all."""
         rows = [RowGradients(self.trajectory.task, point) for point in self.trajectory.points]
-        size, read = max(self.chunk, FEWEST), rows[0].read
-        batches = [
-            read(self.proxy[first : first + size]) for first in range(0, len(self.proxy), size)
-        ]
-        return [
-            LocalModel(one.point, one, Proxy(one, batches, self.trajectory.scale), self.differences)
-            for one in rows
-        ]
+        size = max(self.chunk, FEWEST_PROXY_ROWS)
+        batches = []
+        for first in range(0, len(self.proxy), size):
+            batches.append(rows[0].read(self.proxy[first : first + size]))
+        models = []
+        for at_point in rows:
+            proxy = Proxy(at_point, batches, self.trajectory.scale)
+            models.append(LocalModel(at_point.point, at_point, proxy, self.differences))
+        return models
 
-    def _slopes(self, queries: Query, point: Point) -> Tree:
-        names = tuple(point.rates)
-        return gradients(
-            queries, self.trajectory.task, params=point.params, buffers=point.buffers, trained=names
-        )[1]
+    def _gradients(self, queries: Query, point: Point) -> Tree:
+        """Gradients of the queries at a point, `[query, ...]`."""
+        _, by_parameter, _ = gradients(
+            queries,
+            self.trajectory.task,
+            params=point.params,
+            buffers=point.buffers,
+            trained=tuple(point.rates),
+        )
+        return by_parameter
 
     def _own(
-        self, nears: Sequence[LocalModel], last: RowGradients, batch: Batch
+        self, models: Sequence[LocalModel], end: RowGradients, batch: Batch
     ) -> Float64[np.ndarray, " row"]:
-        ends = EndGradients(
-            last.point, last.each(batch, last.point.trained) if self.form.at_the_end else {}
-        )
-        terms: Tensor = sum(self.form.own(near, batch, ends) for near in nears)  # type: ignore[assignment]
-        return terms.double().cpu().numpy()
+        at_end: Tree = {}
+        if self.form.pairs_at_observed_state:
+            at_end = end.each(batch, end.point.trained)
+        ends = EndGradients(end.point, at_end)
+        terms = [self.form.own(model, batch, ends) for model in models]
+        return torch.stack(terms).sum(0).double().cpu().numpy()
 
-    def _change(self, near: LocalModel, rows: Sequence[int]) -> Tree:
-        batches = [batch for _, batch in self._cut(near.rows, rows)]
+    def _change(self, model: LocalModel, rows: Sequence[int]) -> Tree:
+        batches = [batch for _, batch in self._batches(model.rows, rows)]
 
         def total(trained: Tree) -> Tree:
-            return reduce(add, [near.rows.sum(batch, trained) for batch in batches])
+            return reduce(add, [model.rows.sum(batch, trained) for batch in batches])
 
-        return each(lambda tensor: self.weight * tensor, self.form.change(near, total))
+        change = self.form.change(model, total)
+        return each(lambda tensor: self.weight * tensor, change)
 
-    def _cut(self, reader: RowGradients, rows: Sequence[int]) -> Iterator[tuple[int, Batch]]:
-        """Rows, read a chunk at a time, with the place of each chunk's first."""
+    def _batches(self, reader: RowGradients, rows: Sequence[int]) -> Iterator[tuple[int, Batch]]:
+        """Read rows a chunk at a time; yield the place of each first row, and the chunk."""
         for first in range(0, len(rows), self.chunk):
             yield first, reader.read(rows[first : first + self.chunk])

@@ -1,8 +1,9 @@
-"""A training as Diff-In sees it: some states along it, the rates there, and the rows of its training set."""
+"""A training as Diff-In sees it: some of its states, the rates there, and the rows trained on."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import final
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 
 from backtrail.errors import BadSetting, NoSuchState, RowsNotReadable
-from backtrail.methods.diff_in.finite_differences import precise
+from backtrail.methods.diff_in.finite_differences import at_least_float32
 from backtrail.methods.step_factors import rates, shares
 from backtrail.run.run import Run
 from backtrail.task.task import Task
@@ -23,10 +24,10 @@ class Point:
     """One state of a training.
 
     Attributes:
-        state: its number t: updates before it.
-        params: every parameter, in float32 or finer.
-        buffers: every buffer.
-        rates: the learning rate of every trained parameter, as the update from this state used it.
+        state: Its number t: how many updates were made before it.
+        params: Every parameter, in float32 or a finer precision.
+        buffers: Every buffer.
+        rates: Learning rate of every trained parameter, as the update from this state used it.
     """
 
     state: int
@@ -36,11 +37,11 @@ class Point:
 
     @property
     def trained(self) -> Tree:
-        """The parameters that the optimizer moves."""
+        """The parameters that the optimizer changes."""
         return {name: self.params[name] for name in self.rates}
 
     def scaled(self, tree: Tree) -> Tree:
-        """A gradient, or a stack of them, times the rates: what a step makes of it."""
+        """A gradient or a stack of them, times the learning rates: D G."""
         return {name: rate * tree[name] for name, rate in self.rates.items()}
 
 
@@ -50,13 +51,13 @@ class Trajectory:
     """Some states of a training of T steps, in order.
 
     Attributes:
-        task: model, data and loss.
+        task: Model, data and loss.
         steps: T.
-        points: the states looked at.
-        end: the result of the training, T.
-        samples: the rows that were trained on.
-        look: a state by its number.
-        scale: the sum of the factors c of a step, 1 for a mean loss.
+        points: The states that the sum runs over.
+        end: The final state, T.
+        samples: The rows that were trained on, ascending.
+        look: Returns a state by its number.
+        scale: Sum of the factors c of a step: 1 for a mean loss.
     """
 
     task: Task
@@ -69,16 +70,21 @@ class Trajectory:
 
     @property
     def stretches(self) -> list[tuple[int, int]]:
-        """The steps that every point stands for: those since the point before; the last one up to the end."""
+        """Steps [start, stop) that every point stands for.
+
+        They begin at the point before (the first at 0) and end at the point itself; those of the
+        last point end with the training.
+        """
         starts = [0, *(point.state for point in self.points[:-1])]
-        return list(zip(starts, [*starts[1:], self.steps], strict=True))
+        stops = [*starts[1:], self.steps]
+        return list(zip(starts, stops, strict=True))
 
 
 def trajectory_of(run: Run, checkpoints: int | Sequence[int]) -> Trajectory:
-    """Look at a run: one state in each of so many equal stretches of steps, or given ones.
+    """Some states of a run: one from each of so many equal stretches of steps, or given ones.
 
     Raises:
-        RowsNotReadable: the samples are ids.
+        RowsNotReadable: Samples are ids, so that rows cannot be read again.
     """
     if run.has_ids:
         raise RowsNotReadable("DiffIn")
@@ -86,85 +92,111 @@ def trajectory_of(run: Run, checkpoints: int | Sequence[int]) -> Trajectory:
     points = {state: point_at(run, state) for state in {*states, run.steps}}
 
     def look(state: int) -> Point:
-        return points[state] if state in points else point_at(run, state)
+        if state in points:
+            return points[state]
+        return point_at(run, state)
 
-    looked_at = tuple(points[state] for state in states)
     return Trajectory(
-        run.task, run.steps, looked_at, points[run.steps], run.seen, look, scale_of(run)
+        task=run.task,
+        steps=run.steps,
+        points=tuple(points[state] for state in states),
+        end=points[run.steps],
+        samples=run.seen,
+        look=look,
+        scale=scale_of(run),
     )
 
 
 def chosen_states(run: Run, checkpoints: int | Sequence[int]) -> list[int]:
-    """The last kept state of each of so many equal stretches (its end, where none was kept), or the given states.
+    """Numbers of the states to look at, ascending.
+
+    Args:
+        run: A recorded run.
+        checkpoints: How many: the last kept state of each of so many equal stretches of steps, or
+            the end of the stretch where none was kept. Or the states themselves.
 
     Raises:
-        NoSuchState: a state that the run does not have.
-        BadSetting: no state at all, or the one before training, which knows nothing.
+        NoSuchState: The run has no such state.
+        BadSetting: No state, or state 0, at which nothing has been learned yet.
     """
-    if not (checkpoints > 0 if isinstance(checkpoints, int) else len(checkpoints)):
-        raise BadSetting(
-            "checkpoints", checkpoints, "a number from 1, or the numbers of one or more states"
-        )
-    if not isinstance(checkpoints, int):
-        if 0 in checkpoints:
-            raise BadSetting(
-                "checkpoints",
-                list(checkpoints),
-                f"states from 1 to {run.steps}: state 0 is untrained",
-            )
-        for state in checkpoints:
-            if not 0 < state <= run.steps:
-                raise NoSuchState(state, run.steps, "state")
-        return sorted({int(state) for state in checkpoints})
-    ends = sorted({-(-run.steps * part // checkpoints) for part in range(checkpoints + 1)})
-    before = [run.kept[bisect_right(run.kept, end) - 1] for end in ends[1:]]
-    return [
-        kept if kept > start else end
-        for kept, start, end in zip(before, ends[:-1], ends[1:], strict=True)
-    ]
+    if isinstance(checkpoints, int):
+        if checkpoints < 1:
+            raise BadSetting("checkpoints", checkpoints, _EXPECTED)
+        return _evenly_spread(run, checkpoints)
+    if not len(checkpoints):
+        raise BadSetting("checkpoints", checkpoints, _EXPECTED)
+    if 0 in checkpoints:
+        expected = f"states from 1 to {run.steps}: state 0 is untrained"
+        raise BadSetting("checkpoints", list(checkpoints), expected)
+    for state in checkpoints:
+        if not 0 < state <= run.steps:
+            raise NoSuchState(state, run.steps, "state")
+    return sorted({int(state) for state in checkpoints})
+
+
+_EXPECTED = "a number from 1, or the numbers of one or more states"
+
+
+def _evenly_spread(run: Run, count: int) -> list[int]:
+    # Fewer steps than stretches give equal ends, which count once.
+    ends = sorted({-(-run.steps * part // count) for part in range(count + 1)})
+    states = []
+    for start, end in pairwise(ends):
+        last_kept = run.kept[bisect_right(run.kept, end) - 1]
+        states.append(last_kept if last_kept > start else end)
+    return states
 
 
 def point_at(run: Run, number: int) -> Point:
-    """A state of a run, replayed where it was not kept; its rates are those of the update from it, or of the last."""
-    state, step = run.state(number, replay=True), run.step(min(number, run.steps - 1))
-    groups = zip(run.manifest.groups, rates(step.settings), strict=True)
-    by_name = {name: rate * (name not in step.unused) for group, rate in groups for name in group}
-    return Point(number, precise(state.params), precise(state.buffers), by_name)
+    """A state of a run, replayed if it was not kept.
+
+    Its rates are those of the update from it; the final state has those of the last update.
+    Parameters that the update left alone have a rate of 0.
+    """
+    state = run.state(number, replay=True)
+    step = run.step(min(number, run.steps - 1))
+    by_name = {}
+    for group, rate in zip(run.manifest.groups, rates(step.settings), strict=True):
+        for name in group:
+            by_name[name] = 0.0 if name in step.unused else rate
+    params = at_least_float32(state.params)
+    return Point(number, params, at_least_float32(state.buffers), by_name)
 
 
 def scale_of(run: Run) -> float:
-    """The sum of the factors c of a step's slots, on average: 1 for a mean, the size of the batch for a sum."""
+    """Mean over steps of the sum of the factors c: 1 for a mean loss, the batch size for a sum."""
     if run.task.reduce == "mean":
         return 1.0
     return float(np.mean([float(shares(run, index).sum()) for index in range(run.steps)]))
 
 
-def spread(
+def spread_over_visits(
     sample: Int[np.ndarray, "step slot"], stretch: tuple[int, int]
 ) -> Float[np.ndarray, "step slot"]:
-    """How a term of every sample is spread over its visits: evenly over those in a stretch of steps.
+    """How a sample's term is spread over its visits: evenly over those in a stretch of steps.
 
-    Where it has none there, over those of the last step before that has some, or else of the first
-    one after.
+    A sample without a visit there has it spread over its visits in the last step before the
+    stretch that has some, or else in the first step after it.
 
-    >>> spread(np.array([[0, 1], [0, 2], [2, 2]]), (0, 2)).tolist()
+    >>> spread_over_visits(np.array([[0, 1], [0, 2], [2, 2]]), (0, 2)).tolist()
     [[0.5, 1.0], [0.5, 1.0], [0.0, 0.0]]
     """
-    steps, visited = np.arange(len(sample))[:, None], sample >= 0
     first, stop = stretch
-    away = np.where(
-        steps < first, first - steps, np.where(steps < stop, 0, steps - stop + 1 + len(sample))
-    )
-    away = np.broadcast_to(away, sample.shape)
+    steps = np.arange(len(sample))[:, None]
+    visited = sample >= 0
+    # How far a step is from the stretch. Steps after it are all farther than steps before it.
+    after = steps - stop + 1 + len(sample)
+    distance = np.where(steps < first, first - steps, np.where(steps < stop, 0, after))
+    distance = np.broadcast_to(distance, sample.shape)
     nearest = np.full(sample.max() + 1, np.iinfo(np.int64).max)
-    np.minimum.at(nearest, sample[visited], away[visited])
-    takes = visited & (away == nearest[sample])
-    number = np.bincount(sample[takes], minlength=len(nearest))
-    return np.where(takes, 1 / np.maximum(number[sample], 1), 0.0)
+    np.minimum.at(nearest, sample[visited], distance[visited])
+    takes_part = visited & (distance == nearest[sample])
+    visits = np.bincount(sample[takes_part], minlength=len(nearest))
+    return np.where(takes_part, 1 / np.maximum(visits[sample], 1), 0.0)
 
 
-def drawn(trajectory: Trajectory, number: int, seed: int) -> list[int]:
-    """The proxy batch: rows drawn without replacement, the same for a seed."""
-    draw = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(trajectory.samples), generator=draw)[:number]
+def proxy_rows(trajectory: Trajectory, number: int, seed: int) -> list[int]:
+    """Rows of the proxy batch, drawn without replacement from those trained on."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(trajectory.samples), generator=generator)[:number]
     return [int(row) for row in trajectory.samples[np.sort(order.numpy())]]

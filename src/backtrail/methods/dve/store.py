@@ -1,10 +1,10 @@
 """How embeddings lie on disk: one zarr 3 group, and a mark once all of it is there.
 
-    embedding  [step, slot, coordinate]   towards the next state that is observed sample     [step,
-    slot]               row of the training set (or id), -1 pads a short batch loss       [step,
-    slot]               training loss of each slot transport/BLOCK  [stretch, coordinate,
-    coordinate]   what a change at the start of a stretch becomes at its end captured/  a group of
-    its own, until the recursion is done: what the pass over the training found, and its marks
+    embedding  [step, slot, coordinate]   towards the next state that is observed
+    sample     [step, slot]               row of the training set (or id), -1 pads a short batch
+    loss       [step, slot]               training loss of each slot
+    transport/BLOCK  [stretch, coordinate, coordinate]   what a change at the start of a stretch becomes at its end
+    captured/  a group of its own, until the recursion is done: what the pass over the training found, and its marks
     done.json  the files and their sizes, written last
 
 In memory it is the same groups without the marks.

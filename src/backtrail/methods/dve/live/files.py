@@ -1,7 +1,6 @@
 """Rows that were captured while a training ran: files of its recording, each of a stretch of steps.
 
-rows/00000000.safetensors    what the steps from 0 on left, with the settings that they were
-captured with
+rows/00000000.safetensors    what the steps from 0 on left, with the settings that they were captured with
 """
 
 import json
