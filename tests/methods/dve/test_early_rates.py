@@ -32,7 +32,7 @@ Between = Callable[
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter is settled as soon as its gradient is there."""
-    monkeypatch.setattr(early, "ENTRIES", 1)
+    monkeypatch.setattr(early, "WAITING_ENTRIES", 1)
 
 
 def train(path: Path, between: Between, **options: Any) -> Run:
@@ -56,7 +56,7 @@ def train(path: Path, between: Between, **options: Any) -> Run:
 
 def kept(run: Run) -> list[bool]:
     """Whether a step was captured."""
-    found = KeptRows(run, embedding()._of_rows)
+    found = KeptRows(run, embedding()._settings_of_rows)
     return [found.step(step) is not None for step in range(run.steps)]
 
 
@@ -145,7 +145,7 @@ def test_rows_that_are_wrong_are_found_out(tmp_path: Path, monkeypatch: pytest.M
         }
 
     monkeypatch.setattr(BatchHooks, "rows", swapped)
-    monkeypatch.setattr(kept_rows, "STEPS", 1)
+    monkeypatch.setattr(kept_rows, "FILE_STEPS", 1)
     with refused(NotCaptured, "Step 4", "do not add up to the gradient of"):
         train(tmp_path / "run", nothing)
     data, model = rows(), mlp().double()

@@ -32,7 +32,7 @@ SEPARABLE = [case for case in CASES if case.model is not normed]
 @pytest.fixture(autouse=True)
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are made as soon as some entries' gradients are there, of these small models, too."""
-    monkeypatch.setattr("backtrail.methods.dve.live.early_rates.ENTRIES", 9)
+    monkeypatch.setattr("backtrail.methods.dve.live.early_rates.WAITING_ENTRIES", 9)
 
 
 def embedding(**settings: Any) -> backtrail.DataValueEmbedding:
@@ -283,7 +283,7 @@ def test_the_training_keeps_its_bits(tmp_path: Path) -> None:
 
 def test_what_was_lost_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill, the last stretch is not there."""
-    monkeypatch.setattr("backtrail.methods.dve.live.files.STEPS", 2)
+    monkeypatch.setattr("backtrail.methods.dve.live.files.FILE_STEPS", 2)
     run = captured(Case("adamw", one_group(ADAMW, lr=0.01)), tmp_path / "run", embedding())
     assert captured_files(run) == [f"rows/{first:08d}.safetensors" for first in (0, 2, 4)]
     truth = embedding().embed(replayed(run)).values()
@@ -378,7 +378,7 @@ def test_nothing_of_a_batch_outlives_its_step(tmp_path: Path) -> None:
 
     def noting(self: BatchHooks, output: Any) -> None:
         real(self, output)
-        heard.append(weakref.ref(self._watching.uses[0]))
+        heard.append(weakref.ref(self._tracer.uses[0]))
 
     gc.collect()
     gc.disable()

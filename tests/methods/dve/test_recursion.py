@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from backtrail.errors import EmbeddingGrew
-from backtrail.methods.dve.recursion import Propagator, Visits, back_over, weights
+from backtrail.methods.dve.recursion import Propagator, Visits, curvature_weights, embed_step
 from tests.oracles.value_recursion import products, value_embeddings
 
 STEPS, SLOTS, RANK = 9, 3, 12
@@ -39,8 +39,12 @@ def back(
     """The embeddings by step."""
     numbers = range(first + len(some) - 1, first - 1, -1)
     return {
-        number: back_over(
-            visits, transport, weights=weights([visits], damping)[0], step=number, block="layer"
+        number: embed_step(
+            visits,
+            transport,
+            weights=curvature_weights([visits], damping)[0],
+            step=number,
+            block="layer",
         )
         for number, visits in zip(numbers, reversed(some), strict=True)
     }
@@ -73,7 +77,7 @@ def test_transposed_transport_is_the_transpose(rank: int) -> None:
     some, transport = steps(rank, torch.float64), Propagator(torch.zeros(rank, dtype=torch.float64))
     back(some, transport)
     one = torch.eye(rank, dtype=torch.float64)
-    torch.testing.assert_close(transport.back(one), transport.matrix())
+    torch.testing.assert_close(transport.transposed(one), transport.matrix())
     torch.testing.assert_close(transport(one), transport.matrix().T)
 
 

@@ -21,7 +21,7 @@ NEARLY = 0.999  # of a step's samples: by way of a pass of their own, and all of
 
 def arrays(run: backtrail.Run, made: backtrail.DataValueEmbedding, step: int) -> dict[str, Tensor]:
     """What is gathered at a step."""
-    return Walk(run, made._what(run.task, run.manifest)).step(step)
+    return Walk(run, made._features(run.task, run.manifest)).step(step)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,9 +1,10 @@
-r"""Data Value Embedding (Wang et al., arXiv 2412.09538): a vector for every visit, before any query is known.
+r"""Data Value Embedding (Wang et al., arXiv 2412.09538): a vector for every visit of a sample.
 
-.. math:: e_{t,b} = \Big[ \prod_{k > t} (\rho_k - D_k H_k) \Big] D_t\, c_{t,b} \nabla \ell_b(\theta_t)
+.. math::
+    e_{t,b} = \Big[ \prod_{k > t} (\rho_k - D_k H_k) \Big] D_t\, c_{t,b} \nabla \ell_b(\theta_t)
 
 in the small space of a random projection, layer by layer. D is what the optimizer makes of a
-gradient, H the Fisher matrix of a batch: a choice.
+gradient, :math:`\rho` what weight decay leaves, and H the Fisher matrix of a batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from backtrail.methods.dve.live.capture import LiveCapture
 from backtrail.methods.dve.live.early_rates import Now
 from backtrail.methods.dve.live.files import KeptRows, RowsWriter
 from backtrail.methods.dve.projection import Kind, blocks_of, projection_for
-from backtrail.methods.dve.recursion import Propagator, Visits, back_over, weights
+from backtrail.methods.dve.recursion import Propagator, Visits, curvature_weights, embed_step
 from backtrail.methods.dve.sampled_labels import Drawn
 from backtrail.methods.dve.step_features import Fisher, Follow, StepFeatures
 from backtrail.methods.dve.store import About, EmbeddingStore
@@ -43,34 +44,39 @@ Layers = Literal["apart", "together"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataValueEmbedding:
-    """Vectors for every visit of a training, made once; the influence on any query is then an inner product.
+    r"""Vectors for every visit of a training, made once; influence is then an inner product.
 
-    It approximates in four places: the curvature is a Fisher matrix; layers do not feel one
-    another's change; gradients are projected; momentum and the like are taken as settled. `DIT`
-    leaves out nothing and takes a sweep per question.
+    .. math:: I[q, t, b] = \langle \nabla q(\theta_T),\, e_{t,b} \rangle
+
+    It approximates in four places: the curvature is a Fisher matrix; the effect of one layer's
+    change on another is left out; gradients are projected; momentum is taken as settled. `DIT`
+    leaves out nothing, and takes a sweep for every set of queries.
+
+    Source: Wang et al., "Capturing the Temporal Dependence of Training Data Influence",
+    arXiv 2412.09538.
 
     Args:
-        rank: coordinates per parameter, at most; storage is steps x slots x rank x parameters.
-        fisher: "true" draws labels from the model, "empirical" takes the samples' own gradients, as
-            the paper does.
-        drawn: share of a step's samples whose labels are drawn, with fisher="true"; below 1, they
-            have a pass of their own, which makes capturing beside a training cheap, and costs
-            little of the fidelity down to a quarter.
-        projection: "orthonormal" (exact where the rank is a parameter's size), "gaussian", or
-            "mask", which picks rows and columns, so that what Adam divides by stays exact.
+        rank: Coordinates per parameter, at most. Storage is steps x slots x rank x parameters.
+        fisher: "true" samples labels from the model; "empirical" takes the samples' own gradients,
+            as the paper does.
+        drawn: With fisher="true", the share of a step's samples whose labels are sampled. Below 1
+            those samples have a pass of their own, which makes capturing during training cheap;
+            down to a quarter it costs little fidelity.
+        projection: "orthonormal" (exact where the rank equals a parameter's size), "gaussian", or
+            "mask", which picks rows and columns, so that Adam's division stays exact.
         follow: "optimizer" takes momentum, Adam's division, weight decay and clipping into account;
-            "rate" pretends that every step was plain gradient descent.
-        layers: "apart", or "together" with one matrix of all coordinates, which only small models
+            "rate" treats every step as plain gradient descent.
+        layers: "apart", or "together" with one matrix for all coordinates, which only small models
             can afford.
-        damping: 1 makes every step implicit, so that no eigenvalue (rate times curvature) explodes,
-            however large; 0.5 does as much with less shrinking of the middling ones; 0 leaves the
-            recursion as published.
-        segments: cuts the training into so many stretches; the states at their ends can then be
-            observed, too.
-        seed: of the projection and of the drawn labels.
+        damping: 1 = implicit (backward Euler) steps, stable for any curvature; 0.5 is also stable
+            and shrinks moderate eigenvalues less; 0 = as published, unstable where learning rate
+            times curvature exceeds 2.
+        segments: Number of equal stretches that the training is cut into; the states at their ends
+            can be observed as well.
+        seed: Of the projection and of the sampled labels.
 
     Raises:
-        BadSetting: names the setting, and what it may be.
+        BadSetting: An argument has an invalid value; the message names it and what is expected.
     """
 
     rank: int = 256
@@ -84,17 +90,24 @@ class DataValueEmbedding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse settings that are none.
+        """Refuse invalid arguments.
 
         Raises:
-            BadSetting: names the setting, and what it may be.
+            BadSetting: An argument has an invalid value; the message names it.
         """
-        choices = (("fisher", Fisher), ("projection", Kind), ("follow", Follow), ("layers", Layers))
-        for name, kind in choices:
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise BadSetting(name, value, " or ".join(map(repr, get_args(kind))))
+        choices = {
+            "fisher": get_args(Fisher),
+            "projection": get_args(Kind),
+            "follow": get_args(Follow),
+            "layers": get_args(Layers),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise BadSetting(name, value, " or ".join(map(repr, allowed)))
         for name, least in (("rank", 1), ("segments", 1), ("damping", 0)):
-            if (value := getattr(self, name)) < least:
+            value = getattr(self, name)
+            if value < least:
                 raise BadSetting(name, value, f"a number, at least {least}")
         if not 0 < self.drawn <= 1:
             raise BadSetting("drawn", self.drawn, "a number above 0, at most 1")
@@ -102,17 +115,17 @@ class DataValueEmbedding:
     def embed(
         self, run: Run, *, observed_at: ObservedAt = "end", out: str | Path | None = None
     ) -> Embeddings:
-        """Make the vectors: one pass forward over the training, one recursion back.
+        """Make the vectors: one pass forward over the training, then one recursion back.
 
         Args:
-            run: the recorded training.
-            observed_at: the states that the vectors shall lead to, beside the end and those of
+            run: A recorded run.
+            observed_at: States that the vectors shall lead to, beside the end and those of
                 `segments`.
-            out: folder of the result. An unfinished embedding with the same settings there is gone
-                on with. None keeps the result in memory.
+            out: Folder of the result. Unfinished embeddings with the same settings there are
+                resumed. None keeps the result in memory.
 
         Raises:
-            NoDraw: the task does not say how labels are drawn from the model.
+            NoDraw: The task does not say how labels are sampled from the model.
         """
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
@@ -124,21 +137,21 @@ class DataValueEmbedding:
     def gather(
         self, run: Run, *, part: tuple[int, int], out: str | Path, observed_at: ObservedAt = "end"
     ) -> None:
-        """Do a part of the pass over the training, while other processes do the others in the same folder.
+        """Do a part of the pass over the training; other processes do the other parts.
 
-        The pass is most of the work, and its parts need nothing of one another: each begins at a
-        kept state. When all are done, `embed` with the same settings goes back over what they
-        found, to the same bits as alone.
+        The pass is most of the work, and its parts are independent: each begins at a kept state.
+        When all are done, `embed` with the same settings does the recursion over what they found;
+        the result is bit-identical to that of a single process.
 
         Args:
-            run: the recorded training.
-            part: (i, n): of n parts, the i-th, from 0.
-            out: folder of the result.
-            observed_at: as `embed` will be given it.
+            run: A recorded run.
+            part: (i, n): the i-th of n parts, from 0.
+            out: Folder of the result, the same for all parts.
+            observed_at: As `embed` will be given it.
 
         Raises:
-            BadSetting: a part that is none.
-            NoDraw: the task does not say how labels are drawn from the model.
+            BadSetting: There is no such part.
+            NoDraw: The task does not say how labels are sampled from the model.
         """
         if not 0 <= part[0] < part[1]:
             raise BadSetting("part", part, "(i, n): of n parts, the i-th, from 0")
@@ -150,43 +163,47 @@ class DataValueEmbedding:
     def _begin(
         self, run: Run, observed_at: ObservedAt, out: str | Path | None
     ) -> tuple[Gathering, EmbeddingStore]:
-        """What is gathered, and where; what was begun is gone on with.
+        """What is gathered, and the store that it goes to, which may hold a part already.
 
         Raises:
-            NoDraw: the task does not say how labels are drawn from the model.
+            NoDraw: The task does not say how labels are sampled from the model.
         """
-        what = self._what(run.task, run.manifest)
-        cuts = {-(-run.steps * part // self.segments) for part in range(1, self.segments + 1)}
+        what = self._features(run.task, run.manifest)
+        ends = {-(-run.steps * part // self.segments) for part in range(1, self.segments + 1)}
+        layout = what.projection.layout
         about = About(
             run=run.id,
             steps=run.steps,
             slots=max(len(step.samples) for step in run.log),
             samples=run.samples,
-            observed_at=tuple(sorted({*observed_states(run, observed_at), *cuts})),
-            layout={
-                name: (place.start, place.stop) for name, place in what.projection.layout.items()
-            },
+            observed_at=tuple(sorted({*observed_states(run, observed_at), *ends})),
+            layout={name: (place.start, place.stop) for name, place in layout.items()},
             blocks=blocks_of(what.projection, dense=self.layers == "together"),
             dtype=precision(run),
             settings=self._settings,
         )
         path = None if out is None else Path(out)
         store = EmbeddingStore.begin(path, about, what.sizes(about.slots), sample=slots(run))
-        return Gathering(run, what, KeptRows(run, self._of_rows)), store
+        return Gathering(run, what, KeptRows(run, self._settings_of_rows)), store
 
-    def _what(self, task: Task, manifest: Manifest) -> StepFeatures:
+    def _features(self, task: Task, manifest: Manifest) -> StepFeatures:
         """What is gathered at a step.
 
         Raises:
-            NoDraw: the task does not say how labels are drawn from the model.
+            NoDraw: The task does not say how labels are sampled from the model.
         """
         if self.fisher == "true" and task.draw is None:
             raise NoDraw
-        small = projection_for(task, manifest, kind=self.projection, rank=self.rank, seed=self.seed)
-        draws = Drawn(task, self.drawn, self.seed)
-        shapes = {name: layout.shape for name, layout in manifest.params.items()}
         return StepFeatures(
-            task, manifest.optimizer, shapes, small, self.fisher, self.follow, draws
+            task=task,
+            optimizer=manifest.optimizer,
+            shapes={name: layout.shape for name, layout in manifest.params.items()},
+            projection=projection_for(
+                task, manifest, kind=self.projection, rank=self.rank, seed=self.seed
+            ),
+            fisher=self.fisher,
+            follow=self.follow,
+            draws=Drawn(task, self.drawn, self.seed),
         )
 
     def beside(
@@ -198,21 +215,22 @@ class DataValueEmbedding:
         keep: Callable[[str, bytes], None],
         now: Now,
     ) -> LiveCapture:
-        """Capture a training while it runs: `Recorder(..., capture=DataValueEmbedding(...))` calls this.
+        """Capture a training while it runs: `Recorder(..., capture=DataValueEmbedding(...))`.
+
+        Experimental.
 
         Args:
-            task: of the training, with the live model.
-            manifest: of its recording.
-            trained: the live parameters that the optimizer holds.
-            keep: adds a file to the recording.
-            now: the update and the state as they are.
+            task: Of the training, with the live model.
+            manifest: Of its recording.
+            trained: The live parameters that the optimizer holds.
+            keep: Adds a file to the recording.
+            now: Returns the update and the state as they are.
 
         Raises:
-            NoDraw: the task does not say how labels are drawn from the model.
+            NoDraw: The task does not say how labels are sampled from the model.
         """
-        return LiveCapture(
-            self._what(task, manifest), trained, RowsWriter(keep, self._of_rows), now=now
-        )
+        writer = RowsWriter(keep, self._settings_of_rows)
+        return LiveCapture(self._features(task, manifest), trained, writer, now=now)
 
     def attribute(
         self,
@@ -222,39 +240,42 @@ class DataValueEmbedding:
         observed_at: ObservedAt = "end",
         out: str | Path | None = None,
     ) -> Influence:
-        """Embed in memory, and ask: for a single question.
+        """Embed in memory and attribute, for a single set of queries.
 
         Sign: what the query gains when the sample is removed; for a loss, positive is helpful,
-        negative harmful.
+        negative harmful. The unit is that of the queries.
 
         Args:
-            run: the recorded training.
-            queries: what is asked.
-            observed_at: the states that the queries read: "end", "epochs", a number, or several.
-            out: folder of the result. An unfinished attribution of the same question there is
-                resumed, to the same bits. None keeps the result in memory.
+            run: A recorded run.
+            queries: What is asked.
+            observed_at: The states that the queries read: "end", "epochs", a number, or several.
+            out: Folder of the result. An unfinished attribution of the same question there is
+                resumed and gives bit-identical results. None keeps the result in memory.
         """
-        return self.embed(run, observed_at=observed_at).attribute(
-            queries, observed_at=observed_at, out=out
-        )
+        embeddings = self.embed(run, observed_at=observed_at)
+        return embeddings.attribute(queries, observed_at=observed_at, out=out)
 
     @property
     def _settings(self) -> dict[str, object]:
-        return self._of_rows | {"layers": self.layers, "damping": self.damping}
+        return self._settings_of_rows | {"layers": self.layers, "damping": self.damping}
 
     @property
-    def _of_rows(self) -> dict[str, object]:
+    def _settings_of_rows(self) -> dict[str, object]:
         """The settings that the pass over the training depends on."""
         return {
-            name: getattr(self, name)
-            for name in ("rank", "fisher", "drawn", "projection", "follow", "seed")
+            "rank": self.rank,
+            "fisher": self.fisher,
+            "drawn": self.drawn,
+            "projection": self.projection,
+            "follow": self.follow,
+            "seed": self.seed,
         }
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Recursion:
-    """The way back over what a pass over the training has gathered."""
+    """The recursion back over what the pass over the training has gathered."""
 
     store: EmbeddingStore
     device: torch.device
@@ -262,72 +283,91 @@ class _Recursion:
 
     def fill(self) -> None:
         """Write the embeddings from the last shard to the first, and note that all is there."""
-        about, ends = self.store.about, self.store.about.observed_at
-        transports: list[Propagator] = []
-        for first, stop in tqdm(
+        about = self.store.about
+        ends = about.observed_at
+        names = self.store.captured_names
+        propagators: list[Propagator] = []
+        shards = tqdm(
             about.shards[::-1], desc="going back", unit="shard", disable=None, leave=False
-        ):
-            names = self.store.captured_names
-            block = {
+        )
+        for first, stop in shards:
+            arrays = {
                 name: self._tensor(self.store.read(f"captured/{name}", first, stop))
                 for name in names
             }
-            found = np.zeros((stop - first, *about.shape[1:]), about.dtype)
+            embeddings = np.zeros((stop - first, *about.shape[1:]), about.dtype)
             for step in range(stop - 1, first - 1, -1):
                 if step + 1 in ends:
-                    transports = self._transports()
+                    # Each stretch has a recursion of its own, from the identity on.
+                    propagators = self._identities()
                 place = step - first
-                of_step = {name: tensor[place] for name, tensor in block.items()}
-                found[place] = self._back(of_step, transports, step=step).cpu().numpy()
-                if len(ends) > 1 and step in (0, *ends):
-                    self._keep(
-                        transports, next(number for number, end in enumerate(ends) if end > step)
-                    )
-            self.store.write("embedding", found, first)
+                of_step = {name: tensor[place] for name, tensor in arrays.items()}
+                rows = self._embed_step(of_step, propagators, step=step)
+                embeddings[place] = rows.cpu().numpy()
+                starts_stretch = step == 0 or step in ends
+                if len(ends) > 1 and starts_stretch:
+                    stretch = next(number for number, end in enumerate(ends) if end > step)
+                    self._keep(propagators, stretch)
+            self.store.write("embedding", embeddings, first)
         self.store.finish()
 
-    def _back(
-        self, of_step: dict[str, Tensor], transports: list[Propagator], *, step: int
+    def _embed_step(
+        self, of_step: dict[str, Tensor], propagators: list[Propagator], *, step: int
     ) -> Tensor:
         blocks = self.store.about.blocks
         visits = [visits_of(of_step, slice(start, stop)) for start, stop in blocks.values()]
+        parts = []
         with fast_products():
-            parts = [
-                back_over(one, transport, weights=weight, step=step, block=block)
-                for block, one, transport, weight in zip(
-                    blocks, visits, transports, weights(visits, self.damping), strict=True
+            weights = curvature_weights(visits, self.damping)
+            for number, block in enumerate(blocks):
+                part = embed_step(
+                    visits[number],
+                    propagators[number],
+                    weights=weights[number],
+                    step=step,
+                    block=block,
                 )
-            ]
-        return torch.cat(parts, 1)
+                parts.append(part)
+        return torch.cat(parts, dim=1)
 
-    def _transports(self) -> list[Propagator]:
+    def _identities(self) -> list[Propagator]:
         like = self._tensor(np.zeros(0, self.store.about.dtype))
-        return [
-            Propagator(like.new_zeros(stop - start))
-            for start, stop in self.store.about.blocks.values()
-        ]
+        blocks = self.store.about.blocks.values()
+        return [Propagator(like.new_zeros(stop - start)) for start, stop in blocks]
 
-    def _keep(self, transports: list[Propagator], stretch: int) -> None:
-        for number, transport in enumerate(transports):
-            self.store.write(f"transport/{number}", transport.matrix()[None].cpu().numpy(), stretch)
+    def _keep(self, propagators: list[Propagator], stretch: int) -> None:
+        for number, propagator in enumerate(propagators):
+            matrix = propagator.matrix()[None].cpu().numpy()
+            self.store.write(f"transport/{number}", matrix, stretch)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
 
 def visits_of(of_step: dict[str, Tensor], place: slice) -> Visits:
-    """What a step says about some coordinates."""
-    cut = {
-        name: tensor[..., place] for name, tensor in of_step.items() if not name.endswith("share")
-    }
-    fisher, rate = cut["fisher"], cut["rate"]
-    moved = cut["moved"] if "moved" in cut else cut.get("gradient", fisher) * rate
-    drawn = (
-        cut["fisher_moved"]
-        if "fisher_moved" in cut
-        else fisher * rate
-        if "gradient" in cut
-        else moved
-    )
+    """What a step says about some coordinates; arrays that were not gathered follow from others."""
     share = of_step["share"]
-    return Visits(share, moved, of_step.get("fisher_share", share), fisher, drawn, cut["decay"])
+    fisher = of_step["fisher"][..., place]
+    rate = of_step["rate"][..., place]
+    decay = of_step["decay"][..., place]
+    if "moved" in of_step:
+        moved = of_step["moved"][..., place]
+    elif "gradient" in of_step:
+        moved = of_step["gradient"][..., place] * rate
+    else:
+        # The empirical Fisher matrix consists of the samples' own gradients.
+        moved = fisher * rate
+    if "fisher_moved" in of_step:
+        fisher_moved = of_step["fisher_moved"][..., place]
+    elif "gradient" in of_step:
+        fisher_moved = fisher * rate
+    else:
+        fisher_moved = moved
+    return Visits(
+        share=share,
+        moved=moved,
+        fisher_share=of_step.get("fisher_share", share),
+        fisher=fisher,
+        fisher_moved=fisher_moved,
+        decay=decay,
+    )

@@ -1,6 +1,6 @@
-"""The pass over a training that gathers what the recursion of Data Value Embedding needs, shard by shard.
+"""The pass over a training that gathers what the recursion needs, shard by shard.
 
-What was captured while it trained is taken from there; every other step is replayed once.
+Steps that were captured during the training are read; every other step is replayed once.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from backtrail.accel.onednn import fast_products
@@ -21,6 +20,8 @@ from backtrail.step.state import State
 from backtrail.step.step import Transition
 from backtrail.tree import Tree, add
 
+GradientAndBuffers = tuple[Tree, Tree]
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,9 @@ class Gathering:
     """A pass over a training.
 
     Attributes:
-        run: the training.
-        what: is gathered of a step.
-        kept: what was captured while it trained.
+        run: The training.
+        what: What is gathered at a step.
+        kept: What was captured during the training.
     """
 
     run: Run
@@ -38,24 +39,34 @@ class Gathering:
     kept: KeptRows
 
     def fill(self, store: EmbeddingStore, part: tuple[int, int] = (0, 1)) -> None:
-        """Walk over the shards that are not done, and write them: of n equal stretches of shards, the i-th."""
-        (number, of), count = part, len(store.about.shards)
-        ours = range(count * number // of, count * (number + 1) // of)
-        spans = {shard: store.about.shards[shard] for shard in store.missing if shard in ours}
-        total, walk = sum(stop - first for first, stop in spans.values()), Walk(self.run, self.what)
+        """Write the shards that are missing.
+
+        Args:
+            store: Where they are written.
+            part: (i, n): only the shards in the i-th of n equal stretches, from 0.
+        """
+        number, parts = part
+        count = len(store.about.shards)
+        own_shards = range(count * number // parts, count * (number + 1) // parts)
+        missing = [shard for shard in store.missing if shard in own_shards]
+        steps = [range(*store.about.shards[shard]) for shard in missing]
+        walk = Walk(self.run, self.what)
+        total = sum(map(len, steps))
         with tqdm(total=total, desc="embedding", unit="step", disable=None, leave=False) as bar:
-            for shard, (first, stop) in spans.items():
-                self._fill_shard(store, range(first, stop), walk, bar=bar)
+            for shard, steps_of_shard in zip(missing, steps, strict=True):
+                self._fill_shard(store, steps_of_shard, walk, bar=bar)
+                # Only now is the shard whole: a killed pass resumes with it.
                 store.mark_captured(shard)
 
     def _fill_shard(
         self, store: EmbeddingStore, steps: range, walk: "Walk", *, bar: "tqdm[Any]"
     ) -> None:
-        sizes = self.what.sizes(store.about.slots)
-        blocks = {
-            name: np.zeros((len(steps), *size), store.about.dtype) for name, size in sizes.items()
-        }
-        losses = np.full((len(steps), store.about.slots), np.nan)
+        dtype = store.about.dtype
+        slots = store.about.slots
+        blocks = {}
+        for name, size in self.what.sizes(slots).items():
+            blocks[name] = np.zeros((len(steps), *size), dtype)
+        losses = np.full((len(steps), slots), np.nan)
         for place, step in enumerate(steps):
             arrays = self.kept.step(step) or walk.step(step)
             losses[place, : len(arrays["loss"])] = arrays["loss"].cpu().numpy()
@@ -69,90 +80,107 @@ class Gathering:
 
 @final
 class Walk:
-    """The training again, a step at a time; the next one goes on where the last one ended."""
+    """Replays the training step by step; a step continues from where the last one ended."""
 
     def __init__(self, run: Run, what: StepFeatures) -> None:
-        self._run, self._what = run, what
-        self._there: tuple[int, State] | None = None
+        self._run = run
+        self._what = what
+        # The number and the state that the last step ended with.
+        self._reached: tuple[int, State] | None = None
 
     def step(self, index: int) -> Arrays:
-        """What is wanted of a step, and its losses `[slot]`."""
-        state = self._there[1] if self._there and self._there[0] == index else self.before(index)
+        """The arrays of a step, and its losses `[slot]`."""
+        if self._reached is not None and self._reached[0] == index:
+            state = self._reached[1]
+        else:
+            state = self.before(index)
         transition = self._run.transition(index)
         with fast_products():
-            arrays, left = self._step(transition, state)
-        self._there = index + 1, self._after(transition, state, left)
+            arrays, gradient_and_buffers = self._features(transition, state)
+        self._reached = index + 1, self._after(transition, state, gradient_and_buffers)
         return arrays
 
     def before(self, step: int) -> State:
-        """The state before a step, reached as this pass reaches it: so going on gives the same bits."""
+        """The state before a step, bit-identical to the one that `step` continues from."""
         first = max(kept for kept in self._run.kept if kept <= step)
         state = self._run.state(first)
         for index in range(first, step):
             transition = self._run.transition(index)
             with fast_products():
-                left = self._gradient(transition, state)
-            state = self._after(transition, state, left)
+                gradient_and_buffers = self._gradient(transition, state)
+            state = self._after(transition, state, gradient_and_buffers)
         return state
 
-    def _after(self, transition: Transition, state: State, left: tuple[Tree, Tree]) -> State:
-        """The state behind a step, given its gradient and buffers; where none is needed, any."""
+    def _after(
+        self, transition: Transition, state: State, gradient_and_buffers: GradientAndBuffers
+    ) -> State:
+        """The state after a step: the kept one where there is one."""
         index = transition.step.index + 1
         if index == self._run.steps:
+            # Nothing comes after it, so that its value does not matter.
             return state
         if index in self._run.kept:
             return self._run.state(index)
-        return transition.moved(state, transition.clipped(left[0]), left[1])
+        gradient, buffers = gradient_and_buffers
+        return transition.moved(state, transition.clipped(gradient), buffers)
 
-    def _apart(self, transition: Transition) -> bool:
-        """Whether the step's gradient is needed before any rows, or in another precision."""
-        return bool(transition.step.autocast) or (
-            len(transition.batches) > 1 and not self._what.plain
-        )
+    def _gradient_comes_first(self, transition: Transition) -> bool:
+        """Whether the step's whole gradient is needed before any rows, or in another precision."""
+        if transition.step.autocast:
+            return True
+        return len(transition.batches) > 1 and not self._what.plain
 
-    def _gradient(self, transition: Transition, state: State) -> tuple[Tree, Tree]:
-        """A step's gradient before clipping, to the bit as `_step` finds it, and the buffers that it leaves."""
-        if self._apart(transition):
-            return transition.raw_gradient(state)[:2]
-        total, buffers = dict[str, Tensor](), state.buffers
+    def _gradient(self, transition: Transition, state: State) -> GradientAndBuffers:
+        """The gradient before clipping, and the buffers after it, as `_features` finds them."""
+        if self._gradient_comes_first(transition):
+            gradient, buffers, _ = transition.raw_gradient(state)
+            return gradient, buffers
+        total: Tree = {}
+        buffers = state.buffers
         for micro_batch in transition.micro_batches():
-            seen = watched(micro_batch, state.params, buffers)
-            total, buffers = add(total, seen.gradient), seen.buffers
+            traced = watched(micro_batch, state.params, buffers)
+            total = add(total, traced.gradient)
+            buffers = traced.buffers
         return total, buffers
 
-    def _step(self, transition: Transition, state: State) -> tuple[Arrays, tuple[Tree, Tree]]:
+    def _features(self, transition: Transition, state: State) -> tuple[Arrays, GradientAndBuffers]:
         """A step's arrays with its losses, and what `_gradient` finds."""
-        what, micro_batches, buffers, update = (
-            self._what,
-            transition.micro_batches(),
-            state.buffers,
-            transition.update,
-        )
-        total, response, apart = dict[str, Tensor](), None, self._apart(transition)
-        if apart:
+        what = self._what
+        update = transition.update
+        micro_batches = transition.micro_batches()
+        gradient_comes_first = self._gradient_comes_first(transition)
+        total: Tree = {}
+        after = state.buffers
+        response = None
+        if gradient_comes_first:
             total, after = self._gradient(transition, state)
             response = what.response(update, state, total)
-        rows, losses = [], []
+        rows = []
+        losses = []
+        buffers = state.buffers
         for micro_batch in micro_batches:
-            seen = watched(micro_batch, state.params, buffers)
-            if not apart:
-                total, after = add(total, seen.gradient), seen.buffers
-                response = None if what.plain else what.response(update, state, total)
-            drawn = what.drawn(transition.step.index, micro_batch.index)
-            scaled = (
-                None
-                if what.plain or response is None
-                else what.projection.sides | what.scaled(response.rate)
-            )
-            asked = what.asked(drawn, scaled)
-            rows.append(dict(zip(asked, seen.rows(list(asked.values())), strict=True)))
+            traced = watched(micro_batch, state.params, buffers)
+            if not gradient_comes_first:
+                total = add(total, traced.gradient)
+                after = traced.buffers
+                if not what.plain:
+                    response = what.response(update, state, total)
+            scaled = None
+            if not what.plain and response is not None:
+                scaled = what.projection.sides | what.scaled(response.rate)
+            sampled_loss = what.sampled_loss(transition.step.index, micro_batch.index)
+            requested = what.requested(sampled_loss, scaled)
+            found = traced.rows(list(requested.values()))
+            arrays = dict(zip(requested, found, strict=True))
             if what.partly and micro_batch.contributes:
-                rows[-1] |= what.some_drawn(
-                    micro_batch, state.params, buffers, scaled=scaled, seen=seen
+                arrays |= what.rows_of_chosen(
+                    micro_batch, state.params, buffers, scaled=scaled, seen=traced
                 )
-            losses.append(seen.losses)
-            buffers = seen.buffers
-        response = response or what.response(update, state, total)
-        return what.arrays(rows, micro_batches, total=total, response=response) | {
-            "loss": torch.cat(losses)
-        }, (total, after)
+            rows.append(arrays)
+            losses.append(traced.losses)
+            buffers = traced.buffers
+        if response is None:
+            response = what.response(update, state, total)
+        arrays = what.arrays(rows, micro_batches, total=total, response=response)
+        arrays["loss"] = torch.cat(losses)
+        return arrays, (total, after)

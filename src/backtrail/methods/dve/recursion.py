@@ -1,13 +1,16 @@
-r"""The backward recursion of Data Value Embedding (Wang et al., arXiv 2412.09538), for one block of coordinates.
+r"""The backward recursion of Data Value Embedding (arXiv 2412.09538), for one block of coordinates.
 
-A change of the state before step t becomes, at the end, the change times
+A change of the state before step t becomes, at the end of the training, the change times
 
 .. math:: P_t = \prod_{k \ge t} \Big(\mathrm{diag}(\rho_k) - \hat X_k^\top W_k\, \hat G_k\Big),
 
-later steps on the left: :math:`\rho` is what weight decay leaves, the rows of :math:`\hat G` are
-the gradients that the curvature is made of, those of :math:`\hat X` what the update makes of them.
-Kept is the lost part L of :math:`P = \mathrm{diag}(s) - L`, as rows while they are few, then as a
-matrix; 1 - L would round it away.
+later steps on the left. :math:`\rho` is what weight decay leaves of a coordinate, the rows of
+:math:`\hat G` are the gradients that the curvature consists of, and the rows of :math:`\hat X` are
+what the update makes of them.
+
+Stored is the subtracted part L of :math:`P = \mathrm{diag}(s) - L`, as factors of low rank while
+there are few rows, then as a matrix. Storing P itself would lose L to rounding, since 1 - L is
+close to 1.
 """
 
 import math
@@ -21,7 +24,8 @@ from torch import Tensor
 
 from backtrail.errors import EmbeddingGrew
 
-GROWTH = 1e4  # beyond it float32 keeps fewer than three digits of what cancels
+# Growth of a row beyond which float32 keeps fewer than three digits of what later cancels.
+LARGEST_GROWTH = 1e4
 
 
 @final
@@ -30,12 +34,12 @@ class Visits:
     """What one step says about a block of coordinates.
 
     Attributes:
-        share: the factor c of every slot.
-        moved: what the update makes of every slot's gradient.
-        fisher_share: the factor of every row that the curvature is made of.
-        fisher: the gradients that the curvature is made of.
-        fisher_moved: what the update makes of those.
-        decay: what the step leaves of every coordinate where gradients are zero.
+        share: Factor c of every slot in the step's loss.
+        moved: What the update makes of every slot's gradient.
+        fisher_share: Factor of every row of the curvature.
+        fisher: The gradients that the curvature consists of.
+        fisher_moved: What the update makes of those.
+        decay: What the step leaves of every coordinate where gradients are zero.
     """
 
     share: Float[Tensor, " slot"]
@@ -48,32 +52,35 @@ class Visits:
 
 @final
 class Propagator:
-    """P: what a change of some coordinates after a step becomes at the end. It starts as the identity.
+    """The matrix P: what a change of some coordinates after a step becomes at the end.
 
-    >>> there = Propagator(torch.zeros(2))
-    >>> there.step_back(
-    ...     there(torch.tensor([[0.5, 0.0]])), torch.tensor([[1.0, 1.0]]), torch.ones(2)
-    ... )
-    >>> there.matrix()
+    It begins as the identity, after the last step.
+
+    >>> propagator = Propagator(torch.zeros(2))
+    >>> left = propagator(torch.tensor([[0.5, 0.0]]))
+    >>> propagator.step_back(left, torch.tensor([[1.0, 1.0]]), torch.ones(2))
+    >>> propagator.matrix()
     tensor([[ 0.5000, -0.5000],
             [ 0.0000,  1.0000]])
     """
 
     def __init__(self, like: Float[Tensor, " rank"]) -> None:
+        # P = diag(scale) - left^T right, or diag(scale) - subtracted once that is smaller.
         self._scale = torch.ones_like(like)
-        self._left = self._right = like.new_zeros(0, len(like))
-        self._lost: Tensor | None = None
+        self._left = like.new_zeros(0, len(like))
+        self._right = like.new_zeros(0, len(like))
+        self._subtracted: Tensor | None = None
 
     def __call__(self, rows: Float[Tensor, "row rank"]) -> Float[Tensor, "row rank"]:
         """P applied to every row."""
-        if self._lost is not None:
-            return rows * self._scale - rows @ self._lost.T
+        if self._subtracted is not None:
+            return rows * self._scale - rows @ self._subtracted.T
         return rows * self._scale - (rows @ self._right.T) @ self._left
 
-    def back(self, rows: Float[Tensor, "row rank"]) -> Float[Tensor, "row rank"]:
-        """The transpose of P applied to every row: from derivatives at the end to those after the step."""
-        if self._lost is not None:
-            return rows * self._scale - rows @ self._lost
+    def transposed(self, rows: Float[Tensor, "row rank"]) -> Float[Tensor, "row rank"]:
+        """The transpose of P applied to every row: derivatives at the end become earlier ones."""
+        if self._subtracted is not None:
+            return rows * self._scale - rows @ self._subtracted
         return rows * self._scale - (rows @ self._left.T) @ self._right
 
     def step_back(
@@ -82,78 +89,99 @@ class Propagator:
         fisher: Float[Tensor, "row rank"],
         decay: Float[Tensor, " rank"],
     ) -> None:
-        """Go back over a step: P becomes P diag(decay) - leftᵀ fisher, where P was applied to the left rows already."""
+        """Include one earlier step: P becomes P diag(decay) - left^T fisher.
+
+        Args:
+            left: Rows to which P was applied already.
+            fisher: The gradients that the step's curvature consists of.
+            decay: What the step leaves of every coordinate.
+        """
         self._scale = self._scale * decay
-        if self._lost is None and len(self._left) + len(left) < len(decay):
+        rank = len(decay)
+        if self._subtracted is None and len(self._left) + len(left) < rank:
             self._left = torch.cat([self._left, left])
             self._right = torch.cat([self._right * decay, fisher])
             return
-        lost = self._left.T @ self._right if self._lost is None else self._lost
-        self._lost = (lost * decay).addmm_(left.T, fisher)
-        self._left = self._right = left[:0]
+        if self._subtracted is None:
+            self._subtracted = self._left.T @ self._right
+            self._left = left[:0]
+            self._right = left[:0]
+        self._subtracted = (self._subtracted * decay).addmm_(left.T, fisher)
 
     def matrix(self) -> Float[Tensor, "rank rank"]:
-        """P itself."""
-        return self(torch.eye(len(self._scale)).to(self._scale)).T
+        """P as a matrix."""
+        identity = torch.eye(len(self._scale)).to(self._scale)
+        return self(identity).T
 
 
-def back_over(
+def embed_step(
     visits: Visits,
-    transport: Propagator,
+    propagator: Propagator,
     *,
     weights: Float[Tensor, "row row"],
     step: int,
     block: str,
 ) -> Float[Tensor, "slot rank"]:
-    r"""What every slot of a step moved the end by, and P taken back over the step.
+    r"""The embeddings of a step's slots; afterwards the propagator includes the step.
 
     .. math:: E_t = c\, X_t P_{t+1}^\top
 
     Args:
-        visits: the step.
-        transport: P behind it.
-        weights: of the step's curvature in the block, see `weights`.
-        step: its number, for an error.
-        block: name of the coordinates, for an error.
+        visits: The step.
+        propagator: P behind the step; it is changed in place.
+        weights: Of the step's curvature in the block, see `curvature_weights`.
+        step: Its number, for an error.
+        block: Name of the coordinates, for an error.
 
     Raises:
-        EmbeddingGrew: rows grew beyond all measure, or are not finite.
+        EmbeddingGrew: Rows grew beyond `LARGEST_GROWTH`, or are not finite.
     """
-    slots, same = len(visits.share), visits.fisher_moved is visits.moved
-    carried = transport(visits.moved if same else torch.cat([visits.moved, visits.fisher_moved]))
-    found, drawn = carried[:slots], carried[-len(visits.fisher) :]
-    growth = _growth(found, visits.moved)
-    if not growth <= GROWTH:
+    slots = len(visits.share)
+    # With the empirical Fisher matrix both sets of rows are the same tensor: P is applied once.
+    if visits.fisher_moved is visits.moved:
+        rows = visits.moved
+    else:
+        rows = torch.cat([visits.moved, visits.fisher_moved])
+    at_end = propagator(rows)
+    moved_at_end = at_end[:slots]
+    fisher_at_end = at_end[-len(visits.fisher) :]
+    growth = _growth(moved_at_end, visits.moved)
+    # Written so that NaN is refused, too.
+    if not growth <= LARGEST_GROWTH:
         raise EmbeddingGrew(step, block, growth)
-    transport.step_back(weights.T @ drawn, visits.fisher, visits.decay)
-    return visits.share[:, None] * found
+    propagator.step_back(weights.T @ fisher_at_end, visits.fisher, visits.decay)
+    return visits.share[:, None] * moved_at_end
 
 
-def weights(blocks: Sequence[Visits], damping: float) -> Float[Tensor, "block row row"]:
-    r"""The matrices W of a step's curvature :math:`\hat X^\top W \hat G`, damped, of all its blocks at once.
+def curvature_weights(blocks: Sequence[Visits], damping: float) -> Float[Tensor, "block row row"]:
+    r"""The matrices W of a step's damped curvature :math:`\hat X^\top W \hat G`, of all its blocks.
 
     .. math:: W = C (1 + \kappa\, \hat G \hat X^\top C)^{-1}
 
-    An eigenvalue λ of the step (rate times curvature) then takes :math:`\lambda / (1 + \kappa
-    \lambda)` away instead of λ: nothing is damped at κ = 0, no step overshoots its minimum's mirror
-    image from κ = 1/2 on, and κ = 1 is an implicit step.
+    An eigenvalue λ of the step (learning rate times curvature) then subtracts
+    :math:`\lambda / (1 + \kappa \lambda)` instead of λ. With κ = 0 nothing is damped; from
+    κ = 1/2 on no step overshoots by more than its distance from the minimum; κ = 1 is an implicit
+    (backward Euler) step.
+
+    Args:
+        blocks: What the step says about each block of coordinates.
+        damping: κ.
     """
-    share = torch.diag(blocks[0].fisher_share).expand(len(blocks), -1, -1)
+    fisher_share = blocks[0].fisher_share
+    undamped = torch.diag(fisher_share).expand(len(blocks), -1, -1)
     if not damping:
-        return share
-    inner = (
-        damping
-        * torch.stack([one.fisher @ one.fisher_moved.T for one in blocks])
-        * blocks[0].fisher_share
-    )
-    inner.diagonal(dim1=1, dim2=2).add_(1)
-    found: Tensor = torch.linalg.solve(inner, share, left=False)
-    return found
+        return undamped
+    products = torch.stack([block.fisher @ block.fisher_moved.T for block in blocks])
+    system = damping * products * fisher_share
+    system.diagonal(dim1=1, dim2=2).add_(1)
+    weights: Tensor = torch.linalg.solve(system, undamped, left=False)
+    return weights
 
 
 def _growth(after: Tensor, before: Tensor) -> float:
-    """The largest factor by which a row grew; NaN where one is not a number."""
+    """Largest factor by which the length of a row grew; NaN where a row is not finite."""
     if not len(after):
         return 0.0
-    starts = before.square().sum(1).clamp_min(torch.finfo(before.dtype).tiny)
-    return math.sqrt(float((after.square().sum(1) / starts).max()))
+    smallest = torch.finfo(before.dtype).tiny
+    before_squared = before.square().sum(1).clamp_min(smallest)
+    return math.sqrt(float((after.square().sum(1) / before_squared).max()))

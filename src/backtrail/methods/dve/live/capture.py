@@ -1,13 +1,12 @@
-"""Captures what an embedding needs of a training while it trains, from the loop's own forward and backward passes.
+"""Captures per-sample gradient sketches from the training loop's own forward and backward passes.
 
-The model's calls are watched (`watching.py`), and the cotangents of what parameters helped to
-compute are taken from the loop's backward pass as they come by. Nothing is computed twice; labels
-drawn from the model cost a backward pass to the activations, or a pass of their own where only some
-samples' are drawn.
+The model's calls are traced (`persample/trace.py`), and cotangents are taken from the loop's
+backward pass as they arrive. Nothing is computed twice. Labels sampled from the model cost a
+backward pass to the activations, or a pass of their own where only some samples' are sampled.
 
-What was seen proves itself whenever the model uses its parameters in another way, and at steps 0,
-1, 4, 16, ...: with random weights of the samples, their rows must add up to the gradient that a
-replay finds with those weights.
+The rows are checked whenever the model uses its parameters in another way, and at steps 0, 1, 4,
+16, ...: with random weights of the samples, they must add up to the gradient that a replay finds
+with those weights.
 """
 
 import logging
@@ -40,7 +39,14 @@ log = logging.getLogger(__name__)
 
 @final
 class LiveCapture:
-    """Listens to the model of a training, and writes down what every step leaves."""
+    """Records what every step of a training leaves, from hooks on its model.
+
+    Args:
+        what: What is gathered of a step.
+        trained: The live parameters that the optimizer holds.
+        writer: Where the arrays go.
+        now: Returns the update and the state as they are.
+    """
 
     def __init__(
         self,
@@ -50,148 +56,167 @@ class LiveCapture:
         *,
         now: Now,
     ) -> None:
-        self._what, self._trained, self._writer = what, trained, writer
-        self._now: BatchHooks | None = None
-        self._raw: Tree = {}  # gradients before clipping
-        self._scaled: dict[str, KroneckerSketch] = {}  # reductions of the coming step
-        self._proof: tuple[Tensor, Tree] | None = (
-            None  # rows of a step's own gradients, and its gradient
-        )
-        self._proven: dict[
-            Hashable, int
-        ] = {}  # ways of using parameters, and the step that first met them
-        self._early = None if what.plain or what.task.clip is not None else Early(what, now)
+        self._what = what
+        self._trained = trained
+        self._writer = writer
+        # The batch whose passes are recorded now.
+        self._current: BatchHooks | None = None
+        # Gradients before clipping.
+        self._raw: Tree = {}
+        # Reductions of gradients as the coming step's update moves them.
+        self._scaled: dict[str, KroneckerSketch] = {}
+        # Rows of a step's own gradients and its gradient, until they are checked.
+        self._proof: tuple[Tensor, Tree] | None = None
+        # Ways of using parameters, and the step that first used them so.
+        self._proven: dict[Hashable, int] = {}
+        uses_early_rates = not what.plain and what.task.clip is None
+        self._early = Early(what, now) if uses_early_rates else None
         self._held = ExitStack()
-        self._held.enter_context(
-            keep_heap()
-        )  # what waits for a step comes and goes with every step
+        # What waits for a step is allocated and freed at every step.
+        self._held.enter_context(keep_heap())
         self._held.enter_context(installed())
-        what.task.binding  # noqa: B018 - the skeleton is copied before there are hooks that it would copy
-        self._hooks = self._listening(what.task.model)
-        self._noted = dict[str, RemovableHandle]()
+        # The skeleton is copied before there are hooks that would be copied with it.
+        what.task.binding  # noqa: B018
+        self._hooks = self._register(what.task.model)
+        self._gradient_hooks: dict[str, RemovableHandle] = {}
 
     def listen(self, batch: Batch, step: int, micro_batch: int) -> BatchHooks:
-        """Hear the passes on the batch that is about to be fed."""
-        leaves: Tree = {
+        """Record the passes over the batch that is about to be fed."""
+        trained = {
             name: parameter for name, parameter in self._trained.items() if parameter.requires_grad
         }
         if self._what.task.clip is not None or self._early is not None:
-            self._noted |= {
-                n: self._note_gradient(n, p) for n, p in leaves.items() if n not in self._noted
-            }
-        proves = partial(self._proves, step)
-        self._now = BatchHooks(
-            self._what, batch, leaves, drawn=self._what.drawn(step, micro_batch), proves=proves
+            for name, parameter in trained.items():
+                if name not in self._gradient_hooks:
+                    self._gradient_hooks[name] = self._note_gradient(name, parameter)
+        self._current = BatchHooks(
+            self._what,
+            batch,
+            dict(trained),
+            sampled_loss=self._what.sampled_loss(step, micro_batch),
+            proves=partial(self._proves, step),
         )
-        return self._now
+        return self._current
 
     def stepped(
         self, transition: Transition, state: State, heard: Sequence[BatchHooks], *, consumed: Tree
     ) -> bool:
-        """Write down what a step leaves that is about to be made, and let go of what was heard.
-
-        Returns whether that is to be proven.
+        """Write down a step that the optimizer is about to make, and release its passes.
 
         Args:
-            transition: the step.
-            state: the state before it.
-            heard: by micro-batch.
-            consumed: the gradient that the optimizer is given.
+            transition: The step.
+            state: The state before it.
+            heard: What was recorded, by micro-batch.
+            consumed: The gradient that the optimizer is given.
+
+        Returns:
+            Whether the step is to be checked by `prove`.
 
         Raises:
-            NotCaptured: the passes were not seen.
+            NotCaptured: The passes were not seen.
         """
         gradient = {name: self._raw.get(name, tensor) for name, tensor in consumed.items()}
-        response = self._answer(transition, state, gradient, heard=heard)
+        response = self._response(transition, state, gradient, hooks=heard)
         self._proof = None
         if response is not None:
             rows = self._rows(transition.micro_batches(), state, heard)
             self._write(transition, rows, gradient, response=response)
         self._scaled = {}
-        for one in heard:
-            one.forget()
+        for hooks in heard:
+            hooks.forget()
         return self._proof is not None
 
     def prove(self, transition: Transition, state: State, *, tolerance: float) -> None:
-        """Compare what the step left with a replay; what came since the last such proof goes, if it does not agree.
+        """Check the rows of a step against a replay of it.
+
+        If they disagree, everything since the last check is taken back.
 
         Raises:
-            NotCaptured: the rows do not add up to the gradient.
+            NotCaptured: The rows do not add up to the gradient.
         """
         assert self._proof is not None
-        (rows, gradient), self._proof = self._proof, None
-        step, micro_batches = transition.step.index, transition.micro_batches()
-        random = weights(sum(transition.sizes), step)
-        found = transition.raw_gradient(state, weights=random)[0]
-        parts = zip(micro_batches, torch.split(random, list(transition.sizes)), strict=True)
-        # Beyond the gradient of the step itself, which may have a penalty's in it.
-        omega = torch.cat(
-            [
-                micro_batch.share.to(rows) * (part.to(rows) - 1)
-                for micro_batch, part in parts
-                if micro_batch.contributes
-            ]
-        )
-        truth = Weighted(omega, {name: found[name] - gradient[name] for name in found}, tolerance)
-        layout = self._what.projection.layout
-        unlike = truth.unlike(
-            {name: rows[:, place] for name, place in layout.items()}, self._what.projection.sides
-        )
+        rows, gradient = self._proof
+        self._proof = None
+        step = transition.step.index
+        sizes = list(transition.sizes)
+        random = weights(sum(sizes), step)
+        replayed, _, _ = transition.raw_gradient(state, weights=random)
+        # The rows, weighted by omega - 1, must add up to the difference of the two gradients, in
+        # which the gradient of a penalty cancels.
+        parts = []
+        for micro_batch, part in zip(
+            transition.micro_batches(), torch.split(random, sizes), strict=True
+        ):
+            if micro_batch.contributes:
+                parts.append(micro_batch.share.to(rows) * (part.to(rows) - 1))
+        expected = {name: replayed[name] - gradient[name] for name in replayed}
+        truth = Weighted(torch.cat(parts), expected, tolerance)
+        projection = self._what.projection
+        by_parameter = {name: rows[:, place] for name, place in projection.layout.items()}
+        unlike = truth.unlike(by_parameter, projection.sides)
         if unlike:
-            self._writer.distrust()
-            raise NotCaptured(
-                step, f"they do not add up to the gradient of {join_items(sorted(unlike), most=3)}"
-            )
-        self._writer.proven()
+            self._writer.take_back()
+            names = join_items(sorted(unlike), most=3)
+            raise NotCaptured(step, f"they do not add up to the gradient of {names}")
+        self._writer.verified()
 
     def finish(self) -> None:
-        """Stop listening, and write what waits."""
-        for hook in (*self._hooks, *self._noted.values()):
+        """Remove the hooks, and write what waits."""
+        for hook in (*self._hooks, *self._gradient_hooks.values()):
             hook.remove()
         self._held.close()
-        self._now = None
+        self._current = None
         self._writer.flush()
 
     def _rows(
         self, micro_batches: Sequence[MicroBatch], state: State, heard: Sequence[BatchHooks]
     ) -> list[Arrays]:
-        """By micro-batch, of what was heard and, where that is not all, of chosen samples."""
-        what, found = self._what, list[Arrays]()
+        """Rows by micro-batch, from the recorded passes and, if partly, of the chosen samples."""
+        what = self._what
         scaled = None if what.plain else what.projection.sides | self._scaled
-        for micro_batch, one in zip(micro_batches, heard, strict=True):
-            if micro_batch.contributes:
-                rows = one.rows(micro_batch)
-                one.forget()  # before there is another graph
+        rows = []
+        for micro_batch, hooks in zip(micro_batches, heard, strict=True):
+            if not micro_batch.contributes:
+                continue
+            arrays = hooks.rows(micro_batch)
+            # Released before there is another graph.
+            hooks.forget()
+            if what.partly:
                 with fast_products():
-                    more = (
-                        what.some_drawn(micro_batch, state.params, state.buffers, scaled=scaled)
-                        if what.partly
-                        else {}
+                    arrays |= what.rows_of_chosen(
+                        micro_batch, state.params, state.buffers, scaled=scaled
                     )
-                found.append(rows | more)
-        return found
+            rows.append(arrays)
+        return rows
 
     def _write(
         self, transition: Transition, rows: list[Arrays], gradient: Tree, *, response: Lasting
     ) -> None:
-        losses = torch.cat([one.pop(LOSS) for one in rows])
-        if all(PROOF in one for one in rows):
-            self._proof = torch.cat([one[PROOF] for one in rows]), gradient
-        kept = [{name: array for name, array in one.items() if name != PROOF} for one in rows]
-        arrays = self._what.arrays(
-            kept, transition.micro_batches(), total=gradient, response=response
+        losses = torch.cat([arrays.pop(LOSS) for arrays in rows])
+        if all(PROOF in arrays for arrays in rows):
+            self._proof = torch.cat([arrays[PROOF] for arrays in rows]), gradient
+        for arrays in rows:
+            arrays.pop(PROOF, None)
+        kept = self._what.arrays(
+            rows, transition.micro_batches(), total=gradient, response=response
         )
-        self._writer.add(transition.step.index, arrays | {LOSS: losses})
+        kept[LOSS] = losses
+        self._writer.add(transition.step.index, kept)
 
-    def _answer(
-        self, transition: Transition, state: State, gradient: Tree, *, heard: Sequence[BatchHooks]
+    def _response(
+        self, transition: Transition, state: State, gradient: Tree, *, hooks: Sequence[BatchHooks]
     ) -> Lasting | None:
-        """What the update makes of the gradient, with all rows settled; None where some were settled too early."""
-        what, early = self._what, self._early
-        known = Lasting({}, {}) if early is None else early.taken(transition.update, gradient)
+        """What the update makes of the gradient, with all rows settled.
+
+        None where rows were settled too early, with rates that turned out wrong.
+        """
+        what = self._what
+        known: Lasting | None = Lasting({}, {})
+        if self._early is not None:
+            known = self._early.taken(transition.update, gradient)
         if known is None:
             log.info(
-                "step %d is replayed later: its gradient changed after it was there",
+                "Step %d will be replayed: its gradient changed after the backward pass.",
                 transition.step.index,
             )
             self._early = None
@@ -203,54 +228,62 @@ class LiveCapture:
         response = what.response(transition.update, state, rest)
         if not what.plain:
             scaled = self._note_scaled(response.rate)
-            for one in heard:
+            for one in hooks:
                 one.settle(scaled)
         return known | response
 
     def _note_scaled(self, rate: Tree) -> dict[str, KroneckerSketch]:
-        found = self._what.scaled(rate)
-        self._scaled |= found
-        return found
+        scaled = self._what.scaled(rate)
+        self._scaled |= scaled
+        return scaled
 
     def _proves(self, step: int, kinds: Hashable) -> bool:
-        """Whether a pass of this kind is to prove itself."""
-        return self._proven.setdefault(kinds, step) == step or due(step)
+        """Whether a pass that used parameters in these ways is to be checked."""
+        first_step = self._proven.setdefault(kinds, step)
+        return first_step == step or due(step)
 
-    def _listening(self, model: nn.Module) -> list[RemovableHandle]:
-        depth = [0]
+    def _register(self, model: nn.Module) -> list[RemovableHandle]:
+        # A model may call itself; only the outermost call is the loop's.
+        depth = 0
 
         def enter(module: nn.Module, args: object) -> None:
+            nonlocal depth
             del args
-            if module is not model or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return  # a copy of the model, say
-            depth[0] += 1
-            if depth[0] == 1 and self._now is not None:
-                self._now.enter()
+            # Hooks are copied with a model, and a copy's calls are not the training's.
+            is_other = module is not model
+            if is_other or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return
+            depth += 1
+            if depth == 1 and self._current is not None:
+                self._current.enter()
 
         def leave(module: nn.Module, args: object, output: Any) -> None:
+            nonlocal depth
             del args
-            if module is not model or not depth[0]:
+            if module is not model or not depth:
                 return
-            depth[0] -= 1
-            if not depth[0] and self._now is not None:
-                self._now.leave(output)
+            depth -= 1
+            if not depth and self._current is not None:
+                self._current.leave(output)
 
         return [
             model.register_forward_pre_hook(enter),
+            # Also after a call that failed, which must not leave the tracer entered.
             model.register_forward_hook(leave, always_call=True),
         ]
 
     def _note_gradient(self, name: str, parameter: Tensor) -> RemovableHandle:
         def note(updated: Tensor) -> None:
-            gradient, now = updated.grad, self._now
+            gradient = updated.grad
             assert gradient is not None
             if self._what.task.clip is not None:
+                # The loop clips in place, so that a copy is needed.
                 self._raw[name] = gradient.detach().clone()
-            elif self._early is not None and now is not None:
-                rate = self._early.arrived(name, gradient, waiting=now.fresh)
+            elif self._early is not None and self._current is not None:
+                rate = self._early.arrived(name, gradient, waiting=self._current.fresh)
                 if rate:
-                    now.settle(self._note_scaled(rate))
-                    now.fresh = 0
+                    self._current.settle(self._note_scaled(rate))
+                    self._current.fresh = 0
 
-        found: RemovableHandle = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-        return found
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+        return handle

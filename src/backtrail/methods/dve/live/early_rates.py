@@ -1,7 +1,8 @@
-"""What the update makes of gradients, asked as soon as they are there: what waits for it need not wait for the step.
+"""What the update will make of gradients, computed as soon as they arrive in the backward pass.
 
-It is a guess that the gradient and the settings stay as they are until the step. Where they do not
-(gradients are accumulated, or a schedule acts in between), that shows at the step.
+Cotangents that wait for these rates can then be reduced before the step. It is a guess that
+gradients and settings stay as they are until the step. Where they change (accumulation, or a
+schedule that acts in between), that is noticed at the step.
 """
 
 from collections.abc import Callable
@@ -16,57 +17,73 @@ from backtrail.step.state import State
 from backtrail.step.update import Update
 from backtrail.tree import Tree
 
-ENTRIES, BYTES = 2**18, 2**23  # of gradients, or of what waits for them, that are worth a call
+# Rates are computed when so many entries of gradients, or bytes of cotangents, wait for them.
+WAITING_ENTRIES = 2**18
+WAITING_BYTES = 2**23
 Now = Callable[[], tuple[Update, State]]
 
 
 @final
 @dataclass(slots=True)
 class Early:
-    """The answers for a coming step.
+    """The response of the update to the gradients of the coming step.
 
     Args:
-        what: is wanted of it.
-        now: the update and the state as they are.
+        what: What is gathered of a step.
+        now: Returns the update and the state as they are.
     """
 
     what: StepFeatures
     now: Now
-    _ready: Tree = field(default_factory=dict)  # gradients without an answer
-    _versions: dict[str, tuple[Tensor, int]] = field(
-        default_factory=dict
-    )  # of all that arrived, when they did
+    # Gradients without a response so far.
+    _ready: Tree = field(default_factory=dict)
+    # Every gradient that arrived, with its version counter at that time.
+    _versions: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     _update: Update | None = None
-    _answer: Lasting = field(default_factory=lambda: Lasting({}, {}))
+    _response: Lasting = field(default_factory=lambda: Lasting({}, {}))
     _wrong: bool = False
 
     def arrived(self, name: str, gradient: Tensor, *, waiting: int) -> Tree:
-        """Take note of a parameter's gradient; now and then, how far the update moves the last ones, `Lasting.rate`.
+        """Note a parameter's gradient; return `Lasting.rate` of the last ones, if many wait.
 
         Args:
-            name: of the parameter.
-            gradient: of the loss.
-            waiting: bytes that wait.
+            name: Of the parameter.
+            gradient: Of the loss by it.
+            waiting: Bytes of cotangents that wait for rates.
         """
-        self._wrong = self._wrong or name in self._versions
+        # A second gradient of one parameter: it accumulates, so that the first guess was wrong.
+        if name in self._versions:
+            self._wrong = True
         self._versions[name] = gradient, gradient._version
         self._ready[name] = gradient
         entries = sum(tensor.numel() for tensor in self._ready.values())
-        if self._wrong or (entries < ENTRIES and waiting < BYTES):
+        is_early = entries < WAITING_ENTRIES and waiting < WAITING_BYTES
+        if self._wrong or is_early:
             return {}
         update, state = self.now()
         self._wrong = self._update not in (None, update)
-        ready, self._ready, self._update = self._ready, {}, update
+        self._update = update
+        ready = self._ready
+        self._ready = {}
         response = self.what.response(update, state, ready)
-        self._answer = self._answer | response
+        self._response = self._response | response
         return response.rate
 
     def taken(self, update: Update, gradient: Tree) -> Lasting | None:
-        """The answers so far, at the step; None where the guess was wrong. The next step starts anew."""
-        response, right = self._answer, not self._wrong and self._update in (None, update)
-        right = right and all(
-            gradient.get(n) is g and g._version == seen for n, (g, seen) in self._versions.items()
-        )
-        self._ready, self._versions, self._update, self._wrong = {}, {}, None, False
-        self._answer = Lasting({}, {})
-        return response if right else None
+        """Take the response so far, at the step; None where the guess was wrong.
+
+        Args:
+            update: Of the step.
+            gradient: Of the step, before clipping.
+        """
+        is_right = not self._wrong and self._update in (None, update)
+        for name, (tensor, version) in self._versions.items():
+            if gradient.get(name) is not tensor or tensor._version != version:
+                is_right = False
+        response = self._response
+        self._ready = {}
+        self._versions = {}
+        self._update = None
+        self._wrong = False
+        self._response = Lasting({}, {})
+        return response if is_right else None

@@ -1,6 +1,6 @@
-"""Rows that were captured while a training ran: files of its recording, each of a stretch of steps.
+"""Rows that were captured during training: files of the recording, each for a stretch of steps.
 
-rows/00000000.safetensors    what the steps from 0 on left, with the settings that they were captured with
+rows/00000000.safetensors    arrays of the steps from 0 on, and the settings they depend on
 """
 
 import json
@@ -18,99 +18,115 @@ from backtrail.run.run import Run
 
 log = logging.getLogger(__name__)
 Settings = Mapping[str, object]
-BYTES, STEPS = 4 * 2**20, 100  # after which a stretch is written
-TOLD = "settings"
+# A file is written after so many bytes or steps.
+FILE_BYTES = 4 * 2**20
+FILE_STEPS = 100
+# Name of the tensor that holds the settings as JSON.
+SETTINGS = "settings"
 
 
 @final
 class RowsWriter:
-    """Writes stretches of steps.
+    """Writes the arrays of steps, several steps to a file.
 
     Args:
-        keep: adds a file to the recording.
-        settings: that the rows depend on.
+        keep: Adds a file to the recording.
+        settings: What the arrays depend on.
     """
 
     def __init__(self, keep: Callable[[str, bytes], None], settings: Settings) -> None:
         self._keep = keep
-        self._told = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8)
+        encoded = bytearray(json.dumps(settings).encode())
+        self._settings = torch.frombuffer(encoded, dtype=torch.uint8)
         self._waiting: dict[int, Arrays] = {}
-        self._bytes = 0
-        self._unproven: list[str] = []  # files since the last proof
+        self._waiting_bytes = 0
+        # Files since the arrays were last compared with a replay.
+        self._unverified: list[str] = []
 
     def add(self, step: int, arrays: Arrays) -> None:
-        """Add what a step left."""
+        """Add the arrays of a step."""
         self._waiting[step] = {name: tensor.cpu().contiguous() for name, tensor in arrays.items()}
-        self._bytes += sum(tensor.nbytes for tensor in arrays.values())
-        if self._bytes >= BYTES or len(self._waiting) >= STEPS:
+        self._waiting_bytes += sum(tensor.nbytes for tensor in arrays.values())
+        if self._waiting_bytes >= FILE_BYTES or len(self._waiting) >= FILE_STEPS:
             self.flush()
 
     def flush(self) -> None:
         """Write what waits."""
         if self._waiting:
-            found = {
-                f"{step}:{name}": rows
-                for step, arrays in self._waiting.items()
-                for name, rows in arrays.items()
-            }
-            self._unproven.append(f"rows/{min(self._waiting):08d}.safetensors")
-            self._keep(self._unproven[-1], save(found | {TOLD: self._told}))
-        self._waiting, self._bytes = {}, 0
+            tensors = {SETTINGS: self._settings}
+            for step, arrays in self._waiting.items():
+                for name, rows in arrays.items():
+                    tensors[f"{step}:{name}"] = rows
+            file = f"rows/{min(self._waiting):08d}.safetensors"
+            self._unverified.append(file)
+            self._keep(file, save(tensors))
+        self._discard()
 
-    def proven(self) -> None:
-        """What was added so far is right."""
-        self._unproven.clear()
+    def verified(self) -> None:
+        """Note that everything added so far agrees with a replay."""
+        self._unverified.clear()
 
-    def distrust(self) -> None:
-        """Take back what was added since it was last known to be right."""
-        self._waiting, self._bytes = {}, 0
-        for name in self._unproven:
-            self._keep(name, save({TOLD: self._told}))
+    def take_back(self) -> None:
+        """Take back everything that was added since the last call of `verified`."""
+        self._discard()
+        for file in self._unverified:
+            # An empty file: its steps are replayed.
+            self._keep(file, save({SETTINGS: self._settings}))
+
+    def _discard(self) -> None:
+        self._waiting = {}
+        self._waiting_bytes = 0
 
 
 @final
 class KeptRows:
-    """Reads them back, one file at a time.
+    """Reads captured arrays back, one file at a time.
 
     Args:
-        run: the recording.
-        settings: that the rows must have been captured with; others count as none.
+        run: The recording.
+        settings: What the arrays must depend on; those with other settings are not used.
     """
 
     def __init__(self, run: Run, settings: Settings) -> None:
-        self._run, self._settings = run, settings
+        self._run = run
+        self._settings = settings
         self._names = sorted(name for name in run.manifest.files if name.startswith("rows/"))
-        self._firsts = [int(name.partition("/")[2].partition(".")[0]) for name in self._names]
+        self._first_steps = [_first_step(name) for name in self._names]
+        # The file that was read last, and the arrays in it by step.
         self._loaded: tuple[str, dict[int, Arrays]] = "", {}
 
     def step(self, step: int) -> Arrays | None:
-        """What was captured at a step, with its losses; None where nothing was.
+        """The arrays of a step with its losses; None where nothing was captured.
 
         Raises:
-            DamagedFile: a file is missing, or its content changed.
+            DamagedFile: A file is missing, or its content changed.
         """
-        place = bisect_right(self._firsts, step) - 1
+        place = bisect_right(self._first_steps, step) - 1
         if place < 0:
             return None
-        if self._loaded[0] != self._names[place]:
-            self._loaded = self._names[place], self._read(self._names[place])
+        name = self._names[place]
+        if self._loaded[0] != name:
+            self._loaded = name, self._read(name)
         return self._loaded[1].get(step)
 
     def _read(self, name: str) -> dict[int, Arrays]:
         tensors = load(read_checked(self._run.path, name, self._run.manifest.files[name]))
-        told = json.loads(bytes(tensors.pop(TOLD).numpy()))
-        if told != self._settings:
-            differing = (
-                f"{key}={told[key]!r}" for key in told if told[key] != self._settings.get(key)
-            )
-            log.warning(
-                "%s was captured with %s: those steps are replayed instead",
-                name,
-                ", ".join(differing),
-            )
+        captured_with = json.loads(bytes(tensors.pop(SETTINGS).numpy()))
+        if captured_with != self._settings:
+            differing = [
+                f"{key}={value!r}"
+                for key, value in captured_with.items()
+                if value != self._settings.get(key)
+            ]
+            settings = ", ".join(differing)
+            log.warning("%s was captured with %s: its steps are replayed.", name, settings)
             return {}
-        found: dict[int, Arrays] = {}
+        by_step: dict[int, Arrays] = {}
         for key, tensor in tensors.items():
             step, _, array = key.partition(":")
-            found.setdefault(int(step), {})[array] = tensor
-        return found
+            by_step.setdefault(int(step), {})[array] = tensor
+        return by_step
+
+
+def _first_step(name: str) -> int:
+    return int(name.removeprefix("rows/").removesuffix(".safetensors"))

@@ -1,4 +1,8 @@
-"""What was heard of a loop's own passes on one batch: uses of parameters, and what they make of cotangents."""
+"""What is recorded of a loop's own passes over one batch.
+
+That is which operations used parameters in the forward pass, and the cotangents of their outputs in
+the backward pass.
+"""
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -18,27 +22,28 @@ from backtrail.step.step import MicroBatch
 from backtrail.task.task import Batch, size_of
 from backtrail.tree import Tree
 
-PROOF, LOSS = "proof", "loss"  # beside the arrays
+# Names of the rows that a pass is checked with, and of its losses, beside the arrays.
+PROOF = "proof"
+LOSS = "loss"
 
 
 @final
 class BatchHooks:
-    """Listens to the calls of a model on one batch, and to the backward pass that follows.
+    """Records a model's calls on one batch, and the backward pass that follows.
 
-    Cotangents become rows as soon as their reductions are known: when they come by, where the
-    update is one number per coordinate, or else when `settle` is told.
+    Cotangents become rows as soon as their reductions are known: at once, where the update is one
+    number per coordinate, or else when `settle` is called.
 
     Args:
-        what: is wanted of a step.
-        batch: that is fed.
-        leaves: the live parameters.
-        drawn: the loss with drawn labels, where it is wanted.
-        proves: whether a pass that used its parameters in these ways is to prove itself.
+        what: What is gathered of a step.
+        batch: The batch.
+        leaves: The live parameters.
+        sampled_loss: The loss with sampled labels, where the curvature consists of those.
+        proves: Whether a pass that used its parameters in these ways is to be checked.
 
     Attributes:
-        fresh: bytes of the cotangents that came by; whoever settles may set it back.
-        proving: whether the pass is to prove itself; its rows then have the task's own gradients,
-            too.
+        fresh: Bytes of the cotangents that arrived; whoever settles them may set it back.
+        proving: Whether the pass is to be checked; its rows then include the task's own gradients.
     """
 
     def __init__(
@@ -47,84 +52,99 @@ class BatchHooks:
         batch: Batch,
         leaves: Tree,
         *,
-        drawn: Loss | None,
+        sampled_loss: Loss | None,
         proves: Callable[[Hashable], bool],
     ) -> None:
-        self.batch, self.fresh, self.proving = batch, 0, False
-        self._what, self._proves = what, proves
-        self._watching = OpTracer(leaves, size_of(batch), batch, aside=True)
-        self._given: list[Any] = []
+        self.batch = batch
+        self.fresh = 0
+        self.proving = False
+        self._what = what
+        self._proves = proves
+        self._tracer = OpTracer(leaves, size_of(batch), batch, aside=True)
+        # What the model returned, call by call.
+        self._outputs: list[Any] = []
         self._losses: Tensor | None = None
-        self._drawn = drawn
+        self._sampled_loss = sampled_loss
         self._gathered = Gathered([])
-        self._by_edge: list[list[int]] = []  # numbers of uses
-        self._kept: dict[int, dict[Loss | None, Tensor]] = {}  # condensed cotangents, by use
+        # Numbers of the uses whose cotangents arrive at each edge of the graph.
+        self._by_edge: list[list[int]] = []
+        # Condensed cotangents that wait for their reductions, by number of the use.
+        self._kept: dict[int, dict[Loss | None, Tensor]] = {}
 
     def enter(self) -> None:
         """The model is about to be called."""
-        self._watching.__enter__()  # type: ignore[no-untyped-call]
+        self._tracer.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, output: Any) -> None:
-        """The model was called; once `predict` would have all it asks for, its outputs are those of the batch."""
-        self._watching.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if self._losses is not None or output is None:
-            return  # there are outputs already, or the call failed
-        self._given.append(output)
-        outputs = self._predicted()
-        if outputs is not None:
-            self._begin(outputs)
+        """The model returned; its outputs are known once `predict` needs no more calls."""
+        self._tracer.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        has_outputs = self._losses is not None
+        call_failed = output is None
+        if has_outputs or call_failed:
+            return
+        self._outputs.append(output)
+        predicted = self._predicted()
+        if predicted is not None:
+            self._begin(predicted)
 
     def settle(self, scaled: Reductions) -> None:
-        """Make rows for these parameters of what was kept, now that it is known how the update moves them."""
-        asked = self._asked(scaled)
+        """Make rows of the kept cotangents of some parameters.
+
+        Args:
+            scaled: Their reductions, now that it is known how the update moves them.
+        """
+        requested = self._requested(scaled)
         with self._reducing():
-            for number, use in enumerate(self._watching.uses):
+            for number, use in enumerate(self._tracer.uses):
                 if use.name in scaled and number in self._kept:
-                    self._add(number, self._kept.pop(number), asked)
+                    self._add(number, self._kept.pop(number), requested)
 
     def rows(self, micro_batch: MicroBatch) -> Arrays:
-        """The arrays of a micro-batch's rows (the proof's, too), and its losses `[slot]`, once all is settled.
+        """The rows of a micro-batch (those of the check, too) and its losses, once all is settled.
 
         Raises:
-            NotCaptured: the model's call was not seen.
+            NotCaptured: The model's call was not seen.
         """
         if self._losses is None:
-            raise NotCaptured(
-                micro_batch.transition.step.index, "the model's call on its batch was not seen"
-            )
-        parts = zip(
-            self._asked({}), self._gathered.parts(micro_batch.share.to(self._losses)), strict=True
-        )
-        small = self._what.projection.sides
-        return {name: row_of(part, small, like=self._losses) for name, part in parts} | {
-            LOSS: self._losses
-        }
+            step = micro_batch.transition.step.index
+            raise NotCaptured(step, "the model's call on its batch was not seen")
+        sides = self._what.projection.sides
+        parts = self._gathered.parts(micro_batch.share.to(self._losses))
+        arrays = {}
+        for name, part in zip(self._requested({}), parts, strict=True):
+            arrays[name] = row_of(part, sides, like=self._losses)
+        arrays[LOSS] = self._losses
+        return arrays
 
     def forget(self) -> None:
-        """Let go of the passes: what they kept is as large as a training step."""
-        self._watching.uses.clear()
+        """Release the passes: what they keep is as large as a training step."""
+        self._tracer.uses.clear()
         self._kept.clear()
-        self._given, self._by_edge = [], []
+        self._outputs = []
+        self._by_edge = []
 
-    def _asked(self, scaled: Reductions) -> dict[str, Asked]:
+    def _requested(self, scaled: Reductions) -> dict[str, Asked]:
         what = self._what
-        asked = what.asked(self._drawn, None if what.plain else scaled)
-        return asked | {PROOF: (None, what.projection.sides)} if self.proving else asked
+        requested = what.requested(self._sampled_loss, None if what.plain else scaled)
+        if self.proving:
+            requested[PROOF] = (None, what.projection.sides)
+        return requested
 
     def _predicted(self) -> Any:
-        """What the task's `predict` makes of what the model returned; None while it asks for more calls."""
+        """What `predict` makes of the model's outputs; None while it asks for more calls."""
         task = self._what.task
         devices = [task.device] if task.device.type == "cuda" else []
+        stand_in = cast("nn.Module", _RecordedModel(task.model, iter(self._outputs)))
         with torch.random.fork_rng(devices):
             try:
-                stand_in = cast("nn.Module", _Answering(task.model, iter(self._given)))
                 return task.predict(stand_in, self.batch)
-            except _Unanswered:
+            except _NoMoreOutputs:
                 return None
 
     def _begin(self, outputs: Any) -> None:
-        """The uses are known: listen to the backward pass, after those of our own."""
-        task, uses = self._what.task, self._watching.uses
+        """All uses are known: register for the backward pass, after our own ones."""
+        task = self._what.task
+        uses = self._tracer.uses
         self.proving = self._proves(tuple(use.kind for use in uses))
         with torch.no_grad():
             self._losses = task.losses_of(outputs, self.batch)
@@ -132,26 +152,29 @@ class BatchHooks:
         for number, use in enumerate(uses):
             by_edge.setdefault(use.edge, []).append(number)
         self._by_edge = list(by_edge.values())
-        self._gathered = Gathered([loss for loss, _ in self._asked({}).values()])
-        if self._drawn is not None:
+        self._gathered = Gathered([loss for loss, _ in self._requested({}).values()])
+        if self._sampled_loss is not None:
             with torch.autocast(task.device.type, enabled=False), fast_products():
-                found = grads(self._drawn(outputs, self.batch).sum(), list(by_edge))
-            for place in range(len(found)):
-                self._arrived(self._drawn, place, found[place])
-                found[place] = None  # some of it has become smaller
+                total = self._sampled_loss(outputs, self.batch).sum()
+                cotangents = grads(total, list(by_edge))
+            for place in range(len(cotangents)):
+                self._arrived(self._sampled_loss, place, cotangents[place])
+                # It was condensed, so that its memory can be freed.
+                cotangents[place] = None
         for place, edge in enumerate(by_edge):
             edge.node.register_prehook(_receiver(weakref.ref(self), place, edge.output_nr))
 
     def _arrived(self, loss: Loss | None, place: int, cotangent: Tensor | None) -> None:
+        """A cotangent arrived at an edge, in a backward pass of this loss (None: the task's)."""
         if cotangent is None or not self._by_edge:
             return
         if loss is None:
             self.fresh += cotangent.nbytes
         for number in self._by_edge[place]:
-            condensed = self._watching.uses[number].condensed(cotangent.detach())
+            condensed = self._tracer.uses[number].condensed(cotangent.detach())
             if self._what.plain:
                 with self._reducing():
-                    self._add(number, {loss: condensed}, self._asked({}))
+                    self._add(number, {loss: condensed}, self._requested({}))
             else:
                 kept = self._kept.setdefault(number, {})
                 kept[loss] = kept[loss] + condensed if loss in kept else condensed
@@ -163,47 +186,51 @@ class BatchHooks:
             yield
 
     def _add(
-        self, number: int, condensed: dict[Loss | None, Tensor], asked: dict[str, Asked]
+        self, number: int, condensed: dict[Loss | None, Tensor], requested: dict[str, Asked]
     ) -> None:
-        use = self._watching.uses[number]
-        self._gathered.add(
-            use, condensed, [reductions[use.name] for _, reductions in asked.values()]
-        )
+        use = self._tracer.uses[number]
+        sides = [reductions[use.name] for _, reductions in requested.values()]
+        self._gathered.add(use, condensed, sides)
 
 
 def _receiver(
-    heard: "weakref.ref[BatchHooks]", place: int, output: int
+    hooks: "weakref.ref[BatchHooks]", place: int, output: int
 ) -> Callable[[Sequence[Tensor | None]], None]:
-    """A hook. It must not hold what holds the graph: no garbage collector looks into that."""
+    """A hook for a node of the graph.
+
+    It holds a weak reference: a cycle through the graph would never be collected, since the garbage
+    collector does not look into the graph.
+    """
 
     def receive(cotangents: Sequence[Tensor | None]) -> None:
-        listening = heard()
-        if listening is not None:
-            listening._arrived(None, place, cotangents[output])
+        alive = hooks()
+        if alive is not None:
+            alive._arrived(None, place, cotangents[output])
 
     return receive
 
 
-class _Unanswered(Exception):  # noqa: N818 - no error of anyone's
-    """The model was asked more often than it was called."""
+class _NoMoreOutputs(Exception):  # noqa: N818 - it is control flow, not an error
+    """The model was called more often than outputs were recorded."""
 
 
-class _Answering:
-    """Stands for the model: it returns what that returned when the loop called it."""
+class _RecordedModel:
+    """Model stand-in that returns recorded outputs, call by call."""
 
-    def __init__(self, model: nn.Module, given: Iterator[Any]) -> None:
-        self._model, self._given = model, given
+    def __init__(self, model: nn.Module, outputs: Iterator[Any]) -> None:
+        self._model = model
+        self._outputs = outputs
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         del args, kwargs
-        for output in self._given:
+        for output in self._outputs:
             return output
-        raise _Unanswered
+        raise _NoMoreOutputs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """For those who ask whether it is an instance of the model's class."""
+        """The model's class, for code that asks `isinstance`."""
         return type(self._model)
