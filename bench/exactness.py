@@ -12,8 +12,8 @@ import numpy as np
 
 import backtrail
 from tests.cases import CASES, Case, record, rows
-from tests.methods.dit.test_exact import asked, read
 from tests.oracles.nudge import nudge_every_weight
+from tests.standard_queries import standard_losses, standard_queries
 
 
 def error_of(case: Case) -> float:
@@ -22,8 +22,8 @@ def error_of(case: Case) -> float:
     model, data = case.built(), rows()
     record(case, model, data, folder)
     run = backtrail.open_run(folder, case.task(model, data))
-    found = backtrail.DIT().attribute(run, asked()).values()
-    truth = nudge_every_weight(case, read, [run.steps])
+    found = backtrail.DIT().attribute(run, standard_queries()).values()
+    truth = nudge_every_weight(case, standard_losses, [run.steps])
     return float((np.abs(found - truth).max(axis=(2, 3)) / np.abs(truth).max(axis=(2, 3))).max())
 
 

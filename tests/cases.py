@@ -70,6 +70,11 @@ def normed() -> nn.Module:
     )
 
 
+def with_dropout() -> nn.Module:
+    """Two layers with dropout between, whose mask a replay draws again."""
+    return nn.Sequential(nn.Linear(FEATURES, 5), nn.GELU(), nn.Dropout(0.4), nn.Linear(5, CLASSES))
+
+
 def frozen() -> nn.Module:
     """The first layer does not learn."""
     model = mlp()
@@ -203,6 +208,7 @@ CASES = [
         skipped={0: [5, 7, 8], 2: [0, 1, 4, 6]},
     ),
 ]
+CASES_BY_NAME = {case.name: case for case in CASES}
 
 
 def train(

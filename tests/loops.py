@@ -159,6 +159,23 @@ def recorded(
     return run
 
 
+def autocast_training(
+    loop: Loop, *, outside: bool = False, full: tuple[int, ...] = ()
+) -> Callable[[Callable[[Any], Any]], None]:
+    """The plain loop under autocast, but for some batches; or with the loss outside of it."""
+
+    def train(watch: Callable[[Any], Any]) -> None:
+        for _ in range(3):
+            for number, batch in enumerate(loop.noted(watch(loop.loader()))):
+                with torch.autocast("cpu", torch.bfloat16, enabled=number not in full):
+                    outputs = loop.model(batch[0])
+                    loss = cross_entropy(outputs, batch[1])
+                backward(cross_entropy(outputs, batch[1]) if outside else loss)
+                loop.step()
+
+    return train
+
+
 def watching(recorder: backtrail.Recorder | None) -> Callable[[Any], Any]:
     """The recorder's `watch`, or nothing in its place."""
     return (lambda loader: loader) if recorder is None else recorder.watch

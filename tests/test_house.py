@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "backtrail"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = [*MODULES, *sorted((ROOT / "tests").rglob("*.py"))]
+BENCHMARKS = sorted((ROOT / "bench").rglob("*.py"))
 
 # Who may import whom, from the lowest layer to the highest: a folder imports itself and what is in
 # its set. `accel` only makes things faster, so it knows nothing of what it speeds up.
@@ -131,6 +132,15 @@ def test_modules_are_named_for_what_they_hold() -> None:
     """No module or folder has a name that would fit any content."""
     names = {part.removesuffix(".py") for p in PYTHON_FILES for part in p.relative_to(ROOT).parts}
     assert names & VAGUE == set()
+
+
+@pytest.mark.parametrize(
+    "path", [*PYTHON_FILES, *BENCHMARKS], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_no_module_imports_tests(path: Path) -> None:
+    """What tests share lies in modules of its own: no module imports a `test_*` module or a conftest."""
+    parts = {part for module in imported_modules(parsed(path)) for part in module.split(".")}
+    assert {p for p in parts if p == "conftest" or p.startswith("test_")} == set()
 
 
 def test_texts_speak_of_the_project_alone() -> None:

@@ -22,7 +22,7 @@ import backtrail
 from backtrail.accel import second_order
 from backtrail.accel.layers import DoubleBackwardMode, join
 from backtrail.accel.second_order import straight
-from tests.curvature.test_policies import problem
+from tests.curvature.problems import problem
 
 Layer = Callable[..., Tensor]
 Leaves = tuple[Tensor, ...]

@@ -19,10 +19,9 @@ from backtrail.apply.cleaning import gradient_sizes
 from backtrail.apply.cross_validation import cross
 from backtrail.errors import BadSetting, NoClasses, OtherRun, RowsNotReadable
 from backtrail.run.run import Run
-from tests.apply.test_signals import of_numbers
-from tests.cases import rows
-from tests.methods.dit.test_dit import BY_NAME, recorded
-from tests.record.test_ids import IDS, streamed
+from tests.cases import CASES_BY_NAME, rows
+from tests.recorded_runs import recorded_regression, recorded_run
+from tests.streams import SAMPLE_IDS, STREAM_ROWS, recorded_stream
 
 WRONG = [3, 17, 40, 77, 90]
 METHODS = [
@@ -84,7 +83,7 @@ def test_wrong_labels_among_clouds_come_first(blobs: Run, method: Any) -> None:
 
 def test_rankings_are_what_they_say(tmp_path: Path) -> None:
     """Averages over the given states, each with suspicious at the upper end."""
-    run, states = recorded("adamw", tmp_path), [2, 3, 5]
+    run, states = recorded_run("adamw", tmp_path), [2, 3, 5]
     expected = {
         "mean-loss": np.mean([scores.losses(run, state) for state in states], axis=0),
         "margin": -scores.margins(run, states),
@@ -105,10 +104,10 @@ def test_rankings_are_what_they_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sgd", "two groups", "one cycle", "frozen", "tied, adamw"])
 def test_tracin_squares_the_gradient_of_every_row(name: str, tmp_path: Path) -> None:
     """By autograd, row by row, with the rate of every parameter group at that step."""
-    run, data, states = recorded(name, tmp_path), rows(), [1, 4]
+    run, data, states = recorded_run(name, tmp_path), rows(), [1, 4]
     expected = np.zeros(run.samples)
     for state in states:
-        model = BY_NAME[name].built()
+        model = CASES_BY_NAME[name].built()
         model.load_state_dict(run.state(state, replay=True).params, strict=False)
         named = {
             key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad
@@ -127,7 +126,7 @@ def test_tracin_squares_the_gradient_of_every_row(name: str, tmp_path: Path) -> 
 
 def test_a_sample_never_seen_did_no_harm(tmp_path: Path) -> None:
     """None at all, and a table does not show it as less than that."""
-    run = recorded("twice in a batch", tmp_path)
+    run = recorded_run("twice in a batch", tmp_path)
     table = backtrail.find_mislabeled(
         run, method=backtrail.DIT().attribute(run, backtrail.Loss(rows()))
     )
@@ -141,7 +140,7 @@ def test_harm_is_negative_influence(
     method: Any, made: backtrail.DIT | backtrail.DataValueEmbedding, tmp_path: Path
 ) -> None:
     """On the training set's own loss, on other rows, and on a window; an influence at hand gives the same."""
-    run, other = recorded("momentum", tmp_path), rows(seed=1, count=6)
+    run, other = recorded_run("momentum", tmp_path), rows(seed=1, count=6)
     own = made.attribute(run, backtrail.Loss(run.task.data, aggregate="mean"))
     np.testing.assert_allclose(suspicion(run, method=method), -own.total()[0, 0], rtol=1e-9)
     on_others = made.attribute(run, backtrail.Loss(other, aggregate="mean"), observed_at=[2, 5])
@@ -169,23 +168,21 @@ def test_the_list_is_written(blobs: Run, suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["held-out", "mean-loss", "margin", "tracin"])
 def test_samples_with_ids_show_them(method: Any, tmp_path: Path) -> None:
     """Every id once, with its own label."""
-    run = streamed(tmp_path / "run")
+    run = recorded_stream(tmp_path / "run")
     table = backtrail.find_mislabeled(run, method=method)
-    assert sorted(table["sample"].to_list()) == sorted(IDS)
-    labels = dict(zip(IDS, rows_of_ids(), strict=True))
+    assert sorted(table["sample"].to_list()) == sorted(SAMPLE_IDS)
+    labels = dict(zip(SAMPLE_IDS, rows_of_ids(), strict=True))
     assert table["label"].to_list() == [labels[sample] for sample in table["sample"].to_list()]
 
 
 def rows_of_ids() -> list[int]:
     """Labels in the order of the ids."""
-    from tests.record.test_ids import DATA  # noqa: PLC0415
-
-    return DATA.tensors[1].tolist()
+    return STREAM_ROWS.tensors[1].tolist()
 
 
 def test_rows_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     """A stream has no training set to ask about; validation rows will do."""
-    run = streamed(tmp_path / "run")
+    run = recorded_stream(tmp_path / "run")
     with pytest.raises(BadSetting, match="validation=None"):
         backtrail.find_mislabeled(run, method="dit")
     with pytest.raises(RowsNotReadable):
@@ -197,7 +194,7 @@ def test_rows_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 )
 def test_numbers_have_no_label_to_suggest(method: Any, tmp_path: Path) -> None:
     """A regression is ranked by its losses; an outlier among the targets is the first by its loss."""
-    run = of_numbers(tmp_path / "run")
+    run = recorded_regression(tmp_path / "run")
     table = backtrail.find_mislabeled(run, method=method)
     assert table["label"].is_null().all()
     assert table["suggested"].is_null().all()
@@ -210,7 +207,7 @@ def test_numbers_have_no_label_to_suggest(method: Any, tmp_path: Path) -> None:
 def test_classes_that_are_not_there_are_told(method: Any, tmp_path: Path) -> None:
     """What compares classes cannot rank a regression."""
     with pytest.raises(NoClasses, match="What reads losses alone works"):
-        backtrail.find_mislabeled(of_numbers(tmp_path / "run"), method=method)
+        backtrail.find_mislabeled(recorded_regression(tmp_path / "run"), method=method)
 
 
 def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: Path) -> None:
@@ -227,7 +224,7 @@ def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: P
     for told, options in refused.items():
         with pytest.raises(BadSetting, match=told):
             backtrail.find_mislabeled(blobs, **options)
-    other = recorded("sgd", tmp_path)
+    other = recorded_run("sgd", tmp_path)
     with pytest.raises(OtherRun):
         backtrail.find_mislabeled(
             blobs, method=backtrail.DIT().attribute(other, backtrail.Loss(rows()))

@@ -21,8 +21,8 @@ from backtrail.errors import (
     UnknownSample,
 )
 from backtrail.run.run import Run
-from tests.methods.dit.test_dit import recorded
-from tests.methods.dit.test_exact import asked
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import standard_queries
 
 METHODS = "dve", "dit", "diff-in", "tracin", "herding", "el2n", "loss", "random"
 ROWS, CLASSES = 40, 4
@@ -223,7 +223,7 @@ def test_a_training_without_classes_is_not_balanced(tmp_path: Path) -> None:
 def test_samples_never_seen_are_not_kept(tmp_path: Path) -> None:
     """A fraction is one of those that the training saw."""
     table = backtrail.select_coreset(
-        recorded("twice in a batch", tmp_path), 1.0, queries=asked(), method="dit"
+        recorded_run("twice in a batch", tmp_path), 1.0, queries=standard_queries(), method="dit"
     )
     assert sorted(table["sample"]) == [0, 1, 2, 3, 4]
 

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import backtrail
 from backtrail.apply.coreset_report import Samples
 from backtrail.errors import BadSetting, UnknownSample
-from tests.cases import BATCHES, Case
-from tests.methods.dit.test_dit import BY_NAME, recorded
-from tests.methods.dit.test_exact import TEST, asked, read
+from tests.cases import BATCHES, CASES_BY_NAME, Case
 from tests.oracles.nudge import observe
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import HELD_OUT, standard_losses, standard_queries
 
-JUDGE = backtrail.Loss(TEST)
+JUDGE = backtrail.Loss(HELD_OUT)
 
 
 def kept_alone(case: Case, part: list[int]) -> np.ndarray:
@@ -29,7 +29,7 @@ def kept_alone(case: Case, part: list[int]) -> np.ndarray:
         )
         return inside * len(inside) / inside.sum().clamp(min=1)
 
-    return observe(case, read, [len(case.groups)], weights)[:, 0]
+    return observe(case, standard_losses, [len(case.groups)], weights)[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,11 @@ def kept_alone(case: Case, part: list[int]) -> np.ndarray:
 )
 def test_losses_are_those_of_training_on_the_part(name: str, tmp_path: Path) -> None:
     """By hand, with plain PyTorch; the second part leaves whole steps without a sample."""
-    run, parts = recorded(name, tmp_path), {"first": [0, 2, 3, 5, 6], "few": [5]}
+    run, parts = recorded_run(name, tmp_path), {"first": [0, 2, 3, 5, 6], "few": [5]}
     assert sum(5 in batch for batch in BATCHES) == 1
-    table = backtrail.compare_coresets(run, parts, asked(), draws=0)
+    table = backtrail.compare_coresets(run, parts, standard_queries(), draws=0)
     expected = [
-        kept_alone(BY_NAME[name], part).mean() for part in (list(range(9)), *parts.values())
+        kept_alone(CASES_BY_NAME[name], part).mean() for part in (list(range(9)), *parts.values())
     ]
     np.testing.assert_allclose(table["loss"], expected, rtol=1e-9)
     np.testing.assert_allclose(table["change"], np.array(expected) - expected[0], atol=1e-12)
@@ -52,33 +52,36 @@ def test_losses_are_those_of_training_on_the_part(name: str, tmp_path: Path) -> 
 
 def test_it_agrees_with_retraining_without_the_others(tmp_path: Path) -> None:
     """The same weights as those of a removal with a renormalised denominator."""
-    run, part = recorded("momentum", tmp_path), [0, 1, 3, 4, 6, 8]
-    table = backtrail.compare_coresets(run, {"part": part}, asked(), draws=0)
-    removed = backtrail.retrain(run, asked(), [[2, 5, 7]], denominator="renormalize")
+    run, part = recorded_run("momentum", tmp_path), [0, 1, 3, 4, 6, 8]
+    table = backtrail.compare_coresets(run, {"part": part}, standard_queries(), draws=0)
+    removed = backtrail.retrain(run, standard_queries(), [[2, 5, 7]], denominator="renormalize")
     np.testing.assert_allclose(table["change"][1], removed.change.mean(), rtol=1e-9)
 
 
 def test_accuracy_is_the_share_of_rows_classified_rightly(tmp_path: Path) -> None:
     """Of every training: by hand for everything, and between 0 and 1 in steps of a row."""
-    run = recorded("momentum", tmp_path)
+    run = recorded_run("momentum", tmp_path)
     table = backtrail.compare_coresets(run, {"part": [0, 1, 2]}, JUDGE)
     params = run.state(run.steps).params
-    outputs = torch.func.functional_call(run.task.model, params, (TEST.tensors[0],))
+    outputs = torch.func.functional_call(run.task.model, params, (HELD_OUT.tensors[0],))
     assert table["accuracy"][0] == pytest.approx(
-        float((outputs.argmax(1) == TEST.tensors[1]).double().mean())
+        float((outputs.argmax(1) == HELD_OUT.tensors[1]).double().mean())
     )
-    losses = nn.functional.cross_entropy(outputs, TEST.tensors[1])
+    losses = nn.functional.cross_entropy(outputs, HELD_OUT.tensors[1])
     assert table["loss"][0] == pytest.approx(float(losses), rel=1e-9)
     assert (4 * table["accuracy"][1]) % 1 == 0
     mean = backtrail.compare_coresets(
-        run, {"part": [0, 1, 2]}, backtrail.Loss(TEST, aggregate="mean")
+        run, {"part": [0, 1, 2]}, backtrail.Loss(HELD_OUT, aggregate="mean")
     )
     assert mean.equals(table)
 
 
 def test_random_parts_of_the_same_sizes_ride_along(tmp_path: Path) -> None:
     """One row for each size, the mean over the draws; they follow the seed, and nothing else does."""
-    run, parts = recorded("momentum", tmp_path), {"a": [0, 1, 2], "b": [3, 4, 5], "c": [0, 1, 2, 3]}
+    run, parts = (
+        recorded_run("momentum", tmp_path),
+        {"a": [0, 1, 2], "b": [3, 4, 5], "c": [0, 1, 2, 3]},
+    )
     first, second = (
         backtrail.compare_coresets(run, parts, JUDGE, draws=2, seed=seed) for seed in (0, 1)
     )
@@ -96,7 +99,7 @@ def test_random_parts_of_the_same_sizes_ride_along(tmp_path: Path) -> None:
 
 def test_everything_changes_nothing(tmp_path: Path) -> None:
     """As a list, an array, a column, or the table of a choice; twice the same sample counts once."""
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     everything = pl.DataFrame({"sample": range(9)})
     forms: dict[str, Samples] = {
         "list": [*range(9), 3],
@@ -130,21 +133,21 @@ def test_numbers_have_losses_and_no_accuracy(tmp_path: Path) -> None:
 
 def test_samples_that_no_batch_held_are_not_counted(tmp_path: Path) -> None:
     """A part of them alone is none."""
-    run = recorded("twice in a batch", tmp_path)
+    run = recorded_run("twice in a batch", tmp_path)
     assert 8 not in run.seen
-    table = backtrail.compare_coresets(run, {"part": [0, 1, 8]}, asked(), draws=1)
+    table = backtrail.compare_coresets(run, {"part": [0, 1, 8]}, standard_queries(), draws=1)
     assert dict(table.select("name", "kept").iter_rows()) == {
         "everything": len(run.seen),
         "part": 2,
         "random 2": 2,
     }
     with pytest.raises(BadSetting, match="in a recorded batch"):
-        backtrail.compare_coresets(run, {"part": [8]}, asked())
+        backtrail.compare_coresets(run, {"part": [8]}, standard_queries())
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     """No part, an empty part, a sample that is none, fewer than no draws."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     with pytest.raises(BadSetting, match="at least one part"):
         backtrail.compare_coresets(run, {}, JUDGE)
     with pytest.raises(BadSetting, match="nothing"):

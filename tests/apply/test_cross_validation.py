@@ -10,10 +10,9 @@ from torch import Tensor
 from backtrail.apply import cross_validation as held_out
 from backtrail.apply.cross_validation import cross, parted
 from backtrail.errors import BadSetting
-from tests.apply.test_signals import of_numbers
-from tests.cases import CLASSES, Case, rows, train
-from tests.methods.dit.test_dit import BY_NAME, recorded
-from tests.record.test_ids import streamed
+from tests.cases import CASES_BY_NAME, CLASSES, Case, rows, train
+from tests.recorded_runs import recorded_regression, recorded_run
+from tests.streams import recorded_stream
 
 NAMES = [
     "sgd",
@@ -49,10 +48,10 @@ def retrained(case: Case, without: np.ndarray, states: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("name", NAMES)
 def test_readings_are_those_of_plain_trainings(name: str, tmp_path: Path) -> None:
     """Distances where a sample was left out and where it was not, and probabilities, each averaged by hand."""
-    run, states = recorded(name, tmp_path), [2, len(BY_NAME[name].groups)]
+    run, states = recorded_run(name, tmp_path), [2, len(CASES_BY_NAME[name].groups)]
     found = cross(run, states, folds=3, repeats=2, seed=4)
     left_out = parted(run.samples, folds=3, repeats=2, seed=4)
-    again = np.array([retrained(BY_NAME[name], without, states) for without in left_out])
+    again = np.array([retrained(CASES_BY_NAME[name], without, states) for without in left_out])
     given = rows().tensors[1].numpy()
     for sample in range(run.samples):
         label = [float(place == given[sample]) for place in range(CLASSES)]
@@ -68,7 +67,7 @@ def test_readings_are_those_of_plain_trainings(name: str, tmp_path: Path) -> Non
 
 def test_few_at_a_time_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where memory is short, stacks are smaller."""
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     together = cross(run, [run.steps], folds=3, repeats=2)
     monkeypatch.setattr(held_out, "ROOM", 1)
     np.testing.assert_allclose(
@@ -87,7 +86,7 @@ def test_every_sample_is_left_out_once_a_cut() -> None:
 
 def test_sums_are_not_shared_out(tmp_path: Path) -> None:
     """Where the loss is a sum, a sample that goes takes its weight along: nobody else learns faster."""
-    run = of_numbers(tmp_path / "run")
+    run = recorded_regression(tmp_path / "run")
     object.__setattr__(run.task, "reduce", "sum")
     shared = cross(run, [run.steps], folds=2, repeats=1)
     inputs, targets = run.task.data.tensors
@@ -112,14 +111,14 @@ def test_sums_are_not_shared_out(tmp_path: Path) -> None:
 
 def test_samples_with_ids_are_left_out_by_id(tmp_path: Path) -> None:
     """A stream is run again on its stored batches; without a sample, its own label is further away."""
-    run = streamed(tmp_path / "run", epochs=20)
+    run = recorded_stream(tmp_path / "run", epochs=20)
     found = cross(run, [run.steps], folds=4, repeats=2)
     assert (found.out > found.inside).mean() > 0.6
 
 
 def test_impossible_parts_are_refused(tmp_path: Path) -> None:
     """One part would leave nobody, and a part must have a sample."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     for folds in (1, run.samples + 1):
         with pytest.raises(BadSetting, match=f"folds={folds}"):
             cross(run, [run.steps], folds=folds)

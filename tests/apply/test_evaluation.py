@@ -9,8 +9,8 @@ import pytest
 import backtrail
 from backtrail import stats
 from backtrail.errors import BadSetting, NotObserved, OtherRun, WithoutQueries
-from tests.methods.dit.test_dit import recorded
-from tests.methods.dit.test_exact import asked
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import standard_queries
 
 
 def estimate(table: pl.DataFrame, method: str, measure: str) -> float:
@@ -23,8 +23,8 @@ def estimate(table: pl.DataFrame, method: str, measure: str) -> float:
 
 def test_methods_are_judged_on_the_same_removals(tmp_path: Path) -> None:
     """The exact sweep predicts them, its negative predicts the opposite, and the measures are those of the oracle."""
-    run, bank = recorded("momentum", tmp_path), tmp_path / "bank"
-    found = backtrail.DIT().attribute(run, asked())
+    run, bank = recorded_run("momentum", tmp_path), tmp_path / "bank"
+    found = backtrail.DIT().attribute(run, standard_queries())
     scores: dict[str, backtrail.Influence | np.ndarray] = {
         "exact": found,
         "negative": -found.total()[:, -1].astype(np.float64),
@@ -47,24 +47,28 @@ def test_methods_are_judged_on_the_same_removals(tmp_path: Path) -> None:
 
 def test_the_score_of_groups_is_the_linear_datamodelling_score(tmp_path: Path) -> None:
     """Against retraining of the same groups by hand."""
-    run = recorded("adamw", tmp_path)
-    found = backtrail.DIT().attribute(run, asked())
+    run = recorded_run("adamw", tmp_path)
+    found = backtrail.DIT().attribute(run, standard_queries())
     table = backtrail.evaluate(run, found, removals=0, shares=(0.3,), groups=5, seed=7)
     size = round(0.3 * run.samples)
     draw = np.random.default_rng((7, size))
     groups = [np.sort(draw.choice(run.ids, size, replace=False)) for _ in range(5)]
-    actual = backtrail.retrain(run, asked(), [group.tolist() for group in groups]).change[:, 0]
+    actual = backtrail.retrain(
+        run, standard_queries(), [group.tolist() for group in groups]
+    ).change[:, 0]
     expected = stats.mean_over_queries(stats.lds(found.total()[:, -1], groups, actual))
     assert estimate(table, "DIT", "LDS") == pytest.approx(expected)
 
 
 def test_samples_known_to_be_wrong_are_looked_for(tmp_path: Path) -> None:
     """Scores that accuse them find all of them; no training is run for that."""
-    run = recorded("momentum", tmp_path)
+    run = recorded_run("momentum", tmp_path)
     wrong = [1, 4]
-    scores = np.ones((len(asked().names), run.samples))
+    scores = np.ones((len(standard_queries().names), run.samples))
     scores[:, wrong] = -1.0
-    table = backtrail.evaluate(run, {"told": scores}, asked(), wrong=wrong, removals=0, shares=())
+    table = backtrail.evaluate(
+        run, {"told": scores}, standard_queries(), wrong=wrong, removals=0, shares=()
+    )
     assert dict(zip(table["measure"], table["estimate"], strict=True)) == {
         "AUC": 1.0,
         "average precision": 1.0,
@@ -75,40 +79,40 @@ def test_samples_known_to_be_wrong_are_looked_for(tmp_path: Path) -> None:
 
 def test_an_effort_that_is_none_is_refused(tmp_path: Path) -> None:
     """A misspelt option, a share above all, one removal, no wrong samples."""
-    run = recorded("sgd", tmp_path)
-    scores = {"told": np.zeros((len(asked().names), run.samples))}
+    run = recorded_run("sgd", tmp_path)
+    scores = {"told": np.zeros((len(standard_queries().names), run.samples))}
     with pytest.raises(
         BadSetting, match="removal=4 is no setting; give only removals, shares, groups"
     ):
-        backtrail.evaluate(run, scores, asked(), removal=4)  # type: ignore[call-arg]
+        backtrail.evaluate(run, scores, standard_queries(), removal=4)  # type: ignore[call-arg]
     with pytest.raises(BadSetting, match="shares"):
-        backtrail.evaluate(run, scores, asked(), removals=0, shares=(5.0,))
+        backtrail.evaluate(run, scores, standard_queries(), removals=0, shares=(5.0,))
     with pytest.raises(BadSetting, match="removals"):
-        backtrail.evaluate(run, scores, asked(), removals=1)
+        backtrail.evaluate(run, scores, standard_queries(), removals=1)
     with pytest.raises(BadSetting, match="wrong='0 samples'"):
-        backtrail.evaluate(run, scores, asked(), wrong=[], removals=0, shares=())
+        backtrail.evaluate(run, scores, standard_queries(), wrong=[], removals=0, shares=())
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     """Another run, other queries, an earlier end, other shapes, nothing to judge."""
-    run = recorded("sgd", tmp_path)
-    found = backtrail.DIT().attribute(run, asked())
+    run = recorded_run("sgd", tmp_path)
+    found = backtrail.DIT().attribute(run, standard_queries())
     with pytest.raises(OtherRun):
-        backtrail.evaluate(recorded("sgd", tmp_path / "again"), found)
+        backtrail.evaluate(recorded_run("sgd", tmp_path / "again"), found)
     with pytest.raises(WithoutQueries, match=r"Give queries=, the ones named"):
         backtrail.evaluate(run, found, backtrail.Loss(run.task.data, aggregate="mean"))
     with pytest.raises(WithoutQueries, match=r"Give queries=, a backtrail\.Loss"):
         backtrail.evaluate(run, {"told": found.total()[:, -1].astype(np.float64)})
     with pytest.raises(NotObserved):
-        backtrail.evaluate(run, backtrail.DIT().attribute(run, asked(), observed_at=1))
+        backtrail.evaluate(run, backtrail.DIT().attribute(run, standard_queries(), observed_at=1))
     with pytest.raises(BadSetting, match="shape"):
-        backtrail.evaluate(run, {"told": np.zeros((1, 2))}, asked())
+        backtrail.evaluate(run, {"told": np.zeros((1, 2))}, standard_queries())
     with pytest.raises(BadSetting, match="1 scores that are not finite"):
-        bad = np.zeros((len(asked().names), run.samples))
+        bad = np.zeros((len(standard_queries().names), run.samples))
         bad[0, 1] = np.nan
-        backtrail.evaluate(run, {"told": bad}, asked())
+        backtrail.evaluate(run, {"told": bad}, standard_queries())
     with pytest.raises(BadSetting, match="several by name"):
-        backtrail.evaluate(run, {}, asked())
-    renormalized = backtrail.DIT(denominator="renormalize").attribute(run, asked())
+        backtrail.evaluate(run, {}, standard_queries())
+    renormalized = backtrail.DIT(denominator="renormalize").attribute(run, standard_queries())
     with pytest.raises(BadSetting, match="denominator"):
         backtrail.evaluate(run, {"keep": found, "share": renormalized})

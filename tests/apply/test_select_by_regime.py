@@ -13,15 +13,16 @@ import backtrail
 from backtrail.apply.select_by_regime import learning_rates, of_regimes
 from backtrail.errors import BadSetting, ImpossibleWindow, NoRegimes, OtherRun
 from backtrail.influence.analysis.regimes import example
-from tests.methods.dit.test_dit import BY_NAME, recorded
-from tests.methods.dit.test_exact import asked, read
+from tests.cases import CASES_BY_NAME
 from tests.oracles.nudge import observe
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import standard_losses, standard_queries
 
 
 def test_regimes_divide_by_the_learning_rate_of_the_run(tmp_path: Path) -> None:
     """Slots times the mean size of the influence, over the rate of the step, step by step."""
-    run = recorded("momentum", tmp_path)
-    influence = backtrail.DIT().attribute(run, asked())
+    run = recorded_run("momentum", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries())
     found = backtrail.regimes(run, influence)
     for place, step in enumerate(found.step.tolist()):
         sizes = np.abs(influence.values()[:, 0, step, : len(run.step(step).samples)])
@@ -31,7 +32,7 @@ def test_regimes_divide_by_the_learning_rate_of_the_run(tmp_path: Path) -> None:
 
 def test_groups_of_parameters_count_by_their_size(tmp_path: Path) -> None:
     """The rate of a step is the mean over all entries: 32 weights, and biases at another rate."""
-    run = recorded("two groups", tmp_path)
+    run = recorded_run("two groups", tmp_path)
     weights, biases = (
         sum(run.task.parameters()[name].numel() for name in group) for group in run.manifest.groups
     )
@@ -43,11 +44,11 @@ def test_groups_of_parameters_count_by_their_size(tmp_path: Path) -> None:
 
 def test_selecting_is_training_without_the_harmful_slots(tmp_path: Path) -> None:
     """By hand, with plain PyTorch: at most half of a batch, only what did harm, the others with the weight of all."""
-    run = recorded("momentum", tmp_path)
-    influence = backtrail.DIT().attribute(run, asked())
+    run = recorded_run("momentum", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries())
     scores = influence.values()[:, -1].mean(axis=0)
     ranges = {"always": [(0, run.steps)], "last two": [(run.steps - 2, run.steps)]}
-    table = backtrail.worth_selecting(run, influence, asked(), ranges=ranges, drop=0.5)
+    table = backtrail.worth_selecting(run, influence, standard_queries(), ranges=ranges, drop=0.5)
 
     def weights(first: int, step: int) -> Tensor:
         size = len(run.step(step).samples)
@@ -60,7 +61,9 @@ def test_selecting_is_training_without_the_harmful_slots(tmp_path: Path) -> None
         return found
 
     expected = [
-        observe(BY_NAME["momentum"], read, [run.steps], partial(weights, first)).mean()
+        observe(
+            CASES_BY_NAME["momentum"], standard_losses, [run.steps], partial(weights, first)
+        ).mean()
         for first in (run.steps, 0, run.steps - 2)
     ]
     np.testing.assert_allclose(table["loss"], expected, rtol=1e-10)
@@ -77,11 +80,13 @@ def test_selecting_is_training_without_the_harmful_slots(tmp_path: Path) -> None
 
 def test_drawn_at_random_are_as_many(tmp_path: Path) -> None:
     """The control changes with the seed, and nothing else does."""
-    run = recorded("momentum", tmp_path)
-    influence = backtrail.DIT().attribute(run, asked())
+    run = recorded_run("momentum", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries())
     ranges = {"always": [(0, run.steps)]}
     first, second = (
-        backtrail.worth_selecting(run, influence, asked(), ranges=ranges, drop=0.5, seed=seed)
+        backtrail.worth_selecting(
+            run, influence, standard_queries(), ranges=ranges, drop=0.5, seed=seed
+        )
         for seed in (0, 1)
     )
     assert first.drop("random").equals(second.drop("random"))
@@ -97,17 +102,17 @@ def test_ranges_are_those_of_the_regimes() -> None:
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     """Another run's influence, a share that is none, a stretch outside the training, a run without regimes."""
-    run = recorded("sgd", tmp_path)
-    influence = backtrail.DIT().attribute(run, asked())
+    run = recorded_run("sgd", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries())
     with pytest.raises(OtherRun):
-        backtrail.regimes(recorded("sgd", tmp_path / "again"), influence)
+        backtrail.regimes(recorded_run("sgd", tmp_path / "again"), influence)
     with pytest.raises(BadSetting, match="drop"):
-        backtrail.worth_selecting(run, influence, asked(), drop=1.0)
+        backtrail.worth_selecting(run, influence, standard_queries(), drop=1.0)
     with pytest.raises(BadSetting, match="ranges"):
-        backtrail.worth_selecting(run, influence, asked(), ranges={})
+        backtrail.worth_selecting(run, influence, standard_queries(), ranges={})
     with pytest.raises(ImpossibleWindow):
         backtrail.worth_selecting(
-            run, influence, asked(), ranges={"too long": [(0, run.steps + 1)]}
+            run, influence, standard_queries(), ranges={"too long": [(0, run.steps + 1)]}
         )
     flat = replace(example(), levels=(1.0, 1.0, 1.0))
     with pytest.raises(NoRegimes, match="No three regimes"):

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import backtrail
 from backtrail.apply import signals as scores
 from backtrail.errors import NoClasses
 from backtrail.run.run import Run
-from tests.cases import CLASSES, rows
-from tests.methods.dit.test_dit import BY_NAME, recorded
-from tests.record.test_ids import DATA, IDS, Named, streamed
+from tests.cases import CASES_BY_NAME, CLASSES, rows
+from tests.recorded_runs import recorded_regression, recorded_run
+from tests.streams import SAMPLE_IDS, STREAM_ROWS, KeywordModel, recorded_stream
 
 CHOSEN = ["sgd", "adamw", "batchnorm, sgd", "tied, adamw"]
 
@@ -35,9 +34,9 @@ def said(model: nn.Module, data: object, place: int) -> tuple[Tensor, int]:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_losses_and_outputs_are_those_of_single_rows(name: str, tmp_path: Path) -> None:
     """At a state that was kept, and at one that was not."""
-    run, data = recorded(name, tmp_path), rows()
+    run, data = recorded_run(name, tmp_path), rows()
     for number in (run.steps - 2, run.steps):
-        model = model_at(run, number, BY_NAME[name].built())
+        model = model_at(run, number, CASES_BY_NAME[name].built())
         found, losses = scores.outputs(run, number), scores.losses(run, number)
         for place in range(run.samples):
             logits, label = said(model, data, place)
@@ -48,10 +47,10 @@ def test_losses_and_outputs_are_those_of_single_rows(name: str, tmp_path: Path) 
 
 def test_el2n_and_margin_average_over_states(tmp_path: Path) -> None:
     """By hand, class by class."""
-    run, data, states = recorded("sgd", tmp_path), rows(), [2, 5]
+    run, data, states = recorded_run("sgd", tmp_path), rows(), [2, 5]
     gaps, margins = np.zeros(run.samples), np.zeros(run.samples)
     for number in states:
-        model = model_at(run, number, BY_NAME["sgd"].built())
+        model = model_at(run, number, CASES_BY_NAME["sgd"].built())
         for place in range(run.samples):
             logits, label = said(model, data, place)
             chances = (logits.exp() / logits.exp().sum()).tolist()
@@ -66,39 +65,23 @@ def test_el2n_and_margin_average_over_states(tmp_path: Path) -> None:
 
 def test_samples_with_ids_stand_in_their_order(tmp_path: Path) -> None:
     """Rows of a stream are found in the batches that were stored."""
-    run = streamed(tmp_path / "run")
-    model = model_at(run, run.steps, Named())
+    run = recorded_stream(tmp_path / "run")
+    model = model_at(run, run.steps, KeywordModel())
     found, losses, labels = (
         scores.outputs(run, run.steps),
         scores.losses(run, run.steps),
         scores.labels(run),
     )
     for place, sample in enumerate(run.ids.tolist()):
-        logits, label = said(model, DATA, IDS.index(sample))
+        logits, label = said(model, STREAM_ROWS, SAMPLE_IDS.index(sample))
         np.testing.assert_allclose(found[place], logits, rtol=1e-12)
         assert losses[place] == pytest.approx(-float(logits.log_softmax(0)[label]), rel=1e-12)
         assert labels[place] == label
 
 
-def of_numbers(folder: Path) -> Run:
-    """A recorded regression."""
-    draw = torch.Generator().manual_seed(0)
-    data = torch.utils.data.TensorDataset(
-        torch.randn(6, 2, generator=draw), torch.randn(6, 1, generator=draw)
-    )
-    task = backtrail.regression(nn.Linear(2, 1), data)
-    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
-    with backtrail.Recorder(folder, task, optimizer) as recorder:
-        for inputs, targets in recorder.watch(torch.utils.data.DataLoader(data, 3)):
-            (task.model(inputs) - targets).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return backtrail.open_run(folder, task)
-
-
 def test_a_task_without_classes_has_losses_only(tmp_path: Path) -> None:
     """The error says what the outputs and the labels are."""
-    run = of_numbers(tmp_path / "run")
+    run = recorded_regression(tmp_path / "run")
     assert scores.losses(run, run.steps).shape == (6,)
     for ask in (lambda: scores.outputs(run, run.steps), lambda: scores.labels(run)):
         with pytest.raises(

@@ -15,14 +15,14 @@ from backtrail.errors import OtherRun, WithoutQueries
 from backtrail.influence.writer import from_arrays
 from backtrail.stats import Interval
 from bench.models import digits, mlp
-from tests.methods.dit.test_dit import recorded
-from tests.methods.dit.test_exact import asked
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import standard_queries
 
 
 def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
     """And the statement says so, with its numbers."""
-    run = recorded("momentum", tmp_path)
-    influence = backtrail.DIT().attribute(run, asked(), observed_at="epochs")
+    run = recorded_run("momentum", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries(), observed_at="epochs")
     trust = backtrail.trust(run, influence, removals=8)
     assert trust.derivative is not None
     assert trust.derivative.error <= 1e-6
@@ -33,10 +33,10 @@ def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
 
 def test_a_wrong_influence_fails_the_derivative_check(tmp_path: Path) -> None:
     """Scores of twice the size predict removals in the right order, and are not the derivative."""
-    run = recorded("momentum", tmp_path)
-    right = backtrail.DIT().attribute(run, asked())
+    run = recorded_run("momentum", tmp_path)
+    right = backtrail.DIT().attribute(run, standard_queries())
     wrong = from_arrays(right.description, 2 * right.values(), sample=right.sample).with_queries(
-        asked()
+        standard_queries()
     )
     trust = backtrail.trust(run, wrong, removals=8)
     assert trust.derivative is not None
@@ -49,27 +49,30 @@ def test_a_wrong_influence_fails_the_derivative_check(tmp_path: Path) -> None:
 
 def test_an_influence_from_disk_needs_its_queries(tmp_path: Path) -> None:
     """The message names them; with them the checks run."""
-    run = recorded("sgd", tmp_path)
-    backtrail.DIT().attribute(run, asked(), out=tmp_path / "dit")
+    run = recorded_run("sgd", tmp_path)
+    backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit")
     influence = backtrail.open_influence(tmp_path / "dit")
     with pytest.raises(WithoutQueries, match="row 0"):
         backtrail.trust(run, influence)
     with pytest.raises(WithoutQueries):
         backtrail.trust(run, influence, queries=backtrail.Custom(lambda m: m[0].weight.sum()))
-    assert backtrail.trust(run, influence, queries=asked(), removals=4).derivative is not None
+    assert (
+        backtrail.trust(run, influence, queries=standard_queries(), removals=4).derivative
+        is not None
+    )
 
 
 def test_an_influence_of_another_run_is_refused(tmp_path: Path) -> None:
     """Even of the same training recorded twice: its numbers may come from anywhere."""
-    influence = backtrail.DIT().attribute(recorded("sgd", tmp_path), asked())
+    influence = backtrail.DIT().attribute(recorded_run("sgd", tmp_path), standard_queries())
     with pytest.raises(OtherRun, match="was made from the run"):
-        backtrail.trust(recorded("sgd", tmp_path / "again"), influence)
+        backtrail.trust(recorded_run("sgd", tmp_path / "again"), influence)
 
 
 def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
     """Where removals fail and most influence stems from the first update, the advice says so."""
-    run = recorded("momentum", tmp_path)
-    trust = backtrail.trust(run, backtrail.DIT().attribute(run, asked()), removals=8)
+    run = recorded_run("momentum", tmp_path)
+    trust = backtrail.trust(run, backtrail.DIT().attribute(run, standard_queries()), removals=8)
     failed = replace(trust.removal, pearson=Interval(0.2, 0.0, 0.5))
     assert "step 0" in replace(trust, removal=failed, early=0.8).advice
     assert "not smooth" in replace(trust, removal=failed, early=0.1).advice
@@ -77,11 +80,11 @@ def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
 
 def test_what_a_linear_guide_can_reach_is_measured(tmp_path: Path) -> None:
     """By counting each sample twice; a guide that is as good as that is not told to look for another."""
-    run = recorded("momentum", tmp_path)
-    trust = backtrail.trust(run, backtrail.DIT().attribute(run, asked()), removals=8)
+    run = recorded_run("momentum", tmp_path)
+    trust = backtrail.trust(run, backtrail.DIT().attribute(run, standard_queries()), removals=8)
     removal = trust.removal
     alone = [
-        backtrail.retrain(run, asked(), [[sample]], weight=2.0).change[:, 0, 0]
+        backtrail.retrain(run, standard_queries(), [[sample]], weight=2.0).change[:, 0, 0]
         for sample in removal.samples
     ]
     odd = (removal.actual - np.stack(alone, axis=1)) / 2
@@ -99,8 +102,8 @@ def test_what_a_linear_guide_can_reach_is_measured(tmp_path: Path) -> None:
 
 def test_a_broken_recording_is_said_first(tmp_path: Path) -> None:
     """Another data set of the same length and the same first rows."""
-    run = recorded("sgd", tmp_path)
-    influence = backtrail.DIT().attribute(run, asked())
+    run = recorded_run("sgd", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries())
     run.task.data.tensors[0][8] += 1.0
     with pytest.raises(backtrail.BacktrailError, match="data set"):
         run.verify()
@@ -109,8 +112,8 @@ def test_a_broken_recording_is_said_first(tmp_path: Path) -> None:
 
 def test_renormalised_influence_is_checked_by_removals_alone(tmp_path: Path) -> None:
     """The derivative check has no meaning there."""
-    run = recorded("momentum", tmp_path)
-    influence = backtrail.DIT(denominator="renormalize").attribute(run, asked())
+    run = recorded_run("momentum", tmp_path)
+    influence = backtrail.DIT(denominator="renormalize").attribute(run, standard_queries())
     trust = backtrail.trust(run, influence, removals=8)
     assert trust.derivative is None
     assert trust.removal.pearson.estimate >= 0.9
@@ -119,9 +122,9 @@ def test_renormalised_influence_is_checked_by_removals_alone(tmp_path: Path) -> 
 
 def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) -> None:
     """No derivative check, no talk of smoothness: what such a method leaves out is the first suspect."""
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     for made in (backtrail.TracIn(), backtrail.GradientDot()):
-        trust = backtrail.trust(run, made.attribute(run, asked()), removals=8)
+        trust = backtrail.trust(run, made.attribute(run, standard_queries()), removals=8)
         assert trust.derivative is None
         assert "derivative" not in str(trust)
         sure = replace(trust.removal, pearson=Interval(0.95, 0.9, 0.99), slope=1.0)
@@ -136,7 +139,7 @@ def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) 
 
 def test_only_visited_samples_are_left_out(tmp_path: Path) -> None:
     """Sample 8 is never seen in this run."""
-    run = recorded("twice in a batch", tmp_path)
+    run = recorded_run("twice in a batch", tmp_path)
     assert draw_visited(run, 100, seed=0) == (0, 1, 2, 3, 4)
 
 

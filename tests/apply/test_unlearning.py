@@ -16,11 +16,11 @@ from backtrail.methods.retrain.removal import Group, moved
 from backtrail.run.run import Run
 from backtrail.stats import auc
 from backtrail.sweep.rules import Rules
-from tests.cases import CLASSES, FEATURES, clip, loader, rows
-from tests.methods.dit.test_dit import BY_NAME, recorded
-from tests.methods.dit.test_exact import TEST
+from tests.cases import CASES_BY_NAME, CLASSES, FEATURES, clip, loader, rows
 from tests.oracles.group import change_by_removal, floats, trained_with
-from tests.record.test_ids import streamed
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import HELD_OUT
+from tests.streams import recorded_stream
 
 GROUP = [0, 4]
 CHOSEN = [
@@ -43,7 +43,7 @@ def loaded(run: Run, state: dict[str, Tensor]) -> nn.Module:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_replaying_all_steps_is_retraining(name: str, tmp_path: Path) -> None:
     """Plain PyTorch with weight 0 for the group, every entry of the state_dict."""
-    run, case = recorded(name, tmp_path), BY_NAME[name]
+    run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
     found = floats(loaded(run, backtrail.forget(run, GROUP, replay=run.steps)))
     torch.testing.assert_close(
         found, floats(trained_with(case, GROUP, 0.0)), rtol=1e-11, atol=1e-12
@@ -53,7 +53,7 @@ def test_replaying_all_steps_is_retraining(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_first_order_is_the_derivative_times_one(name: str, tmp_path: Path) -> None:
     """Added to the trained model; running variances, which cannot be negative, bend."""
-    run, case = recorded(name, tmp_path), BY_NAME[name]
+    run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
     trained, change = floats(trained_with(case, GROUP, 1.0)), change_by_removal(case, GROUP)
     found = floats(loaded(run, backtrail.forget(run, GROUP)))
     shrinks = [
@@ -78,7 +78,7 @@ def kinds(run: Run) -> Iterator[bool]:
 @pytest.mark.parametrize("name", ["momentum", "adamw", "batchnorm, sgd"])
 def test_replay_alone_leaves_early_visits_as_they_were(name: str, tmp_path: Path) -> None:
     """Without a method, the last steps run again without the group from the recorded state."""
-    run, case = recorded(name, tmp_path), BY_NAME[name]
+    run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
     found = floats(loaded(run, backtrail.forget(run, GROUP, method=None, replay=3)))
     expected = floats(trained_with(case, GROUP, 0.0, first=run.steps - 3))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
@@ -87,7 +87,7 @@ def test_replay_alone_leaves_early_visits_as_they_were(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["momentum", "adamw", "batchnorm, sgd", "clip norm"])
 def test_a_replay_goes_on_from_the_corrected_state(name: str, tmp_path: Path) -> None:
     """Parameters, moments and statistics: given to a plain model and optimizer, which make the last two steps."""
-    run, case = recorded(name, tmp_path), BY_NAME[name]
+    run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
     group, start = Group.of(run, GROUP), run.steps - 2
     *_, (_, now) = group.sweep(start, Rules(backtrail.Hessian(), backtrail.Tangent()))
     begun, model = moved(now), case.built()
@@ -108,7 +108,7 @@ def test_a_replay_goes_on_from_the_corrected_state(name: str, tmp_path: Path) ->
 
 def test_a_sample_never_seen_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     """Bit for bit, by every method."""
-    run = recorded("twice in a batch", tmp_path)
+    run = recorded_run("twice in a batch", tmp_path)
     trained = run.state(run.steps).params
     ways = [
         backtrail.forget(run, [8]),
@@ -122,7 +122,7 @@ def test_a_sample_never_seen_leaves_the_model_as_it_is(tmp_path: Path) -> None:
 
 def test_nothing_is_written_and_nothing_is_changed(tmp_path: Path) -> None:
     """Neither in the run's folder nor in the user's model."""
-    run = recorded("batchnorm, adamw", tmp_path)
+    run = recorded_run("batchnorm, adamw", tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     before = floats(run.task.model).clone()
     state = backtrail.forget(run, GROUP, replay=1)
@@ -133,14 +133,14 @@ def test_nothing_is_written_and_nothing_is_changed(tmp_path: Path) -> None:
 
 def test_a_renormalised_batch_shares_the_weight(tmp_path: Path) -> None:
     """The truth is the engine's own, which other tests compare with plain training."""
-    run = recorded("momentum", tmp_path)
+    run = recorded_run("momentum", tmp_path)
     method = backtrail.DIT(denominator="renormalize")
-    loss = backtrail.Loss(TEST, aggregate="mean")
+    loss = backtrail.Loss(HELD_OUT, aggregate="mean")
     expected = backtrail.retrain(run, loss, [[4]], denominator="renormalize")
     again = loaded(run, backtrail.forget(run, [4], method=method, replay=run.steps))(
-        TEST.tensors[0]
+        HELD_OUT.tensors[0]
     )
-    found = float(cross_entropy(again.detach(), TEST.tensors[1])) - float(expected.base[0, 0])
+    found = float(cross_entropy(again.detach(), HELD_OUT.tensors[1])) - float(expected.base[0, 0])
     assert found == pytest.approx(float(expected.change[0, 0, 0]), rel=1e-9)
     kept, shared = (
         backtrail.forget(run, [4], method=method) for method in (backtrail.DIT(), method)
@@ -150,7 +150,7 @@ def test_a_renormalised_batch_shares_the_weight(tmp_path: Path) -> None:
 
 def test_a_few_states_give_an_estimate(tmp_path: Path) -> None:
     """Diff-In's change of the parameters, added; also to checkpoints of a training that was not recorded."""
-    run = recorded("momentum", tmp_path)
+    run = recorded_run("momentum", tmp_path)
     method = backtrail.DiffIn(checkpoints=2, form="corrected")
     change, end = method.parameter_change(run, GROUP), run.state(run.steps).params
     found = backtrail.forget(run, GROUP, method=method)
@@ -168,7 +168,7 @@ def test_a_few_states_give_an_estimate(tmp_path: Path) -> None:
 
 def test_samples_with_ids_are_forgotten_by_their_ids(tmp_path: Path) -> None:
     """The batches were stored; the judgement does without rows that cannot be read again."""
-    run = streamed(tmp_path / "run")
+    run = recorded_stream(tmp_path / "run")
     gone = [int(run.ids[0]), int(run.ids[-1])]
     state = backtrail.forget(run, gone, replay=run.steps)
     judged = backtrail.judge_forgetting(
@@ -185,7 +185,7 @@ def test_the_log_warns_where_steps_bend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Above the limit, with the remedy; below it there is silence."""
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     monkeypatch.setattr(forgetting, "BENT", 1e9)
     backtrail.forget(run, GROUP)
     assert not caplog.text
@@ -196,7 +196,7 @@ def test_the_log_warns_where_steps_bend(
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     """Each with what to give instead."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     with pytest.raises(UnknownSample, match="no sample 9"):
         backtrail.forget(run, [2, 9])
     with pytest.raises(BadSetting, match="from 0 to 5"):
@@ -208,14 +208,14 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadSetting, match="at least one row"):
         backtrail.judge_forgetting(run, [2], {}, test=[])
     with pytest.raises(BadCheckpoint, match="has no parameter"):
-        backtrail.judge_forgetting(run, [2], {}, test=TEST)
+        backtrail.judge_forgetting(run, [2], {}, test=HELD_OUT)
 
 
 def test_the_judgement_is_what_one_would_compute(tmp_path: Path) -> None:
     """By hand, from three models: distance, divergence, classes and membership."""
-    run, case = recorded("batchnorm, sgd", tmp_path), BY_NAME["batchnorm, sgd"]
+    run, case = recorded_run("batchnorm, sgd", tmp_path), CASES_BY_NAME["batchnorm, sgd"]
     state = backtrail.forget(run, GROUP)
-    judged = backtrail.judge_forgetting(run, GROUP, state, test=TEST)
+    judged = backtrail.judge_forgetting(run, GROUP, state, test=HELD_OUT)
     models = [trained_with(case, GROUP, 1.0), case.built(), trained_with(case, GROUP, 0.0)]
     models[1].load_state_dict(state)
     flat = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models]
@@ -223,7 +223,7 @@ def test_the_judgement_is_what_one_would_compute(tmp_path: Path) -> None:
         float((flat[1] - flat[2]).norm() / (flat[0] - flat[2]).norm())
     )
     inputs, labels = (
-        torch.cat([a[GROUP], b]) for a, b in zip(rows().tensors, TEST.tensors, strict=True)
+        torch.cat([a[GROUP], b]) for a, b in zip(rows().tensors, HELD_OUT.tensors, strict=True)
     )
     with torch.no_grad():
         scores = [model.eval()(inputs) for model in models]
@@ -243,19 +243,19 @@ def test_the_judgement_is_what_one_would_compute(tmp_path: Path) -> None:
 
 def test_retraining_is_perfect_and_doing_nothing_is_one(tmp_path: Path) -> None:
     """The two ends of the scale; of nothing to forget, nothing is missing."""
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     end = run.state(run.steps).params
     perfect = backtrail.judge_forgetting(
-        run, GROUP, backtrail.forget(run, GROUP, replay=run.steps), test=TEST
+        run, GROUP, backtrail.forget(run, GROUP, replay=run.steps), test=HELD_OUT
     )
-    nothing = backtrail.judge_forgetting(run, GROUP, end, test=TEST)
+    nothing = backtrail.judge_forgetting(run, GROUP, end, test=HELD_OUT)
     assert perfect.parameters < 1e-10
     assert perfect.predictions < 1e-10
     assert perfect.agreement is not None
     assert perfect.agreement[1] == 1.0
     assert (nothing.parameters, nothing.predictions) == (1.0, 1.0)
-    unseen = recorded("twice in a batch", tmp_path)
-    free = backtrail.judge_forgetting(unseen, [8], unseen.state(unseen.steps).params, test=TEST)
+    unseen = recorded_run("twice in a batch", tmp_path)
+    free = backtrail.judge_forgetting(unseen, [8], unseen.state(unseen.steps).params, test=HELD_OUT)
     assert (free.parameters, free.predictions) == (0.0, 0.0)
 
 

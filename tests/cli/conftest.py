@@ -1,12 +1,10 @@
 """One tiny recorded and attributed training, with the file that explains it, for all tests of the command line."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
 
 from backtrail import cli
 from backtrail.cli.reference import _load
+from tests.cli.attributed_run import AttributedRun
 
 TASK_FILE = """
 import torch
@@ -43,36 +41,10 @@ def train(folder):
 """
 
 
-@dataclass(frozen=True)
-class Place:
-    """Paths of a recorded training; the references are those that a user would type."""
-
-    folder: Path
-
-    @property
-    def run(self) -> str:
-        """The run's folder."""
-        return str(self.folder / "run")
-
-    @property
-    def influence(self) -> str:
-        """The influence's folder."""
-        return str(self.folder / "influence")
-
-    def at(self, name: str) -> str:
-        """A name in the task file."""
-        return f"{self.folder / 'my_file.py'}:{name}"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The flags that name the task and the queries."""
-        return "--task", self.at("task"), "--queries", self.at("queries")
-
-
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def attributed(tmp_path_factory: pytest.TempPathFactory) -> AttributedRun:
     """A run of nine steps in three epochs on twelve samples, and its influence on two losses."""
-    found = Place(tmp_path_factory.mktemp("cli"))
+    found = AttributedRun(tmp_path_factory.mktemp("cli"))
     (found.folder / "my_file.py").write_text(TASK_FILE)
     _load(found.folder / "my_file.py").train(found.run)
     assert (

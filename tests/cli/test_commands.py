@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import backtrail
 from backtrail import cli
 from backtrail.cli.reference import task_at
-from tests.cli.conftest import Place
+from tests.cli.attributed_run import AttributedRun
 
 Captured = pytest.CaptureFixture[str]
 
@@ -33,9 +33,9 @@ def next_words(text: str) -> list[str]:
     return shlex.split(last)[2:]
 
 
-def test_info_tells_what_a_run_holds(place: Place, capsys: Captured) -> None:
+def test_info_tells_what_a_run_holds(attributed: AttributedRun, capsys: Captured) -> None:
     """Steps, epochs, learning rate and batches are those of the training, and no task is needed."""
-    out, err = run(capsys, "info", place.run, "--form", "json")
+    out, err = run(capsys, "info", attributed.run, "--form", "json")
     told = json.loads(out)
     assert (told["steps"], told["epochs"], told["training_samples"], told["states_kept"]) == (
         9,
@@ -50,12 +50,14 @@ def test_info_tells_what_a_run_holds(place: Place, capsys: Captured) -> None:
     )
     assert told["finished"] is True
     assert told["mebibytes_on_disk"] > 0
-    assert next_words(err)[:2] == ["verify", place.run]
+    assert next_words(err)[:2] == ["verify", attributed.run]
 
 
-def test_info_tells_of_captured_rows(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_info_tells_of_captured_rows(
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
+) -> None:
     """Where a recording holds some, they are most of it."""
-    copy = Path(shutil.copytree(place.run, tmp_path / "run"))
+    copy = Path(shutil.copytree(attributed.run, tmp_path / "run"))
     assert "mebibytes_of_captured_rows" not in json.loads(
         run(capsys, "info", str(copy), "--form", "json")[0]
     )
@@ -66,41 +68,41 @@ def test_info_tells_of_captured_rows(place: Place, capsys: Captured, tmp_path: P
     assert told["mebibytes_on_disk"] > 1
 
 
-def test_info_as_table_and_csv(place: Place, capsys: Captured) -> None:
+def test_info_as_table_and_csv(attributed: AttributedRun, capsys: Captured) -> None:
     """For people the names have spaces and the values units of their own; CSV has a header."""
-    table, _ = run(capsys, "info", place.run)
+    table, _ = run(capsys, "info", attributed.run)
     assert "learning rate      0.3\n" in table
     assert "finished           yes\n" in table
-    out, _ = run(capsys, "info", place.run, "--form", "csv")
+    out, _ = run(capsys, "info", attributed.run, "--form", "csv")
     assert dict(pl.read_csv(StringIO(out)).iter_rows())["steps"] == "9"
 
 
-def test_verify_replays(place: Place, capsys: Captured) -> None:
+def test_verify_replays(attributed: AttributedRun, capsys: Captured) -> None:
     """A run replays with its task, given as an object or as a function that makes it."""
     for name in ("task", "task_maker"):
-        out, _ = run(capsys, "verify", place.run, "--task", place.at(name))
+        out, _ = run(capsys, "verify", attributed.run, "--task", attributed.at(name))
         assert out.startswith("passed: 9 steps replayed")
     assert next_words(out)[0] == "attribute"
 
 
-def test_attribute_answers_as_the_library_does(place: Place) -> None:
+def test_attribute_answers_as_the_library_does(attributed: AttributedRun) -> None:
     """The influence on disk is the one that DIT gives for the same task and queries."""
-    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     queries = backtrail.Loss(recorded.task.data, samples=[0, 3])
     expected = backtrail.DIT().attribute(recorded, queries, observed_at="epochs")
-    found = backtrail.open_influence(place.influence)
+    found = backtrail.open_influence(attributed.influence)
     assert found.observed_at == (3, 6, 9)
     assert (found.values() == expected.values()).all()
 
 
-def test_attribute_at_given_states(place: Place, capsys: Captured) -> None:
+def test_attribute_at_given_states(attributed: AttributedRun, capsys: Captured) -> None:
     """States can be numbers, and the result is told with the command to look at it."""
-    out_folder = str(place.folder / "two states")
+    out_folder = str(attributed.folder / "two states")
     out, _ = run(
         capsys,
         "attribute",
-        place.run,
-        *place.references,
+        attributed.run,
+        *attributed.references,
         "--out",
         out_folder,
         "--observed-at",
@@ -124,7 +126,7 @@ def test_attribute_at_given_states(place: Place, capsys: Captured) -> None:
 def test_attribute_by_another_method(
     method: str,
     made: backtrail.TracIn | backtrail.GradientDot | backtrail.DataValueEmbedding,
-    place: Place,
+    attributed: AttributedRun,
     capsys: Captured,
     tmp_path: Path,
 ) -> None:
@@ -132,43 +134,47 @@ def test_attribute_by_another_method(
     out, _ = run(
         capsys,
         "attribute",
-        place.run,
-        *place.references,
+        attributed.run,
+        *attributed.references,
         "--out",
         str(tmp_path / "out"),
         "--method",
         method,
     )
-    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     expected = made.attribute(recorded, backtrail.Loss(recorded.task.data, samples=[0, 3]))
     assert out.startswith(f"Influence by {type(made).__name__}")
     assert (backtrail.open_influence(tmp_path / "out").values() == expected.values()).all()
 
 
 @pytest.mark.parametrize("query", ["1", "loss[3]"])
-def test_top_lists_what_the_library_lists(place: Place, capsys: Captured, query: str) -> None:
+def test_top_lists_what_the_library_lists(
+    attributed: AttributedRun, capsys: Captured, query: str
+) -> None:
     """A query is found by number and by name, with order and window."""
     flags = ("--k", "4", "--query", query, "--order", "helpful", "--window", "3", "9")
-    expected = backtrail.open_influence(place.influence).top(
+    expected = backtrail.open_influence(attributed.influence).top(
         4, query=1, order="helpful", window=(3, 9)
     )
-    out, err = run(capsys, "top", place.influence, *flags, "--form", "csv")
+    out, err = run(capsys, "top", attributed.influence, *flags, "--form", "csv")
     assert pl.read_csv(StringIO(out)).rows() == expected.rows()
     assert next_words(err) == [
         "curve",
-        place.influence,
+        attributed.influence,
         "--sample",
         str(expected["sample"][0]),
         "--query",
         query,
     ]
-    out, _ = run(capsys, "top", place.influence, *flags, "--form", "json")
+    out, _ = run(capsys, "top", attributed.influence, *flags, "--form", "json")
     assert [row["sample"] for row in json.loads(out)] == expected["sample"].to_list()
 
 
-def test_top_for_people_says_what_a_number_means(place: Place, capsys: Captured) -> None:
+def test_top_for_people_says_what_a_number_means(
+    attributed: AttributedRun, capsys: Captured
+) -> None:
     """The table has the query, the window and the sign above it."""
-    out, err = run(capsys, "top", place.influence)
+    out, err = run(capsys, "top", attributed.influence)
     lines = out.splitlines()
     assert lines[0] == "loss[0], states 0 to 9"
     assert "positive = helpful" in lines[1]
@@ -177,18 +183,18 @@ def test_top_for_people_says_what_a_number_means(place: Place, capsys: Captured)
     assert err == ""
 
 
-def test_curve_follows_one_sample(place: Place, capsys: Captured) -> None:
+def test_curve_follows_one_sample(attributed: AttributedRun, capsys: Captured) -> None:
     """The points are the library's, from zero at state 0."""
-    out, _ = run(capsys, "curve", place.influence, "--sample", "5", "--form", "csv")
+    out, _ = run(capsys, "curve", attributed.influence, "--sample", "5", "--form", "csv")
     assert (
         pl.read_csv(StringIO(out)).rows()
-        == backtrail.open_influence(place.influence).curve(sample=5).rows()
+        == backtrail.open_influence(attributed.influence).curve(sample=5).rows()
     )
 
 
-def test_patterns_counts_every_sample_once(place: Place, capsys: Captured) -> None:
+def test_patterns_counts_every_sample_once(attributed: AttributedRun, capsys: Captured) -> None:
     """The four patterns are listed in their order, and their shares sum to one."""
-    out, err = run(capsys, "patterns", place.influence, "--form", "json")
+    out, err = run(capsys, "patterns", attributed.influence, "--form", "json")
     rows = json.loads(out)
     assert [row["pattern"] for row in rows] == ["early", "late", "stable", "fluctuating"]
     assert sum(row["samples"] for row in rows) == 12
@@ -196,25 +202,25 @@ def test_patterns_counts_every_sample_once(place: Place, capsys: Captured) -> No
     assert next_words(err)[0] == "trust"
 
 
-def test_regimes_tells_what_the_library_finds(place: Place, capsys: Captured) -> None:
+def test_regimes_tells_what_the_library_finds(attributed: AttributedRun, capsys: Captured) -> None:
     """A row per regime without a task, and the sentence above the table for people."""
-    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
-    expected = backtrail.regimes(recorded, backtrail.open_influence(place.influence))
-    out, err = run(capsys, "regimes", place.run, place.influence, "--form", "csv")
+    recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
+    expected = backtrail.regimes(recorded, backtrail.open_influence(attributed.influence))
+    out, err = run(capsys, "regimes", attributed.run, attributed.influence, "--form", "csv")
     assert pl.read_csv(StringIO(out)).rows() == expected.table().rows()
-    assert next_words(err) == ["top", place.influence]
-    out, _ = run(capsys, "regimes", place.run, place.influence, "--query", "1")
+    assert next_words(err) == ["top", attributed.influence]
+    out, _ = run(capsys, "regimes", attributed.run, attributed.influence, "--query", "1")
     assert out.startswith(
-        backtrail.regimes(recorded, backtrail.open_influence(place.influence), query=1).summary
+        backtrail.regimes(recorded, backtrail.open_influence(attributed.influence), query=1).summary
     )
 
 
 def test_coreset_keeps_what_the_library_keeps(
-    place: Place, capsys: Captured, tmp_path: Path
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
     """The whole table in a file and in the forms for machines, the first ten for people."""
-    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
-    words = "coreset", place.run, "--task", place.at("task"), "--fraction"
+    recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
+    words = "coreset", attributed.run, "--task", attributed.at("task"), "--fraction"
     expected = backtrail.select_coreset(recorded, 0.95, method="loss")
     out, err = run(
         capsys,
@@ -229,18 +235,26 @@ def test_coreset_keeps_what_the_library_keeps(
     )
     assert pl.read_csv(StringIO(out)).equals(expected)
     assert pl.read_csv(tmp_path / "kept.csv").equals(expected)
-    assert next_words(err) == ["info", place.run]
+    assert next_words(err) == ["info", attributed.run]
     out, _ = run(capsys, *words, "0.95")
     assert out.startswith("11 samples kept, by dve; the first 10\n\nsample")
     assert len(out.splitlines()) == 2 + 11 + 2
-    assert next_words(out)[:2] == ["coreset", place.run]
+    assert next_words(out)[:2] == ["coreset", attributed.run]
     out, _ = run(capsys, *words, "0.5", "--method", "dit", "--form", "json")
     assert pl.read_json(StringIO(out)).equals(backtrail.select_coreset(recorded, 0.5, method="dit"))
 
 
-def test_trust_states_three_checks(place: Place, capsys: Captured) -> None:
+def test_trust_states_three_checks(attributed: AttributedRun, capsys: Captured) -> None:
     """The statement has a line for each check, and success is the exit code 0."""
-    out, _ = run(capsys, "trust", place.run, place.influence, *place.references, "--removals", "12")
+    out, _ = run(
+        capsys,
+        "trust",
+        attributed.run,
+        attributed.influence,
+        *attributed.references,
+        "--removals",
+        "12",
+    )
     assert [line.split()[:2] for line in out.splitlines()[:3]] == [
         ["replay", "passed:"],
         ["derivative", "passed:"],
@@ -248,51 +262,75 @@ def test_trust_states_three_checks(place: Place, capsys: Captured) -> None:
     ]
 
 
-def test_trust_fails_with_code_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trust_fails_with_code_one(
+    attributed: AttributedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failed check is no error of the program: the statement is printed, and the exit code is 1."""
     monkeypatch.setattr("backtrail.apply.trust.GOOD", 1.1)
     assert (
-        cli.main(["trust", place.run, place.influence, *place.references, "--removals", "3"]) == 1
+        cli.main(
+            [
+                "trust",
+                attributed.run,
+                attributed.influence,
+                *attributed.references,
+                "--removals",
+                "3",
+            ]
+        )
+        == 1
     )
 
 
-def test_clean_lists_what_the_library_lists(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_clean_lists_what_the_library_lists(
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
+) -> None:
     """The ranking on the screen and in the file, and for people what it is."""
-    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     expected, path = backtrail.find_mislabeled(recorded), tmp_path / "review.csv"
-    task = ("--task", place.at("task"))
-    out, err = run(capsys, "clean", place.run, *task, "--out", str(path), "--form", "json")
+    task = ("--task", attributed.at("task"))
+    out, err = run(capsys, "clean", attributed.run, *task, "--out", str(path), "--form", "json")
     assert [row["sample"] for row in json.loads(out)] == expected["sample"].to_list()
     assert pl.read_csv(path)["sample"].to_list() == expected["sample"].to_list()
     assert next_words(err)[0] == "attribute"
-    out, _ = run(capsys, "clean", place.run, *task, "--method", "loss")
+    out, _ = run(capsys, "clean", attributed.run, *task, "--method", "loss")
     assert out.startswith("the 12 most suspicious of 12 samples, by loss\n")
-    assert next_words(out) == ["clean", place.run, *task, "--method", "loss", "--out", "review.csv"]
+    assert next_words(out) == [
+        "clean",
+        attributed.run,
+        *task,
+        "--method",
+        "loss",
+        "--out",
+        "review.csv",
+    ]
 
 
-def test_clean_asks_about_a_data_set_of_the_file(place: Place, capsys: Captured) -> None:
+def test_clean_asks_about_a_data_set_of_the_file(
+    attributed: AttributedRun, capsys: Captured
+) -> None:
     """Validation rows are named like a task."""
-    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     expected = backtrail.find_mislabeled(recorded, method="dit", validation=recorded.task.data)
     flags = (
         "--task",
-        place.at("task"),
+        attributed.at("task"),
         "--method",
         "dit",
         "--validation",
-        place.at("data"),
+        attributed.at("data"),
         "--form",
         "csv",
     )
-    out, _ = run(capsys, "clean", place.run, *flags)
+    out, _ = run(capsys, "clean", attributed.run, *flags)
     assert pl.read_csv(StringIO(out))["sample"].to_list() == expected["sample"].to_list()
 
 
-def test_next_commands_work(place: Place, capsys: Captured) -> None:
+def test_next_commands_work(attributed: AttributedRun, capsys: Captured) -> None:
     """From a run to a curve by typing what the command before proposed, file names filled in."""
-    out, _ = run(capsys, "info", place.run)
+    out, _ = run(capsys, "info", attributed.run)
     out, _ = run(
-        capsys, *(word.replace("FILE.py:task", place.at("task")) for word in next_words(out))
+        capsys, *(word.replace("FILE.py:task", attributed.at("task")) for word in next_words(out))
     )
     for verb in ("attribute", "top", "curve", "patterns"):
         words = next_words(out)
@@ -302,16 +340,16 @@ def test_next_commands_work(place: Place, capsys: Captured) -> None:
 
 
 def test_evaluate_puts_influences_side_by_side(
-    place: Place, capsys: Captured, tmp_path: Path
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
     """A row per influence and measure; the bank holds the re-runs."""
-    sides = place.influence, place.influence
+    sides = attributed.influence, attributed.influence
     out, err = run(
         capsys,
         "evaluate",
-        place.run,
+        attributed.run,
         *sides,
-        *place.references,
+        *attributed.references,
         "--bank",
         str(tmp_path),
         "--form",
@@ -319,7 +357,7 @@ def test_evaluate_puts_influences_side_by_side(
     )
     table = pl.read_csv(StringIO(out))
     assert set(table["measure"]) == {"Pearson", "Spearman", "slope", "LDS, 5%"}
-    assert set(table["method"]) == {place.influence}
+    assert set(table["method"]) == {attributed.influence}
     assert (
         len(list(tmp_path.iterdir())) == 1
     )  # 5 % of twelve are one, and each was left out already
@@ -327,32 +365,44 @@ def test_evaluate_puts_influences_side_by_side(
 
 
 def test_forget_writes_what_the_library_returns(
-    place: Place, capsys: Captured, tmp_path: Path
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
     """A state_dict on disk that the model loads, and the command that compares it with retraining."""
     file = tmp_path / "new" / "model.safetensors"
-    flags = ("--task", place.at("task"), "--samples", "3", "5", "--replay", "4", "--out", str(file))
-    out, _ = run(capsys, "forget", place.run, *flags)
-    recorded = backtrail.open_run(place.run, task_at(place.at("task")))
+    flags = (
+        "--task",
+        attributed.at("task"),
+        "--samples",
+        "3",
+        "5",
+        "--replay",
+        "4",
+        "--out",
+        str(file),
+    )
+    out, _ = run(capsys, "forget", attributed.run, *flags)
+    recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     expected, found = backtrail.forget(recorded, [3, 5], replay=4), load_file(file)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert out.startswith("2 samples forgotten, 4 tensors written")
-    assert next_words(out)[-2:] == ["--test", place.at("test")]
+    assert next_words(out)[-2:] == ["--test", attributed.at("test")]
 
 
-def test_forget_is_judged_by_a_test_set(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_forget_is_judged_by_a_test_set(
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
+) -> None:
     """Three measures beside training again; and all steps replayed is what to type next."""
     flags = (
         "--task",
-        place.at("task"),
+        attributed.at("task"),
         "--samples",
         "3",
         "5",
         "--out",
         str(tmp_path / "model.safetensors"),
     )
-    out, _ = run(capsys, "forget", place.run, *flags, "--test", place.at("data"))
+    out, _ = run(capsys, "forget", attributed.run, *flags, "--test", attributed.at("data"))
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["parameters", "predictions", "membership"]
     out, _ = run(capsys, *next_words(out))

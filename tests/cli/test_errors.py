@@ -8,7 +8,7 @@ import pytest
 from backtrail import cli
 from backtrail.cli import show
 from backtrail.cli.reference import _load
-from tests.cli.conftest import Place
+from tests.cli.attributed_run import AttributedRun
 
 Captured = pytest.CaptureFixture[str]
 
@@ -32,16 +32,20 @@ def failing(capsys: Captured, *arguments: str) -> str:
         ("broken", "my_file.py, line 22: ZeroDivisionError: division by zero"),
     ],
 )
-def test_wrong_names_in_a_file(place: Place, capsys: Captured, *, name: str, said: str) -> None:
+def test_wrong_names_in_a_file(
+    attributed: AttributedRun, capsys: Captured, *, name: str, said: str
+) -> None:
     """A missing name, another kind of object and a failing function are told with what is there."""
-    assert said in failing(capsys, "verify", place.run, "--task", place.at(name))
+    assert said in failing(capsys, "verify", attributed.run, "--task", attributed.at(name))
 
 
 @pytest.mark.parametrize("reference", ["my_file.py", "nowhere.py:task", ":task", "my_file.py:"])
-def test_references_that_lead_nowhere(place: Place, capsys: Captured, reference: str) -> None:
+def test_references_that_lead_nowhere(
+    attributed: AttributedRun, capsys: Captured, reference: str
+) -> None:
     """A reference without a file, or without a name, is told how to be written."""
     assert "Write FILE.py:NAME, for example my_file.py:task." in failing(
-        capsys, "verify", place.run, "--task", reference
+        capsys, "verify", attributed.run, "--task", reference
     )
 
 
@@ -54,40 +58,42 @@ def test_references_that_lead_nowhere(place: Place, capsys: Captured, reference:
     ],
 )
 def test_files_that_do_not_run(
-    place: Place, capsys: Captured, tmp_path: Path, *, source: str, said: str
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path, *, source: str, said: str
 ) -> None:
     """What goes wrong in the user's file is told with its line."""
     path = tmp_path / "mine.py"
     path.write_text(source)
-    assert said in failing(capsys, "verify", place.run, "--task", f"{path}:task")
+    assert said in failing(capsys, "verify", attributed.run, "--task", f"{path}:task")
 
 
-def test_no_queries_in_a_file(capsys: Captured, place: Place, tmp_path: Path) -> None:
+def test_no_queries_in_a_file(capsys: Captured, attributed: AttributedRun, tmp_path: Path) -> None:
     """A file without what is wanted says so."""
     path = tmp_path / "empty.py"
     path.write_text("x = 1\n")
     flags = (
         "--task",
-        place.at("task"),
+        attributed.at("task"),
         "--queries",
         f"{path}:queries",
         "--out",
         str(tmp_path / "out"),
     )
-    assert "There is no Query in it." in failing(capsys, "attribute", place.run, *flags)
+    assert "There is no Query in it." in failing(capsys, "attribute", attributed.run, *flags)
 
 
-def test_only_data_sets_are_named_as_such(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_only_data_sets_are_named_as_such(
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
+) -> None:
     """Strings and classes have a length and items, too; and nothing is written before the rows are found."""
     flags = (
         "--task",
-        place.at("task"),
+        attributed.at("task"),
         "--samples",
         "3",
         "--out",
         str(tmp_path / "model.safetensors"),
     )
-    said = failing(capsys, "forget", place.run, *flags, "--test", place.at("nothing"))
+    said = failing(capsys, "forget", attributed.run, *flags, "--test", attributed.at("nothing"))
     assert said.endswith("my_file.py has no 'nothing'. A data set there: data.\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -107,36 +113,46 @@ def test_only_data_sets_are_named_as_such(place: Place, capsys: Captured, tmp_pa
     ],
 )
 def test_files_and_samples_that_are_none(
-    place: Place, capsys: Captured, *, words: tuple[str, ...], said: str
+    attributed: AttributedRun, capsys: Captured, *, words: tuple[str, ...], said: str
 ) -> None:
     """A file is not written in a format that its name denies, and nothing is not forgotten."""
-    assert said in failing(capsys, words[0], place.run, "--task", place.at("task"), *words[1:])
+    assert said in failing(
+        capsys, words[0], attributed.run, "--task", attributed.at("task"), *words[1:]
+    )
 
 
 def test_errors_of_the_library_are_lines_too(
-    place: Place, capsys: Captured, tmp_path: Path
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
     """A folder without a run or an influence, an unknown sample, query or window: no traceback."""
     assert "holds no run" in failing(capsys, "info", str(tmp_path))
     assert "holds no influence" in failing(capsys, "top", str(tmp_path))
-    assert "no sample 99" in failing(capsys, "curve", place.influence, "--sample", "99")
-    assert "no query 'accuracy'" in failing(capsys, "top", place.influence, "--query", "accuracy")
-    assert "was not observed" in failing(capsys, "top", place.influence, "--window", "0", "4")
+    assert "no sample 99" in failing(capsys, "curve", attributed.influence, "--sample", "99")
+    assert "no query 'accuracy'" in failing(
+        capsys, "top", attributed.influence, "--query", "accuracy"
+    )
+    assert "was not observed" in failing(capsys, "top", attributed.influence, "--window", "0", "4")
 
 
-def test_trust_wants_the_influences_own_run(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_trust_wants_the_influences_own_run(
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
+) -> None:
     """An influence is not checked against another recording, however alike."""
     other = tmp_path / "other"
-    _load(place.folder / "my_file.py").train(str(other))
-    said = failing(capsys, "trust", str(other), place.influence, *place.references)
+    _load(attributed.folder / "my_file.py").train(str(other))
+    said = failing(capsys, "trust", str(other), attributed.influence, *attributed.references)
     assert "Give the folder of its own run." in said
 
 
-def test_system_errors_are_lines_too(place: Place, capsys: Captured, tmp_path: Path) -> None:
+def test_system_errors_are_lines_too(
+    attributed: AttributedRun, capsys: Captured, tmp_path: Path
+) -> None:
     """A folder that cannot be written is told as the system tells it."""
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "out")
-    assert "file" in failing(capsys, "attribute", place.run, *place.references, "--out", out)
+    assert "file" in failing(
+        capsys, "attribute", attributed.run, *attributed.references, "--out", out
+    )
 
 
 def test_demo_without_its_extra(
@@ -151,7 +167,7 @@ def test_demo_without_its_extra(
 
 
 def test_ctrl_c_ends_quietly(
-    place: Place, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    attributed: AttributedRun, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An interrupt is no error: nothing is printed, and the code is 130."""
 
@@ -159,7 +175,7 @@ def test_ctrl_c_ends_quietly(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(show, "table", interrupt)
-    assert cli.main(["top", place.influence]) == 130
+    assert cli.main(["top", attributed.influence]) == 130
     assert capsys.readouterr() == ("", "")
 
 

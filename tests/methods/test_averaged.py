@@ -19,10 +19,12 @@ from backtrail.queries import Query
 from backtrail.run.run import Run
 from backtrail.step.step import Transition
 from backtrail.sweep.adjoint import pull_back
-from tests.cases import ADAMW, SGD, Case, normed, one_group, record, rows, train
-from tests.methods.dit.test_dit import Stopped
-from tests.methods.dit.test_exact import asked, assert_exact, read
+from tests.cases import ADAMW, SGD, Case, normed, one_group, rows, train
+from tests.interruption import Interrupted
 from tests.oracles import nudge
+from tests.oracles.nudge import assert_exact
+from tests.recorded_runs import recorded_case
+from tests.standard_queries import standard_losses, standard_queries
 
 CASES = [
     Case("momentum", one_group(SGD, lr=0.3, momentum=0.9)),
@@ -42,7 +44,7 @@ STATES = [2, 4, 5]
 
 def averaged(name: str) -> backtrail.Averaged:
     """The queries of the other tests, of an average."""
-    return backtrail.Averaged(asked(), **AVERAGES[name])
+    return backtrail.Averaged(standard_queries(), **AVERAGES[name])
 
 
 def observed(name: str) -> Callable[..., np.ndarray]:
@@ -90,13 +92,6 @@ def read_in_eval_mode(
         return read(copy).numpy()
 
 
-def recorded(case: Case, folder: Path) -> Run:
-    """A run of a case."""
-    model, data = case.built(), rows()
-    record(case, model, data, folder / "run")
-    return backtrail.open_run(folder / "run", case.task(model, data))
-
-
 @pytest.mark.parametrize("name", AVERAGES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_sweep_of_an_average_equals_nudging_each_weight(
@@ -104,9 +99,9 @@ def test_the_sweep_of_an_average_equals_nudging_each_weight(
 ) -> None:
     """At several observed states, before and after the average's start."""
     monkeypatch.setattr(nudge, "observe", observed(name))
-    truth = nudge.nudge_every_weight(case, read, STATES)
+    truth = nudge.nudge_every_weight(case, standard_losses, STATES)
     influence = backtrail.DIT(chunk=2).attribute(
-        recorded(case, tmp_path), averaged(name), observed_at=STATES
+        recorded_case(case, tmp_path), averaged(name), observed_at=STATES
     )
     assert_exact(influence.values(), truth)
 
@@ -115,8 +110,8 @@ def test_the_sweep_of_an_average_equals_nudging_each_weight(
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_leaving_out_reads_the_same_average(case: Case, name: str, tmp_path: Path) -> None:
     """Also where the re-run starts in the middle, and in small stacks."""
-    run, observe, samples = recorded(case, tmp_path), observed(name), [0, 4, 8]
-    base = observe(case, read, STATES)
+    run, observe, samples = recorded_case(case, tmp_path), observed(name), [0, 4, 8]
+    base = observe(case, standard_losses, STATES)
     found = retrain(
         run, averaged(name), [[sample] for sample in samples], observed_at=STATES, batch=1
     )
@@ -128,7 +123,7 @@ def test_leaving_out_reads_the_same_average(case: Case, name: str, tmp_path: Pat
                 [float(row != sample) for row in case.batches[step]], dtype=torch.float64
             )
 
-        truth = observe(case, read, STATES, weights) - base
+        truth = observe(case, standard_losses, STATES, weights) - base
         np.testing.assert_allclose(found.change[:, :, place], truth, rtol=1e-9, atol=1e-13)
 
 
@@ -150,11 +145,11 @@ def test_shares_add_up_to_one_and_to_the_running_average() -> None:
 
 def test_no_decay_is_the_state_itself(tmp_path: Path) -> None:
     """An average with decay 0 forgets everything but the last state, bit for bit."""
-    run = recorded(CASES[3], tmp_path)
-    plain = backtrail.DIT().attribute(run, asked(), observed_at=STATES).values()
+    run = recorded_case(CASES[3], tmp_path)
+    plain = backtrail.DIT().attribute(run, standard_queries(), observed_at=STATES).values()
     found = (
         backtrail.DIT()
-        .attribute(run, backtrail.Averaged(asked(), decay=0.0), observed_at=STATES)
+        .attribute(run, backtrail.Averaged(standard_queries(), decay=0.0), observed_at=STATES)
         .values()
     )
     np.testing.assert_array_equal(found, plain)
@@ -163,9 +158,9 @@ def test_no_decay_is_the_state_itself(tmp_path: Path) -> None:
 def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the middle of the way back; another average does not go on in its folder."""
+    """Interrupted in the middle of the way back; another average does not go on in its folder."""
     monkeypatch.setattr("backtrail.methods.dit.dit.SHORTEST", 1)
-    run, query = recorded(CASES[3], tmp_path), averaged("timm")
+    run, query = recorded_case(CASES[3], tmp_path), averaged("timm")
     whole = (
         backtrail.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / "whole").values()
     )
@@ -173,11 +168,11 @@ def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
 
         def failing(transition: Transition, *args: Any, stop: int = stop, **options: Any) -> object:
             if transition.step.index == stop:
-                raise Stopped
+                raise Interrupted
             return pull_back(transition, *args, **options)
 
         monkeypatch.setattr("backtrail.sweep.adjoint.pull_back", failing)
-        with pytest.raises(Stopped):
+        with pytest.raises(Interrupted):
             backtrail.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / f"part{stop}")
         monkeypatch.setattr("backtrail.sweep.adjoint.pull_back", pull_back)
         resumed = backtrail.DIT().attribute(
@@ -192,7 +187,7 @@ def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
 
 def test_trust_asks_the_average(tmp_path: Path) -> None:
     """All three checks pass: the derivative of the average is right, and predicts removals."""
-    run = recorded(CASES[1], tmp_path)
+    run = recorded_case(CASES[1], tmp_path)
     influence = backtrail.DIT().attribute(run, averaged("torch"))
     statement = backtrail.trust(run, influence, removals=9)
     assert statement.derivative is not None
@@ -202,8 +197,8 @@ def test_trust_asks_the_average(tmp_path: Path) -> None:
 
 def test_a_waiting_gradient_is_in_the_estimate(tmp_path: Path) -> None:
     """One vector of parameters per query and state."""
-    run = recorded(CASES[0], tmp_path)
-    needed = [least(run, query) for query in (asked(), averaged("timm"))]
+    run = recorded_case(CASES[0], tmp_path)
+    needed = [least(run, query) for query in (standard_queries(), averaged("timm"))]
     params = sum(tensor.nbytes for tensor in run.state(0).params.values())
     assert needed[1] - needed[0] == 3 * 4 * params  # 3 queries, 4 states
 
@@ -224,10 +219,13 @@ def least(run: Run, query: Query) -> int:
 @pytest.mark.parametrize(
     ("made", "what"),
     [
-        (lambda: backtrail.Averaged(asked(), decay=1.0), "decay=1.0 is no setting"),
-        (lambda: backtrail.Averaged(asked(), start=-1), "start=-1 is no setting"),
-        (lambda: backtrail.Averaged(asked(), every=0), "every=0 is no setting"),
-        (lambda: backtrail.Averaged(backtrail.Averaged(asked())), "queries of the weights"),
+        (lambda: backtrail.Averaged(standard_queries(), decay=1.0), "decay=1.0 is no setting"),
+        (lambda: backtrail.Averaged(standard_queries(), start=-1), "start=-1 is no setting"),
+        (lambda: backtrail.Averaged(standard_queries(), every=0), "every=0 is no setting"),
+        (
+            lambda: backtrail.Averaged(backtrail.Averaged(standard_queries())),
+            "queries of the weights",
+        ),
     ],
 )
 def test_what_is_no_average_is_refused(made: Callable[[], Query], what: str) -> None:

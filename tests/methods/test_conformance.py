@@ -10,8 +10,10 @@ import backtrail
 from backtrail.errors import NoSuchState
 from backtrail.influence.writer import InfluenceWriter
 from backtrail.methods.result import slots
-from tests.methods.dit.test_dit import of_samples, recorded
-from tests.methods.dit.test_exact import asked
+from tests.interruption import Interrupted
+from tests.oracles.sums import sum_by_sample
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import standard_queries
 
 Method = (
     backtrail.DIT
@@ -38,8 +40,8 @@ each_run = pytest.mark.parametrize("name", RUNS)
 @each_run
 def test_the_result_says_what_it_is(name: str, method: Method, tmp_path: Path) -> None:
     """Axes, samples, sign, unit, method, run and queries."""
-    run = recorded(name, tmp_path)
-    found = method.attribute(run, asked(), observed_at=[1, run.steps])
+    run = recorded_run(name, tmp_path)
+    found = method.attribute(run, standard_queries(), observed_at=[1, run.steps])
     assert found.values().shape == (3, 2, run.steps, max(len(step.samples) for step in run.log))
     assert (found.sample == slots(run)).all()
     assert found.sign.startswith("what the query gains when the sample is removed")
@@ -55,8 +57,10 @@ def test_what_cannot_have_influence_has_exactly_none(
     name: str, method: Method, tmp_path: Path
 ) -> None:
     """The padding, the steps from the observed state on, and the samples never seen."""
-    run = recorded(name, tmp_path)
-    found = method.attribute(run, asked(), observed_at="epochs" if name == "adamw" else [1, 2])
+    run = recorded_run(name, tmp_path)
+    found = method.attribute(
+        run, standard_queries(), observed_at="epochs" if name == "adamw" else [1, 2]
+    )
     values, total = found.values(), found.total()
     assert np.isfinite(values).all()
     assert np.abs(values).max() > 0
@@ -71,12 +75,12 @@ def test_what_cannot_have_influence_has_exactly_none(
 @each_run
 def test_sums_are_the_whole(name: str, method: Method, tmp_path: Path) -> None:
     """Visits and windows each add up to the total."""
-    run = recorded(name, tmp_path)
-    found = method.attribute(run, asked(), observed_at=range(1, run.steps + 1))
+    run = recorded_run(name, tmp_path)
+    found = method.attribute(run, standard_queries(), observed_at=range(1, run.steps + 1))
     total = found.total()[:, -1]
     scale = np.abs(total).max()
     np.testing.assert_allclose(
-        total, of_samples(found.values()[:, -1], run), rtol=0, atol=1e-13 * scale
+        total, sum_by_sample(found.values()[:, -1], run), rtol=0, atol=1e-13 * scale
     )
     np.testing.assert_allclose(found.visits(0, run.steps), total, rtol=0, atol=1e-13 * scale)
     windows = sum(found.window(t, t + 1) for t in range(run.steps))
@@ -87,10 +91,10 @@ def test_sums_are_the_whole(name: str, method: Method, tmp_path: Path) -> None:
 @each_run
 def test_a_state_alone_has_the_same_answer(name: str, method: Method, tmp_path: Path) -> None:
     """What else is observed changes nothing but rounding."""
-    run = recorded(name, tmp_path)
-    together = method.attribute(run, asked(), observed_at=[1, 2, run.steps]).values()
+    run = recorded_run(name, tmp_path)
+    together = method.attribute(run, standard_queries(), observed_at=[1, 2, run.steps]).values()
     for column, state in enumerate(sorted({1, 2, run.steps})):
-        alone = method.attribute(run, asked(), observed_at=state).values()[:, 0]
+        alone = method.attribute(run, standard_queries(), observed_at=state).values()[:, 0]
         np.testing.assert_allclose(
             together[:, column], alone, rtol=0, atol=1e-12 * np.abs(alone).max()
         )
@@ -100,17 +104,13 @@ def test_a_state_alone_has_the_same_answer(name: str, method: Method, tmp_path: 
 @each_run
 def test_the_same_question_gives_the_same_bits(name: str, method: Method, tmp_path: Path) -> None:
     """In memory, on disk, and read again."""
-    run = recorded(name, tmp_path)
-    first = method.attribute(run, asked(), observed_at="epochs").values()
+    run = recorded_run(name, tmp_path)
+    first = method.attribute(run, standard_queries(), observed_at="epochs").values()
     np.testing.assert_array_equal(
-        method.attribute(run, asked(), observed_at="epochs").values(), first
+        method.attribute(run, standard_queries(), observed_at="epochs").values(), first
     )
-    method.attribute(run, asked(), observed_at="epochs", out=tmp_path / "out")
+    method.attribute(run, standard_queries(), observed_at="epochs", out=tmp_path / "out")
     np.testing.assert_array_equal(backtrail.open_influence(tmp_path / "out").values(), first)
-
-
-class Killed(Exception):
-    """Raised where a process might die."""
 
 
 @each_method
@@ -120,47 +120,47 @@ def test_an_attribution_killed_anywhere_resumes_to_the_same_bits(
 ) -> None:
     """After every shard in turn, marked or not."""
     monkeypatch.setattr("backtrail.methods.dit.dit.SHORTEST", 1)
-    run = recorded(name, tmp_path)
+    run = recorded_run(name, tmp_path)
     states = [2, run.steps]
-    whole = method.attribute(run, asked(), observed_at=states).values()
+    whole = method.attribute(run, standard_queries(), observed_at=states).values()
     real = InfluenceWriter.mark_done
     for survived in range(run.steps):
         left, out = [survived], tmp_path / f"out{survived}"
 
         def failing(self: InfluenceWriter, shard: int, left: list[int] = left) -> None:
             if not left[0]:
-                raise Killed
+                raise Interrupted
             left[0] -= 1
             real(self, shard)
 
         with monkeypatch.context() as patch:
             patch.setattr(InfluenceWriter, "mark_done", failing)
-            with pytest.raises(Killed):
-                method.attribute(run, asked(), observed_at=states, out=out)
+            with pytest.raises(Interrupted):
+                method.attribute(run, standard_queries(), observed_at=states, out=out)
         with pytest.raises(backtrail.BacktrailError, match=f"{survived} of {run.steps} shards"):
             backtrail.open_influence(out)
         np.testing.assert_array_equal(
-            method.attribute(run, asked(), observed_at=states, out=out).values(), whole
+            method.attribute(run, standard_queries(), observed_at=states, out=out).values(), whole
         )
 
 
 @each_method
 def test_another_question_in_the_same_folder_is_refused(method: Method, tmp_path: Path) -> None:
     """The message says what differs."""
-    run = recorded("adamw", tmp_path)
-    method.attribute(run, asked(), out=tmp_path / "out")
+    run = recorded_run("adamw", tmp_path)
+    method.attribute(run, standard_queries(), out=tmp_path / "out")
     with pytest.raises(backtrail.BacktrailError, match="observed_at"):
-        method.attribute(run, asked(), observed_at=2, out=tmp_path / "out")
+        method.attribute(run, standard_queries(), observed_at=2, out=tmp_path / "out")
     other = next(made for made in METHODS.values() if made is not method)
     with pytest.raises(backtrail.BacktrailError, match="another influence"):
-        other.attribute(run, asked(), out=tmp_path / "out")
+        other.attribute(run, standard_queries(), out=tmp_path / "out")
 
 
 @each_method
 def test_states_that_are_not_there_are_refused(method: Method, tmp_path: Path) -> None:
     """Before any work."""
     with pytest.raises(NoSuchState, match="state 6: the run has states 0 to 5"):
-        method.attribute(recorded("sgd", tmp_path), asked(), observed_at=[2, 6])
+        method.attribute(recorded_run("sgd", tmp_path), standard_queries(), observed_at=[2, 6])
 
 
 @each_method
@@ -168,11 +168,11 @@ def test_the_model_at_hand_and_the_generators_are_left_alone(
     method: Method, tmp_path: Path
 ) -> None:
     """Weights, modes and random state are those of before."""
-    run = recorded("batchnorm, adamw", tmp_path)
+    run = recorded_run("batchnorm, adamw", tmp_path)
     model, drawn = run.task.model, torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    method.attribute(run, asked())
+    method.attribute(run, standard_queries())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), drawn)

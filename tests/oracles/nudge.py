@@ -74,3 +74,11 @@ def observe(
                 found[number] = read(model).numpy()
             model.train()
     return np.stack([found[number] for number in observed_at], axis=1)
+
+
+def assert_exact(found: np.ndarray, truth: np.ndarray) -> None:
+    """Within 1e-6 of the largest derivative, for every query and observed state."""
+    scale = np.abs(truth).max(axis=(2, 3))
+    assert (scale > 0).all()
+    error = np.abs(found - truth).max(axis=(2, 3)) / scale
+    assert error.max() <= 1e-6, error

@@ -1,6 +1,6 @@
 """Models with one kind of layer each, and what is fed to them: `[slot, ...]`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,3 +196,11 @@ LAYERS = [
         slow=("core.weight",),
     ),
 ]
+
+
+def nonlinear_loss(outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
+    """Return losses `[slot]` that are linear in no output."""
+    flat = torch.sin(outputs.flatten(1))
+    return (flat * torch.arange(1.0, flat.shape[1] + 1).to(flat)).sum(1) + flat.square().sum(
+        1
+    ) * batch[1]

@@ -28,15 +28,7 @@ from backtrail.task.task import Task
 from backtrail.tree import Tree, add, cast
 from bench.models import GPT, sentences
 from tests.cases import CASES, Case, normed, record, rows
-from tests.persample.layers import LAYERS, SLOTS, WIDTH, Layer, Mapped
-
-
-def loss(outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
-    """Not linear in anything."""
-    flat = torch.sin(outputs.flatten(1))
-    return (flat * torch.arange(1.0, flat.shape[1] + 1).to(flat)).sum(1) + flat.square().sum(
-        1
-    ) * batch[1]
+from tests.persample.layers import LAYERS, SLOTS, WIDTH, Layer, Mapped, nonlinear_loss
 
 
 def other_loss(outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
@@ -44,7 +36,7 @@ def other_loss(outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
     return (outputs.flatten(1) - batch[1][:, None]).square().sum(1)
 
 
-def piece_of(layer: Layer, *, reduce: Any = "mean", loss: Any = loss) -> list[MicroBatch]:
+def piece_of(layer: Layer, *, reduce: Any = "mean", loss: Any = nonlinear_loss) -> list[MicroBatch]:
     """A step that trains on random rows."""
     torch.manual_seed(1)
     torch.set_default_dtype(torch.float64)
@@ -96,7 +88,10 @@ def drawn(micro_batch: MicroBatch, rank: int = 9, **options: Any) -> Projection:
 
 
 def slopes(
-    micro_batch: MicroBatch, params: Tree, buffers: Tree, loss: Callable[..., Tensor] = loss
+    micro_batch: MicroBatch,
+    params: Tree,
+    buffers: Tree,
+    loss: Callable[..., Tensor] = nonlinear_loss,
 ) -> list[Tree]:
     """Sample by sample, by autograd; a batch's statistics are constants."""
     micro_batch.transition.set_modes()
@@ -189,7 +184,7 @@ def test_rows_are_projected_gradients_of_single_samples(layer: Layer, kind: Any)
     )
     assert unverified(micro_batch) == set(layer.slow)
     at, statistics = with_constant_statistics(micro_batch, buffers)
-    for of_loss, one in zip(found.rows, (loss, other_loss), strict=True):
+    for of_loss, one in zip(found.rows, (nonlinear_loss, other_loss), strict=True):
         wanted = slopes(at, params, statistics, one)
         assert (
             max(gap(got, by_hand(wanted, own)) for got, own in zip(of_loss, sets, strict=True))
@@ -331,7 +326,7 @@ def test_a_slot_without_a_share_has_no_row() -> None:
     """Under the task's loss; the other loss is not weighted."""
     (micro_batch,) = piece_of(LAYERS[0], reduce=lambda _: torch.tensor([0.5, 0.0, 2.0]))
     params, own = micro_batch.transition.task.parameters(), drawn(micro_batch)
-    found = captured(micro_batch, params, {}, sides=(own.sides,), losses=(loss,))
+    found = captured(micro_batch, params, {}, sides=(own.sides,), losses=(nonlinear_loss,))
     wanted = by_hand(slopes(micro_batch, params, {}), own)
     assert gap(found.rows[1][0], wanted) <= 1e-10
     assert gap(found.rows[0][0], wanted * torch.tensor([[1.0], [0.0], [1.0]])) <= 1e-10

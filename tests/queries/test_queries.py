@@ -12,6 +12,7 @@ import backtrail
 from backtrail.errors import BadQuery
 from backtrail.queries import Query, Saliency, gradients, values
 from tests.cases import CLASSES, FEATURES, mlp, normed, rows
+from tests.recorded_runs import recorded_run
 
 DATA = rows(seed=3, count=7)
 INPUTS, LABELS = DATA.tensors
@@ -165,9 +166,7 @@ def test_rows_that_are_not_there_are_refused_at_once() -> None:
 
 def test_one_sweep_answers_all_kinds_like_sweeps_of_their_own(tmp_path: Path) -> None:
     """Influence on a logit of every class adds up to influence on their sum."""
-    from tests.methods.dit.test_dit import recorded  # noqa: PLC0415
-
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     parts = sum(
         backtrail.DIT().attribute(run, backtrail.Logit(DATA, [0], target=c)).total()
         for c in range(CLASSES)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import backtrail
 from backtrail.errors import ReplayMismatch, UnexplainedGradient
@@ -18,7 +17,7 @@ from backtrail.queries import values
 from backtrail.run import journal
 from backtrail.run.run import Run
 from backtrail.step.step import Transition
-from tests.loops import Loop, adam, backward, mlp, moody, recorded, refused, rows
+from tests.loops import Loop, adam, autocast_training, mlp, moody, recorded, refused, rows
 
 Watch = Callable[[Any], Any]
 LOW = torch.bfloat16
@@ -29,30 +28,13 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
 
 
-def under_autocast(
-    loop: Loop, *, outside: bool = False, full: tuple[int, ...] = ()
-) -> Callable[[Watch], None]:
-    """The plain loop under autocast, but for some batches; or with the loss outside of it."""
-
-    def train(watch: Watch) -> None:
-        for _ in range(3):
-            for number, batch in enumerate(loop.noted(watch(loop.loader()))):
-                with torch.autocast("cpu", LOW, enabled=number not in full):
-                    outputs = loop.model(batch[0])
-                    loss = cross_entropy(outputs, batch[1])
-                backward(cross_entropy(outputs, batch[1]) if outside else loss)
-                loop.step()
-
-    return train
-
-
 @pytest.mark.parametrize("model", [mlp, moody])
 def test_a_run_under_autocast_is_replayed_to_rounding(
     model: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     """The log says which steps were under it; the check says so too, and how far the plain gradients are."""
     loop = Loop.of(model())
-    run = recorded(loop, tmp_path / "run", under_autocast(loop, full=(1, 2)))
+    run = recorded(loop, tmp_path / "run", autocast_training(loop, full=(1, 2)))
     assert [step.autocast for step in run.log[:4]] == ["bfloat16", "", "", "bfloat16"]
     assert run.table()["autocast"].to_list() == [step.autocast for step in run.log]
     found = run.verify()
@@ -68,10 +50,10 @@ def test_the_recorder_leaves_a_training_under_autocast_alone(tmp_path: Path) -> 
     """The weights are the same bits with and without it."""
     torch.manual_seed(1)
     alone = Loop.of(moody())
-    under_autocast(alone)(lambda loader: loader)
+    autocast_training(alone)(lambda loader: loader)
     torch.manual_seed(1)
     watched = Loop.of(moody())
-    recorded(watched, tmp_path / "run", under_autocast(watched))
+    recorded(watched, tmp_path / "run", autocast_training(watched))
     for ours, theirs in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert not any(module._forward_pre_hooks for module in watched.model.modules())
@@ -88,7 +70,7 @@ def test_a_loss_outside_of_autocast_is_within_the_tolerance(tmp_path: Path) -> N
     """The replay takes the loss inside: the gradients differ by rounding, and the states meet within the default."""
     loop = Loop.of(mlp())
     with loop.recorder(tmp_path / "run") as recorder:
-        under_autocast(loop, outside=True)(recorder.watch)
+        autocast_training(loop, outside=True)(recorder.watch)
     found = backtrail.open_run(tmp_path / "run", loop.task()).verify()
     assert 0 < found.difference < 5e-2
 
@@ -99,7 +81,7 @@ def test_a_loop_that_does_something_else_is_still_found_out(tmp_path: Path) -> N
         mlp(), options={"reduce": lambda batches: torch.full((len(batches[0][0]),), 1 / 5)}
     )
     with refused(UnexplainedGradient, "Step 0", "tolerance 0.05"):
-        recorded(loop, tmp_path / "run", under_autocast(loop))
+        recorded(loop, tmp_path / "run", autocast_training(loop))
 
 
 def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +94,7 @@ def test_a_replay_that_rounds_elsewhere_passes_up_to_a_threshold(
 ) -> None:
     """5e-2 over a segment; it can be set."""
     loop = Loop.of(mlp())
-    run = recorded(loop, tmp_path / "run", under_autocast(loop))
+    run = recorded(loop, tmp_path / "run", autocast_training(loop))
     without_autocast(monkeypatch)
     assert 1e-6 < run.verify().difference < 5e-2
     with pytest.raises(ReplayMismatch, match="tolerance 1e-06"):
@@ -128,7 +110,7 @@ def test_trust_checks_the_derivative_along_the_recorded_training(
 ) -> None:
     """What autocast added to every gradient is held as it was, in the sweep and in the re-runs alike."""
     loop = Loop.of(model(), optimizer)
-    run = recorded(loop, tmp_path / "run", under_autocast(loop))
+    run = recorded(loop, tmp_path / "run", autocast_training(loop))
     influence = backtrail.DIT().attribute(run, backtrail.Loss(rows(5, seed=1), aggregate="mean"))
     statement = backtrail.trust(run, influence, removals=4)
     assert "under autocast bfloat16" in str(statement).splitlines()[0]
@@ -141,7 +123,7 @@ def test_re_runs_stay_on_the_recorded_training(tmp_path: Path) -> None:
     """The unperturbed one, in float64, ends where the training did."""
     loop = Loop.of(mlp(), sgd)
     run, query = (
-        recorded(loop, tmp_path / "run", under_autocast(loop)),
+        recorded(loop, tmp_path / "run", autocast_training(loop)),
         backtrail.Loss(rows(5, seed=1)),
     )
     end = run.state(run.steps)

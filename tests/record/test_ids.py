@@ -1,15 +1,14 @@
 """Data that has no row numbers: batches tell the ids of their samples, and are stored."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
 from backtrail.errors import (
@@ -21,83 +20,31 @@ from backtrail.errors import (
     WrongData,
 )
 from backtrail.methods.dit.auto import candidates, told
-from backtrail.run.run import Run
 from tests.loops import adam, backward, mlp, refused, rows
-from tests.methods.dit.test_auto import slow_figures
-
-IDS = [7, 3, 900_000_000_000_000_007, 41, 12, 5, 100, 101, 2**62, 8, 9, 10]  # no order, no pattern
-DATA = rows(len(IDS))
-
-
-class Named(nn.Module):
-    """A model that is called by keyword, and has no use for ids."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.body = mlp().double()
-
-    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scores."""
-        del labels
-        found: Tensor = self.body(inputs)
-        return found
-
-
-class Stream(IterableDataset[dict[str, Any]]):
-    """Rows that come one after the other, each time in another order."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """One pass."""
-        for row in torch.randperm(len(IDS)).tolist():
-            inputs, label = DATA[row]
-            yield {"inputs": inputs.double(), "labels": label, "id": IDS[row]}
-
-
-def loss(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of every row."""
-    return cross_entropy(outputs, batch["labels"], reduction="none")
-
-
-def streamed(
-    path: Path,
-    ids: Any = "id",
-    *,
-    more: Callable[[Any], Any] = lambda batch: batch,
-    epochs: int = 3,
-) -> Run:
-    """A recorded training on the stream."""
-    model, batches = Named(), DataLoader(Stream(), batch_size=4)
-    task, optimizer = (
-        backtrail.Task(model, None, loss, ids=ids),
-        torch.optim.SGD(model.parameters(), lr=0.1),
-    )
-    with backtrail.Recorder(path, task, optimizer, checkpoints=backtrail.Every(4)) as recorder:
-        for _ in range(epochs):
-            for batch in recorder.watch(map(more, batches)):
-                backward(loss(model(batch["inputs"]), batch).mean())
-                optimizer.step()
-                optimizer.zero_grad()
-    return backtrail.open_run(path, backtrail.Task(Named(), None, loss, ids=ids))
+from tests.oracles.agreement import agreement_with_removals
+from tests.streams import SAMPLE_IDS, STREAM_ROWS, KeywordModel, Stream, recorded_stream, row_losses
 
 
 def test_a_stream_is_recorded_by_id_and_attributed(tmp_path: Path) -> None:
     """The log, every table and every question speak of ids; removals agree with the derivative."""
-    run = streamed(tmp_path / "run")
+    run = recorded_stream(tmp_path / "run")
     assert run.verify().difference < 1e-12
     assert all(
-        sorted(sum((step.samples for step in run.log[t : t + 3]), ())) == sorted(IDS)
+        sorted(sum((step.samples for step in run.log[t : t + 3]), ())) == sorted(SAMPLE_IDS)
         for t in (0, 3, 6)
     )
-    assert run.samples == len(IDS)
-    assert run.ids.tolist() == sorted(IDS)
+    assert run.samples == len(SAMPLE_IDS)
+    assert run.ids.tolist() == sorted(SAMPLE_IDS)
     influence = backtrail.DIT().attribute(run, query(), observed_at="epochs", out=tmp_path / "dit")
     statement = backtrail.trust(run, influence, removals=12)
     assert statement.derivative is not None
     assert statement.derivative.error < 1e-6
-    assert statement.removal.samples == tuple(sorted(IDS))
-    truth = backtrail.leave_one_out(run, query(), samples=IDS)
+    assert statement.removal.samples == tuple(sorted(SAMPLE_IDS))
+    truth = backtrail.leave_one_out(run, query(), samples=SAMPLE_IDS)
     assert (
-        np.corrcoef(truth[0], influence.total()[0, -1][np.searchsorted(influence.ids, IDS)])[0, 1]
+        np.corrcoef(truth[0], influence.total()[0, -1][np.searchsorted(influence.ids, SAMPLE_IDS)])[
+            0, 1
+        ]
         > 0.99
     )
 
@@ -117,24 +64,24 @@ def query() -> backtrail.Custom:
 )
 def test_every_method_counts_by_id(method: Any, tmp_path: Path) -> None:
     """A total is the sum over the slots in which the log has the id."""
-    run = streamed(tmp_path / "run")
+    run = recorded_stream(tmp_path / "run")
     influence = method.attribute(run, query())
-    values, expected = influence.values()[0, -1], dict.fromkeys(sorted(IDS), 0.0)
+    values, expected = influence.values()[0, -1], dict.fromkeys(sorted(SAMPLE_IDS), 0.0)
     for step in run.log:
         for slot, sample in enumerate(step.samples):
             expected[sample] += float(values[step.index, slot])
-    assert influence.ids.tolist() == sorted(IDS)
+    assert influence.ids.tolist() == sorted(SAMPLE_IDS)
     assert np.abs(values).max() > 0
     np.testing.assert_allclose(influence.total()[0, -1], list(expected.values()), rtol=1e-6)
 
 
 def test_tables_show_ids(tmp_path: Path) -> None:
     """Rankings, curves, visits, patterns and the long table agree about who is who."""
-    run = streamed(tmp_path / "run")
+    run = recorded_stream(tmp_path / "run")
     backtrail.DIT().attribute(run, query(), observed_at="epochs", out=tmp_path / "dit")
     influence = backtrail.open_influence(tmp_path / "dit")
     totals = dict(zip(influence.ids.tolist(), influence.total()[0, -1].tolist(), strict=True))
-    assert sorted(influence.top(12)["sample"].to_list()) == sorted(IDS)
+    assert sorted(influence.top(12)["sample"].to_list()) == sorted(SAMPLE_IDS)
     long = influence.to_polars().filter(observed_at=9)
     for sample in (2**62, 3):
         assert influence.top(12).filter(sample=sample)["influence"].item() == totals[sample]
@@ -149,7 +96,7 @@ def test_tables_show_ids(tmp_path: Path) -> None:
         )
     found = backtrail.patterns(influence)
     assert dict(found.select("sample", "total").iter_rows()) == pytest.approx(totals, rel=1e-12)
-    assert influence.to_xarray()["id"].values.tolist() == sorted(IDS)
+    assert influence.to_xarray()["id"].values.tolist() == sorted(SAMPLE_IDS)
     assert backtrail.plot.heatmap(influence, samples=[2**62]).get_yticklabels()[
         0
     ].get_text() == str(2**62)
@@ -157,7 +104,7 @@ def test_tables_show_ids(tmp_path: Path) -> None:
 
 def test_unknown_ids_are_refused(tmp_path: Path) -> None:
     """By the run and by the influence, with some of those there are."""
-    run = streamed(tmp_path / "run")
+    run = recorded_stream(tmp_path / "run")
     influence = backtrail.DIT().attribute(run, query())
     asked: list[Callable[[], object]] = [
         lambda: influence.curve(sample=4),
@@ -170,10 +117,10 @@ def test_unknown_ids_are_refused(tmp_path: Path) -> None:
 
 def test_the_choice_of_a_sweep_finds_samples_by_their_ids(tmp_path: Path) -> None:
     """The figures told are those of the removals of these ids."""
-    run = streamed(tmp_path / "run")
+    run = recorded_stream(tmp_path / "run")
     chosen = str(backtrail.DIT(curvature="auto").attribute(run, query()).settings["chosen"])
     rules = candidates(run, backtrail.Tangent())
-    for rule, figure in zip(rules, slow_figures(run, rules, query()), strict=True):
+    for rule, figure in zip(rules, agreement_with_removals(run, rules, query()), strict=True):
         assert f"{told(rule)} {figure:.2f}" in chosen
 
 
@@ -184,7 +131,7 @@ def test_the_choice_of_a_sweep_finds_samples_by_their_ids(tmp_path: Path) -> Non
 )
 def test_ids_in_tuples_and_by_function(ids: Any, tmp_path: Path) -> None:
     """A column of a tuple, also where the data could be indexed, in a plain list of batches."""
-    data = TensorDataset(*DATA.tensors, torch.tensor(IDS))
+    data = TensorDataset(*STREAM_ROWS.tensors, torch.tensor(SAMPLE_IDS))
     model = mlp()
     task, optimizer = backtrail.classification(model, data, ids=ids), adam(model)
     batches = list(DataLoader(data, batch_size=5))
@@ -196,7 +143,11 @@ def test_ids_in_tuples_and_by_function(ids: Any, tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
     run = backtrail.open_run(tmp_path / "run", task)
-    assert [step.samples for step in run.log] == [tuple(IDS[:5]), tuple(IDS[5:10]), tuple(IDS[10:])]
+    assert [step.samples for step in run.log] == [
+        tuple(SAMPLE_IDS[:5]),
+        tuple(SAMPLE_IDS[5:10]),
+        tuple(SAMPLE_IDS[10:]),
+    ]
     assert run.verify().difference < 1e-5
 
 
@@ -227,18 +178,20 @@ def test_ids_that_are_none_are_refused(name: str, tmp_path: Path) -> None:
     """With what the batch tells instead."""
     ids, more, words = WRONG[name]
     with refused(BadIds, *words):
-        streamed(tmp_path / "run", ids, more=more)
+        recorded_stream(tmp_path / "run", ids, more=more)
 
 
 def test_a_stream_without_ids_is_told_of_them(tmp_path: Path) -> None:
     """Both as the task's data and as a loader."""
     model = mlp()
     with refused(UnreadableData, "Stream", "Task(ids=...)"):
-        backtrail.Recorder(tmp_path / "run", backtrail.Task(model, Stream(), loss), adam(model))
+        backtrail.Recorder(
+            tmp_path / "run", backtrail.Task(model, Stream(), row_losses), adam(model)
+        )
     with (
         refused(UnwatchableLoader, "no batch sampler", "Task(ids=...)"),
         backtrail.Recorder(
-            tmp_path / "run", backtrail.classification(model, DATA), adam(model)
+            tmp_path / "run", backtrail.classification(model, STREAM_ROWS), adam(model)
         ) as recorder,
     ):
         recorder.watch(DataLoader(Stream(), batch_size=4))
@@ -246,8 +199,8 @@ def test_a_stream_without_ids_is_told_of_them(tmp_path: Path) -> None:
 
 def test_a_run_with_ids_needs_a_task_with_ids(tmp_path: Path) -> None:
     """And has no renormalised denominators, which would need to read rows one by one."""
-    run = streamed(tmp_path / "run", epochs=1)
+    run = recorded_stream(tmp_path / "run", epochs=1)
     with refused(WrongData, "no ids="):
-        backtrail.open_run(tmp_path / "run", backtrail.Task(Named(), None, loss))
+        backtrail.open_run(tmp_path / "run", backtrail.Task(KeywordModel(), None, row_losses))
     with refused(CannotRenormalize, "cannot be read again"):
         backtrail.DIT(denominator="renormalize").attribute(run, query())

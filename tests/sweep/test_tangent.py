@@ -18,11 +18,10 @@ from backtrail.sweep.rules import Rules
 from backtrail.sweep.tangent import Changed
 from backtrail.tree import each
 from tests.cases import CASES, Case
-from tests.loops import Loop, mlp
-from tests.methods.dit.test_dit import recorded
-from tests.methods.dit.test_exact import asked
+from tests.loops import Loop, autocast_training, mlp
 from tests.oracles.group import change_by_removal
-from tests.record.test_autocast import under_autocast
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import standard_queries
 
 GROUP = [0, 4]
 EXACT = Rules(backtrail.Hessian(), backtrail.Tangent())
@@ -70,7 +69,7 @@ def flat(run: Run, change: Changed) -> Tensor:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_sweep_is_the_derivative_of_training(case: Case, tmp_path: Path) -> None:
     """Every parameter and running statistic, against training again with a group a little lighter and heavier."""
-    run, truth = recorded(case.name, tmp_path), change_by_removal(case, GROUP)
+    run, truth = recorded_run(case.name, tmp_path), change_by_removal(case, GROUP)
     error = (flat(run, swept(run, EXACT)) - truth).abs().max() / truth.abs().max()
     assert truth.abs().max() > 0
     assert error <= 1e-6
@@ -83,11 +82,11 @@ def test_it_is_the_transpose_of_the_adjoint_sweep(
 ) -> None:
     """What it changes in a query is the sum of the influences of the group, under the same rules."""
     slope: Slope = backtrail.Secant() if name == "adamw" else backtrail.Tangent()
-    run = recorded(name, tmp_path)
+    run = recorded_run(name, tmp_path)
     found = swept(run, Rules(curvature, slope))
     end = found.state
     _, *slopes = gradients(
-        asked(), run.task, params=end.params, buffers=end.buffers, trained=run.trained
+        standard_queries(), run.task, params=end.params, buffers=end.buffers, trained=run.trained
     )
     change = found.change.params | found.change.buffers
     pairs = [
@@ -97,7 +96,7 @@ def test_it_is_the_transpose_of_the_adjoint_sweep(
     ]
     expected = (
         backtrail.DIT(curvature=curvature, slope=slope)
-        .attribute(run, asked())
+        .attribute(run, standard_queries())
         .total()[:, 0, GROUP]
         .sum(1)
     )
@@ -110,7 +109,7 @@ def test_long_parameters_are_pushed_piece_by_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Strands of three entries cut every parameter, and change nothing."""
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     whole = flat(run, swept(run, EXACT))
     monkeypatch.setattr(flat_chunks, "ENTRIES", {"cpu": 3})
     torch.testing.assert_close(flat(run, swept(run, EXACT)), whole, rtol=1e-12, atol=1e-15)
@@ -118,7 +117,7 @@ def test_long_parameters_are_pushed_piece_by_piece(
 
 def test_before_the_first_visit_nothing_changes(tmp_path: Path) -> None:
     """The sweep starts at the state of the first visit; of a group never visited, at the end."""
-    run = recorded("twice in a batch", tmp_path)
+    run = recorded_run("twice in a batch", tmp_path)
     (first, begun), *_ = Group.of(run, [4]).sweep(run.steps, EXACT)
     assert first == 2
     assert all((tensor == 0).all() for tensor in begun.change.params.values())
@@ -131,7 +130,7 @@ def test_a_real_step_bends_away_from_first_order(tmp_path: Path) -> None:
     """At the first visit SGD is linear in the weights and Adam is not; later neither is."""
     bends = {}
     for name in ("momentum", "adamw"):
-        run = recorded(name, tmp_path)
+        run = recorded_run(name, tmp_path)
         group = Group.of(run, GROUP)
         states = [now for _, now in group.sweep(run.steps, EXACT)]
         found = [group.bend(step, *states[step : step + 2]) for step in range(run.steps)]
@@ -143,7 +142,7 @@ def test_a_real_step_bends_away_from_first_order(tmp_path: Path) -> None:
 
 def test_what_is_a_square_stays_one(tmp_path: Path) -> None:
     """Second moments and running variances are moved to first order, and never below zero."""
-    run = recorded("batchnorm, adamw", tmp_path)
+    run = recorded_run("batchnorm, adamw", tmp_path)
     now = swept(run, EXACT)
     tiny, huge = (moved(Changed(now.state, scaled(now.change, size))) for size in (1e-6, 1e6))
     for state in (tiny, huge):
@@ -172,7 +171,7 @@ def test_under_autocast_the_states_are_those_of_the_training(tmp_path: Path) -> 
     """The change is that of the plain gradient along the trained states; the case has the states to compare with."""
     loop = Loop.of(mlp())
     with loop.recorder(tmp_path / "run", checkpoints=backtrail.Only([0])) as recorder:
-        under_autocast(loop)(recorder.watch)
+        autocast_training(loop)(recorder.watch)
     run = backtrail.open_run(tmp_path / "run", loop.task())
     found = swept(run, EXACT)
     for name, tensor in run.state(run.steps).params.items():

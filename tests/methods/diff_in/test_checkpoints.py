@@ -11,14 +11,13 @@ from torch import nn
 
 import backtrail
 from tests.cases import CLASSES, FEATURES, rows
-from tests.methods.diff_in.test_diff_in import each_form, smooth_run
-from tests.methods.dit.test_exact import asked
+from tests.recorded_runs import recorded_sgd
+from tests.standard_queries import standard_queries
 
 
-@each_form
 def test_checkpoints_give_what_the_run_gives(form: Any, tmp_path: Path) -> None:
     """From a list, a folder of files, and a folder of safetensors; with one slot for every sample."""
-    run, states = smooth_run(tmp_path), (4, 10, 16)
+    run, states = recorded_sgd(tmp_path), (4, 10, 16)
     tensors = {state: run.state(state).params for state in states}
     (tmp_path / "pt").mkdir()
     (tmp_path / "safe").mkdir()
@@ -29,7 +28,7 @@ def test_checkpoints_give_what_the_run_gives(form: Any, tmp_path: Path) -> None:
         )
         save_file(content, tmp_path / "safe" / f"2-of-4_{state}.safetensors")
     made = backtrail.DiffIn(states, form)
-    truth = made.attribute(run, asked()).total()[:, -1]
+    truth = made.attribute(run, standard_queries()).total()[:, -1]
     join_items = [(state, content, 0.02) for state, content in tensors.items()]
     for source, lr in (
         (join_items, None),
@@ -37,7 +36,7 @@ def test_checkpoints_give_what_the_run_gives(form: Any, tmp_path: Path) -> None:
         (tmp_path / "safe", dict.fromkeys(states, 0.02)),
     ):
         left = backtrail.Checkpoints(run.task, source, steps=16, lr=lr)
-        found = made.attribute(left, asked())
+        found = made.attribute(left, standard_queries())
         assert found.values().shape == (3, 1, 1, 24)
         np.testing.assert_allclose(found.total()[:, 0], truth, rtol=1e-9, atol=1e-15)
         np.testing.assert_allclose(
@@ -45,7 +44,7 @@ def test_checkpoints_give_what_the_run_gives(form: Any, tmp_path: Path) -> None:
         )
         change, other = made.parameter_change(left, [1, 2]), made.parameter_change(run, [1, 2])
         np.testing.assert_allclose(change["0.bias"], other["0.bias"], rtol=1e-9)
-    assert backtrail.DiffIn(2).attribute(left, asked()).settings["states"] == [10, 16]
+    assert backtrail.DiffIn(2).attribute(left, standard_queries()).settings["states"] == [10, 16]
 
 
 def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:

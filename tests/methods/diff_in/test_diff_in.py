@@ -18,29 +18,25 @@ from backtrail.methods.diff_in.finite_differences import Differences, length
 from backtrail.methods.diff_in.forms import Corrected
 from backtrail.methods.diff_in.terms import Terms
 from backtrail.methods.diff_in.trajectory import chosen_states, trajectory_of
-from backtrail.run.run import Run
 from backtrail.task.task import evaluating
-from tests.cases import CASES, CLASSES, FEATURES, SGD, mlp, rows
-from tests.methods.dit.test_dit import recorded
-from tests.methods.dit.test_exact import asked, read
+from tests.cases import CASES_BY_NAME, CLASSES, FEATURES, SGD, rows
 from tests.oracles.diff_in import Oracle
+from tests.recorded_runs import recorded_run, recorded_sgd
+from tests.standard_queries import standard_losses, standard_queries
 
-BY_NAME = {case.name: case for case in CASES}
 ALL = range(9)
-each_form = pytest.mark.parametrize("form", ["published", "corrected"])
 
 
-@each_form
 @pytest.mark.parametrize(
     "name", ["sgd", "two groups", "one cycle", "penalty", "batchnorm, sgd", "tied, sgd"]
 )
 def test_sums_equal_a_loop_with_dense_hessians(name: str, form: Any, tmp_path: Path) -> None:
     """Of queries, term by term; of the samples themselves; of a removal. By symmetry or not, in chunks or not."""
-    run, states = recorded(name, tmp_path), [2, 4, 5]
-    oracle = Oracle(BY_NAME[name], states, ALL, 9, form)
+    run, states = recorded_run(name, tmp_path), [2, 4, 5]
+    oracle = Oracle(CASES_BY_NAME[name], states, ALL, 9, form)
     made = backtrail.DiffIn(states, form, chunk=4)
-    truth = oracle.of_queries(read)
-    found = made.attribute(run, asked()).total()
+    truth = oracle.of_queries(standard_losses)
+    found = made.attribute(run, standard_queries()).total()
     close(found[:, -1], truth.sum(1))
     close(made.self_influence(run, [0, 3, 7]), oracle.of_themselves([0, 3, 7]))
     change = made.parameter_change(run, [1, 4, 8])
@@ -54,12 +50,11 @@ def close(found: Any, truth: Any, within: float = 1e-7) -> None:
     np.testing.assert_allclose(found, truth, rtol=0, atol=within * np.abs(truth).max())
 
 
-@each_form
 def test_a_proxy_batch_is_drawn_once_by_the_seed(form: Any, tmp_path: Path) -> None:
     """Four rows of nine: the same for a seed, others for another."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     made = [
-        backtrail.DiffIn(1, form, batch=4, seed=seed).attribute(run, asked()).total()
+        backtrail.DiffIn(1, form, batch=4, seed=seed).attribute(run, standard_queries()).total()
         for seed in (0, 0, 1)
     ]
     np.testing.assert_array_equal(made[0], made[1])
@@ -143,30 +138,14 @@ def test_differences_also_tell_the_value(sides: Any, allowed: float) -> None:
     assert abs(slope["y"] - 3 * at["x"] ** 3).max() <= (1e-8 if sides == "central" else 0.02)
 
 
-def smooth_run(folder: Path, epochs: int = 4, lr: float = 0.02) -> Run:
-    """Plain descent over all rows of a small set, again and again; every epoch's end is kept."""
-    torch.manual_seed(7)
-    model, data = mlp().double(), rows(count=24)
-    task, optimizer = backtrail.classification(model, data), SGD(model.parameters(), lr=lr)
-    with backtrail.Recorder(
-        folder / "run", task, optimizer, checkpoints=backtrail.Every(1)
-    ) as recorder:
-        for _ in range(epochs):
-            for inputs, labels in recorder.watch(DataLoader(data, 6, shuffle=True)):
-                nn.functional.cross_entropy(model(inputs), labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    return backtrail.open_run(folder / "run", task)
-
-
 def test_the_corrected_form_predicts_leaving_out_where_training_is_short(tmp_path: Path) -> None:
     """Slope within 3 % of 1 and no warning; the published form runs against it, and knows how far training reached."""
-    run = smooth_run(tmp_path, epochs=5, lr=0.005)
-    truth = backtrail.leave_one_out(run, asked(), samples=range(24))
-    corrected = backtrail.DiffIn(5, "corrected").attribute(run, asked())
+    run = recorded_sgd(tmp_path, epochs=5, lr=0.005)
+    truth = backtrail.leave_one_out(run, standard_queries(), samples=range(24))
+    corrected = backtrail.DiffIn(5, "corrected").attribute(run, standard_queries())
     assert float(str(corrected.settings[REACH])) < 0.1
     assert "warning" not in corrected.settings
-    published = backtrail.DiffIn(5, "published").attribute(run, asked())
+    published = backtrail.DiffIn(5, "published").attribute(run, standard_queries())
     for found, other, left_out in zip(
         corrected.total()[:, -1], published.total()[:, -1], truth, strict=True
     ):
@@ -178,8 +157,8 @@ def test_the_corrected_form_predicts_leaving_out_where_training_is_short(tmp_pat
 
 def test_the_warning_comes_where_training_went_far(tmp_path: Path) -> None:
     """T times rate times curvature is no longer small; power iteration finds it."""
-    run = smooth_run(tmp_path, lr=0.3)
-    found = backtrail.DiffIn(2, "corrected").attribute(run, asked())
+    run = recorded_sgd(tmp_path, lr=0.3)
+    found = backtrail.DiffIn(2, "corrected").attribute(run, standard_queries())
     assert found.settings["warning"] == "unreliable"
     trajectory = trajectory_of(run, 2)
     terms = Terms.of(trajectory, Corrected(), Differences(), batch=512, seed=0, chunk=None)
@@ -198,12 +177,11 @@ def test_the_warning_comes_where_training_went_far(tmp_path: Path) -> None:
     assert found.settings[REACH] == pytest.approx(run.steps * 0.3 * largest, rel=0.05)
 
 
-@each_form
 def test_a_few_directions_stand_for_all_curvature_between_gradients(
     form: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nearly all directions are nearly exact, and one alone is told of."""
-    run = smooth_run(tmp_path)
+    run = recorded_sgd(tmp_path)
     exact = backtrail.DiffIn(1, form, rank=None).self_influence(run)
     close(backtrail.DiffIn(1, form, rank=11).self_influence(run), exact, within=0.03)
     assert "rank" not in caplog.text
@@ -211,18 +189,17 @@ def test_a_few_directions_stand_for_all_curvature_between_gradients(
     assert "at state 16, rank 1 is off by" in caplog.text
 
 
-@each_form
 def test_total_is_the_sum_for_a_removal_and_grows_with_the_states(
     form: Any, tmp_path: Path
 ) -> None:
     """Every state's term lies on the visits of the steps it stands for."""
-    run = smooth_run(tmp_path)
+    run = recorded_sgd(tmp_path)
     made = backtrail.DiffIn(4, form)
     assert chosen_states(run, 4) == [4, 8, 12, 16]
-    influence = made.attribute(run, asked())
+    influence = made.attribute(run, standard_queries())
     assert influence.observed_at == (4, 8, 12, 16)
     parts = [
-        backtrail.DiffIn([state], form).attribute(run, asked()).total()[:, 0] / 4
+        backtrail.DiffIn([state], form).attribute(run, standard_queries()).total()[:, 0] / 4
         for state in (4, 8, 12, 16)
     ]
     np.testing.assert_allclose(influence.total()[:, -1], sum(parts), rtol=1e-6, atol=1e-12)
@@ -237,7 +214,7 @@ def test_total_is_the_sum_for_a_removal_and_grows_with_the_states(
 
 def test_a_query_is_the_pairing_with_the_change_of_the_parameters(tmp_path: Path) -> None:
     """What is said of the loss is what is said of the parameters, and the sum over samples."""
-    run = smooth_run(tmp_path)
+    run = recorded_sgd(tmp_path)
     made = backtrail.DiffIn(3, "corrected")
     query = backtrail.Parameter("0.weight", [(0, 1), (3, 2)])
     influence = made.attribute(run, query).total()[:, -1]
@@ -247,16 +224,16 @@ def test_a_query_is_the_pairing_with_the_change_of_the_parameters(tmp_path: Path
 
 def test_only_states_that_are_needed_are_replayed(tmp_path: Path) -> None:
     """The last kept state of every stretch; the end of a stretch that has none."""
-    assert chosen_states(recorded("sgd", tmp_path), 1) == [5]  # kept: 0, 2, 4, 5
-    assert chosen_states(recorded("sgd", tmp_path / "two"), 2) == [2, 5]
-    assert chosen_states(recorded("sgd", tmp_path / "many"), 8) == [1, 2, 3, 4, 5]
+    assert chosen_states(recorded_run("sgd", tmp_path), 1) == [5]  # kept: 0, 2, 4, 5
+    assert chosen_states(recorded_run("sgd", tmp_path / "two"), 2) == [2, 5]
+    assert chosen_states(recorded_run("sgd", tmp_path / "many"), 8) == [1, 2, 3, 4, 5]
 
 
 def test_rows_that_cannot_be_stacked_are_taken_one_by_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A branch on the data defeats vmap: the numbers are the same, and the log says so."""
-    run, other = recorded("sgd", tmp_path), recorded("sgd", tmp_path / "other")
+    run, other = recorded_run("sgd", tmp_path), recorded_run("sgd", tmp_path / "other")
     plain = other.task.predict
 
     def predict(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -274,8 +251,8 @@ def test_rows_that_cannot_be_stacked_are_taken_one_by_one(
 
 def test_a_sample_never_visited_has_nothing(tmp_path: Path) -> None:
     """Nor moves it the parameters."""
-    run = recorded("twice in a batch", tmp_path)
-    assert (backtrail.DiffIn(2).attribute(run, asked()).total()[..., 5:] == 0).all()
+    run = recorded_run("twice in a batch", tmp_path)
+    assert (backtrail.DiffIn(2).attribute(run, standard_queries()).total()[..., 5:] == 0).all()
     assert (backtrail.DiffIn(2).self_influence(run)[5:] == 0).all()
     assert all(
         (tensor == 0).all() for tensor in backtrail.DiffIn(2).parameter_change(run, [5, 8]).values()
@@ -284,7 +261,7 @@ def test_a_sample_never_visited_has_nothing(tmp_path: Path) -> None:
 
 def test_a_rate_by_group_and_idle_parameters_count_as_used(tmp_path: Path) -> None:
     """A frozen layer does not move, whatever its gradient."""
-    run = recorded("frozen", tmp_path)
+    run = recorded_run("frozen", tmp_path)
     change = backtrail.DiffIn(2, "corrected").parameter_change(run, [0])
     assert all((tensor == 0).all() for name, tensor in change.items() if name.startswith("0."))
     assert change["2.bias"].abs().max() > 0
@@ -295,7 +272,7 @@ def test_a_sum_over_the_batch_is_a_mean_with_a_larger_rate(tmp_path: Path) -> No
     torch.manual_seed(7)
     found = []
     for reduce, lr in (("mean", 0.3), ("sum", 0.1)):
-        model, data = BY_NAME["sgd"].built(), rows()
+        model, data = CASES_BY_NAME["sgd"].built(), rows()
         task, optimizer = (
             backtrail.classification(model, data, reduce=reduce),
             SGD(model.parameters(), lr=lr),
@@ -306,7 +283,7 @@ def test_a_sum_over_the_batch_is_a_mean_with_a_larger_rate(tmp_path: Path) -> No
                 optimizer.step()
                 optimizer.zero_grad()
         run = backtrail.open_run(tmp_path / reduce, task)
-        found.append(backtrail.DiffIn(2, "corrected").attribute(run, asked()).total())
+        found.append(backtrail.DiffIn(2, "corrected").attribute(run, standard_queries()).total())
     np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
 
 
@@ -340,15 +317,15 @@ def test_settings_that_are_none_are_refused() -> None:
 
 def test_what_a_run_does_not_have_is_refused(tmp_path: Path) -> None:
     """States, samples, averages."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     with pytest.raises(backtrail.BacktrailError, match="no state 6: the run has states 0 to 5"):
-        backtrail.DiffIn([2, 6]).attribute(run, asked())
+        backtrail.DiffIn([2, 6]).attribute(run, standard_queries())
     with pytest.raises(backtrail.BacktrailError, match="9"):
         backtrail.DiffIn(1).self_influence(run, [9])
     with pytest.raises(backtrail.BacktrailError, match="9"):
         backtrail.DiffIn(1).parameter_change(run, [9])
     with pytest.raises(backtrail.BacktrailError, match=r"backtrail\.DIT answers for averages"):
-        backtrail.DiffIn(1).attribute(run, backtrail.Averaged(asked(), decay=0.5))
+        backtrail.DiffIn(1).attribute(run, backtrail.Averaged(standard_queries(), decay=0.5))
 
 
 def test_ids_are_refused(tmp_path: Path) -> None:
@@ -363,4 +340,6 @@ def test_ids_are_refused(tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
     with pytest.raises(backtrail.BacktrailError, match="the samples of this run are ids"):
-        backtrail.DiffIn(1).attribute(backtrail.open_run(tmp_path / "run", task), asked())
+        backtrail.DiffIn(1).attribute(
+            backtrail.open_run(tmp_path / "run", task), standard_queries()
+        )

@@ -18,27 +18,11 @@ from backtrail.errors import (
 from backtrail.influence.influence import Influence
 from backtrail.methods.memory import Budget, Sizes, cut
 from backtrail.run.run import Run
-from tests.cases import CASES, Case, record, rows
-from tests.methods.dit.test_exact import asked
-
-BY_NAME = {case.name: case for case in CASES}
-
-
-def recorded(name: str, folder: Path) -> Run:
-    """A run of one of the cases."""
-    case, data = BY_NAME[name], rows()
-    model = case.built()
-    record(case, model, data, folder / name)
-    return backtrail.open_run(folder / name, case.task(model, data))
-
-
-def of_samples(slots: np.ndarray, run: Run) -> np.ndarray:
-    """Sum [query, step, slot] by sample, slowly."""
-    found = np.zeros((len(slots), run.samples))
-    for step in run.log:
-        for place, sample in enumerate(step.samples):
-            found[:, sample] += slots[:, step.index, place]
-    return found
+from tests.cases import CASES, Case
+from tests.interruption import Interrupted
+from tests.oracles.sums import sum_by_sample
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import standard_queries
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw", "batchnorm, sgd", "short batches"])
@@ -46,9 +30,9 @@ def test_windows_and_visits_are_derivatives_of_their_own_retrainings(
     name: str, tmp_path: Path
 ) -> None:
     """Half a removal of one sample, everywhere or at some visits, moves the queries as the two readings say."""
-    run = recorded(name, tmp_path)
+    run = recorded_run(name, tmp_path)
     a, b = 1, run.steps
-    influence = backtrail.DIT().attribute(run, asked(), observed_at=[a, b])
+    influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[a, b])
     tiny = 1e-4
     for sample in (0, 4):
         everywhere = change(run, sample, tiny, (0, run.steps), (a, b))
@@ -69,7 +53,7 @@ def change(
         for place, row in enumerate(step.samples):
             direction[step.index, place] = -float(row == sample)
     nudges = [Nudge(direction=direction, size=sign * size) for sign in (1.0, -1.0)]
-    found = perturb(run, asked(), nudges, observed_at=states).change
+    found = perturb(run, standard_queries(), nudges, observed_at=states).change
     return (found[:, :, 0] - found[:, :, 1]) / (2 * size)
 
 
@@ -80,17 +64,19 @@ def assert_close(found: np.ndarray, truth: np.ndarray) -> None:
 
 def test_the_two_readings_are_different_questions(tmp_path: Path) -> None:
     """A window counts what happens between two states; visits count what happens because of some steps."""
-    run = recorded("momentum", tmp_path)
-    influence = backtrail.DIT().attribute(run, asked(), observed_at=[2, run.steps])
+    run = recorded_run("momentum", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[2, run.steps])
     assert not np.allclose(influence.window(2, run.steps), influence.visits(2, run.steps))
 
 
 def test_sums_over_visits_and_windows_are_the_whole(tmp_path: Path) -> None:
     """All visits together, and all windows together, give the total; a sample never seen has exactly zero."""
-    run = recorded("twice in a batch", tmp_path)
-    influence = backtrail.DIT().attribute(run, asked(), observed_at=[1, 2, 3])
+    run = recorded_run("twice in a batch", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[1, 2, 3])
     total = influence.total()
-    np.testing.assert_allclose(total[:, -1], of_samples(influence.values()[:, -1], run), rtol=1e-14)
+    np.testing.assert_allclose(
+        total[:, -1], sum_by_sample(influence.values()[:, -1], run), rtol=1e-14
+    )
     windows = sum(influence.window(a, b) for a, b in ((0, 1), (1, 2), (2, 3)))
     np.testing.assert_allclose(windows, total[:, -1], rtol=1e-12)
     np.testing.assert_allclose(influence.visits(0, 3), total[:, -1], rtol=1e-12)
@@ -103,33 +89,35 @@ def test_sums_over_visits_and_windows_are_the_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 7])
 def test_cutting_queries_changes_only_rounding(chunk: int, tmp_path: Path) -> None:
     """However many queries are pulled at once, the result is the same to 1e-12."""
-    run = recorded("adamw", tmp_path)
-    whole = backtrail.DIT(chunk=100).attribute(run, asked(), observed_at="epochs").values()
-    parts = backtrail.DIT(chunk=chunk).attribute(run, asked(), observed_at="epochs").values()
+    run = recorded_run("adamw", tmp_path)
+    whole = (
+        backtrail.DIT(chunk=100).attribute(run, standard_queries(), observed_at="epochs").values()
+    )
+    parts = (
+        backtrail.DIT(chunk=chunk).attribute(run, standard_queries(), observed_at="epochs").values()
+    )
     np.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-15)
 
 
 def test_the_same_question_gives_the_same_bits(tmp_path: Path) -> None:
     """Twice in memory and once on disk: the same array."""
-    run = recorded("clip norm, adamw", tmp_path)
-    first, second = (backtrail.DIT().attribute(run, asked()).values() for _ in range(2))
-    on_disk = backtrail.DIT().attribute(run, asked(), out=tmp_path / "dit").values()
+    run = recorded_run("clip norm, adamw", tmp_path)
+    first, second = (backtrail.DIT().attribute(run, standard_queries()).values() for _ in range(2))
+    on_disk = backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit").values()
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(first, on_disk)
-
-
-class Stopped(Exception):
-    """Raised in the middle of an attribution."""
 
 
 def test_an_interrupted_attribution_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before every possible step in turn, and resumed."""
+    """Interrupted before every possible step in turn, and resumed."""
     monkeypatch.setattr("backtrail.methods.dit.dit.SHORTEST", 1)
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     whole = (
-        backtrail.DIT().attribute(run, asked(), observed_at=[3, 5], out=tmp_path / "whole").values()
+        backtrail.DIT()
+        .attribute(run, standard_queries(), observed_at=[3, 5], out=tmp_path / "whole")
+        .values()
     )
     real = Run.transition
     for stop in range(run.steps):
@@ -139,14 +127,14 @@ def test_an_interrupted_attribution_goes_on_to_the_same_bits(
             self: Run, index: int, dtype: torch.dtype | None = None, stop: int = stop
         ) -> object:
             if index == stop:
-                raise Stopped
+                raise Interrupted
             return real(self, index, dtype)
 
         monkeypatch.setattr(Run, "transition", failing)
-        with pytest.raises(Stopped):
-            backtrail.DIT().attribute(run, asked(), observed_at=[3, 5], out=out)
+        with pytest.raises(Interrupted):
+            backtrail.DIT().attribute(run, standard_queries(), observed_at=[3, 5], out=out)
         monkeypatch.setattr(Run, "transition", real)
-        resumed = backtrail.DIT().attribute(run, asked(), observed_at=[3, 5], out=out)
+        resumed = backtrail.DIT().attribute(run, standard_queries(), observed_at=[3, 5], out=out)
         np.testing.assert_array_equal(resumed.values(), whole)
         assert not (out / "cotangents").exists()
 
@@ -155,28 +143,30 @@ def test_a_finished_attribution_is_read_and_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asking the same question of the same folder only opens it."""
-    run = recorded("adamw", tmp_path)
-    first = backtrail.DIT().attribute(run, asked(), out=tmp_path / "dit").values()
+    run = recorded_run("adamw", tmp_path)
+    first = backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit").values()
     monkeypatch.setattr(
         "backtrail.methods.dit.dit._Filling.fill", lambda *_: pytest.fail("computed again")
     )
-    again = backtrail.DIT().attribute(run, asked(), out=tmp_path / "dit")
+    again = backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit")
     np.testing.assert_array_equal(again.values(), first)
     np.testing.assert_array_equal(backtrail.open_influence(tmp_path / "dit").values(), first)
 
 
 def test_another_question_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     """The message says what differs."""
-    run = recorded("adamw", tmp_path)
-    backtrail.DIT().attribute(run, asked(), out=tmp_path / "dit")
+    run = recorded_run("adamw", tmp_path)
+    backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit")
     with pytest.raises(DifferentInfluence, match="denominator"):
-        backtrail.DIT(denominator="renormalize").attribute(run, asked(), out=tmp_path / "dit")
+        backtrail.DIT(denominator="renormalize").attribute(
+            run, standard_queries(), out=tmp_path / "dit"
+        )
 
 
 def test_losses_of_the_visits_come_with_the_sweep(tmp_path: Path) -> None:
     """The loss of every slot is the training loss before the step."""
-    run = recorded("sgd", tmp_path)
-    influence = backtrail.DIT().attribute(run, asked())
+    run = recorded_run("sgd", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries())
     for step in run.log:
         state = run.state(step.index, replay=True)
         losses = run.transition(step.index).raw_gradient(state)[2]
@@ -187,23 +177,23 @@ def test_losses_of_the_visits_come_with_the_sweep(tmp_path: Path) -> None:
 
 def test_states_that_are_not_there_are_refused(tmp_path: Path) -> None:
     """Both when attributing and when asking for a window."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     with pytest.raises(NoSuchState, match="state 6: the run has states 0 to 5"):
-        backtrail.DIT().attribute(run, asked(), observed_at=[2, 6])
-    influence = backtrail.DIT().attribute(run, asked(), observed_at=[2, 5])
+        backtrail.DIT().attribute(run, standard_queries(), observed_at=[2, 6])
+    influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[2, 5])
     with pytest.raises(NotObserved, match="State 3"):
         influence.window(2, 3)
 
 
 def influences(run: Run) -> tuple[Influence, Influence]:
     """With the denominator kept and renormalised."""
-    kept = backtrail.DIT().attribute(run, asked())
-    return kept, backtrail.DIT(denominator="renormalize").attribute(run, asked())
+    kept = backtrail.DIT().attribute(run, standard_queries())
+    return kept, backtrail.DIT(denominator="renormalize").attribute(run, standard_queries())
 
 
 def test_a_renormalised_removal_is_what_reweighting_a_batch_does(tmp_path: Path) -> None:
     """At the last step of SGD it is the query's gradient times the change of the update."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     _, found = influences(run)
     last, lr = run.steps - 1, run.step(run.steps - 1).settings[0]["lr"]
     state, end = run.state(last, replay=True), run.state(run.steps)
@@ -214,7 +204,7 @@ def test_a_renormalised_removal_is_what_reweighting_a_batch_does(tmp_path: Path)
     from backtrail.queries import gradients  # noqa: PLC0415
 
     _, query, _ = gradients(
-        asked(), run.task, params=end.params, buffers=end.buffers, trained=run.trained
+        standard_queries(), run.task, params=end.params, buffers=end.buffers, trained=run.trained
     )
     assert isinstance(lr, float)
     truth = sum(-lr * (query[n] * (grads[1][n] - grads[0][n])).flatten(1).sum(1) for n in query)
@@ -234,7 +224,9 @@ def test_renormalising_is_refused_where_it_means_nothing(
 ) -> None:
     """The message says why and what to use."""
     with pytest.raises(CannotRenormalize, match=why):
-        backtrail.DIT(denominator="renormalize").attribute(recorded(name, tmp_path), asked())
+        backtrail.DIT(denominator="renormalize").attribute(
+            recorded_run(name, tmp_path), standard_queries()
+        )
 
 
 def test_a_sweep_that_cannot_fit_says_how_much_it_needs() -> None:
@@ -248,11 +240,13 @@ def test_holding_fewer_states_changes_nothing(
     held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """States are recomputed to the same bits."""
-    run = recorded("amsgrad", tmp_path)
-    whole = backtrail.DIT().attribute(run, asked()).values()
+    run = recorded_run("amsgrad", tmp_path)
+    whole = backtrail.DIT().attribute(run, standard_queries()).values()
     budget: Callable[..., object] = lambda *_, **__: Budget(held, 3)  # noqa: E731
     monkeypatch.setattr("backtrail.methods.dit.dit.budget", budget)
-    np.testing.assert_array_equal(backtrail.DIT(chunk=3).attribute(run, asked()).values(), whole)
+    np.testing.assert_array_equal(
+        backtrail.DIT(chunk=3).attribute(run, standard_queries()).values(), whole
+    )
 
 
 def test_the_case_table_has_what_the_method_promises() -> None:

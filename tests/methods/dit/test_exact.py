@@ -2,36 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import backtrail
 from tests.cases import CASES, Case, record, rows
-from tests.oracles.nudge import nudge_every_weight
-
-TEST = rows(seed=1, count=4)
-
-
-def read(model: nn.Module) -> Tensor:
-    """The loss of two rows, and the mean of all."""
-    losses = cross_entropy(model(TEST.tensors[0]), TEST.tensors[1], reduction="none")
-    return torch.stack([losses[0], losses[2], losses.mean()])
-
-
-def asked() -> backtrail.Custom:
-    """The same as a query."""
-    return backtrail.Custom(read, labels=["row 0", "row 2", "mean"])
-
-
-def assert_exact(found: np.ndarray, truth: np.ndarray) -> None:
-    """Within 1e-6 of the largest derivative, for every query and observed state."""
-    scale = np.abs(truth).max(axis=(2, 3))
-    assert (scale > 0).all()
-    error = np.abs(found - truth).max(axis=(2, 3)) / scale
-    assert error.max() <= 1e-6, error
+from tests.oracles.nudge import assert_exact, nudge_every_weight
+from tests.standard_queries import standard_losses, standard_queries
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -42,5 +18,5 @@ def test_reverse_sweep_equals_nudging_each_weight(case: Case, tmp_path: Path) ->
     run = backtrail.open_run(tmp_path / "run", case.task(model, data))
     run.verify()
     states = sorted({len(case.groups) - 1, len(case.groups)})
-    influence = backtrail.DIT(chunk=2).attribute(run, asked(), observed_at=states)
-    assert_exact(influence.values(), nudge_every_weight(case, read, states))
+    influence = backtrail.DIT(chunk=2).attribute(run, standard_queries(), observed_at=states)
+    assert_exact(influence.values(), nudge_every_weight(case, standard_losses, states))

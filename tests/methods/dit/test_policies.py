@@ -18,10 +18,19 @@ from backtrail.curvature.policies import Curvature
 from backtrail.errors import BadSetting
 from backtrail.run.run import Run
 from bench.models import digits
-from tests.cases import ADAMW, CASES, CLASSES, FEATURES, Case, normed, one_group, record, rows
-from tests.methods.dit.test_exact import asked
+from tests.cases import (
+    ADAMW,
+    CASES_BY_NAME,
+    CLASSES,
+    FEATURES,
+    Case,
+    normed,
+    one_group,
+    with_dropout,
+)
+from tests.recorded_runs import recorded_case
+from tests.standard_queries import standard_queries
 
-BY_NAME = {case.name: case for case in CASES}
 POLICIES = [
     backtrail.Hessian(),
     backtrail.GaussNewton(),
@@ -38,23 +47,11 @@ PARTED = [
 ]
 
 
-def dropping() -> nn.Module:
-    """With dropout, whose mask a replay draws again."""
-    return nn.Sequential(nn.Linear(FEATURES, 5), nn.GELU(), nn.Dropout(0.4), nn.Linear(5, CLASSES))
-
-
-def recorded(case: Case, folder: Path) -> Run:
-    """A run of a case."""
-    model, data = case.built(), rows()
-    record(case, model, data, folder / "run")
-    return backtrail.open_run(folder / "run", case.task(model, data))
-
-
 def scores(run: Run, curvature: Curvature, chunk: int = 1) -> np.ndarray:
     """Influence of every slot."""
     return (
         backtrail.DIT(curvature=curvature, chunk=chunk)
-        .attribute(run, asked(), observed_at="epochs")
+        .attribute(run, standard_queries(), observed_at="epochs")
         .values()
     )
 
@@ -65,8 +62,9 @@ def test_differences_and_chunks_change_only_digits(
     name: str, policy: Curvature, tmp_path: Path
 ) -> None:
     """Every policy gives the same by autograd and by differences, for one query at a time and for two."""
-    run = recorded(
-        BY_NAME.get(name) or Case("dropout", one_group(ADAMW, lr=0.01), model=dropping), tmp_path
+    run = recorded_case(
+        CASES_BY_NAME.get(name) or Case("dropout", one_group(ADAMW, lr=0.01), model=with_dropout),
+        tmp_path,
     )
     exact = scores(run, policy)
     scale = np.abs(exact).max()
@@ -81,7 +79,7 @@ def test_differences_and_chunks_change_only_digits(
 
 def test_gauss_newton_is_the_hessian_where_outputs_are_linear(tmp_path: Path) -> None:
     """A linear classifier's outputs do not bend, so nothing is dropped; the other two policies drop something."""
-    run = recorded(
+    run = recorded_case(
         Case("linear", one_group(ADAMW, lr=0.05), model=lambda: nn.Linear(FEATURES, CLASSES)),
         tmp_path,
     )
@@ -95,7 +93,7 @@ def test_gauss_newton_is_the_hessian_where_outputs_are_linear(tmp_path: Path) ->
 
 def test_the_last_step_feels_no_curvature(tmp_path: Path) -> None:
     """All policies agree on the scores of the last step, and on no earlier one."""
-    run = recorded(Case("batchnorm", one_group(ADAMW, lr=0.01), model=normed), tmp_path)
+    run = recorded_case(Case("batchnorm", one_group(ADAMW, lr=0.01), model=normed), tmp_path)
     exact = scores(run, backtrail.Hessian())[:, 0]
     for other in POLICIES[1:]:
         found = scores(run, other)[:, 0]
@@ -105,16 +103,18 @@ def test_the_last_step_feels_no_curvature(tmp_path: Path) -> None:
 
 def test_a_policy_is_part_of_the_question(tmp_path: Path) -> None:
     """The result says which curvature made it, and another one does not go on in its folder."""
-    run = recorded(BY_NAME["adamw"], tmp_path)
+    run = recorded_case(CASES_BY_NAME["adamw"], tmp_path)
     found = backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(
-        run, asked(), out=tmp_path / "dit"
+        run, standard_queries(), out=tmp_path / "dit"
     )
     assert found.description.settings["curvature"] == "GaussNewton(product='autograd')"
     assert repr(found).startswith(
         "Influence by DIT with GaussNewton(product='autograd'), Tangent() ("
     )
     with pytest.raises(backtrail.BacktrailError, match="curvature"):
-        backtrail.DIT(curvature=backtrail.Hessian()).attribute(run, asked(), out=tmp_path / "dit")
+        backtrail.DIT(curvature=backtrail.Hessian()).attribute(
+            run, standard_queries(), out=tmp_path / "dit"
+        )
 
 
 WRONG = {
@@ -149,7 +149,7 @@ def test_a_secant_has_a_width() -> None:
 
 def test_no_generator_is_moved(tmp_path: Path) -> None:
     """Differences draw dropout's masks again, and leave the generator as it was."""
-    run = recorded(Case("dropout", one_group(ADAMW, lr=0.01), model=dropping), tmp_path)
+    run = recorded_case(Case("dropout", one_group(ADAMW, lr=0.01), model=with_dropout), tmp_path)
     before = torch.get_rng_state()
     scores(run, backtrail.GaussNewton(product="difference"))
     assert torch.equal(torch.get_rng_state(), before)
@@ -158,11 +158,11 @@ def test_no_generator_is_moved(tmp_path: Path) -> None:
 def test_a_secant_changes_nothing_for_sgd_and_something_for_adam(tmp_path: Path) -> None:
     """SGD is linear in its gradient."""
     for name, same in (("nesterov with decay", True), ("adamw", False)):
-        run = recorded(BY_NAME[name], tmp_path / name)
+        run = recorded_case(CASES_BY_NAME[name], tmp_path / name)
         exact = scores(run, backtrail.Hessian())
         found = (
             backtrail.DIT(slope=backtrail.Secant())
-            .attribute(run, asked(), observed_at="epochs")
+            .attribute(run, standard_queries(), observed_at="epochs")
             .values()
         )
         assert np.allclose(found, exact, rtol=0, atol=1e-9 * np.abs(exact).max()) == same
@@ -201,11 +201,13 @@ def test_a_secant_survives_adams_first_step(tmp_path: Path) -> None:
 
 def test_trust_leaves_the_derivative_check_out_where_there_is_no_derivative(tmp_path: Path) -> None:
     """Such an influence is judged by removals."""
-    run = recorded(BY_NAME["adamw"], tmp_path)
+    run = recorded_case(CASES_BY_NAME["adamw"], tmp_path)
     for dit, checked in ((backtrail.DIT(), True), (backtrail.DIT(slope=backtrail.Secant()), False)):
-        statement = backtrail.trust(run, dit.attribute(run, asked()), removals=4)
+        statement = backtrail.trust(run, dit.attribute(run, standard_queries()), removals=4)
         assert (statement.derivative is not None) == checked
     statement = backtrail.trust(
-        run, backtrail.DIT(curvature=backtrail.Zero()).attribute(run, asked()), removals=4
+        run,
+        backtrail.DIT(curvature=backtrail.Zero()).attribute(run, standard_queries()),
+        removals=4,
     )
     assert statement.derivative is None

@@ -24,37 +24,19 @@ from backtrail.influence.tables import Order
 from backtrail.methods.dve.gather import Walk
 from backtrail.methods.dve.projection import Kind
 from backtrail.methods.dve.store import EmbeddingStore
-from backtrail.run.run import Run
 from backtrail.step.state import State
-from tests.cases import SGD, Case, decay, one_group, record, rows
-from tests.methods.dit.test_dit import recorded
-from tests.methods.dit.test_exact import asked
-from tests.methods.test_conformance import Killed
+from tests.cases import SGD, Case, decay, one_group
+from tests.interruption import Interrupted
+from tests.methods.dve.unprojected import relative_error, unprojected
 from tests.oracles.value_embedding import adamw_embeddings
-
-
-def whole(**settings: Any) -> backtrail.DataValueEmbedding:
-    """Without a projection (an orthonormal one of such a rank is none), and all layers together."""
-    chosen: dict[str, Any] = {"rank": 1000, "layers": "together", "damping": 0.0}
-    return backtrail.DataValueEmbedding(**chosen | settings)
+from tests.recorded_runs import recorded_case, recorded_run
+from tests.standard_queries import standard_queries
 
 
 def small(**settings: Any) -> backtrail.DataValueEmbedding:
     """With a projection that loses something."""
     chosen: dict[str, Any] = {"rank": 6, "projection": "gaussian", "damping": 0.5}
     return backtrail.DataValueEmbedding(**chosen | settings)
-
-
-def run_of(case: Case, folder: Path) -> Run:
-    """A run of any case."""
-    model, data = case.built(), rows()
-    record(case, model, data, folder / "run")
-    return backtrail.open_run(folder / "run", case.task(model, data))
-
-
-def relative(found: np.ndarray, truth: np.ndarray) -> float:
-    """The largest difference, relative to the largest value."""
-    return float(np.abs(found - truth).max() / np.abs(truth).max())
 
 
 def by_groups(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -83,38 +65,46 @@ def test_at_full_rank_it_is_the_sweep_with_the_empirical_fisher(
     case: Case, projection: str, tmp_path: Path
 ) -> None:
     """For plain gradient descent, at every observed state."""
-    run = run_of(case, tmp_path)
+    run = recorded_case(case, tmp_path)
     states = [1, run.steps]
     truth = (
         backtrail.DIT(curvature=backtrail.EmpiricalFisher())
-        .attribute(run, asked(), observed_at=states)
+        .attribute(run, standard_queries(), observed_at=states)
         .values()
     )
-    found = whole(fisher="empirical", projection=projection).attribute(
-        run, asked(), observed_at=states
+    found = unprojected(fisher="empirical", projection=projection).attribute(
+        run, standard_queries(), observed_at=states
     )
-    assert relative(found.values(), truth) <= 1e-8
+    assert relative_error(found.values(), truth) <= 1e-8
 
 
 @pytest.mark.slow
 def test_drawn_labels_are_the_gauss_newton_matrix_on_average(tmp_path: Path) -> None:
     """Over many draws; what is left is what so many draws leave."""
-    run = recorded("sgd", tmp_path)
-    truth = backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(run, asked()).values()
-    draws = np.stack([whole(seed=seed).attribute(run, asked()).values() for seed in range(60)])
+    run = recorded_run("sgd", tmp_path)
+    truth = (
+        backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(run, standard_queries()).values()
+    )
+    draws = np.stack(
+        [unprojected(seed=seed).attribute(run, standard_queries()).values() for seed in range(60)]
+    )
     left = draws.std(0) / len(draws) ** 0.5
     assert (np.abs(draws.mean(0) - truth) <= 4.5 * left + 1e-12).all()
-    assert relative(draws.mean(0), truth) < 0.05 < relative(draws[0], truth)
+    assert relative_error(draws.mean(0), truth) < 0.05 < relative_error(draws[0], truth)
 
 
 def test_adamw_on_picked_entries_is_the_explicit_product(tmp_path: Path) -> None:
     """With a rate for every entry, and decoupled decay."""
     case = Case("adamw", one_group(torch.optim.AdamW, lr=0.01, weight_decay=0.3))
-    found = whole(fisher="empirical", projection="mask").embed(run_of(case, tmp_path)).values()
+    found = (
+        unprojected(fisher="empirical", projection="mask")
+        .embed(recorded_case(case, tmp_path))
+        .values()
+    )
     truth = torch.stack(adamw_embeddings(case, lr=0.01, decay=0.3)).numpy()
     names = [name for name, _ in case.built().named_parameters()]
     assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]  # the order of the coordinates
-    assert relative(found, truth) <= 1e-8
+    assert relative_error(found, truth) <= 1e-8
 
 
 @pytest.mark.slow
@@ -123,10 +113,10 @@ def test_adamw_on_picked_entries_is_the_explicit_product(tmp_path: Path) -> None
 )
 def test_projections_are_right_on_average(name: str, kind: Kind, tmp_path: Path) -> None:
     """What a visit in the last step is worth has no recursion in it, and is unbiased."""
-    run = recorded(name, tmp_path)
-    truth = whole(fisher="empirical").attribute(run, asked()).values()[:, :, -1]
+    run = recorded_run(name, tmp_path)
+    truth = unprojected(fisher="empirical").attribute(run, standard_queries()).values()[:, :, -1]
     many = [
-        small(fisher="empirical", projection=kind, seed=seed).attribute(run, asked())
+        small(fisher="empirical", projection=kind, seed=seed).attribute(run, standard_queries())
         for seed in range(30)
     ]
     draws = np.stack([found.values()[:, :, -1] for found in many])
@@ -136,22 +126,30 @@ def test_projections_are_right_on_average(name: str, kind: Kind, tmp_path: Path)
 
 def test_layers_apart_leave_out_what_they_do_to_one_another(tmp_path: Path) -> None:
     """Nothing in the last step, something in the first."""
-    run = recorded("sgd", tmp_path)
-    together = whole(fisher="empirical").attribute(run, asked()).values()
-    apart = whole(fisher="empirical", layers="apart").attribute(run, asked()).values()
-    assert relative(apart[..., -1, :], together[..., -1, :]) <= 1e-12
-    assert 1e-3 < relative(apart[..., 0, :], together[..., 0, :]) < 1
+    run = recorded_run("sgd", tmp_path)
+    together = unprojected(fisher="empirical").attribute(run, standard_queries()).values()
+    apart = (
+        unprojected(fisher="empirical", layers="apart").attribute(run, standard_queries()).values()
+    )
+    assert relative_error(apart[..., -1, :], together[..., -1, :]) <= 1e-12
+    assert 1e-3 < relative_error(apart[..., 0, :], together[..., 0, :]) < 1
 
 
 def test_rows_and_columns_of_rates_come_near_to_those_of_entries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nearer than a plain rate does; the three ways to follow AdamW."""
-    run = recorded("adamw", tmp_path)
-    exact = whole(fisher="empirical", projection="mask").attribute(run, asked()).values()
+    run = recorded_run("adamw", tmp_path)
+    exact = (
+        unprojected(fisher="empirical", projection="mask")
+        .attribute(run, standard_queries())
+        .values()
+    )
     monkeypatch.setattr("backtrail.methods.dve.step_features.picks", lambda _: False)
-    factored = whole(fisher="empirical").attribute(run, asked()).values()
-    plain = whole(fisher="empirical", follow="rate").attribute(run, asked()).values()
+    factored = unprojected(fisher="empirical").attribute(run, standard_queries()).values()
+    plain = (
+        unprojected(fisher="empirical", follow="rate").attribute(run, standard_queries()).values()
+    )
 
     def likeness(found: np.ndarray) -> float:
         return float(np.corrcoef(found.ravel(), exact.ravel())[0, 1])
@@ -165,17 +163,17 @@ def test_segments_change_nothing_but_what_can_be_observed(
     name: str, fisher: str, tmp_path: Path
 ) -> None:
     """The same influence on the end, and that on the ends between is the same as without the later steps."""
-    run = recorded(name, tmp_path)
+    run = recorded_run(name, tmp_path)
     whole_run, cut = small(fisher=fisher).embed(run), small(fisher=fisher, segments=3).embed(run)
     assert cut.observed_at == (2, 4, 5)
-    truth = whole_run.attribute(asked()).values()
-    assert relative(cut.attribute(asked()).values(), truth) <= 1e-10
+    truth = whole_run.attribute(standard_queries()).values()
+    assert relative_error(cut.attribute(standard_queries()).values(), truth) <= 1e-10
     states = [2, 4, run.steps]
-    found = cut.attribute(asked(), observed_at=states).values()
+    found = cut.attribute(standard_queries(), observed_at=states).values()
     again = (
         small(fisher=fisher)
         .embed(run, observed_at=states)
-        .attribute(asked(), observed_at=states)
+        .attribute(standard_queries(), observed_at=states)
         .values()
     )
     np.testing.assert_array_equal(found, again)
@@ -184,14 +182,14 @@ def test_segments_change_nothing_but_what_can_be_observed(
     with pytest.raises(
         NotEmbedded, match=r"not lead to 3; they lead to the states 2, 4, 5\. .*embed\(run, obs"
     ):
-        cut.attribute(asked(), observed_at=3)
+        cut.attribute(standard_queries(), observed_at=3)
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It never opens before it is whole."""
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     truth = small(segments=2).embed(run, out=tmp_path / "whole").values()
     np.testing.assert_array_equal(small(segments=2).embed(run).values(), truth)
     monkeypatch.setattr("backtrail.methods.dve.store.SHORTEST", 2)
@@ -201,14 +199,14 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
         nonlocal writes
         writes -= 1
         if not writes:
-            raise Killed
+            raise Interrupted
         real(self, name, values, start)
 
     for survived in (1, 4, 9, 14, 22, 24, 27, 28):
         writes, out = survived, tmp_path / f"out{survived}"
         with monkeypatch.context() as patch:
             patch.setattr(EmbeddingStore, "write", failing)
-            with pytest.raises(Killed):
+            with pytest.raises(Interrupted):
                 small(segments=2).embed(run, out=out)
         with pytest.raises(UnfinishedEmbeddings, match="unfinished"):
             backtrail.open_embeddings(out, run)
@@ -223,7 +221,7 @@ def test_between_kept_states_it_goes_on_to_the_same_bits(
 ) -> None:
     """And what is not killed never goes back to a kept state."""
     run, begun, (real, mark) = (
-        recorded(name, tmp_path),
+        recorded_run(name, tmp_path),
         list[int](),
         (Walk.before, EmbeddingStore.mark_captured),
     )
@@ -238,11 +236,11 @@ def test_between_kept_states_it_goes_on_to_the_same_bits(
 
     def failing(self: EmbeddingStore, shard: int) -> None:
         mark(self, shard)
-        raise Killed
+        raise Interrupted
 
     with monkeypatch.context() as patch:
         patch.setattr(EmbeddingStore, "mark_captured", failing)
-        with pytest.raises(Killed):
+        with pytest.raises(Interrupted):
             small(fisher="empirical").embed(run, out=tmp_path / "out")
     assert 3 not in run.kept
     np.testing.assert_array_equal(
@@ -253,11 +251,11 @@ def test_between_kept_states_it_goes_on_to_the_same_bits(
 
 def test_on_disk_it_is_what_it_was(tmp_path: Path) -> None:
     """Opened again, and asked for the same; made only once."""
-    run = recorded("two groups", tmp_path)
+    run = recorded_run("two groups", tmp_path)
     made = small(segments=2).embed(run, out=tmp_path / "out")
     opened = backtrail.open_embeddings(tmp_path / "out", run)
     np.testing.assert_array_equal(
-        opened.attribute(asked()).values(), made.attribute(asked()).values()
+        opened.attribute(standard_queries()).values(), made.attribute(standard_queries()).values()
     )
     assert repr(opened) == repr(made)
     assert "5 steps x 3 slots" in repr(opened)
@@ -269,7 +267,7 @@ def test_on_disk_it_is_what_it_was(tmp_path: Path) -> None:
 
 def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     """Other settings, another run, something else, a damaged file."""
-    run, other = recorded("adamw", tmp_path), recorded("sgd", tmp_path)
+    run, other = recorded_run("adamw", tmp_path), recorded_run("sgd", tmp_path)
     out = tmp_path / "out"
     small().embed(run, out=out)
     with pytest.raises(DifferentEmbeddings, match="seed: 0 there, 1 now"):
@@ -278,7 +276,9 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
         backtrail.open_embeddings(out, other)
     with pytest.raises(NotEmbeddings, match="no such folder"):
         backtrail.open_embeddings(tmp_path / "nowhere", run)
-    asked_of = backtrail.open_embeddings(out, run).attribute(asked(), out=tmp_path / "influence")
+    asked_of = backtrail.open_embeddings(out, run).attribute(
+        standard_queries(), out=tmp_path / "influence"
+    )
     with pytest.raises(NotEmbeddings, match="backtrail influence"):
         backtrail.open_embeddings(tmp_path / "influence", run)
     assert asked_of.method == "DataValueEmbedding"
@@ -293,13 +293,13 @@ def test_the_best_samples_come_without_the_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same as from the influence, whatever fits at once."""
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     embeddings = small(segments=2).embed(run)
-    influence = embeddings.attribute(asked())
+    influence = embeddings.attribute(standard_queries())
     for size in (10**9, 1):
         monkeypatch.setattr("backtrail.methods.dve.embeddings.SUM_BYTES", size)
         for order in get_args(Order):
-            found = embeddings.top(asked(), 4, order=order)
+            found = embeddings.top(standard_queries(), 4, order=order)
             assert found.columns == ["query", "rank", "sample", "influence"]
             for name in influence.queries:
                 truth = influence.top(4, query=name, order=order)
@@ -311,7 +311,7 @@ def test_the_best_samples_come_without_the_matrix(
 
 def test_neighbours_are_those_of_the_summed_vectors(tmp_path: Path) -> None:
     """By their cosine, without the sample itself; a sample never seen is like none."""
-    run = recorded("momentum", tmp_path)
+    run = recorded_run("momentum", tmp_path)
     cut, straight = small(segments=2).embed(run), small().embed(run)
     sums = np.zeros((run.samples, straight.about.rank))
     for step in run.log:
@@ -338,30 +338,32 @@ def before_batchnorm() -> torch.nn.Module:
 def test_a_bias_in_front_of_batchnorm_has_no_part(tmp_path: Path) -> None:
     """Its gradient is rounding, by which Adam divides."""
     case = Case("bias", one_group(torch.optim.AdamW, lr=0.003), model=before_batchnorm)
-    run = run_of(case, tmp_path)
+    run = recorded_case(case, tmp_path)
     embeddings = small().embed(run)
     first, last = embeddings.about.layout["0.bias"]
     assert (embeddings.values()[..., first:last] == 0).all()
-    truth = backtrail.DIT().attribute(run, asked()).values()
-    assert np.abs(embeddings.attribute(asked()).values()).max() < 100 * np.abs(truth).max()
+    truth = backtrail.DIT().attribute(run, standard_queries()).values()
+    assert (
+        np.abs(embeddings.attribute(standard_queries()).values()).max() < 100 * np.abs(truth).max()
+    )
 
 
 def test_what_cannot_be_done_says_what_can(tmp_path: Path) -> None:
     """Settings, averages, labels that nobody can draw, growth."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     for name, value in {"rank": 0, "damping": -1.0, "segments": 0}.items():
         with pytest.raises(BadSetting, match=f"{name}={value!r} is no setting"):
             backtrail.DataValueEmbedding(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(BadSetting, match=r"backtrail\.DIT answers for averages"):
-        small().attribute(run, backtrail.Averaged(asked(), 0.9))
+        small().attribute(run, backtrail.Averaged(standard_queries(), 0.9))
     task = backtrail.Task(run.task.model, run.task.data, run.task.loss)
     with pytest.raises(NoDraw, match=r"Task\(draw=\.\.\.\)"):
         small().embed(backtrail.open_run(run.path, task))
     assert small(fisher="empirical").embed(backtrail.open_run(run.path, task)).about.rank
-    wild = run_of(
+    wild = recorded_case(
         Case("wild", one_group(SGD, lr=300.0), batches=[[0, 1, 2], [3, 4, 5]] * 8),
         tmp_path / "wild",
     )
     with pytest.raises(EmbeddingGrew, match=r"At step \d+ the embeddings of '(0|2|all layers)'"):
-        whole(fisher="empirical").embed(wild)
-    assert np.isfinite(whole(fisher="empirical", damping=0.5).embed(wild).values()).all()
+        unprojected(fisher="empirical").embed(wild)
+    assert np.isfinite(unprojected(fisher="empirical", damping=0.5).embed(wild).values()).all()

@@ -22,7 +22,12 @@ from backtrail.run.run import Run
 from backtrail.step.step import MicroBatch
 from tests.cases import ADAMW, Case, mlp, one_group, rows
 from tests.loops import backward, refused
-from tests.methods.dve.test_live_capture import begun, captured, embedding, same
+from tests.methods.dve.live_training import (
+    assert_same_as_replayed,
+    captured_case,
+    captured_training,
+    projected,
+)
 
 Between = Callable[
     [torch.optim.Optimizer, int], None
@@ -42,7 +47,7 @@ def train(path: Path, between: Between, **options: Any) -> Run:
         backtrail.classification(model, data),
         torch.optim.AdamW(model.parameters(), lr=0.01),
     )
-    with backtrail.Recorder(path, task, optimizer, capture=embedding(**options)) as recorder:
+    with backtrail.Recorder(path, task, optimizer, capture=projected(**options)) as recorder:
         for _ in range(2):
             for number, (inputs, labels) in enumerate(
                 recorder.watch(DataLoader(data, batch_size=3))
@@ -56,7 +61,7 @@ def train(path: Path, between: Between, **options: Any) -> Run:
 
 def kept(run: Run) -> list[bool]:
     """Whether a step was captured."""
-    found = KeptRows(run, embedding()._settings_of_rows)
+    found = KeptRows(run, projected()._settings_of_rows)
     return [found.step(step) is not None for step in range(run.steps)]
 
 
@@ -81,7 +86,7 @@ def test_what_happens_before_the_step(between: Between, lost: int | None, tmp_pa
     """A wrong guess costs one step's capture, which is replayed; from then on rows wait for the step."""
     run = train(tmp_path / "run", between)
     assert kept(run) == [step != lost for step in range(6)]
-    same(run, embedding())
+    assert_same_as_replayed(run, projected())
 
 
 def warm_up(optimizer: torch.optim.Optimizer, number: int) -> None:
@@ -93,8 +98,8 @@ def test_a_rate_of_zero(tmp_path: Path) -> None:
     """What is visited then has no influence, and hinders no other."""
     run = train(tmp_path / "run", warm_up)
     assert run.step(0).settings[0]["lr"] == 0.0
-    same(run, embedding())
-    values = embedding().embed(run).values()
+    assert_same_as_replayed(run, projected())
+    values = projected().embed(run).values()
     assert (values[0] == 0).all()
     assert (values[1] != 0).any()
     left, right = factors(projection({"w": (3, 2)}), {"w": torch.zeros(3, 2)})["w"]
@@ -103,12 +108,12 @@ def test_a_rate_of_zero(tmp_path: Path) -> None:
 
 def test_accumulated_gradients(tmp_path: Path) -> None:
     """A further micro-batch changes the gradient."""
-    run = captured(
-        Case("adamw", one_group(ADAMW, lr=0.01), accumulate=2), tmp_path / "run", embedding()
+    run = captured_case(
+        Case("adamw", one_group(ADAMW, lr=0.01), accumulate=2), tmp_path / "run", projected()
     )
     assert not kept(run)[0]
     assert all(kept(run)[1:])
-    same(run, embedding())
+    assert_same_as_replayed(run, projected())
 
 
 def test_cotangents_do_not_wait_for_the_step(
@@ -151,12 +156,12 @@ def test_rows_that_are_wrong_are_found_out(tmp_path: Path, monkeypatch: pytest.M
     data, model = rows(), mlp().double()
     run = backtrail.open_run(tmp_path / "run", backtrail.classification(model, data))
     assert kept(run) == [True, True, False, False]
-    same(run, embedding())
+    assert_same_as_replayed(run, projected())
 
 
 def test_a_scaled_loss_is_refused(tmp_path: Path) -> None:
     """Where the loop takes the scale back from the gradients, nobody takes it back from the cotangents."""
-    task, optimizer, recorder, loader = begun(tmp_path / "run")
+    task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with (
         refused(NotCaptured, "Step 1", "scaled loss"),
         recorder,

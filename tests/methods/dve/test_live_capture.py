@@ -20,10 +20,17 @@ from backtrail.errors import DamagedFile, NotCaptured
 from backtrail.methods.dve.live.hooks import BatchHooks
 from backtrail.run.run import Run
 from backtrail.run.store import Store
-from tests.cases import ADAMW, CASES, SGD, Case, mlp, normed, one_group, record, rows
+from tests.cases import ADAMW, CASES, SGD, Case, mlp, normed, one_group, rows
 from tests.loops import backward, refused
-from tests.persample.layers import LAYERS, SLOTS, Layer, Mapped, table
-from tests.persample.test_gradients import loss
+from tests.methods.dve.live_training import (
+    assert_same_as_replayed,
+    captured_case,
+    captured_files,
+    captured_training,
+    projected,
+    without_capture,
+)
+from tests.persample.layers import LAYERS, SLOTS, Layer, Mapped, nonlinear_loss, table
 from tests.processes import apart
 
 SEPARABLE = [case for case in CASES if case.model is not normed]
@@ -35,54 +42,14 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backtrail.methods.dve.live.early_rates.WAITING_ENTRIES", 9)
 
 
-def embedding(**settings: Any) -> backtrail.DataValueEmbedding:
-    """With a projection that loses something, and a recursion that goes back over every step."""
-    chosen: dict[str, Any] = {"rank": 6, "damping": 0.5}
-    return backtrail.DataValueEmbedding(**chosen | settings)
-
-
-def replayed(run: Run) -> Run:
-    """The same recording as if nothing had been captured."""
-    files = {
-        name: hash for name, hash in run.manifest.files.items() if not name.startswith("rows/")
-    }
-    return Run(
-        Store(run.path, msgspec.structs.replace(run.manifest, files=files)), run.task, run.log
-    )
-
-
-def captured_files(run: Run) -> list[str]:
-    """Files of the capture."""
-    return sorted(name for name in run.manifest.files if name.startswith("rows/"))
-
-
-def same(run: Run, made: backtrail.DataValueEmbedding) -> None:
-    """Assert that what was captured is what a replay finds, but for rounding."""
-    assert captured_files(run)
-    ours, theirs = made.embed(run), made.embed(replayed(run))
-    largest = np.abs(theirs.values()).max()
-    assert largest > 0
-    np.testing.assert_allclose(ours.values(), theirs.values(), rtol=0, atol=1e-11 * largest)
-    np.testing.assert_allclose(
-        ours._store.read("loss"), theirs._store.read("loss"), rtol=1e-12, atol=0
-    )
-
-
-def captured(case: Case, path: Path, made: backtrail.DataValueEmbedding) -> Run:
-    """A training that was captured while it ran."""
-    model, data = case.built(), rows()
-    record(case, model, data, path, capture=made)
-    return backtrail.open_run(path, case.task(model, data))
-
-
 @pytest.mark.parametrize("case", SEPARABLE, ids=str)
 @pytest.mark.parametrize(
     "settings", [{}, {"drawn": 0.4}, {"fisher": "empirical"}], ids=["true", "part", "empirical"]
 )
 def test_it_is_what_a_replay_finds(case: Case, settings: dict[str, Any], tmp_path: Path) -> None:
     """For every optimizer, with accumulation, clipping, penalties, frozen, tied and unused parameters."""
-    made = embedding(**settings)
-    same(captured(case, tmp_path / "run", made), made)
+    made = projected(**settings)
+    assert_same_as_replayed(captured_case(case, tmp_path / "run", made), made)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +57,10 @@ def test_it_is_what_a_replay_finds(case: Case, settings: dict[str, Any], tmp_pat
 )
 def test_other_settings(settings: dict[str, Any], tmp_path: Path) -> None:
     """Those that rows depend on, and those that only the recursion does."""
-    made = embedding(**settings)
-    same(captured(Case("adamw", one_group(ADAMW, lr=0.01)), tmp_path / "run", made), made)
+    made = projected(**settings)
+    assert_same_as_replayed(
+        captured_case(Case("adamw", one_group(ADAMW, lr=0.01)), tmp_path / "run", made), made
+    )
 
 
 def train(layer: Layer, path: Path, **options: Any) -> Run:
@@ -103,11 +72,11 @@ def train(layer: Layer, path: Path, **options: Any) -> Run:
     finally:
         torch.set_default_dtype(torch.float32)
     data = TensorDataset(inputs, torch.randn(len(inputs), dtype=torch.float64))
-    task = backtrail.Task(model, data, loss)
+    task = backtrail.Task(model, data, nonlinear_loss)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     with backtrail.Recorder(path, task, optimizer, **options) as recorder:
         for batch in recorder.watch(DataLoader(data, batch_size=SLOTS)):
-            backward(loss(model(batch[0]), batch).mean())
+            backward(nonlinear_loss(model(batch[0]), batch).mean())
             optimizer.step()
             optimizer.zero_grad()
     return backtrail.open_run(path, task)
@@ -116,12 +85,12 @@ def train(layer: Layer, path: Path, **options: Any) -> Run:
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_every_kind_of_layer(layer: Layer, tmp_path: Path) -> None:
     """Those whose rows only a loop over samples explains are refused, and BatchNorm, at the first step."""
-    made = embedding(fisher="empirical")
+    made = projected(fisher="empirical")
     if layer.slow or layer.name == "batchnorm":
         with refused(NotCaptured, "Step 0", "Record without capture="):
             train(layer, tmp_path / "run", capture=made)
     else:
-        same(train(layer, tmp_path / "run", capture=made), made)
+        assert_same_as_replayed(train(layer, tmp_path / "run", capture=made), made)
 
 
 def test_batchnorm_in_eval_mode(tmp_path: Path) -> None:
@@ -131,21 +100,8 @@ def test_batchnorm_in_eval_mode(tmp_path: Path) -> None:
         nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double(),
     )
     model[1].eval()
-    run = trained(model, data, tmp_path / "run", capture=embedding())
-    same(run, embedding())
-
-
-def begun(
-    path: Path,
-) -> tuple[backtrail.Task, torch.optim.Optimizer, backtrail.Recorder, "DataLoader[Any]"]:
-    """A training that is about to be captured."""
-    data, model = rows(), mlp().double()
-    task, optimizer = (
-        backtrail.classification(model, data),
-        torch.optim.AdamW(model.parameters(), lr=0.01),
-    )
-    recorder = backtrail.Recorder(path, task, optimizer, capture=embedding())
-    return task, optimizer, recorder, DataLoader(data, batch_size=3)
+    run = trained(model, data, tmp_path / "run", capture=projected())
+    assert_same_as_replayed(run, projected())
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor]) -> None:
@@ -189,7 +145,7 @@ def test_a_model_that_is_called_twice_a_batch(tmp_path: Path) -> None:
         model, data, lambda out, batch: cross_entropy(out, batch[1], reduction="none"), predict=both
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    made = embedding(fisher="empirical")
+    made = projected(fisher="empirical")
     with backtrail.Recorder(tmp_path / "run", task, optimizer, capture=made) as recorder:
         for batch in recorder.watch(DataLoader(data, batch_size=3)):
             with torch.no_grad():
@@ -197,30 +153,30 @@ def test_a_model_that_is_called_twice_a_batch(tmp_path: Path) -> None:
             backward(cross_entropy(both(model, batch), batch[1]))
             optimizer.step()
             optimizer.zero_grad()
-    same(backtrail.open_run(tmp_path / "run", task), made)
+    assert_same_as_replayed(backtrail.open_run(tmp_path / "run", task), made)
 
 
 def test_two_steps_on_one_batch(tmp_path: Path) -> None:
     """Each has passes of its own."""
-    task, optimizer, recorder, loader = begun(tmp_path / "run")
+    task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with recorder:
         for batch in recorder.watch(loader):
             step(task.model, optimizer, batch)
             step(task.model, optimizer, batch)
     run = backtrail.open_run(tmp_path / "run", task)
     assert run.steps == 6
-    same(run, embedding())
+    assert_same_as_replayed(run, projected())
 
 
 def test_what_the_loop_feeds_instead(tmp_path: Path) -> None:
     """The batch that recorder.fed was told."""
-    task, optimizer, recorder, loader = begun(tmp_path / "run")
+    task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with recorder:
         for inputs, labels in recorder.watch(loader):
             noisy = [inputs + 0.1 * torch.randn_like(inputs), labels]
             recorder.fed(noisy)
             step(task.model, optimizer, noisy)
-    same(backtrail.open_run(tmp_path / "run", task), embedding())
+    assert_same_as_replayed(backtrail.open_run(tmp_path / "run", task), projected())
 
 
 def test_under_autocast(tmp_path: Path) -> None:
@@ -233,9 +189,9 @@ def test_under_autocast(tmp_path: Path) -> None:
             found: Tensor = model(inputs)
         return found.float()
 
-    run = trained(model, data, tmp_path / "run", call=coarse, capture=embedding(fisher="empirical"))
+    run = trained(model, data, tmp_path / "run", call=coarse, capture=projected(fisher="empirical"))
     ours, theirs = (
-        embedding(fisher="empirical").embed(one).values() for one in (run, replayed(run))
+        projected(fisher="empirical").embed(one).values() for one in (run, without_capture(run))
     )
     assert 0 < np.linalg.norm(ours - theirs) <= 0.05 * np.linalg.norm(theirs)
 
@@ -250,9 +206,9 @@ def test_what_is_made_of_parameters_alone(
     layer = Layer(
         "made", lambda: Mapped(lambda m, x: torch.tanh(x + made_of(m.p)), p=torch.randn(1, 5, 4))
     )
-    same(
-        train(layer, tmp_path / "run", capture=embedding(fisher="empirical")),
-        embedding(fisher="empirical"),
+    assert_same_as_replayed(
+        train(layer, tmp_path / "run", capture=projected(fisher="empirical")),
+        projected(fisher="empirical"),
     )
 
 
@@ -273,7 +229,7 @@ def is_untouched(path: Path) -> None:
     """The same bits with and without."""
     alone = bits_of(None, path / "alone")
     for fisher in ("true", "empirical"):
-        assert bits_of(embedding(fisher=fisher), path / fisher) == alone
+        assert bits_of(projected(fisher=fisher), path / fisher) == alone
 
 
 def test_the_training_keeps_its_bits(tmp_path: Path) -> None:
@@ -284,21 +240,21 @@ def test_the_training_keeps_its_bits(tmp_path: Path) -> None:
 def test_what_was_lost_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill, the last stretch is not there."""
     monkeypatch.setattr("backtrail.methods.dve.live.files.FILE_STEPS", 2)
-    run = captured(Case("adamw", one_group(ADAMW, lr=0.01)), tmp_path / "run", embedding())
+    run = captured_case(Case("adamw", one_group(ADAMW, lr=0.01)), tmp_path / "run", projected())
     assert captured_files(run) == [f"rows/{first:08d}.safetensors" for first in (0, 2, 4)]
-    truth = embedding().embed(replayed(run)).values()
+    truth = projected().embed(without_capture(run)).values()
     for lost in captured_files(run):
         files = {name: hash for name, hash in run.manifest.files.items() if name != lost}
         shorter = Run(
             Store(run.path, msgspec.structs.replace(run.manifest, files=files)), run.task, run.log
         )
-        found = embedding().embed(shorter).values()
+        found = projected().embed(shorter).values()
         np.testing.assert_allclose(found, truth, rtol=0, atol=1e-11 * np.abs(truth).max())
 
 
 def test_a_loop_that_fails_keeps_what_was_captured(tmp_path: Path) -> None:
     """Up to its last whole step, and takes its hooks away."""
-    task, optimizer, recorder, loader = begun(tmp_path / "run")
+    task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), recorder:
         for number, batch in enumerate(recorder.watch(loader)):
             if number == 2:
@@ -307,29 +263,29 @@ def test_a_loop_that_fails_keeps_what_was_captured(tmp_path: Path) -> None:
     assert not task.model._forward_hooks
     run = backtrail.open_run(tmp_path / "run", task)
     assert run.steps == 2
-    same(run, embedding())
+    assert_same_as_replayed(run, projected())
 
 
 def test_other_settings_are_replayed_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rows of another rank are of no use."""
-    run = captured(Case("sgd", one_group(SGD, lr=0.3)), tmp_path / "run", embedding(rank=4))
+    run = captured_case(Case("sgd", one_group(SGD, lr=0.3)), tmp_path / "run", projected(rank=4))
     with caplog.at_level(logging.WARNING):
-        found = embedding(rank=6).embed(run).values()
-    np.testing.assert_array_equal(found, embedding(rank=6).embed(replayed(run)).values())
+        found = projected(rank=6).embed(run).values()
+    np.testing.assert_array_equal(found, projected(rank=6).embed(without_capture(run)).values())
     assert "was captured with rank=4" in caplog.text
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     """By its checksum."""
-    run = captured(Case("sgd", one_group(SGD, lr=0.3)), tmp_path / "run", embedding())
+    run = captured_case(Case("sgd", one_group(SGD, lr=0.3)), tmp_path / "run", projected())
     (file,) = captured_files(run)
     content = bytearray((run.path / file).read_bytes())
     content[-1] ^= 1
     (run.path / file).write_bytes(content)
     with refused(DamagedFile, file, "checksum"):
-        embedding().embed(run)
+        projected().embed(run)
 
 
 def test_a_model_that_is_not_called_as_a_whole_is_refused(tmp_path: Path) -> None:
@@ -341,7 +297,7 @@ def test_a_model_that_is_not_called_as_a_whole_is_refused(tmp_path: Path) -> Non
             rows(),
             tmp_path / "run",
             call=lambda x: model[2](model[1](model[0](x))),
-            capture=embedding(),
+            capture=projected(),
         )
 
 
@@ -350,7 +306,7 @@ def is_refused_compiled(path: Path) -> None:
     model = mlp().double()
     wrapped = torch.compile(model, backend="eager")
     with refused(NotCaptured, "Step 0", "eagerly"):
-        trained(model, rows(), path, call=wrapped, capture=embedding())
+        trained(model, rows(), path, call=wrapped, capture=projected())
 
 
 def test_a_compiled_model_is_refused(tmp_path: Path) -> None:
@@ -360,19 +316,19 @@ def test_a_compiled_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_copy_of_the_model_is_not_listened_to(tmp_path: Path) -> None:
     """An average of the weights, say, that is evaluated with gradients."""
-    task, optimizer, recorder, loader = begun(tmp_path / "run")
+    task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with recorder:
         average = torch.optim.swa_utils.AveragedModel(task.model)
         for inputs, labels in recorder.watch(loader):
             average(-inputs)
             step(task.model, optimizer, [inputs, labels])
             average.update_parameters(task.model)
-    same(backtrail.open_run(tmp_path / "run", task), embedding())
+    assert_same_as_replayed(backtrail.open_run(tmp_path / "run", task), projected())
 
 
 def test_nothing_of_a_batch_outlives_its_step(tmp_path: Path) -> None:
     """No cycle of references keeps a graph until the garbage collector comes."""
-    task, optimizer, recorder, loader = begun(tmp_path / "run")
+    task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     heard: list[weakref.ref[Any]] = []
     real = BatchHooks.leave
 

@@ -14,7 +14,8 @@ from backtrail.methods.dve.gather import Walk
 from backtrail.methods.dve.sampled_labels import Drawn
 from backtrail.task.task import cut
 from tests.cases import ADAMW, CASES, SGD, Case, one_group
-from tests.methods.dve.test_dve import relative, run_of, whole
+from tests.methods.dve.unprojected import relative_error, unprojected
+from tests.recorded_runs import recorded_case
 
 NEARLY = 0.999  # of a step's samples: by way of a pass of their own, and all of them
 
@@ -27,20 +28,20 @@ def arrays(run: backtrail.Run, made: backtrail.DataValueEmbedding, step: int) ->
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_pass_of_their_own_finds_what_that_of_all_does(case: Case, tmp_path: Path) -> None:
     """With accumulation, clipping, BatchNorm, frozen, tied and unused parameters."""
-    run = run_of(case, tmp_path)
+    run = recorded_case(case, tmp_path)
     made = {"rank": 6, "damping": 0.5}
     found = backtrail.DataValueEmbedding(**made, drawn=NEARLY).embed(run).values()  # type: ignore[arg-type]
     truth = backtrail.DataValueEmbedding(**made).embed(run).values()  # type: ignore[arg-type]
-    assert relative(found, truth) <= 1e-9
+    assert relative_error(found, truth) <= 1e-9
 
 
 @pytest.mark.parametrize("rule", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_rows_are_gradients_of_single_losses(rule: Any, tmp_path: Path) -> None:
     """By a loop over the chosen samples; each stands for as many as make up the whole."""
-    run = run_of(
+    run = recorded_case(
         Case("one", one_group(rule, lr=0.01), batches=[[0, 1, 2, 3, 4], [5, 6, 7]]), tmp_path
     )
-    made = whole(drawn=0.4, seed=3)
+    made = unprojected(drawn=0.4, seed=3)
     found, task = arrays(run, made, 0), run.task
     step, params = run.transition(0), run.state(0).params
     chosen = Drawn(task, 0.4, 3).chosen(step)
@@ -59,15 +60,15 @@ def test_rows_are_gradients_of_single_losses(rule: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_on_average_it_is_the_gauss_newton_matrix(tmp_path: Path) -> None:
     """Half of the samples tell as much, but with more chance in it."""
-    run = run_of(Case("sgd", one_group(SGD, lr=0.3)), tmp_path)
+    run = recorded_case(Case("sgd", one_group(SGD, lr=0.3)), tmp_path)
     query = backtrail.Loss(run.task.data, samples=[0, 3])
     truth = backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(run, query).values()
     draws = np.stack(
-        [whole(drawn=0.5, seed=seed).attribute(run, query).values() for seed in range(80)]
+        [unprojected(drawn=0.5, seed=seed).attribute(run, query).values() for seed in range(80)]
     )
     left = draws.std(0) / len(draws) ** 0.5
     assert (np.abs(draws.mean(0) - truth) <= 4.5 * left + 1e-12).all()
-    assert relative(draws.mean(0), truth) < 0.1
+    assert relative_error(draws.mean(0), truth) < 0.1
 
 
 def test_chosen_are_spread_over_the_micro_batches(tmp_path: Path) -> None:
@@ -75,13 +76,13 @@ def test_chosen_are_spread_over_the_micro_batches(tmp_path: Path) -> None:
     case = Case(
         "two", one_group(SGD, lr=0.1), accumulate=2, batches=[[0, 1, 2], [3, 4], [5, 6, 7], [8, 0]]
     )
-    run = run_of(case, tmp_path)
+    run = recorded_case(case, tmp_path)
     draws = Drawn(run.task, 0.2, 0)
     for step in range(run.steps):
         chosen = draws.chosen(run.transition(step))
         assert sum(map(len, chosen.slots.values())) == 1
         assert chosen.times == 5
-    assert whole(drawn=0.2).embed(run).values().any()
+    assert unprojected(drawn=0.2).embed(run).values().any()
     others = [Drawn(run.task, 0.2, seed).chosen(run.transition(0)) for seed in range(9)]
     assert len({tuple(chosen.slots[0].tolist()) for chosen in others}) > 1
 

@@ -17,12 +17,20 @@ import backtrail
 from backtrail.methods.gradient_dot.products import slot_products
 from backtrail.methods.gradient_dot.state_products import alike
 from backtrail.run.run import Run
-from tests.cases import ADAMW, CASES, CLASSES, FEATURES, SGD, Case, one_group, rows
-from tests.methods.dit.test_dit import recorded
-from tests.methods.dit.test_exact import asked, read
-from tests.methods.dit.test_policies import dropping
-from tests.methods.dit.test_policies import recorded as recorded_case
+from tests.cases import (
+    ADAMW,
+    CASES_BY_NAME,
+    CLASSES,
+    FEATURES,
+    SGD,
+    Case,
+    one_group,
+    rows,
+    with_dropout,
+)
 from tests.oracles.gradient_products import Look, gradient_products
+from tests.recorded_runs import recorded_case, recorded_run
+from tests.standard_queries import standard_losses, standard_queries
 
 KEPT = 2  # the cases keep every second state
 METHODS: dict[str, tuple[backtrail.TracIn | backtrail.GradientDot, Look]] = {
@@ -51,7 +59,6 @@ CHOSEN = [
     "batchnorm, adamw",
     "batchnorm, skipped",
 ]
-BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -60,18 +67,18 @@ def test_scores_equal_a_loop_over_samples_and_queries(
     name: str, method: str, tmp_path: Path
 ) -> None:
     """Every slot of every step, at two observed states, through the recorder and the folder."""
-    case, (made, look) = BY_NAME[name], METHODS[method]
-    run = recorded(name, tmp_path)
+    case, (made, look) = CASES_BY_NAME[name], METHODS[method]
+    run = recorded_run(name, tmp_path)
     states = [run.steps - 1, run.steps]
-    truth = gradient_products(case, read, states, look)
-    found = made.attribute(run, asked(), observed_at=states).values()
+    truth = gradient_products(case, standard_losses, states, look)
+    found = made.attribute(run, standard_queries(), observed_at=states).values()
     assert (np.abs(truth).max(axis=(2, 3)) > 0).all()
     np.testing.assert_allclose(found, truth, rtol=1e-9, atol=1e-12 * np.abs(truth).max())
 
 
 def test_the_last_step_of_plain_descent_is_the_derivative(tmp_path: Path) -> None:
     """There TracIn leaves nothing out, if the query does not bend: no later step, no optimizer, no curvature."""
-    run, query = recorded("sgd", tmp_path), backtrail.Parameter("0.weight", [(0, 1), (3, 2)])
+    run, query = recorded_run("sgd", tmp_path), backtrail.Parameter("0.weight", [(0, 1), (3, 2)])
     exact = backtrail.DIT().attribute(run, query).values()[..., -1, :]
     found = backtrail.TracIn().attribute(run, query).values()[..., -1, :]
     np.testing.assert_allclose(found, exact, rtol=1e-10)
@@ -80,15 +87,15 @@ def test_the_last_step_of_plain_descent_is_the_derivative(tmp_path: Path) -> Non
 def test_in_a_training_that_hardly_moves_all_methods_agree(tmp_path: Path) -> None:
     """Plain descent with a tiny rate: what they leave out is of the order of the rate."""
     run = recorded_case(Case("slow", one_group(SGD, lr=1e-4)), tmp_path)
-    exact = backtrail.DIT().attribute(run, asked()).values()
+    exact = backtrail.DIT().attribute(run, standard_queries()).values()
     for made, _ in METHODS.values():
-        found = made.attribute(run, asked()).values()
+        found = made.attribute(run, standard_queries()).values()
         np.testing.assert_allclose(found, exact, rtol=0, atol=1e-3 * np.abs(exact).max())
 
 
 def test_a_proponent_is_positive(tmp_path: Path) -> None:
     """A sample's own loss: taking its step away would have left that loss higher."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     own = backtrail.Loss(run.task.data, samples=range(9))
     for made, _ in METHODS.values():
         total = made.attribute(run, own).total()[:, 0]
@@ -97,10 +104,10 @@ def test_a_proponent_is_positive(tmp_path: Path) -> None:
 
 def test_a_model_that_drops_units_is_seen_with_the_masks_of_each_visit(tmp_path: Path) -> None:
     """Two visits of one sample have two masks, so none stands for the other."""
-    run = recorded_case(Case("dropout", one_group(ADAMW, lr=0.01), model=dropping), tmp_path)
+    run = recorded_case(Case("dropout", one_group(ADAMW, lr=0.01), model=with_dropout), tmp_path)
     assert not alike(run)
     query = gradients_at(run, run.steps)
-    found = backtrail.GradientDot().attribute(run, asked()).values()
+    found = backtrail.GradientDot().attribute(run, standard_queries()).values()
     state = run.state(run.steps)
     for index, step in enumerate(run.log):
         for slot in range(len(step.samples)):
@@ -119,7 +126,11 @@ def gradients_at(run: Run, number: int) -> dict[str, Tensor]:
 
     state = run.state(number)
     return gradients(
-        asked(), run.task, params=state.params, buffers=state.buffers, trained=run.trained
+        standard_queries(),
+        run.task,
+        params=state.params,
+        buffers=state.buffers,
+        trained=run.trained,
     )[1]
 
 
@@ -149,7 +160,7 @@ def test_kept_states_cost_a_product_per_sample_and_not_per_visit(
     )
     for made in (backtrail.TracIn(states="kept"), backtrail.GradientDot()):
         with counted(monkeypatch) as seen:
-            made.attribute(run, asked())
+            made.attribute(run, standard_queries())
         assert sum(seen) == 9  # state 0 is the only one kept before the end
 
 
@@ -173,7 +184,7 @@ def test_groups_with_one_rate_share_a_product(
         case = Case("groups", groups(lr), model=lambda: nn.Linear(FEATURES, CLASSES))
         run = recorded_case(case, tmp_path / str(lr))
         with counted(monkeypatch) as seen:
-            backtrail.GradientDot().attribute(run, asked())
+            backtrail.GradientDot().attribute(run, standard_queries())
         assert sum(seen) == products
 
 
@@ -197,7 +208,7 @@ def long_run(epochs: int, folder: Path) -> Run:
 
 def test_stored_batches_are_taken_as_they_were_fed(tmp_path: Path) -> None:
     """Rows that were changed in the loop cannot be read again by number."""
-    case, data = BY_NAME["sgd"], rows()
+    case, data = CASES_BY_NAME["sgd"], rows()
     model = case.built()
     task, optimizer = case.task(model, data), case.optimizer(model)
     with backtrail.Recorder(tmp_path / "run", task, optimizer, keep_batches=True) as recorder:
@@ -221,7 +232,7 @@ def test_samples_that_lean_on_their_batch_are_noticed(
     name: str, leans: str, tmp_path: Path
 ) -> None:
     """Without BatchNorm a sample has one gradient at a state."""
-    assert alike(recorded(name, tmp_path)) == (leans == "no")
+    assert alike(recorded_run(name, tmp_path)) == (leans == "no")
 
 
 def test_a_head_that_starts_at_zero_hides_no_batchnorm(tmp_path: Path) -> None:
@@ -238,10 +249,12 @@ def test_a_head_that_starts_at_zero_hides_no_batchnorm(tmp_path: Path) -> None:
 
 def test_losses_are_those_of_the_visits_where_they_are_known(tmp_path: Path) -> None:
     """Only a replay meets the losses of the training."""
-    run = recorded("adamw", tmp_path)
-    exact = backtrail.DIT().attribute(run, asked()).loss
-    np.testing.assert_allclose(backtrail.TracIn().attribute(run, asked()).loss, exact, rtol=1e-12)
-    assert np.isnan(backtrail.GradientDot().attribute(run, asked()).loss).all()
+    run = recorded_run("adamw", tmp_path)
+    exact = backtrail.DIT().attribute(run, standard_queries()).loss
+    np.testing.assert_allclose(
+        backtrail.TracIn().attribute(run, standard_queries()).loss, exact, rtol=1e-12
+    )
+    assert np.isnan(backtrail.GradientDot().attribute(run, standard_queries()).loss).all()
 
 
 WRONG = {
@@ -270,33 +283,35 @@ def test_settings_that_are_none_are_refused() -> None:
 def test_memory_that_cannot_hold_a_gradient_is_refused(tmp_path: Path) -> None:
     """The message names the setting to raise."""
     with pytest.raises(backtrail.BacktrailError, match="allow more: memory=bytes"):
-        backtrail.TracIn(memory=1).attribute(recorded("sgd", tmp_path), asked())
+        backtrail.TracIn(memory=1).attribute(recorded_run("sgd", tmp_path), standard_queries())
 
 
 def test_averaged_weights_are_left_to_dit(tmp_path: Path) -> None:
     """A product of gradients knows no average of states."""
     with pytest.raises(backtrail.BacktrailError, match=r"backtrail\.DIT answers for averages"):
         backtrail.TracIn().attribute(
-            recorded("sgd", tmp_path), backtrail.Averaged(asked(), decay=0.5)
+            recorded_run("sgd", tmp_path), backtrail.Averaged(standard_queries(), decay=0.5)
         )
 
 
 def test_a_result_says_how_it_was_made(tmp_path: Path) -> None:
     """Method and states, in its own words; other states do not go on in its folder."""
-    run = recorded("sgd", tmp_path)
-    found = backtrail.TracIn(states="kept").attribute(run, asked(), out=tmp_path / "tracin")
+    run = recorded_run("sgd", tmp_path)
+    found = backtrail.TracIn(states="kept").attribute(
+        run, standard_queries(), out=tmp_path / "tracin"
+    )
     assert repr(found).startswith("Influence by TracIn with states='kept' (custom): 3 queries")
-    assert repr(backtrail.GradientDot().attribute(run, asked())).startswith(
+    assert repr(backtrail.GradientDot().attribute(run, standard_queries())).startswith(
         "Influence by GradientDot (custom)"
     )
     assert found.settings["exact"] is False
     with pytest.raises(backtrail.BacktrailError, match="states"):
-        backtrail.TracIn().attribute(run, asked(), out=tmp_path / "tracin")
+        backtrail.TracIn().attribute(run, standard_queries(), out=tmp_path / "tracin")
 
 
 def test_the_cases_keep_every_second_state(tmp_path: Path) -> None:
     """The oracle counts on it."""
-    assert recorded("sgd", tmp_path).kept == (0, 2, 4, 5)
+    assert recorded_run("sgd", tmp_path).kept == (0, 2, 4, 5)
 
 
 MANY_WAYS = [
@@ -314,7 +329,7 @@ def test_many_queries_get_what_few_get(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether samples' gradients are formed or not; where batch norm mixes samples, they are not."""
-    run = recorded(name, tmp_path)
+    run = recorded_run(name, tmp_path)
     queries = backtrail.Loss(rows(), samples=range(len(rows())))
     for method in (backtrail.TracIn(), backtrail.GradientDot()):
         monkeypatch.setattr("backtrail.methods.gradient_dot.products.MANY", 1000)
@@ -340,6 +355,8 @@ def test_many_queries_of_a_loss_that_couples_samples(
             optimizer.step()
             optimizer.zero_grad()
     run = backtrail.open_run(tmp_path / "run", task)
-    few = backtrail.TracIn().attribute(run, asked()).values()
+    few = backtrail.TracIn().attribute(run, standard_queries()).values()
     monkeypatch.setattr("backtrail.methods.gradient_dot.products.MANY", 1)
-    np.testing.assert_array_equal(backtrail.TracIn().attribute(run, asked()).values(), few)
+    np.testing.assert_array_equal(
+        backtrail.TracIn().attribute(run, standard_queries()).values(), few
+    )

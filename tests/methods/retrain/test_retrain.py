@@ -13,10 +13,10 @@ from backtrail.methods.memory import bytes_of_activations
 from backtrail.methods.retrain import stacks as rerunning
 from backtrail.methods.retrain.retrain import retrain
 from backtrail.sweep.rerun import gradients_of_each, rerun
-from tests.cases import CASES, Case, rows, train
-from tests.methods.dit.test_dit import recorded
-from tests.methods.dit.test_exact import asked, read
+from tests.cases import CASES_BY_NAME, Case, rows, train
 from tests.oracles.nudge import observe
+from tests.recorded_runs import recorded_run
+from tests.standard_queries import standard_losses, standard_queries
 
 CHOSEN = [
     "momentum",
@@ -29,7 +29,6 @@ CHOSEN = [
     "twice in a batch",
     "batchnorm, skipped",
 ]
-BY_NAME = {case.name: case for case in CASES}
 
 
 def without(case: Case, sample: int, steps: tuple[int, int], states: list[int]) -> np.ndarray:
@@ -42,21 +41,25 @@ def without(case: Case, sample: int, steps: tuple[int, int], states: list[int]) 
             [0.0 if inside and row == sample else 1.0 for row in slots], dtype=torch.float64
         )
 
-    return observe(case, read, states, weights)
+    return observe(case, standard_losses, states, weights)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_leaving_out_equals_plain_training_without(name: str, tmp_path: Path) -> None:
     """Everywhere, in a window, and at chosen steps."""
-    case, run = BY_NAME[name], recorded(name, tmp_path)
+    case, run = CASES_BY_NAME[name], recorded_run(name, tmp_path)
     last, samples = run.steps, [0, 4]
-    base = observe(case, read, [1, last])
+    base = observe(case, standard_losses, [1, last])
     for place, sample in enumerate(samples):
         everywhere = without(case, sample, (0, last), [1, last]) - base
         late = without(case, sample, (1, last), [last])[:, 0] - base[:, 1]
-        whole = backtrail.leave_one_out(run, asked(), samples=samples)[:, place]
-        window = backtrail.leave_one_out(run, asked(), samples=samples, window=(1, last))[:, place]
-        steps = backtrail.leave_one_out(run, asked(), samples=samples, steps=(1, last))[:, place]
+        whole = backtrail.leave_one_out(run, standard_queries(), samples=samples)[:, place]
+        window = backtrail.leave_one_out(
+            run, standard_queries(), samples=samples, window=(1, last)
+        )[:, place]
+        steps = backtrail.leave_one_out(run, standard_queries(), samples=samples, steps=(1, last))[
+            :, place
+        ]
         np.testing.assert_allclose(whole, everywhere[:, 1], rtol=1e-9, atol=1e-13)
         np.testing.assert_allclose(
             window, everywhere[:, 1] - everywhere[:, 0], rtol=1e-9, atol=1e-13
@@ -66,15 +69,17 @@ def test_leaving_out_equals_plain_training_without(name: str, tmp_path: Path) ->
 
 def test_a_window_from_the_start_is_leaving_out_until_there(tmp_path: Path) -> None:
     """No removal changes state 0."""
-    run = recorded("adamw", tmp_path)
-    window = backtrail.leave_one_out(run, asked(), samples=[1, 3], window=(0, run.steps))
-    np.testing.assert_array_equal(window, backtrail.leave_one_out(run, asked(), samples=[1, 3]))
-    assert (backtrail.leave_one_out(run, asked(), samples=[1], window=(0, 0)) == 0).all()
+    run = recorded_run("adamw", tmp_path)
+    window = backtrail.leave_one_out(run, standard_queries(), samples=[1, 3], window=(0, run.steps))
+    np.testing.assert_array_equal(
+        window, backtrail.leave_one_out(run, standard_queries(), samples=[1, 3])
+    )
+    assert (backtrail.leave_one_out(run, standard_queries(), samples=[1], window=(0, 0)) == 0).all()
 
 
 def test_renormalising_shares_the_batch_among_the_others(tmp_path: Path) -> None:
     """The mean is over one sample less, at every visit."""
-    case, run = BY_NAME["adamw"], recorded("adamw", tmp_path)
+    case, run = CASES_BY_NAME["adamw"], recorded_run("adamw", tmp_path)
 
     def weights(step: int) -> Tensor:
         slots = case.batches[step]
@@ -83,19 +88,23 @@ def test_renormalising_shares_the_batch_among_the_others(tmp_path: Path) -> None
             [0.0 if row == 3 else len(slots) / len(left) for row in slots], dtype=torch.float64
         )
 
-    truth = observe(case, read, [run.steps], weights) - observe(case, read, [run.steps])
-    found = backtrail.leave_one_out(run, asked(), samples=[3], denominator="renormalize")
+    truth = observe(case, standard_losses, [run.steps], weights) - observe(
+        case, standard_losses, [run.steps]
+    )
+    found = backtrail.leave_one_out(run, standard_queries(), samples=[3], denominator="renormalize")
     np.testing.assert_allclose(found, truth, rtol=1e-9)
 
 
 def test_stacks_of_any_size_agree_and_have_no_noise(tmp_path: Path) -> None:
     """The unperturbed run rides along, first and last in every stack."""
-    run = recorded("adamw", tmp_path)
+    run = recorded_run("adamw", tmp_path)
     groups = [[0], [1, 2], [8], [3, 4, 5]]
-    whole = retrain(run, asked(), groups, observed_at=[2, 5])
-    parts = retrain(run, asked(), groups, observed_at=[2, 5], batch=2)
+    whole = retrain(run, standard_queries(), groups, observed_at=[2, 5])
+    parts = retrain(run, standard_queries(), groups, observed_at=[2, 5], batch=2)
     np.testing.assert_allclose(parts.change, whole.change, rtol=1e-9, atol=1e-15)
-    np.testing.assert_allclose(whole.base, observe(BY_NAME["adamw"], read, [2, 5]), rtol=1e-12)
+    np.testing.assert_allclose(
+        whole.base, observe(CASES_BY_NAME["adamw"], standard_losses, [2, 5]), rtol=1e-12
+    )
     assert whole.noise.max() <= 1e-14
 
 
@@ -103,7 +112,7 @@ def test_large_activations_make_small_stacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between 8 and 64 at once, by the bytes that a step keeps in the precision of the re-runs."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     kept = bytes_of_activations(run, twice=False)
     assert rerunning.at_once(run, None) == 64
     monkeypatch.setattr(rerunning, "ROOM", 20 * kept)
@@ -115,16 +124,16 @@ def test_large_activations_make_small_stacks(
 
 def test_a_sample_never_seen_changes_nothing(tmp_path: Path) -> None:
     """Exactly zero."""
-    run = recorded("twice in a batch", tmp_path)
-    assert (backtrail.leave_one_out(run, asked(), samples=[8]) == 0).all()
+    run = recorded_run("twice in a batch", tmp_path)
+    assert (backtrail.leave_one_out(run, standard_queries(), samples=[8]) == 0).all()
 
 
 def test_models_that_cannot_be_stacked_are_run_one_by_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A data-dependent branch defeats vmap; the result is the same, and the log says so."""
-    run = recorded("batchnorm, adamw", tmp_path)
-    branching = recorded("batchnorm, adamw", tmp_path / "other")
+    run = recorded_run("batchnorm, adamw", tmp_path)
+    branching = recorded_run("batchnorm, adamw", tmp_path / "other")
     plain = branching.task.predict
 
     def predict(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -132,16 +141,19 @@ def test_models_that_cannot_be_stacked_are_run_one_by_one(
         return outputs * 1.0 if float(outputs.detach().sum()) > 0 else outputs
 
     object.__setattr__(branching.task, "predict", predict)
-    found = backtrail.leave_one_out(branching, asked(), samples=[0, 5])
+    found = backtrail.leave_one_out(branching, standard_queries(), samples=[0, 5])
     np.testing.assert_allclose(
-        found, backtrail.leave_one_out(run, asked(), samples=[0, 5]), rtol=1e-9, atol=1e-13
+        found,
+        backtrail.leave_one_out(run, standard_queries(), samples=[0, 5]),
+        rtol=1e-9,
+        atol=1e-13,
     )
     assert "re-running one by one" in caplog.text
 
 
 def test_one_by_one_equals_stacked(tmp_path: Path) -> None:
     """Every run of a stack is the run that it would be alone."""
-    run = recorded("clip norm", tmp_path)
+    run = recorded_run("clip norm", tmp_path)
     weights = torch.rand(3, 3, dtype=torch.float64)
     stacked = dict(
         rerun(run.transition, run.state(0).repeat(3), lambda _: weights, start=0, stop=2)
@@ -156,25 +168,25 @@ def test_one_by_one_equals_stacked(tmp_path: Path) -> None:
 
 def test_impossible_removals_are_refused(tmp_path: Path) -> None:
     """The message names the values."""
-    run = recorded("sgd", tmp_path)
+    run = recorded_run("sgd", tmp_path)
     with pytest.raises(UnknownSample, match="no sample 9: the training set has 9 rows"):
-        backtrail.leave_one_out(run, asked(), samples=[2, 9])
+        backtrail.leave_one_out(run, standard_queries(), samples=[2, 9])
     with pytest.raises(ImpossibleWindow, match="7"):
-        backtrail.leave_one_out(run, asked(), samples=[2], window=(1, 7))
+        backtrail.leave_one_out(run, standard_queries(), samples=[2], window=(1, 7))
     with pytest.raises(
         BadSetting,
         match="weigth=2 is no setting; give only denominator, dtype, batch, weight, bank",
     ):
-        backtrail.leave_one_out(run, asked(), samples=[2], weigth=2)  # type: ignore[call-arg]
+        backtrail.leave_one_out(run, standard_queries(), samples=[2], weigth=2)  # type: ignore[call-arg]
     with pytest.raises(
         BadSetting, match="denominator='share' is no setting; give 'keep' or 'renormalize'"
     ):
-        backtrail.leave_one_out(run, asked(), samples=[2], denominator="share")  # type: ignore[arg-type]
+        backtrail.leave_one_out(run, standard_queries(), samples=[2], denominator="share")  # type: ignore[arg-type]
 
 
 def test_the_plain_loop_is_what_was_recorded(tmp_path: Path) -> None:
     """The oracle's own training ends at the recorded weights, bit for bit."""
-    case, run, data = BY_NAME["two groups"], recorded("two groups", tmp_path), rows()
+    case, run, data = CASES_BY_NAME["two groups"], recorded_run("two groups", tmp_path), rows()
     model = case.built()
     for _ in train(case, model, data):
         pass
@@ -186,11 +198,11 @@ def test_the_plain_loop_is_what_was_recorded(tmp_path: Path) -> None:
 
 def test_a_sample_may_keep_a_weight_or_be_counted_twice(tmp_path: Path) -> None:
     """Near weight 1 the change is linear, and of opposite sign on both sides."""
-    run = recorded("momentum", tmp_path)
+    run = recorded_run("momentum", tmp_path)
     more, less = (
-        backtrail.retrain(run, asked(), [[2]], weight=weight).change
+        backtrail.retrain(run, standard_queries(), [[2]], weight=weight).change
         for weight in (1 + 1e-5, 1 - 1e-5)
     )
     np.testing.assert_allclose(more, -less, rtol=1e-3)
-    total = backtrail.DIT().attribute(run, asked()).total()[:, :, [2]]
+    total = backtrail.DIT().attribute(run, standard_queries()).total()[:, :, [2]]
     np.testing.assert_allclose(less / 1e-5, total, rtol=1e-3)
