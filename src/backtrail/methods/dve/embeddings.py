@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from backtrail.errors import BadSetting, EmbeddedElsewhere, NotEmbedded
+from backtrail.exclusive import exclusive
 from backtrail.influence import tables
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import Order
@@ -94,6 +95,7 @@ class Embeddings:
         """The vectors of the visits in steps [start, stop), each towards the next observed state."""
         return self._store.read("embedding", start, stop)
 
+    @exclusive
     def attribute(
         self, queries: Query, *, observed_at: ObservedAt = "end", out: str | Path | None = None
     ) -> Influence:
@@ -132,6 +134,7 @@ class Embeddings:
             self._fill(writer, queries)
         return writer.finish().with_queries(queries)
 
+    @exclusive
     def top(self, queries: Query, k: int = 10, *, order: Order = "harmful") -> pl.DataFrame:
         """List the most influential samples of every query, seen from the end: query, rank, sample, influence.
 
@@ -153,6 +156,7 @@ class Embeddings:
             [found.select(pl.lit(name).alias("query"), pl.all()) for name, found in named]
         )
 
+    @exclusive
     def nearest(self, sample: int, k: int = 10) -> pl.DataFrame:
         """List the samples that moved the final weights in the most similar direction: sample, similarity.
 
@@ -167,6 +171,7 @@ class Embeddings:
             found.append(pl.DataFrame({"sample": ids, "similarity": similarity}))
         return pl.concat(found).sort("similarity", descending=True, maintain_order=True).head(k)
 
+    @exclusive
     def summed(self) -> Float[np.ndarray, "sample coordinate"]:
         """Embeddings towards the end, summed over the visits of each sample, in the order of the run's `ids`."""
         return np.concatenate([summed.cpu().numpy() for _, summed in self._summed(self.run.ids)])
