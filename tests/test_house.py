@@ -17,7 +17,7 @@ BENCHMARKS = sorted((ROOT / "bench").rglob("*.py"))
 
 # Who may import whom, from the lowest layer to the highest: a folder imports itself and what is in
 # its set. `accel` only makes things faster, so it knows nothing of what it speeds up.
-GROUND = {"errors", "extras", "tree", "accel", "stats"}
+GROUND = {"errors", "exclusive", "extras", "tree", "accel", "stats"}
 TASK = GROUND | {"task"}
 STEP = TASK | {"queries", "step"}
 SWEEP = STEP | {"optim", "curvature", "persample", "sweep"}
@@ -26,6 +26,7 @@ METHODS = SWEEP | RESULT | {"run", "methods"}
 EVERYTHING = METHODS | {"record", "apply", "plot", "view", "cli"}
 MAY_IMPORT = {
     "errors": {"errors"},
+    "exclusive": {"exclusive"},
     "extras": {"errors", "extras"},
     "tree": {"errors", "tree"},
     "accel": {"accel"},

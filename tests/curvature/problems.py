@@ -85,7 +85,7 @@ def problem(
     transition = Transition(
         task, Update("SGD", (names,), ({"lr": 0.1},)), step, (task.batch(SLOTS),)
     )
-    transition.set_modes()
+    task.binding.set_modes(modes)
     params, buffers = (
         {n: t.clone() for n, t in tree.items()} for tree in (task.parameters(), task.buffers())
     )

@@ -8,8 +8,15 @@ from torch import Tensor
 
 import backtrail.optim.jacobian
 from backtrail.optim.flatten import ENTRIES, flat_chunks
-from backtrail.optim.jacobian import GRADIENT, PARAMETER, Entries, jacobian, pull_update
-from backtrail.step.state import State
+from backtrail.optim.jacobian import (
+    GRADIENT,
+    PARAMETER,
+    Entries,
+    _first_moments,
+    jacobian,
+    pull_update,
+)
+from backtrail.step.state import COUNTS, State
 from backtrail.step.update import SUPPORTED, Update
 from backtrail.tree import Tree, each
 from tests.step.updates import started
@@ -65,6 +72,32 @@ def differences(update: Update, state: State, grad: Tensor, source: str) -> dict
         for key in found[0]
         if found[0][key].shape == grad.shape
     }
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_the_counts_of_a_new_optimizer_are_in_float64(kind: str) -> None:
+    """They are those that torch makes where float64 is the default, which the process keeps."""
+    update, state, grad = started(kind, 0)
+    inputs = {PARAMETER: state.params["w"], GRADIENT: grad}
+    alone = Update(kind, ((PARAMETER,),), update.settings)
+    moments = _first_moments(alone, inputs)
+    counts = {key: tensor.dtype for key, tensor in moments.items() if key in COUNTS}
+    assert set(counts.values()) <= {torch.float64}
+
+    def step(before: dict[str, Tree]) -> Tree:
+        arguments = {PARAMETER: state.params["w"]}, before, {PARAMETER: grad}
+        with torch.no_grad():
+            params, after = alone.run(*arguments, differentiable=False)
+        of_entries = {key: m for key, m in after[PARAMETER].items() if key not in COUNTS}
+        return of_entries | params
+
+    from_ours = step({PARAMETER: moments})
+    torch.set_default_dtype(torch.float64)
+    try:
+        from_torchs = step({})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(from_ours, from_torchs, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def slopes(
     loss: Callable[..., Tensor] = nonlinear_loss,
 ) -> list[Tree]:
     """Sample by sample, by autograd; a batch's statistics are constants."""
-    micro_batch.transition.set_modes()
+    transition = micro_batch.transition
+    transition.task.binding.set_modes(transition.step.evaluating)
     leaves = {
         name: params[name].clone().requires_grad_() for name in micro_batch.transition.updated
     }

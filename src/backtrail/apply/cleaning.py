@@ -25,6 +25,7 @@ from backtrail.apply.signals import (
     probabilities,
 )
 from backtrail.errors import BadSetting, NotFinite
+from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import ranking
 from backtrail.methods.diff_in.diff_in import DiffIn
@@ -51,6 +52,7 @@ WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
 }
 
 
+@exclusive
 def find_mislabeled(
     run: Run,
     *,
@@ -118,6 +120,7 @@ def find_mislabeled(
     return table
 
 
+@exclusive
 def gradient_sizes(run: Run, states: Sequence[int]) -> Float64[np.ndarray, " sample"]:
     r"""TracIn's influence of every sample on its own loss, had each state been one step of gradient descent.
 

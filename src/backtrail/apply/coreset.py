@@ -11,6 +11,7 @@ from torch import Tensor
 from backtrail.apply import signals as scores
 from backtrail.apply.coreset_report import Samples, numbers
 from backtrail.errors import BadSetting, EmbeddedElsewhere, NoClasses, RowsNotReadable
+from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import places
 from backtrail.methods.diff_in.diff_in import DiffIn
@@ -47,6 +48,7 @@ class CoresetOptions(TypedDict, total=False):
     seed: int
 
 
+@exclusive
 def select_coreset(
     run: Run,
     fraction: float = 0.3,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from backtrail.apply.signals import are_classes, class_labels, class_scores
 from backtrail.errors import BadSetting
+from backtrail.exclusive import exclusive
 from backtrail.influence.tables import places
 from backtrail.methods.result import slots
 from backtrail.methods.retrain.retrain import perturb
@@ -25,6 +26,7 @@ Samples = Sequence[int] | Int[np.ndarray, " kept"] | pl.Series | pl.DataFrame
 COLUMNS = "name", "kept", "loss", "change", "accuracy"
 
 
+@exclusive
 def compare_coresets(
     run: Run,
     coresets: Mapping[str, Samples],

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from backtrail.apply.signals import class_count, class_labels, class_scores, pieces
 from backtrail.errors import BadSetting
+from backtrail.exclusive import exclusive
 from backtrail.run.run import Run
 from backtrail.step.state import State
 from backtrail.sweep.rerun import each_run, rerun
@@ -50,6 +51,7 @@ class Crossed:
     chances: Float64[np.ndarray, "sample label"] | None
 
 
+@exclusive
 def cross(
     run: Run, states: Sequence[int], *, folds: int = FOLDS, repeats: int = REPEATS, seed: int = 0
 ) -> Crossed:

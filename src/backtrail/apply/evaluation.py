@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Float64
 from backtrail import stats
 from backtrail.apply.trust import draw_visited
 from backtrail.errors import BadSetting, NotObserved, WithoutQueries
+from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import places
 from backtrail.methods.retrain.retrain import Denominator, Retrained, check_options, retrain
@@ -61,6 +62,7 @@ class Effort(TypedDict, total=False):
     bank: str | Path | None
 
 
+@exclusive
 def evaluate(
     run: Run,
     influence: Influence | Mapping[str, Influence | Scores],

@@ -7,6 +7,7 @@ import polars as pl
 from jaxtyping import Bool, Float64, Int64
 
 from backtrail.errors import BadSetting, ImpossibleWindow, NoRegimes
+from backtrail.exclusive import exclusive
 from backtrail.influence.analysis.regimes import Regimes, of_rates
 from backtrail.influence.influence import Influence, State
 from backtrail.methods.retrain.retrain import perturb
@@ -20,6 +21,7 @@ COLUMNS = "range", "share", "dropped", "loss", "change", "random"
 Ranges = Mapping[str, Sequence[Steps]]
 
 
+@exclusive
 def regimes(
     run: Run,
     influence: Influence,
@@ -71,6 +73,7 @@ def learning_rates(manifest: Manifest, log: Iterable[Step]) -> Float64[np.ndarra
     return np.average(np.array(rates, dtype=np.float64), axis=1, weights=entries)
 
 
+@exclusive
 def worth_selecting(
     run: Run,
     influence: Influence,

@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from backtrail.errors import NoClasses
+from backtrail.exclusive import exclusive
 from backtrail.run.run import Run
 from backtrail.task.task import Batch, evaluating, labels_of, logits_of
 from backtrail.tree import cast
@@ -166,6 +167,7 @@ def _gaps(
     return found
 
 
+@exclusive
 def read_rows(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -> np.ndarray:
     """`function(outputs, batch)` of every sample at a state, `[sample, ...]`."""
     state, parts, order = run.state(number, replay=True), [], []

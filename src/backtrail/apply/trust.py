@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from backtrail import stats
 from backtrail.errors import ReplayMismatch, WithoutQueries, WrongData
+from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import places
 from backtrail.methods.result import precision
@@ -196,6 +197,7 @@ class Trust:
         return f"{self.method} predicts removals on this run."
 
 
+@exclusive
 def trust(
     run: Run,
     influence: Influence,
@@ -233,6 +235,7 @@ def trust(
     return Trust(replay, derivative, removal, early_share(influence), influence.method)
 
 
+@exclusive
 def derivative_check(
     run: Run, influence: Influence, queries: Query, *, seed: int = 0
 ) -> DerivativeCheck:
@@ -273,6 +276,7 @@ def steadiest(slopes: Float[np.ndarray, "query observed_at size"]) -> tuple[np.n
     return (ratio * small - large) / (ratio - 1), np.take_along_axis(gaps, best, 2)[..., 0]
 
 
+@exclusive
 def removal_check(
     run: Run, influence: Influence, queries: Query, *, samples: Sequence[int]
 ) -> RemovalCheck:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backtrail.curvature.policies import Curvature
 from backtrail.errors import BadSetting
+from backtrail.exclusive import exclusive
 from backtrail.methods.diff_in.checkpoints import Checkpoints
 from backtrail.methods.diff_in.diff_in import DiffIn
 from backtrail.methods.dit.dit import DIT
@@ -31,6 +32,7 @@ PROBES = 16  # steps at which the first order is compared with a real step
 BENT = 0.3  # from which share on the first order is not to be relied on
 
 
+@exclusive
 def forget(
     run: Run | Checkpoints,
     samples: Sequence[int],
@@ -106,6 +108,7 @@ def forget(
     return state_dict(run.task, group.replayed(start, begun) if replay else begun)
 
 
+@exclusive
 def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
     """The state `stop` after its first-order change; and the bend: how far steps are from it, of how far they go.
 

@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from backtrail.errors import BadSetting
+from backtrail.exclusive import exclusive
 from backtrail.methods.diff_in.checkpoints import matched, tensors_of
 from backtrail.methods.retrain.removal import Group
 from backtrail.methods.retrain.retrain import Denominator
@@ -69,6 +70,7 @@ class Forgotten:
         return "\n".join(lines)
 
 
+@exclusive
 def judge_forgetting(
     run: Run,
     samples: Sequence[int],

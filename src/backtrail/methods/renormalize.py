@@ -62,7 +62,7 @@ def coupled(run: Run, index: int = 0) -> bool:
 
 def _lean_on_the_last(run: Run, step: Step, number: int) -> bool:
     state, rows = run.state(number), step.fed[0].samples
-    run.task.binding.set_modes(step.evaluating)
     batches = [cast(run.task.batch(some), None, run.task.device) for some in (rows, rows[:-1])]
-    whole, part = (run.task.losses(state.params, state.buffers, batch)[0] for batch in batches)
+    with run.task.binding.in_modes(step.evaluating):
+        whole, part = (run.task.losses(state.params, state.buffers, batch)[0] for batch in batches)
     return not torch.allclose(whole[:-1], part, rtol=1e-4, atol=1e-6)

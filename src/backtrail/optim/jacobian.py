@@ -5,8 +5,8 @@ input). It is computed once a step, strand by strand, and then applied to any nu
 by multiplication.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -149,13 +149,12 @@ def alone_at(
 def _traced(alone: Update, inputs: Tree, counts: Tree) -> Tree:
     """Parameter and moments after the update, as a graph over the inputs."""
     moments = _moments(inputs, counts)
-    setting = alone.settings[0]
-    if alone.optimizer == "SGD" and setting["momentum"] and not moments:
-        moments = {"momentum_buffer": _momentum_before(setting, inputs)}  # type: ignore[arg-type]
+    if not moments:
+        moments = _first_moments(alone, inputs)
     # ASGD overwrites its own counts after using them, so what the graph keeps of them must be
     # copies. And a graph whose kept tensors hold the graph would never be freed.
     copies = saved_tensors_hooks(lambda t: t.clone() if t.dim() == 0 else t.detach(), lambda t: t)
-    with _default_dtype(torch.float64), copies:  # for the counts that a fresh optimizer makes
+    with copies:
         return _step(alone, inputs, moments, differentiable=True)
 
 
@@ -181,6 +180,34 @@ def _moments(inputs: Tree, counts: Tree) -> Tree:
     }
 
 
+def _first_moments(alone: Update, inputs: Tree) -> Tree:
+    """Moments that a new optimizer starts from, with its step counts in float64.
+
+    A new optimizer makes its counts in the default dtype. In float32, 1 - 0.999 ** t is off by
+    1e-5, and the default dtype belongs to the whole process: another thread would create tensors
+    with it. So the counts are made here and handed over.
+    """
+    setting = alone.settings[0]
+    if alone.optimizer == "SGD":
+        momentum = setting["momentum"]
+        return {"momentum_buffer": _momentum_before(setting, inputs)} if momentum else {}  # type: ignore[arg-type]
+    first: dict[str, Any] = {
+        "mu": 1.0,
+        "mu_product": 1.0,
+        "eta": setting["lr"],
+        "sum": setting.get("initial_accumulator_value", 0.0),
+    }
+    # One step tells which moments this optimizer has; their values after it are not used.
+    after = moved(alone, inputs, {})
+    del after[PARAMETER]
+    return {
+        key: torch.full_like(
+            moment, first.get(key, 0.0), dtype=torch.float64 if key in COUNTS else None
+        )
+        for key, moment in after.items()
+    }
+
+
 def _momentum_before(setting: dict[str, float], inputs: Tree) -> Tensor:
     """A buffer b with momentum * b + (1 - dampening) * g = g.
 
@@ -190,16 +217,6 @@ def _momentum_before(setting: dict[str, float], inputs: Tree) -> Tensor:
     grad = -inputs[GRADIENT] if setting["maximize"] else inputs[GRADIENT]
     used = grad + setting["weight_decay"] * inputs[PARAMETER]
     return used * (setting["dampening"] / setting["momentum"])
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _never_moved(alone: Update, leaves: Tree, counts: Tree) -> Tensor | None:

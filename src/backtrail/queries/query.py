@@ -7,6 +7,7 @@ in place of its own.
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
@@ -17,6 +18,7 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from backtrail.exclusive import exclusive
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree, each
 
@@ -67,6 +69,7 @@ class Query(abc.ABC):
         """The parts, which read batches on the device and in the precision of `like`; few large ones if together."""
 
 
+@exclusive
 def values(query: Query, task: Task, *, params: Tree, buffers: Tree) -> Float[Tensor, " query"]:
     """The queries' values at one state; traceable, so that many states can be read under `vmap`."""
     like = next(iter(params.values()))
@@ -79,6 +82,7 @@ def values(query: Query, task: Task, *, params: Tree, buffers: Tree) -> Float[Te
     return torch.stack(found)
 
 
+@exclusive
 def gradients(
     query: Query, task: Task, *, params: Tree, buffers: Tree, trained: Sequence[str]
 ) -> tuple[Float[Tensor, " query"], Tree, Tree]:
@@ -190,6 +194,8 @@ def _copied(buffers: Tree) -> Tree:
     return each(torch.clone, buffers)
 
 
-def _asking(query: Query, task: Task) -> Any:
-    task.binding.set_modes(None if query.mode == "eval" else ())
-    return sdpa_kernel(SDPBackend.MATH)
+@contextmanager
+def _asking(query: Query, task: Task) -> Iterator[None]:
+    evaluating = None if query.mode == "eval" else ()
+    with task.binding.in_modes(evaluating), sdpa_kernel(SDPBackend.MATH):
+        yield

@@ -29,6 +29,7 @@ from backtrail.errors import (
     RunExists,
     UnwatchedStep,
 )
+from backtrail.exclusive import exclusive, exclusive_lock
 from backtrail.record.backward_hooks import Feeding
 from backtrail.record.listeners import Listener
 from backtrail.record.loaders import IdStream, TrackedLoader, check_data, check_loader
@@ -203,7 +204,9 @@ class Recorder:
             transition = self._transition(
                 step, cast_to(tuple(one.batch for one in heard), None, self._task.device)
             )
-            beside = self._feeding.beside.stepped(transition, state, heard, consumed=self._grads())
+            with exclusive_lock():
+                grads = self._grads()
+                beside = self._feeding.beside.stepped(transition, state, heard, consumed=grads)
         if due or beside:
             self._prove(step, state, due=due, beside=beside)
         self._pending = step
@@ -268,6 +271,7 @@ class Recorder:
         self._writer.drop_states(dropped)
         self._kept = [kept for kept in self._kept if kept not in dropped]
 
+    @exclusive
     def _prove(self, step: Step, state: State, *, due: bool, beside: bool) -> None:
         task, grads, fed = self._task, self._grads(), self._feeding.consumed
         trim()  # a pass of our own would not fit into the holes that the loop's left

@@ -14,6 +14,7 @@ from jaxtyping import Int64
 from tqdm.auto import tqdm
 
 from backtrail.errors import EmptyRun, MissingState, NoSuchState, ReplayMismatch, WrongData
+from backtrail.exclusive import exclusive, exclusive_steps
 from backtrail.run import journal
 from backtrail.run.check import check_data, check_model
 from backtrail.run.manifest import Manifest, read_manifest
@@ -134,6 +135,7 @@ class Run:
             self.task, update, step, cast(self.batches(index), dtype, self.task.device)
         )
 
+    @exclusive
     def state(self, number: int, *, replay: bool = False, dtype: Precision = None) -> State:
         """One state, from disk; with `replay`, re-run from the nearest kept state before it where needed.
 
@@ -151,6 +153,7 @@ class Run:
             state = self.transition(index, dtype).advance(state)
         return state
 
+    @exclusive_steps
     def walk(self, first: int, last: int, dtype: Precision = None) -> Iterator[tuple[int, State]]:
         """The states first ... last with their numbers, in order: from disk where they were kept, else replayed.
 
@@ -168,6 +171,7 @@ class Run:
             )
             yield number, state
 
+    @exclusive
     def verify(self, *, tolerance: float | None = None) -> "Verification":
         """Replay every segment between kept states and compare it with what was recorded.
 

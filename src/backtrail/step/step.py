@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from backtrail.exclusive import exclusive
 from backtrail.step.dropout import SameDropout
 from backtrail.step.state import State, Step
 from backtrail.step.update import Update
@@ -79,6 +80,7 @@ class Transition:
             yield buffers, found
             buffers = found[1]
 
+    @exclusive
     def raw_gradient(
         self, state: State, *, weights: Tensor | None = None, autocast: bool = True
     ) -> Gradient:
@@ -90,8 +92,7 @@ class Transition:
             autocast: in the precision of the training, rather than in that of the derivatives.
         """
         # and training's own kernels, so that a replay meets the recording to the bit
-        self.set_modes()
-        with self.precision() if autocast else nullcontext():
+        with self.recorded_modes(), self.precision() if autocast else nullcontext():
             walked = list(self.walk(state, weights))
         return gathered(walked)[0], walked[-1][1][1], gathered(walked)[1]
 
@@ -99,11 +100,13 @@ class Transition:
         """The gradient as the optimizer consumes it."""
         return grads if self.task.clip is None else self.task.clip(grads)
 
+    @exclusive
     def advance(self, state: State) -> State:
         """The state after the step, as it happened."""
         grads, buffers, _ = self.raw_gradient(state)
         return self.moved(state, self.clipped(grads), buffers)
 
+    @exclusive
     def gradients_of_many(self, states: State, weights: Weights) -> tuple[Tree, Tree]:
         """Gradients of a stack of states before clipping, each with its own sample weights, and the buffers left."""
 
@@ -135,9 +138,9 @@ class Transition:
             else torch.split(weights, list(self.sizes), dim=-1)
         )
 
-    def set_modes(self) -> None:
+    def recorded_modes(self) -> AbstractContextManager[None]:
         """Put the skeleton's modules into the recorded train/eval modes."""
-        self.task.binding.set_modes(self.step.evaluating)
+        return self.task.binding.in_modes(self.step.evaluating)
 
     def precision(self) -> AbstractContextManager[object]:
         """The autocast that the training was under; it leaves tensors in float64 alone.
@@ -155,8 +158,7 @@ class Transition:
     @contextmanager
     def replaying(self, *, twice: bool = True) -> Iterator[None]:
         """Recorded train/eval modes, and attention that can be differentiated twice, or training's own."""
-        self.set_modes()
-        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+        with self.recorded_modes(), sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
             yield
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import default_collate
 
 from backtrail.accel.layers import join
 from backtrail.errors import BadIds, BadLoss, BadReduction, NotCut, SharedStorage
+from backtrail.exclusive import exclusive
 from backtrail.task import torch_compile
 from backtrail.task.activation_checkpointing import computed_once
 from backtrail.task.batchnorm import STATISTICS, RunningStatistics, tracking
@@ -125,6 +126,7 @@ class Task:
             object.__setattr__(self, "predict", partial(_predict_without, self.ids))
 
     @cached_property
+    @exclusive
     def binding(self) -> "_Binding":
         """The skeleton of the model, ready to be called with tensors from outside."""
         return _Binding(skeleton(self.model))
@@ -188,6 +190,7 @@ class Task:
             raise BadIds(self.ids, f"this batch has {size_of(batch)} rows and tells {told}")
         return tuple(found.tolist())
 
+    @exclusive
     def bind(self, params: Tree, buffers: Tree, function: Callable[[nn.Module], Result]) -> Result:
         """Evaluate `function(model)` with the given tensors in place of the model's own."""
         tensors = {f"model.{name}": tensor for name, tensor in (params | buffers).items()}
@@ -195,6 +198,7 @@ class Task:
             result: Result = functional_call(self.binding, tensors, (function,))
         return result
 
+    @exclusive
     def outputs(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Any, Tree]:
         """What `predict` returns for a batch, and the buffers as the forward pass leaves them."""
         copies = {
@@ -217,6 +221,7 @@ class Task:
             raise BadLoss(tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__)
         return found
 
+    @exclusive
     def losses(
         self, params: Tree, buffers: Tree, batch: Batch
     ) -> tuple[Float[Tensor, " slot"], Tree]:
@@ -275,10 +280,25 @@ class _Binding(nn.Module):
         self.one_by_one = True
 
     def set_modes(self, evaluating: Sequence[str] | None) -> None:
-        """Put the named modules into eval mode and all others into train mode; None: all into eval mode."""
+        """Put the named modules into eval mode and all others into train mode.
+
+        Args:
+            evaluating: names of modules; None: all of them.
+        """
         names = self.modules_by_name if evaluating is None else frozenset(evaluating)
         for name, module in self.modules_by_name.items():
             module.training = name not in names
+
+    @contextmanager
+    def in_modes(self, evaluating: Sequence[str] | None) -> Iterator[None]:
+        """Set modes as `set_modes` does, and restore the previous ones afterwards."""
+        previous = {name: module.training for name, module in self.modules_by_name.items()}
+        self.set_modes(evaluating)
+        try:
+            yield
+        finally:
+            for name, module in self.modules_by_name.items():
+                module.training = previous[name]
 
 
 def _buffers(model: nn.Module) -> Tree:
@@ -362,6 +382,5 @@ def labels_of(batch: Batch) -> Tensor:
 @contextmanager
 def evaluating(task: Task) -> Iterator[None]:
     """All modules in eval mode, and attention that can be differentiated under `vmap`."""
-    task.binding.set_modes(None)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with task.binding.in_modes(None), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         yield

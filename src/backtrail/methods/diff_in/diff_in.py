@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float64
 
 from backtrail.errors import BadSetting
+from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.layout import Description
 from backtrail.influence.tables import places
@@ -123,6 +124,7 @@ class DiffIn:
         if not self.epsilon > 0:
             raise BadSetting("epsilon", self.epsilon, "a length above 0")
 
+    @exclusive
     def attribute(
         self,
         run: "Run | Checkpoints",
@@ -179,6 +181,7 @@ class DiffIn:
             _fill(writer, terms.of_queries(queries, states), visits)
         return writer.finish().with_queries(queries)
 
+    @exclusive
     def self_influence(
         self, run: "Run | Checkpoints", samples: Sequence[int] | None = None
     ) -> Float64[np.ndarray, " sample"]:
@@ -207,6 +210,7 @@ class DiffIn:
         result[was_seen] = terms.of_themselves(wanted[was_seen].tolist(), rank=self.rank)
         return result
 
+    @exclusive
     def parameter_change(self, run: "Run | Checkpoints", samples: Sequence[int]) -> Tree:
         """Change of the trained parameters when samples are removed together, by parameter name.
 

@@ -23,6 +23,7 @@ from backtrail.accel.onednn import installed
 from backtrail.curvature.policies import Curvature, Hessian
 from backtrail.curvature.vjp import Product
 from backtrail.errors import BadSetting
+from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.layout import Description
 from backtrail.influence.writer import InfluenceWriter
@@ -97,6 +98,7 @@ class DIT:
             raise BadSetting("denominator", self.denominator, "'keep' or 'renormalize'")
         check_limits(memory=self.memory, chunk=self.chunk)
 
+    @exclusive
     def attribute(
         self,
         run: Run,

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from backtrail.accel.allocator import keep_heap
 from backtrail.accel.onednn import fast_products, installed
 from backtrail.errors import BadSetting, NoDraw
+from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.methods.dve.embeddings import Embeddings
 from backtrail.methods.dve.gather import Gathering
@@ -112,6 +113,7 @@ class DataValueEmbedding:
         if not 0 < self.drawn <= 1:
             raise BadSetting("drawn", self.drawn, "a number above 0, at most 1")
 
+    @exclusive
     def embed(
         self, run: Run, *, observed_at: ObservedAt = "end", out: str | Path | None = None
     ) -> Embeddings:
@@ -134,6 +136,7 @@ class DataValueEmbedding:
                 _Recursion(store, run.task.device, self.damping).fill()
         return Embeddings(run, store)
 
+    @exclusive
     def gather(
         self, run: Run, *, part: tuple[int, int], out: str | Path, observed_at: ObservedAt = "end"
     ) -> None:
@@ -232,6 +235,7 @@ class DataValueEmbedding:
         writer = RowsWriter(keep, self._settings_of_rows)
         return LiveCapture(self._features(task, manifest), trained, writer, now=now)
 
+    @exclusive
     def attribute(
         self,
         run: Run,

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from backtrail.errors import BadSetting, EmbeddedElsewhere, NotEmbedded
+from backtrail.exclusive import exclusive
 from backtrail.influence import tables
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import Order
@@ -108,6 +109,7 @@ class Embeddings:
         """Vectors of the visits in steps [start, stop), each towards the next observed state."""
         return self._store.read("embedding", start, stop)
 
+    @exclusive
     def attribute(
         self, queries: Query, *, observed_at: ObservedAt = "end", out: str | Path | None = None
     ) -> Influence:
@@ -143,6 +145,7 @@ class Embeddings:
             self._fill(writer, queries)
         return writer.finish().with_queries(queries)
 
+    @exclusive
     def top(self, queries: Query, k: int = 10, *, order: Order = "harmful") -> pl.DataFrame:
         """List the most influential samples of every query, seen from the final state.
 
@@ -169,6 +172,7 @@ class Embeddings:
             tables_by_query.append(table.select(pl.lit(name).alias("query"), pl.all()))
         return pl.concat(tables_by_query)
 
+    @exclusive
     def nearest(self, sample: int, k: int = 10) -> pl.DataFrame:
         """List the samples whose removal moves the final weights in the most similar direction.
 
@@ -192,6 +196,7 @@ class Embeddings:
         table = pl.concat(blocks)
         return table.sort("similarity", descending=True, maintain_order=True).head(k)
 
+    @exclusive
     def summed(self) -> Float[np.ndarray, "sample coordinate"]:
         """Embeddings towards the end, summed over each sample's visits, ordered as `run.ids`."""
         return np.concatenate([summed.cpu().numpy() for _, summed in self._summed(self.run.ids)])

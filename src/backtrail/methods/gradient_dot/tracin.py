@@ -17,6 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from backtrail.errors import BadSetting
+from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.writer import InfluenceWriter
 from backtrail.methods.gradient_dot.state_products import Scores, StateProducts, Tables, alike
@@ -73,6 +74,7 @@ class TracIn:
             raise BadSetting("states", self.states, "'every' or 'kept'")
         check_limits(memory=self.memory, chunk=self.chunk)
 
+    @exclusive
     def attribute(
         self,
         run: Run,
@@ -126,6 +128,7 @@ class GradientDot:
         """Refuse settings that are none."""
         check_limits(memory=self.memory, chunk=self.chunk)
 
+    @exclusive
     def attribute(
         self,
         run: Run,

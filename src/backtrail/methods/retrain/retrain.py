@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 
 from backtrail.errors import BadSetting, ImpossibleWindow
+from backtrail.exclusive import exclusive
 from backtrail.influence.tables import places
 from backtrail.methods.observe import ObservedAt, observed_states
 from backtrail.methods.renormalize import check_renormalizable
@@ -69,6 +70,7 @@ class Retrained:
     observed_at: tuple[int, ...]
 
 
+@exclusive
 def leave_one_out(
     run: Run,
     queries: Query,
@@ -110,6 +112,7 @@ def leave_one_out(
     return change
 
 
+@exclusive
 def retrain(
     run: Run,
     queries: Query,
@@ -172,6 +175,7 @@ def check_options(given: Mapping[str, object], known: type) -> None:
             raise BadSetting(name, value, f"only {', '.join(known.__annotations__)}")
 
 
+@exclusive
 def perturb(
     run: Run,
     queries: Query,
