@@ -69,7 +69,7 @@ def row(case: Case, method: Method, *, folder: Path, counts: list[int]) -> str:
     memory = " / ".join(short(found["memory_mib"].get(str(count))) for count in counts)
     note = found["note"]
     if "not_numbers" in found:
-        note = "; ".join(filter(None, (f"{found['not_numbers']} scores are no numbers", note)))
+        note = "; ".join(filter(None, (f"{found['not_numbers']} scores are not finite", note)))
     return f"| {method.label} | {cost} | {memory} | {' | '.join(told(found.get(name)) for name in FIGURES)} | {note} |"
 
 
