@@ -33,11 +33,15 @@ def table(case: Case, folder: Path) -> str:
     counts = sorted(
         {count for method in METHODS for count in costs(read(folder / f"{method.name}.json"))}
     )
+    # The first measurements did not time a training without a loader.
+    loader = ""
+    if "without_loader" in about:
+        loader = f"the same without a loader {about['without_loader']:.2f} x, "
     lines = [
         f"**{case.name}**: {about['about']}; {about['data']}, {about['samples']} samples, {about['steps']} steps of "
         f"{case.slots}, {about['parameters']:,} parameters; {about['queries']} queries, {about['removals']} single "
         f"removals, {about['groups']} groups of 5 %. Plain training {about['training_s']:.2f} s on "
-        f"{about['threads']} thread; the same without a loader {about['without_loader']:.2f} x, recording "
+        f"{about['threads']} thread; {loader}recording "
         f"{about['recording']:.2f} x, each retraining for the ground truth {about['retraining']:.2f} x of that.",
         "",
         f"| method | cost ÷ training: {' / '.join(map(str, counts))} queries | memory MiB: the same | "
@@ -65,7 +69,7 @@ def row(case: Case, method: Method, *, folder: Path, counts: list[int]) -> str:
     memory = " / ".join(short(found["memory_mib"].get(str(count))) for count in counts)
     note = found["note"]
     if "not_numbers" in found:
-        note = "; ".join(filter(None, (f"{found['not_numbers']} scores are no numbers", note)))
+        note = "; ".join(filter(None, (f"{found['not_numbers']} scores are not finite", note)))
     return f"| {method.label} | {cost} | {memory} | {' | '.join(told(found.get(name)) for name in FIGURES)} | {note} |"
 
 

@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages; `make docs` runs it."""
+"""Sphinx configuration of the documentation; `make docs` builds it."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import backtrail
 
 HERE = Path(__file__).resolve().parent
-# Matrices as small as those of the examples are slower on several cores than on one.
+# The matrices of the examples are so small that several threads are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 project = "backtrail"
@@ -39,7 +39,7 @@ napoleon_use_ivar = True
 
 
 def titled_examples() -> str:
-    """Copy the examples to where the gallery reads them, each with its file name as a title; give the folder."""
+    """Copy the examples into a build folder, with the file name as title, and return the folder."""
     folder = HERE / "_build" / "examples"
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted((HERE.parent / "examples").glob("*.py"))
@@ -55,7 +55,7 @@ def titled_examples() -> str:
             copy.write_text(text, encoding="utf-8")
     header = (
         "Examples\n========\n\n"
-        "Whole programs, run while these pages were built; the output stands above the code.\n"
+        "Complete programs, with the output that they printed when these pages were built.\n"
     )
     (folder / "GALLERY_HEADER.rst").write_text(header, encoding="utf-8")
     return str(folder)

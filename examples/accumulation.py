@@ -1,9 +1,9 @@
-"""A loop with everything in it: gradient accumulation, clipping, a penalty, and a schedule.
+"""Record a loop with gradient accumulation, clipping, a penalty and a learning rate schedule.
 
-The recorder sees batches and steps by itself. What the loop does to the loss and the gradient is
-told to the task: how it averages (`reduce`), what it adds (`penalty`), how it clips (`clip`). If
-that is forgotten, the recorder notices at the first step, and says so instead of recording
-something that it cannot explain.
+The recorder detects batches and steps by itself. The task has to declare what the loop does to the
+loss and the gradient: how it averages (`reduce`), what it adds (`penalty`), how it clips (`clip`).
+If a declaration is missing, the recorder stops at the first step with an error, because a replay
+could not reproduce the gradients.
 """
 
 import tempfile
@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import backtrail
 from backtrail import BacktrailError
 
-MICRO_BATCHES, STRENGTH, LARGEST = 4, 1e-3, 0.5
+MICRO_BATCHES = 4
+STRENGTH = 1e-3  # of the penalty
+LARGEST = 0.5  # norm of a gradient after clipping
 
 torch.manual_seed(0)
 inputs = torch.randn(96, 6)
@@ -24,12 +26,12 @@ loader = DataLoader(train_set, batch_size=8)
 
 
 def ridge(params: dict[str, Tensor]) -> Tensor:
-    """The regulariser that the loop adds to its loss."""
+    """The regularizer that the loop adds to its loss."""
     return STRENGTH * torch.stack([tensor.square().sum() for tensor in params.values()]).sum()
 
 
 def train(task: backtrail.Task, folder: str) -> None:
-    """An ordinary loop: four micro-batches to a step."""
+    """An ordinary loop with four micro-batches per step."""
     model = task.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
@@ -51,6 +53,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 1))
 
 
+# Clipping is not declared here, so the gradients of the task are not those of the loop.
 try:
     train(backtrail.regression(network(), train_set, penalty=ridge), tempfile.mkdtemp())
 except BacktrailError as error:

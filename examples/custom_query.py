@@ -1,6 +1,6 @@
-"""Ask about anything that a model computes: one weight, one hidden unit, or a function of your own.
+"""Attribute other scalars than a loss: one weight, one hidden unit, or a function of your own.
 
-All queries are scalars with a name; influence is what such a scalar gains when a sample is removed.
+Every query is a named scalar; influence is the change of that scalar when a sample is removed.
 """
 
 import tempfile
@@ -28,7 +28,7 @@ with backtrail.Recorder(folder, task, optimizer) as recorder:
 
 
 def unfairness(model: nn.Module) -> Tensor:
-    """How far apart the model scores two groups that should be treated alike: a scalar of your own."""
+    """Difference of the mean scores of two groups: a scalar of your own."""
     scores: Tensor = model(train_set.tensors[0]).softmax(1)[:, 1]
     group = train_set.tensors[0][:, 3] > 0
     return scores[group].mean() - scores[~group].mean()
@@ -44,5 +44,6 @@ for queries in (
     for name in influence.queries:
         first = influence.top(1, query=name, order="absolute").row(0, named=True)
         print(
-            f"{name}: moved most by sample {first['sample']} ({first['influence']:+.5f} {influence.unit} without it)"
+            f"{name}: most influential sample {first['sample']}, "
+            f"whose removal changes it by {first['influence']:+.5f} {influence.unit}"
         )

@@ -1,7 +1,8 @@
-"""A GPT-2 of `transformers`, trained by its own loss on padded sentences: who taught it that owls hoot?
+"""Find the sentences from which a small GPT-2 of `transformers` learned that owls hoot.
 
-The model is tiny and made from a configuration; nothing is fetched. Some sentences are wrong on
-purpose: their owls bark. Needs `pip install 'backtrail[hf]'`.
+The model is trained with its own loss on padded sentences. It is tiny and made from a
+configuration, so nothing is downloaded. In some sentences the fact is wrong on purpose: their owls
+bark. Needs the extra `hf`: `pip install '.[hf]'` in a checkout.
 """
 
 import logging
@@ -20,7 +21,7 @@ EXTRA = ["", "at night", "in the old barn"]
 WRONG = 5
 Row = dict[str, torch.Tensor]
 
-logging.getLogger("transformers").setLevel(logging.ERROR)  # GPT-2 says which loss it takes
+logging.getLogger("transformers").setLevel(logging.ERROR)  # GPT-2 logs which loss it uses
 torch.manual_seed(0)
 animals = [list(SOUNDS)[draw] for draw in torch.randint(4, (96,)).tolist()]
 owls = [number for number, animal in enumerate(animals) if animal == "owl"]
@@ -36,12 +37,12 @@ words = sorted({word for line in lines for word in line.split()})
 
 
 def tokens(line: str) -> Row:
-    """A sentence as word numbers."""
+    """Encode a sentence as word numbers, [token]."""
     return {"input_ids": torch.tensor([words.index(word) for word in line.split()])}
 
 
 def padded(rows: list[Row]) -> Row:
-    """A batch as the model takes it: what is padding is not attended to, and is no label."""
+    """Pad rows to a batch; padding is masked in the attention and ignored in the labels (-100)."""
     ids = [row["input_ids"] for row in rows]
     return {
         "input_ids": pad_sequence(ids, batch_first=True),
@@ -51,24 +52,22 @@ def padded(rows: list[Row]) -> Row:
 
 
 size = {"vocab_size": len(words), "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
-model = GPT2LMHeadModel(
-    GPT2Config(**size, bos_token_id=0, eos_token_id=0)
-)  # its head is its embedding
+# The output layer and the embedding are one parameter (tied).
+model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
 model.train()
 train_set: Any = [tokens(line) for line in lines]
-# The keys' biases have gradients that are nothing but rounding; a larger eps than 1e-8 keeps Adam
-# from following them.
+# The gradients of the keys' biases are zero in theory and rounding in practice. With eps=1e-8 Adam
+# would amplify that rounding.
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
 warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.05, total_iters=12)
-# model(**batch).loss is a mean over all tokens of the batch, and so says the task.
+# model(**batch).loss is a mean over all tokens of the batch, so the task declares the same mean.
 task = backtrail.language_model(model, train_set, collate=padded, reduce=backtrail.TokenMean())
 folder = tempfile.mkdtemp()
 
 with backtrail.Recorder(folder, task, optimizer) as recorder:
+    loader = DataLoader(train_set, batch_size=16, shuffle=True, collate_fn=padded)
     for _ in range(8):
-        for batch in recorder.watch(
-            DataLoader(train_set, batch_size=16, shuffle=True, collate_fn=padded)
-        ):
+        for batch in recorder.watch(loader):
             model(**batch).loss.backward()
             optimizer.step()
             warm_up.step()
@@ -83,7 +82,8 @@ for order in ("helpful", "harmful"):
     top = influence.top(WRONG, order=order)
     actual = backtrail.leave_one_out(run, queries, samples=top["sample"].to_list())[0]
     print(
-        f"most {order} to the loss of 'the owl hoots', in nats (in brackets: found by training without it)"
+        f"most {order} to the loss of 'the owl hoots', in nats "
+        "(in brackets: measured by retraining without it)"
     )
     for (rank, sample, score), truth in zip(top.iter_rows(), actual, strict=True):
         print(f"  {rank}. {score:+.3f} ({truth:+.3f})  {lines[sample]}")

@@ -1,6 +1,6 @@
-"""Ten lines of recording and attribution: which handwritten digits shaped what the model says of three others?
+"""Record a training on handwritten digits and attribute the losses of three test digits to it.
 
-Needs scikit-learn for the data: pip install 'backtrail[demo]'.
+Needs scikit-learn for the data: `pip install '.[demo]'` in a checkout.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 loader = DataLoader(train_set, batch_size=50, shuffle=True)
 folder = tempfile.mkdtemp()
 
-# Record: the loop is yours; two lines of it are new.
+# Record: two lines of the loop are new.
 task = backtrail.classification(model, train_set)
 with backtrail.Recorder(f"{folder}/run", task, optimizer) as recorder:
     for _ in range(5):
@@ -29,11 +29,11 @@ with backtrail.Recorder(f"{folder}/run", task, optimizer) as recorder:
             optimizer.step()
             optimizer.zero_grad()
 
-# Ask: the losses of three digits that the model has not seen.
+# Attribute: the queries are the losses of three digits that are not in the training set.
 run = backtrail.open_run(f"{folder}/run", task)
 queries = backtrail.Loss(digits, samples=[1003, 1017, 1040])
 influence = backtrail.DIT().attribute(run, queries, observed_at="epochs", out=f"{folder}/influence")
 
-# Look: negative = harmful, that is, without the sample the loss would be lower.
+# Read: negative = harmful, that is, the loss would be lower without the sample.
 print(influence)
 print(influence.top(5, query="loss[1017]", order="helpful"))

@@ -1,8 +1,8 @@
-"""Two questions that sound alike: what happened during a window, and what did the visits in it do?
+"""Compare the influence of a window with that of the visits in the same steps.
 
-window(a, b) asks how a sample, had it never been there, would have changed the *change of the
-query* from state a to state b. visits(a, b) asks how the query at the *end* would be, had the
-sample been left out in the steps a to b alone. Both are checked against training again.
+window(a, b) is the effect of removing a sample from the whole training on the *change of the query*
+from state a to state b. visits(a, b) is the effect of removing it from the steps a to b only on the
+query at the *end*. Both are compared with retraining.
 """
 
 import tempfile
@@ -36,24 +36,15 @@ influence = backtrail.DIT().attribute(run, queries, observed_at="epochs")  # sta
 samples = list(range(12))
 window = influence.window(12, 24)[0, samples]
 visits = influence.visits(12, 24)[0, samples]
-print("correlation with training again without each of 12 samples")
-for name, predicted, actual in (
-    (
-        "window(12, 24)",
-        window,
-        backtrail.leave_one_out(run, queries, samples=samples, window=(12, 24))[0],
-    ),
-    (
-        "visits(12, 24)",
-        visits,
-        backtrail.leave_one_out(run, queries, samples=samples, steps=(12, 24))[0],
-    ),
-):
-    print(f"  {name}: {np.corrcoef(predicted, actual)[0, 1]:.4f}")
+actual_window = backtrail.leave_one_out(run, queries, samples=samples, window=(12, 24))[0]
+actual_visits = backtrail.leave_one_out(run, queries, samples=samples, steps=(12, 24))[0]
+print("correlation with retraining without each of 12 samples")
+print(f"  window(12, 24): {np.corrcoef(window, actual_window)[0, 1]:.4f}")
+print(f"  visits(12, 24): {np.corrcoef(visits, actual_visits)[0, 1]:.4f}")
 print(f"correlation of the two with each other: {np.corrcoef(window, visits)[0, 1]:.4f}")
 
-# One sample over time: its total influence at every observed state, and each visit seen from the
-# end.
+# One sample over time: its total influence at every observed state, and the influence of each visit
+# on the final state.
 most = influence.top(1, order="absolute")["sample"][0]
 print(influence.curve(sample=most))
 print(influence.visits_curve(sample=most))

@@ -79,8 +79,12 @@ def phases(seed: int) -> Figures:
     window = influence.window(middle, run.steps)[:, removed].astype(np.float64)
     actual = backtrail.leave_one_out(run, old, samples=removed, window=(middle, run.steps))
     return {
-        "first half's samples told early": float(np.mean([table.get(s) == "early" for s in early])),
-        "second half's samples told late": float(np.mean([table.get(s) == "late" for s in late])),
+        "first half's samples classified early": float(
+            np.mean([table.get(s) == "early" for s in early])
+        ),
+        "second half's samples classified late": float(
+            np.mean([table.get(s) == "late" for s in late])
+        ),
         "second half's samples that harm the first task": float(
             (influence.total()[0, -1, late] < 0).mean()
         ),

@@ -13,7 +13,7 @@ from bench.measure import results
 from bench.papers.rows import Figures, Row
 
 RATES = ("1e-03", "1e-04", "1e-05")
-OURS = ("backtrail--hessian", "backtrail--gauss-newton")
+OURS = {"backtrail--hessian": "Hessian", "backtrail--gauss-newton": "Gauss-Newton"}  # file: name
 _BARS = {"gelu": "≥ .98", "relu": "ahead of every peer"}
 
 
@@ -33,7 +33,7 @@ def measure(seed: int, *, activation: str) -> Figures:
         name = f"once-{activation}-{rate}"
         if not (results(name, quick=False) / "truth.json").exists():
             measured(name, "truth", quick=False)
-        found |= {f"lr {rate}, {what}": spearman(name, what) for what in OURS}
+        found |= {f"lr {rate}, {label}": spearman(name, what) for what, label in OURS.items()}
         there = [path.stem for path in results(name, quick=False).glob("*.json")]
         peers = [
             spearman(name, what) for what in there if not what.startswith(("backtrail", "truth"))
@@ -50,7 +50,7 @@ ROWS = tuple(
         f"MNIST, 784-16-16-10, {name.upper()}, one epoch",
         partial(measure, activation=name),
         seeds=1,
-        bars={f"lr {rate}, backtrail--hessian": _BARS[name] for rate in RATES},
+        bars={f"lr {rate}, Hessian": _BARS[name] for rate in RATES},
     )
     for name in ("gelu", "relu")
 )

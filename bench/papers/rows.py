@@ -83,7 +83,7 @@ class Row:
         cost = np.mean([figures["processor seconds"] for figures in kept])
         about = f"**{self.name}** {self.about} ({cost:.0f} s a seed)"
         if self.drawn:
-            return [f"| {about} | drawn | | | | {len(kept)} |"]
+            return [f"| {about} | see the plot | | | | {len(kept)} |"]
         lines = []
         for place, name in enumerate(name for name in kept[0] if name != "processor seconds"):
             label = about if place == 0 else ""

@@ -92,13 +92,13 @@ LINEAR_ONLY = {
 }
 NN_LINEAR = LINEAR_ONLY | {"batchnorm": "Linear only, so the last layer alone"}
 ARNOLDI = {kind: f"{words}; Hessian of 256 rows" for kind, words in LINEAR_ONLY.items()}
-LINEAR_UPDATE = "as without secant: SGD is linear in the gradient, so both slopes are one"
+LINEAR_UPDATE = "the same as without secant: SGD is linear in the gradient"
 LINEAR_RULE = {"plain": LINEAR_UPDATE, "sgd": LINEAR_UPDATE}
 TWO_AXES = dict.fromkeys(
-    ("attention", "tokens"), "inputs of two axes only: stops with UnboundLocalError, 'a_prev'"
+    ("attention", "tokens"), "inputs with two axes only: raises UnboundLocalError, 'a_prev'"
 )
-ONE_LABEL = {"tokens": "one label a row: its outputs are for classification and CLIP"}
-AS_SGD = {"adamw": "takes every update for one of plain SGD", "sgd": "takes no account of momentum"}
+ONE_LABEL = {"tokens": "one label per row: its model outputs are for classification and CLIP"}
+AS_SGD = {"adamw": "treats every update as plain SGD", "sgd": "ignores momentum"}
 
 METHODS = [
     Method("backtrail, Hessian", "backtrail", "ours:exact", counts=(1, 16, 64)),
