@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import backtrail
-from backtrail.accel.onednn import fast_products
+from backtrail.accel.context import accelerated
 from bench import memory, sweep
 from bench.models import GPT, sentences
 
@@ -43,7 +43,7 @@ def in_small() -> None:
     for policy in POLICIES.values():
         backtrail.DIT(curvature=policy).attribute(run, backtrail.Loss(data, samples=[0]))
     tall = torch.ones(1024, 64)
-    with fast_products():  # whose library small networks do without
+    with accelerated():  # whose library small networks do without
         tall @ tall.T, tall.T @ tall
 
 

@@ -35,6 +35,9 @@ COLUMNS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 }
 
 
+_TRUTH: dict[str, np.ndarray] = {}  # by cell
+
+
 @dataclass(frozen=True)
 class Row:
     """Something to train.
@@ -136,6 +139,13 @@ class Cell:
                 pass
         return backtrail.open_run(folder, task)
 
+    def truth(self) -> np.ndarray:
+        """The derivatives by brute force; they take most of the time, so a process takes them once."""
+        if str(self) not in _TRUTH:
+            sizes = [len(batch) for batch in self.row.batches]
+            _TRUTH[str(self)] = nudge(self.trained, sizes, SIZES)
+        return _TRUTH[str(self)]
+
     def as_it_was(self, step: int) -> Tensor:
         """Every slot weighs 1."""
         return torch.ones(len(self.row.batches[step]), dtype=torch.float64)
@@ -144,7 +154,7 @@ class Cell:
         """Largest difference between influence and brute force, relative to the largest, by query and state."""
         run = self.recorded(folder)
         run.verify()
-        truth = nudge(self.trained, [len(batch) for batch in self.row.batches], SIZES)
+        truth = self.truth()
         queries = backtrail.Custom(
             self.row.read, labels=[f"query {row}" for row in range(len(truth))]
         )

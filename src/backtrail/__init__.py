@@ -64,12 +64,14 @@ _HOME = {
     "forget": "backtrail.apply.unlearning",
     "judge_forgetting": "backtrail.apply.unlearning_report",
     "find_mislabeled": "backtrail.apply.cleaning",
+    "acceleration": "backtrail.accel.switch",
 }
 
 __all__ = ["__version__", "plot", *_HOME]  # noqa: PLE0604 - all of them are strings
 
 if TYPE_CHECKING:
     from backtrail import plot as plot
+    from backtrail.accel.switch import acceleration as acceleration
     from backtrail.apply.cleaning import find_mislabeled as find_mislabeled
     from backtrail.apply.coreset import select_coreset as select_coreset
     from backtrail.apply.coreset_report import compare_coresets as compare_coresets

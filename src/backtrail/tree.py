@@ -5,7 +5,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils import _pytree
+
+# Nested containers (tuples, lists, dicts, and classes registered with torch) as lists of leaves.
+# torch has no public name for these yet, so this is the one module that imports them.
+tree_flatten = _pytree.tree_flatten
+tree_flatten_with_path = _pytree.tree_flatten_with_path
+tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map
+tree_unflatten = _pytree.tree_unflatten
 
 Tree = dict[str, Tensor]
 Value = TypeVar("Value")

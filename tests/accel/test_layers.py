@@ -20,9 +20,15 @@ from transformers.activations import (
 
 import backtrail
 from backtrail.accel import second_order
+<<<<<<< HEAD
 from backtrail.accel.layers import DoubleBackwardMode, join
 from backtrail.accel.second_order import straight
 from tests.curvature.problems import problem
+=======
+from backtrail.accel.context import accelerated
+from backtrail.accel.layers import mark_activation
+from tests.curvature.test_policies import problem
+>>>>>>> 2f45221 (One context and one switch for all acceleration)
 
 Layer = Callable[..., Tensor]
 Leaves = tuple[Tensor, ...]
@@ -45,14 +51,14 @@ for composed in (
     QuickGELUActivation,
     AccurateGELUActivation,
 ):
-    join(activation := composed())
+    mark_activation(activation := composed())
     LAYERS[composed.__name__] = (activation, (SHAPE,))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers count as large."""
-    monkeypatch.setattr(second_order, "LARGE", 1)
+    monkeypatch.setattr(second_order, "MIN_ENTRIES", 1)
 
 
 def drawn(*shapes: tuple[int, ...], seed: int = 0) -> Leaves:
@@ -81,7 +87,7 @@ def both(name: str) -> Iterator[tuple[Tensor, Leaves]]:
     layer, shapes = LAYERS[name]
     for recorded in (False, True):
         inputs = drawn(*shapes)
-        with DoubleBackwardMode() if recorded else nullcontext():
+        with accelerated(second_order="forward") if recorded else nullcontext():
             value = layer(*inputs)
         yield value, inputs
 
@@ -97,7 +103,7 @@ def test_first_and_second_derivatives(name: str) -> None:
     """As torch takes them."""
     layer, shapes = LAYERS[name]
     expected = twice(layer, drawn(*shapes))
-    with DoubleBackwardMode():
+    with accelerated(second_order="forward"):
         found = twice(layer, drawn(*shapes))
     assert_same(found[0], expected[0])
     assert_same(found[1], expected[1])
@@ -111,7 +117,7 @@ def test_third_derivatives(name: str) -> None:
     for recorded in (False, True):
         inputs = drawn(*shapes)
         if recorded:
-            with DoubleBackwardMode():
+            with accelerated(second_order="forward"):
                 _, second, others = twice(layer, inputs, third=True)
         else:
             _, second, others = twice(layer, inputs, third=True)
@@ -121,22 +127,21 @@ def test_third_derivatives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_directions_at_once(name: str) -> None:
-    """A stack of directions, and the gradient as a function of its slope alone."""
+def test_the_gradient_as_a_function_of_its_cotangent_alone(name: str) -> None:
+    """A stack of directions, differentiated by the slope; other gradients keep their inputs."""
     found = []
     for value, inputs in both(name):
         (slope,) = drawn(value.shape, seed=1)
-        with straight():
-            bent = grad(value, inputs, slope, create_graph=True, retain_graph=True)
+        with accelerated(second_order="gradient"):
+            linear = grad(value, inputs, slope, create_graph=True)
         first = grad(value, inputs, slope, create_graph=True)
         many = drawn(*((2, *tensor.shape) for tensor in first), seed=2)
-        pulled = vmap(
-            lambda *a, first=first, at=(slope, *inputs): grad(first, at, a, retain_graph=True)
+        at = (slope, *inputs)
+        pushed = vmap(
+            lambda *a, linear=linear, slope=slope: grad(linear, (slope,), a, retain_graph=True)
         )(*many)
-        pushed = vmap(lambda *a, bent=bent, slope=slope: grad(bent, slope, a, retain_graph=True))(
-            *many
-        )
-        found.append((*pulled, *pushed))
+        pulled = vmap(lambda *a, first=first, at=at: grad(first, at, a, retain_graph=True))(*many)
+        found.append((*pushed, *pulled))
     assert_same(*found)
 
 
@@ -183,7 +188,7 @@ def test_a_network_after_a_pass_that_failed(some: list[int]) -> None:
 
     for recorded in (False, True):
         (inputs,), params = drawn(SHAPE), drawn((6, 5), (6,), (6,), (6,), (2, 6), (2,))
-        with DoubleBackwardMode() if recorded else nullcontext():
+        with accelerated(second_order="forward") if recorded else nullcontext():
             middle = gelu(functional.linear(inputs, *params[:2]))
             middle.register_hook(fail)
             total = (
@@ -205,7 +210,7 @@ def test_a_network_after_a_pass_that_failed(some: list[int]) -> None:
 def test_what_a_layer_returns_may_be_overwritten(name: str) -> None:
     """As an activation in place does it."""
     layer, shapes = LAYERS[name]
-    with DoubleBackwardMode():
+    with accelerated(second_order="forward"):
         found = twice(lambda *inputs: layer(*inputs).sigmoid_(), drawn(*shapes))
     expected = twice(lambda *inputs: layer(*inputs).sigmoid(), drawn(*shapes))
     assert_same(found[1], expected[1])
@@ -216,7 +221,7 @@ def test_transforms_of_the_model_itself_are_left_alone() -> None:
     """Forward mode and stacks of models."""
     x, tangent = (tensor.detach() for tensor in drawn(SHAPE, SHAPE))
     expected = jvp(gelu, (x,), (tangent,))[1], vmap(silu)(x)
-    with DoubleBackwardMode():
+    with accelerated(second_order="forward"):
         assert_same((jvp(gelu, (x,), (tangent,))[1], vmap(silu)(x)), expected)
 
 
@@ -246,8 +251,8 @@ def test_products(
     weights = torch.ones(4, dtype=torch.float64)
     a = {name: torch.randn_like(tensor) for name, tensor in at.params.items()}
     for large in (1, 10**9):
-        monkeypatch.setattr(second_order, "LARGE", large)
-        linearised = curvature.linearise(at.micro_batch, at.params, at.buffers, weights=weights)
-        second, _, scores = linearised.pull(a, {})
+        monkeypatch.setattr(second_order, "MIN_ENTRIES", large)
+        linearised = curvature.gradient_vjp(at.micro_batch, at.params, at.buffers, weights=weights)
+        second, _, scores = linearised.vjp(a, {})
         found.append((*linearised.gradient.values(), *second.values(), scores))
     assert_same(*found)

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
-from backtrail.accel import onednn as matrices
-from backtrail.accel.onednn import LARGE, fast_products, installed
+from backtrail.accel import onednn
+from backtrail.accel.context import accelerated
+from backtrail.accel.onednn import MIN_MULTIPLICATIONS
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch carries no oneDNN"
@@ -34,16 +35,17 @@ SHAPES = [
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """As on a processor that gains by it; lists the sizes that went there, in no order."""
     taken: list[tuple[int, ...]] = []
-    real = matrices._linear
+    real = onednn._linear
 
     def noted(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         taken.append(tuple(sorted((*a.shape, b.shape[1]))))
         return real(a, b, bias)
 
-    monkeypatch.setattr(matrices, "_linear", noted)
-    monkeypatch.setattr(matrices, "leaves_half_unused", lambda: True)
+    monkeypatch.setattr(onednn, "_linear", noted)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
     yield taken
-    assert not matrices._entered
+    assert onednn._blocks == 0
+    assert onednn._library is None
 
 
 def stored(matrix: Tensor, *, turned: bool) -> Tensor:
@@ -51,7 +53,6 @@ def stored(matrix: Tensor, *, turned: bool) -> Tensor:
     return matrix.T.contiguous().T if turned else matrix
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)])
 def test_products_are_those_of_float64(
@@ -63,7 +64,7 @@ def test_products_are_those_of_float64(
     b = stored(torch.randn(inner, columns), turned=turned[1])
     bias = torch.randn(columns)
     exact = a.double() @ b.double()
-    with fast_products():
+    with accelerated():
         found, moved = a @ b, torch.addmm(bias, a, b)
     assert everywhere == [tuple(sorted(shape))] * 2
     assert (found - exact).norm() < 1e-6 * exact.norm()
@@ -73,11 +74,10 @@ def test_products_are_those_of_float64(
     assert moved.is_contiguous()
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_everything_else_goes_where_it_went(everywhere: list[tuple[int, ...]]) -> None:
     """Small ones, other dtypes, holes in memory, factors and other biases; and whatever comes after the block."""
     a, b, bias = torch.randn(256, 128), torch.randn(128, 256), torch.randn(256)
-    assert a.numel() * b.shape[1] >= LARGE
+    assert a.numel() * b.shape[1] >= MIN_MULTIPLICATIONS
     cases = {
         "small": lambda: a[:8] @ b,
         "float64": lambda: a.double() @ b.double(),
@@ -91,30 +91,28 @@ def test_everything_else_goes_where_it_went(everywhere: list[tuple[int, ...]]) -
         ),
     }
     expected = {name: case() for name, case in cases.items()}
-    with fast_products():
+    with accelerated():
         found = {name: case() for name, case in cases.items()}
     after = a @ b
     assert everywhere == []
     for name, tensor in found.items():
         assert tensor.dtype == expected[name].dtype
         assert torch.equal(tensor, expected[name]), name
-    with fast_products(), fast_products():
+    with accelerated(), accelerated():
         pass
     assert torch.equal(a @ b, after)
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_a_switch_of_torch_is_heeded(
     everywhere: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who turns oneDNN off means all of it."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    with fast_products():
+    with accelerated():
         torch.randn(256, 128) @ torch.randn(128, 256)
     assert everywhere == []
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_gradients_pass_through(everywhere: list[tuple[int, ...]]) -> None:
     """Derivatives of derivatives, too: the kernel lies below them."""
     torch.manual_seed(0)
@@ -128,7 +126,7 @@ def test_gradients_pass_through(everywhere: list[tuple[int, ...]]) -> None:
         return found
 
     expected = bent()
-    with fast_products():
+    with accelerated():
         found = bent()
     assert len(everywhere) > 3
     assert (found - expected).norm() < 1e-5 * expected.norm()
@@ -142,7 +140,6 @@ METHODS: dict[str, tuple[backtrail.DIT | backtrail.DataValueEmbedding, int]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize("name", METHODS)
 def test_attributions_agree(
     name: str, everywhere: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,19 +166,18 @@ def test_attributions_agree(
     )
     fast = method.attribute(run, queries).values()
     assert everywhere
-    monkeypatch.setattr(matrices, "leaves_half_unused", lambda: False)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: False)
     plain = method.attribute(run, queries).values()
     assert np.abs(fast - plain).max() < 1e-3 * np.abs(plain).max()
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_other_threads_keep_their_kernels(everywhere: list[tuple[int, ...]]) -> None:
     """Whatever they compute meanwhile; and at hand alone changes nothing."""
     a, b, found = torch.randn(256, 128), torch.randn(128, 256), []
     expected = a @ b
-    with installed():
+    with accelerated(products=False):
         assert torch.equal(a @ b, expected)
-        with fast_products():
+        with accelerated():
             other = Thread(target=lambda: found.append(a @ b))
             other.start()
             other.join()

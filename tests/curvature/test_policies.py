@@ -87,7 +87,7 @@ def test_the_product_equals_the_explicit_matrix(
 ) -> None:
     """So do the gradient, the scores of the samples, and the way through running statistics."""
     given, (curvature, matrix) = PROBLEMS[name](), policy
-    linear = replace(curvature, product=product).linearise(  # type: ignore[type-var]
+    linear = replace(curvature, product=product).gradient_vjp(  # type: ignore[type-var]
         given.micro_batch,
         given.params,
         given.buffers,
@@ -96,7 +96,7 @@ def test_the_product_equals_the_explicit_matrix(
     a = torch.randn(len(given.start), dtype=torch.float64)
     running = {n: given.buffers[n] for n in given.micro_batch.transition.task.running}
     b = {n: torch.randn_like(t) for n, t in running.items()}
-    second, before, scores = linear.pull(given.tree(a), b)
+    second, before, scores = linear.vjp(given.tree(a), b)
     flat = torch.cat(
         [second.get(n, torch.zeros_like(t)).flatten() for n, t in given.params.items()]
     )
@@ -129,4 +129,6 @@ def test_gauss_newton_needs_outputs() -> None:
         task, Update("SGD", (names,), ({"lr": 0.1},)), step, (task.batch([0, 1]),)
     ).micro_batches()[0]
     with pytest.raises(NoOutputs, match="NoneType"):
-        backtrail.GaussNewton().linearise(micro_batch, task.parameters(), {}, weights=torch.ones(2))
+        backtrail.GaussNewton().gradient_vjp(
+            micro_batch, task.parameters(), {}, weights=torch.ones(2)
+        )

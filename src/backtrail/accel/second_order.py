@@ -1,16 +1,21 @@
-r"""Layers that say themselves how they are differentiated twice.
+r"""Layers with a hand-written double backward.
 
-A layer y = f(x) is pulled back by :math:`\bar x = f'(x)^\top \bar y`, and a sweep differentiates
-that again for every query. torch does so from scratch, in a dozen passes for GELU and in thirty for
-LayerNorm or attention. A `Layer` takes what is the same for every query once a step. Third
-derivatives, which only a model that differentiates itself asks for, are left to torch.
+A layer y = f(x) has the vector-Jacobian product (VJP) :math:`\bar x = f'(x)^\top \bar y`. A sweep
+differentiates it once more for every query. With a the cotangent of :math:`\bar x`, the scalar
+:math:`\phi(\bar y, x) = \langle a, f'(x)^\top \bar y \rangle` has the derivatives
+
+.. math:: \partial_{\bar y} \phi = f'(x)\, a \qquad \partial_x \phi
+
+torch computes both from scratch for every query, in a dozen passes over the activations for GELU
+and in thirty for LayerNorm. A `Layer` computes what is the same for every query once per step.
+Third derivatives, which only a model that differentiates itself needs, are left to torch.
 """
 
 import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,171 +23,203 @@ from torch.autograd import Function
 from torch.func import vjp
 
 Tensors = tuple[Tensor, ...]
-Maybe = tuple[Tensor | None, ...]
-Needs = tuple[bool, ...]  # which derivatives are asked for, by input
-Back = Callable[
-    [Tensor | None, Needs], Maybe
-]  # from a slope, None for zero, to those of the inputs
-Bend = Callable[[Any], tuple[Tensor, Back]]
+MaybeTensors = tuple[Tensor | None, ...]  # cotangents, None for zero
+Needs = tuple[bool, ...]  # which inputs need a cotangent
+# From the cotangent of the value itself (None for zero) to the cotangents of the inputs: the
+# derivative of phi by x, plus the VJP of that cotangent.
+InputDerivative = Callable[[Tensor | None, Needs], MaybeTensors]
+# From a to the derivative of phi by the cotangent, and its derivative by the inputs for later.
+DoubleBackward = Callable[[Any], tuple[Tensor, InputDerivative]]
 
-LARGE = 2**15  # entries from which on a pass over them costs more than a call from Python
-_straight: ContextVar[bool] = ContextVar("straight", default=False)
+# Entries from which on a pass over a tensor costs more than a call of a Python function.
+MIN_ENTRIES = 2**15
+_cotangents_only: ContextVar[bool] = ContextVar("cotangents_only", default=False)
 
 
 @contextmanager
-def straight() -> Iterator[None]:
-    """While it is entered, what is pulled back is recorded as a function of its cotangents alone, not of the layers."""
-    before = _straight.set(True)
+def cotangents_only() -> Iterator[None]:
+    """Record gradients that the block computes as functions of their cotangents alone.
+
+    To the graph of such a gradient, the inputs of the layers are constants. It belongs around the
+    backward pass: gradients that the model itself computes in its forward pass depend on its
+    parameters.
+    """
+    before = _cotangents_only.set(True)
     try:
         yield
     finally:
-        _straight.reset(before)
+        _cotangents_only.reset(before)
 
 
 class Layer(abc.ABC):
-    """A function f, and at the point x that it was called at, its transposed derivative and the derivative of that."""
+    """A function f at one point x, with its VJP and the derivatives of that."""
 
     @abc.abstractmethod
-    def plain(self, *inputs: Tensor) -> Tensor:
-        """The function as torch has it."""
+    def reference(self, *inputs: Tensor) -> Tensor:
+        """Evaluate f by torch's own operations, which torch can differentiate."""
 
     @abc.abstractmethod
-    def value(self, *inputs: Tensor) -> Tensor:
-        """Its value, which settles the point."""
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Evaluate f, and keep the point x = `inputs` for the methods below."""
 
     @abc.abstractmethod
-    def pull(self, slope: Tensor, needs: Needs) -> Maybe:
-        """From a cotangent of the value to those of the inputs; others than are asked for may be left out."""
+    def vjp(self, cotangent: Tensor, needs: Needs) -> MaybeTensors:
+        """Map a cotangent of the value to cotangents of the inputs; those not needed may be None."""
 
     @abc.abstractmethod
-    def bend(self, slope: Tensor) -> Bend:
-        """From a to the derivatives of <a, pull(slope)>: by the slope; and those by the inputs, for later.
+    def double_backward(self, cotangent: Tensor) -> DoubleBackward:
+        r"""Map a cotangent a of `vjp(cotangent)` to the derivatives of :math:`\phi`.
 
-        The latter are called with the value's own cotangent and add what that is pulled back to:
-        both in one go take fewer passes than each for itself. What is the same for every a is kept.
+        Returns the derivative by `cotangent`, and a function that computes the one by the inputs
+        once the value's own cotangent is known: both together take fewer passes than each alone.
+        What does not depend on a is computed once.
         """
 
-    def bend_plainly(self, a: Maybe, slope: Tensor, inputs: Tensors) -> Tensors:
-        """The same by torch, to be differentiated again."""
+    def double_backward_by_torch(
+        self, a: MaybeTensors, cotangent: Tensor, inputs: Tensors
+    ) -> Tensors:
+        r"""Differentiate :math:`\phi` by cotangent and inputs such that torch can do it again."""
+        given = tuple(tensor for tensor in a if tensor is not None)
 
-        def pull(slope: Tensor, *inputs: Tensor) -> Tensors:
-            found: Tensors = vjp(self.plain, *inputs)[1](slope)
-            return tuple(tensor for tensor, one in zip(found, a, strict=True) if one is not None)
+        def used_cotangents(cotangent: Tensor, *inputs: Tensor) -> Tensors:
+            pull = vjp(self.reference, *inputs)[1]
+            found: Tensors = pull(cotangent)
+            return tuple(x for x, used in zip(found, a, strict=True) if used is not None)
 
-        bent: Tensors = vjp(pull, slope, *inputs)[1](tuple(one for one in a if one is not None))
-        return bent
-
-
-def alone() -> bool:
-    """Whether no transform of the model's own is at work, nor a compiler, which puts passes together by itself."""
-    return torch._C._functorch.maybe_current_level() is None and not torch.compiler.is_compiling()
-
-
-def large(entries: int) -> bool:
-    """Whether a layer of so many is worth its calls from Python."""
-    return entries >= LARGE
+        pull = vjp(used_cotangents, cotangent, *inputs)[1]
+        derivatives: Tensors = pull(given)
+        return derivatives
 
 
-def one_precision(inputs: Tensors) -> bool:
-    """Whether a layer computes in the precision of its inputs."""
-    full = inputs[0].dtype in {torch.float32, torch.float64} and not torch.is_autocast_enabled(
-        inputs[0].device.type
-    )
-    return (
-        full
-        and len({(tensor.dtype, tensor.is_nested) for tensor in inputs}) == 1
-        and not inputs[0].is_nested
-    )
+def is_eager() -> bool:
+    """Whether neither a transform of torch.func nor a compiler is active; both have their own ways."""
+    in_transform = torch._C._functorch.maybe_current_level() is not None
+    return not in_transform and not torch.compiler.is_compiling()
 
 
-def onto(to: Tensor, a: Tensor, b: Tensor, *, value: int = 1) -> Tensor:
-    """Add a product to a tensor that nobody else holds: in place, where `vmap` does not stand in the way."""
-    return to.addcmul_(a, b, value=value) if alone() else torch.addcmul(to, a, b, value=value)
+def is_large(entries: int) -> bool:
+    """Whether a layer of so many entries is worth its calls of Python functions."""
+    return entries >= MIN_ENTRIES
 
 
-def summed(left: Maybe, right: Maybe) -> Maybe:
-    """Cotangents of the same inputs, where None is zero."""
-    pairs = zip(left, right, strict=True)
-    return tuple(
-        one if other is None else other if one is None else one + other for one, other in pairs
-    )
+def add_product(target: Tensor, a: Tensor, b: Tensor, *, value: int = 1) -> Tensor:
+    """Add `value` times a product to a tensor that nobody else holds.
+
+    In place, except under `vmap`, where the target may lack the axis of the factors.
+    """
+    if is_eager():
+        return target.addcmul_(a, b, value=value)
+    return torch.addcmul(target, a, b, value=value)
 
 
-def recorded(layer: Layer, *inputs: Tensor) -> Tensor:
-    """The layer's value at these inputs, differentiated as it says."""
+def sum_cotangents(left: MaybeTensors, right: MaybeTensors) -> MaybeTensors:
+    """Sum of cotangents of the same inputs, where None is zero."""
+    total = []
+    for one, other in zip(left, right, strict=True):
+        if one is None or other is None:
+            total.append(other if one is None else one)
+        else:
+            total.append(one + other)
+    return tuple(total)
+
+
+def record(layer: Layer, *inputs: Tensor) -> Tensor:
+    """Evaluate a layer such that autograd uses its derivatives."""
     value: Tensor = _Value.apply(_Call(layer), *inputs)[0]  # type: ignore[no-untyped-call]
     return value
 
 
+@final
 class _Call:
-    """One call of a layer, and what the backward pass under way has left for its end."""
+    """One call of a layer, and the input derivatives that a running backward pass has pending."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self._under_way, self._left = -1, list[Back]()
+        self._pending: list[InputDerivative] = []
+        self._backward_pass = -1  # which one they belong to
 
-    def leave(self, back: Back) -> None:
-        """Keep the derivatives by the inputs for when the value's own cotangent is known."""
-        if self._under_way != (now := torch._C._current_graph_task_id()):
-            self._under_way, self._left = now, []  # whatever is there, a pass that failed has left
-        self._left.append(back)
+    def defer(self, derivative: InputDerivative) -> None:
+        """Keep a derivative by the inputs until the value's own cotangent is known."""
+        current = torch._C._current_graph_task_id()
+        if self._backward_pass != current:
+            # Whatever is pending was left by a backward pass that failed.
+            self._backward_pass = current
+            self._pending = []
+        self._pending.append(derivative)
 
-    def back(self, slope: Tensor | None, needs: Needs) -> Maybe:
-        """From the value's own cotangent, together with what was left."""
-        left, self._left = self._left, []
-        if self._under_way != torch._C._current_graph_task_id():
-            left = []
-        if slope is not None and not left:
-            return self.layer.pull(slope, needs)
-        found: Maybe = tuple(None for _ in needs)
-        for back in left:
-            found, slope = summed(found, back(slope, needs)), None
-        return found
+    def input_cotangents(self, cotangent: Tensor | None, needs: Needs) -> MaybeTensors:
+        """Cotangents of the inputs: the VJP of the value's cotangent, and all that is pending."""
+        pending = self._pending
+        self._pending = []
+        if self._backward_pass != torch._C._current_graph_task_id():
+            pending = []
+        if not pending and cotangent is not None:
+            return self.layer.vjp(cotangent, needs)
+        total: MaybeTensors = tuple(None for _ in needs)
+        for derivative in pending:
+            total = sum_cotangents(total, derivative(cotangent, needs))
+            cotangent = None  # the first derivative has added its VJP
+        return total
 
 
 class _Value(Function):
-    """f(x), and a thread: a tensor without entries, by which the passes below come before the last one in here."""
+    """Evaluate f(x), and return an empty tensor besides.
+
+    The empty tensor becomes an input of every `_VJP`. Through it autograd knows that this node
+    depends on them, and runs their backward before this one's.
+    """
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Tensors:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        value = call.layer.value(*(tensor.detach() for tensor in inputs))
-        thread = value.new_empty(0)
-        ctx.save_for_backward(thread, *inputs)
-        # A view that was made in here could not be overwritten, as by an activation in place.
-        return torch.ops.aten._unsafe_view(
-            value, value.shape
-        ) if value._is_view() else value, thread
+        value = call.layer.forward(*(tensor.detach() for tensor in inputs))
+        order = value.new_empty(0)
+        ctx.save_for_backward(order, *inputs)
+        if value._is_view():
+            # A view that was made in here could not be overwritten, e.g. by an in-place ReLU.
+            value = torch.ops.aten._unsafe_view(value, value.shape)
+        return value, order
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor | None, _: Tensor | None) -> Maybe:
-        call, needs = ctx.call, ctx.needs_input_grad[1:]
-        if slope is None or not torch.is_grad_enabled():
-            return None, *call.back(slope, needs)
-        point = (tensor.detach() if _straight.get() else tensor for tensor in ctx.saved_tensors)
-        return None, *_Pulled.apply(call, needs, slope, *point)  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, cotangent: Tensor | None, _: Tensor | None) -> MaybeTensors:
+        call = ctx.call
+        needs = ctx.needs_input_grad[1:]
+        if cotangent is None or not torch.is_grad_enabled():
+            return None, *call.input_cotangents(cotangent, needs)
+        order, *inputs = ctx.saved_tensors
+        if _cotangents_only.get():
+            order = order.detach()
+            inputs = [tensor.detach() for tensor in inputs]
+        return None, *_VJP.apply(call, needs, cotangent, order, *inputs)  # type: ignore[no-untyped-call]
 
 
-class _Pulled(Function):
-    """The transposed derivative of f at x, applied to a slope."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, needs: Needs, *point: Tensor) -> Maybe:
-        slope, thread, *inputs = point
-        ctx.call, ctx.bend, ctx.end = call, None, thread.detach()
-        ctx.save_for_backward(slope, *inputs)
-        return call.layer.pull(slope, needs)
+class _VJP(Function):
+    """The VJP of a layer, as a function of the cotangent and the inputs."""
 
     @staticmethod
-    def backward(ctx: Any, *a: Tensor | None) -> Maybe:
-        slope, *inputs = ctx.saved_tensors
+    def forward(
+        ctx: Any, call: _Call, needs: Needs, cotangent: Tensor, order: Tensor, *inputs: Tensor
+    ) -> MaybeTensors:
+        ctx.call = call
+        ctx.double_backward = None
+        ctx.order = order.detach()
+        ctx.save_for_backward(cotangent, *inputs)
+        return call.layer.vjp(cotangent, needs)
+
+    @staticmethod
+    def backward(ctx: Any, *a: Tensor | None) -> MaybeTensors:
+        cotangent, *inputs = ctx.saved_tensors
+        call = ctx.call
         if torch.is_grad_enabled():
-            by_slope, *bent = ctx.call.layer.bend_plainly(a, slope, tuple(inputs))
-            return None, None, by_slope, None, *bent
-        if ctx.bend is None:
-            ctx.bend = ctx.call.layer.bend(slope.detach())
-        by_slope, back = ctx.bend(a)
+            derivatives = call.layer.double_backward_by_torch(a, cotangent, tuple(inputs))
+            by_cotangent, *by_inputs = derivatives
+            return None, None, by_cotangent, None, *by_inputs
+        if ctx.double_backward is None:
+            # Kept for further queries: it holds what is the same for all of them.
+            ctx.double_backward = call.layer.double_backward(cotangent.detach())
+        by_cotangent, input_derivative = ctx.double_backward(a)
         if ctx.needs_input_grad[3]:
-            ctx.call.leave(back)
-        return None, None, by_slope, ctx.end, *(None for _ in inputs)
+            call.defer(input_derivative)
+        # The cotangents of the inputs come from `_Value.backward`, which adds all that is pending.
+        return None, None, by_cotangent, ctx.order, *(None for _ in inputs)

@@ -1,164 +1,191 @@
-r"""Curvature by the chain rule: what bends is only the end of the loss, seen through a linearised beginning.
+r"""Gauss-Newton products: only the end of the loss is differentiated twice.
 
-The network is cut at its *ends* e: its outputs, or already the samples' losses. With J their
-derivative by the parameters and K a curvature of what is left, the product with a is :math:`J^\top
-K J a`.
+The network is split at tensors e, its *ends*: the model's outputs, or already the samples' losses.
+With J the derivative of e by the parameters and K a curvature of the loss as a function of e, the
+product with a direction a is :math:`J^\top K J a`.
 """
 
 import abc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.func import grad, vjp
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from backtrail.accel.layers import DoubleBackwardMode
-from backtrail.accel.second_order import straight
+from backtrail.accel.context import accelerated
 from backtrail.curvature.vjp import (
     GradientVJP,
     Product,
     Tensors,
-    differentiated,
-    free,
-    leaves,
-    nudged,
-    transposed,
+    as_leaves,
+    differentiable_inputs,
+    gradient_vjp,
+    graph_vjp,
+    step_along,
 )
 from backtrail.errors import NoOutputs
 from backtrail.step.step import MicroBatch
-from backtrail.tree import Tree, add
+from backtrail.tree import Tree, add, tree_flatten, tree_leaves, tree_unflatten
+
+# From a tangent J a of the ends to K J a (empty where K is zero), and the scores [slot].
+EndCurvature = Callable[[Tensors], tuple[Tensors, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class LossHead:
-    """What is left of a piece's loss after its ends.
+    """A micro-batch's loss as a function of the ends.
 
     Attributes:
-        slopes: of the loss by the ends.
-        curve: from a tangent of the ends to K times it (nothing where K is zero), and the scores
-            `[slot]`.
-        losses: of the samples, `[slot]`.
+        slopes: s, its derivative by the ends.
+        curvature: The product with K, and the scores.
+        losses: Of the samples, `[slot]`.
     """
 
     slopes: Tensors
-    curve: Callable[[Tensors], tuple[Tensors, Tensor]]
+    curvature: EndCurvature
     losses: Tensor
 
 
 class SplitPoint(abc.ABC):
-    """Says where a network ends, and how what follows bends."""
+    """Decides at which tensors a network is split, and which curvature the loss has behind them."""
 
     @abc.abstractmethod
     def ends(self, micro_batch: MicroBatch, outputs: Any) -> Tensors:
-        """The ends, out of what the model returned."""
+        """Select the ends from what the model returned."""
 
     @abc.abstractmethod
     def head(self, micro_batch: MicroBatch, outputs: Any, weights: Tensor) -> LossHead:
-        """The loss as a function of the ends, at these sample weights."""
+        """Evaluate the loss as a function of the ends, with these sample weights `[slot]`."""
 
 
 @final
 class AtOutputs(SplitPoint):
-    """Cut at the model's outputs: K is the loss's second derivative by them, the Gauss-Newton matrix."""
+    """Split at the model's outputs: K is the second derivative of the loss by them."""
 
     def ends(self, micro_batch: MicroBatch, outputs: Any) -> Tensors:
-        """All floating tensors among the outputs.
+        """All floating-point tensors among the outputs.
 
         Raises:
-            NoOutputs: there are none.
+            NoOutputs: There are none.
         """
         del micro_batch
-        found = tuple(leaf for leaf in tree_flatten(outputs)[0] if _floating(leaf))
+        found = tuple(leaf for leaf in tree_leaves(outputs) if _is_floating(leaf))
         if not found:
             raise NoOutputs(type(outputs).__name__)
         return found
 
     def head(self, micro_batch: MicroBatch, outputs: Any, weights: Tensor) -> LossHead:
-        """By one transposed derivative of the slopes with respect to ends and weights."""
-        leaves, spec = tree_flatten(outputs)
+        """Slopes by reverse mode; K and scores by one VJP of the slopes by ends and weights."""
+        leaves, structure = tree_flatten(outputs)
+        task = micro_batch.transition.task
 
         def loss(ends: Tensors, w: Tensor) -> tuple[Tensor, Tensor]:
-            given = iter(ends)
-            filled = [next(given) if _floating(leaf) else leaf for leaf in leaves]
-            losses = micro_batch.transition.task.losses_of(
-                tree_unflatten(filled, spec), micro_batch.batch
-            )
+            remaining = iter(ends)
+            filled = [next(remaining) if _is_floating(leaf) else leaf for leaf in leaves]
+            losses = task.losses_of(tree_unflatten(filled, structure), micro_batch.batch)
             return micro_batch.weighted(losses, w), losses
 
         ends = tuple(end.detach() for end in self.ends(micro_batch, outputs))
-        slopes, curve, losses = vjp(grad(loss, has_aux=True), ends, weights, has_aux=True)  # type: ignore[misc]
-        return LossHead(slopes, curve, losses)
+        slopes_of = grad(loss, has_aux=True)
+        slopes, curvature, losses = vjp(slopes_of, ends, weights, has_aux=True)  # type: ignore[misc]
+        return LossHead(slopes, curvature, losses)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class AtLosses(SplitPoint):
-    """Cut at the samples' losses: K = diag(c w), the empirical Fisher matrix, or K = 0."""
+    """Split at the samples' losses: K = diag(c w), for the empirical Fisher matrix, or K = 0.
 
-    bends: bool
+    Attributes:
+        curved: Whether K is not zero.
+    """
+
+    curved: bool
 
     def ends(self, micro_batch: MicroBatch, outputs: Any) -> Tensors:
         """The losses."""
         return (micro_batch.transition.task.losses_of(outputs, micro_batch.batch),)
 
     def head(self, micro_batch: MicroBatch, outputs: Any, weights: Tensor) -> LossHead:
-        """A weighted sum."""
+        """The loss is a weighted sum, with slopes c w."""
         (losses,) = self.ends(micro_batch, outputs)
-        share = micro_batch.share.to(losses)
+        c = micro_batch.share.to(losses)
 
-        def curve(tangent: Tensors) -> tuple[Tensors, Tensor]:
-            scores = share * tangent[0]
-            return (weights * scores,) if self.bends else (), scores
+        def curvature(tangent: Tensors) -> tuple[Tensors, Tensor]:
+            scores = c * tangent[0]
+            return (weights * scores,) if self.curved else (), scores
 
-        return LossHead((share * weights,), curve, losses.detach())
+        return LossHead((c * weights,), curvature, losses.detach())
 
 
-def _floating(leaf: Any) -> bool:
+def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def through(
+def split_vjp(
     micro_batch: MicroBatch,
     params: Tree,
     buffers: Tree,
     *,
     weights: Tensor,
-    cut: SplitPoint,
+    split: SplitPoint,
     product: Product,
 ) -> GradientVJP:
-    """Gradient of a piece, and products with the curvature of what follows a cut; a penalty keeps its own."""
-    if not micro_batch.contributes:  # only its running statistics matter, and their way is exact
-        return differentiated(micro_batch, params, buffers, weights=weights)
-    with DoubleBackwardMode():
-        begun = Backbone.of(micro_batch, params, buffers, cut=cut)
+    """Gradient of a micro-batch, and its VJP with the curvature behind a split point.
+
+    A penalty keeps its exact curvature where there is any at all.
+    """
+    if not micro_batch.contributes:
+        # Only its running statistics matter, and their derivative is exact in any case.
+        return gradient_vjp(micro_batch, params, buffers, weights=weights)
+    with accelerated(second_order="forward"):
+        backbone = Backbone.forward(micro_batch, params, buffers, split=split)
     with torch.enable_grad(), micro_batch.randomness():
-        head = cut.head(micro_batch, begun.outputs, weights)
-    gradient, push = begun.sloped(head.slopes, twice=product == "autograd")
+        head = split.head(micro_batch, backbone.outputs, weights)
+    gradient, jvp = backbone.gradient_and_jvp(head.slopes, twice=product == "autograd")
     if product == "difference":
-        push = _differences(micro_batch, params, buffers, cut=cut)
-    slope, bend = penalty_of(micro_batch, params)
+        jvp = _jvp_by_differences(micro_batch, params, buffers, split=split)
+    penalty_gradient, penalty_curvature = penalty_of(micro_batch, params)
 
     def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
-        curved, scores = head.curve(push(a))
-        second, before = begun.pull(curved, b)
-        return add(second, bend(a)) if curved else second, before, scores
+        curved, scores = head.curvature(jvp(a))
+        by_params, by_running = backbone.vjp(curved, b)
+        if curved:
+            by_params = add(by_params, penalty_curvature(a))
+        return by_params, by_running, scores
 
-    value = {
-        name: tensor + slope[name] if name in slope else tensor for name, tensor in gradient.items()
-    }
     return GradientVJP(
-        value, {name: tensor.detach() for name, tensor in begun.after.items()}, head.losses, pull
+        gradient=add_to_some(gradient, penalty_gradient),
+        buffers={name: tensor.detach() for name, tensor in backbone.after.items()},
+        losses=head.losses,
+        vjp=pull,
     )
+
+
+def add_to_some(gradient: Tree, more: Tree) -> Tree:
+    """Add a tree to the entries that a gradient has; all others are dropped."""
+    return {
+        name: tensor + more[name] if name in more else tensor for name, tensor in gradient.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """The graph of one forward pass up to the cut, with parameters and running statistics as its leaves."""
+    """The graph of one forward pass up to the ends.
 
-    moving: Tree
+    Attributes:
+        updated: Parameters that the step updates, leaves of the graph.
+        trained: Parameters that the optimizer holds, with those.
+        running: Running statistics before the pass, leaves as well.
+        outputs: What the model returned.
+        ends: The tensors at which the network is split.
+        after: Buffers after the pass.
+    """
+
+    updated: Tree
     trained: Tree
     running: Tree
     outputs: Any
@@ -166,81 +193,98 @@ class Backbone:
     after: Tree
 
     @staticmethod
-    def of(micro_batch: MicroBatch, params: Tree, buffers: Tree, *, cut: SplitPoint) -> "Backbone":
-        """Run it forward once."""
-        trained, running = (leaves(tree) for tree in free(micro_batch, params, buffers))
+    def forward(
+        micro_batch: MicroBatch, params: Tree, buffers: Tree, *, split: SplitPoint
+    ) -> "Backbone":
+        """Run the model once."""
+        trained, running = differentiable_inputs(micro_batch, params, buffers)
+        trained = as_leaves(trained)
+        running = as_leaves(running)
         with torch.enable_grad(), micro_batch.randomness():
             outputs, after = micro_batch.transition.task.outputs(
                 params | trained, buffers | running, micro_batch.batch
             )
-            ends = cut.ends(micro_batch, outputs)
-        moving = {name: trained[name] for name in micro_batch.transition.updated}
-        return Backbone(moving, trained, running, outputs, ends, after)
+            ends = split.ends(micro_batch, outputs)
+        updated = {name: trained[name] for name in micro_batch.transition.updated}
+        return Backbone(updated, trained, running, outputs, ends, after)
 
-    def sloped(self, slopes: Tensors, *, twice: bool) -> tuple[Tree, Callable[[Tree], Tensors]]:
-        """The gradient, and from a direction a of the parameters to the tangent J a of the ends.
+    def gradient_and_jvp(
+        self, slopes: Tensors, *, twice: bool
+    ) -> tuple[Tree, Callable[[Tree], Tensors]]:
+        """Gradient for slopes s of the ends, and the JVP from a direction a to the tangent J a.
 
-        The gradient is linear in the slopes, so J a is its transposed derivative by them: no
-        forward mode needed.
+        The gradient J' s is linear in s, so J a is its VJP by s with cotangent a: reverse mode
+        twice, and no forward mode is needed. `twice` says whether the JVP will be used.
         """
-        knobs = tuple(slope.detach().requires_grad_(twice) for slope in slopes)
-        with torch.enable_grad(), straight():
-            found = transposed(self.ends, tuple(self.moving.values()), knobs, create_graph=twice)
-        gradient = dict(zip(self.moving, found, strict=True))
+        s = tuple(slope.detach().requires_grad_(twice) for slope in slopes)
+        # Only a gradient that is differentiated again: a tangent sweep moves the state by this one,
+        # which must be that of the training to the last bit.
+        recording = accelerated(second_order="gradient") if twice else nullcontext()
+        with torch.enable_grad(), recording:
+            found = graph_vjp(self.ends, tuple(self.updated.values()), s, create_graph=twice)
+        gradient = dict(zip(self.updated, found, strict=True))
 
-        def push(a: Tree) -> Tensors:
-            return transposed(tuple(gradient.values()), knobs, tuple(a[name] for name in gradient))
+        def jvp(a: Tree) -> Tensors:
+            cotangents = tuple(a[name] for name in gradient)
+            return graph_vjp(tuple(gradient.values()), s, cotangents)
 
-        return {name: tensor.detach() for name, tensor in gradient.items()}, push
+        return {name: tensor.detach() for name, tensor in gradient.items()}, jvp
 
-    def pull(self, curved: Tensors, b: Tree) -> tuple[Tree, Tree]:
-        """From cotangents of the ends (or none) and of the statistics left (or none) to those of the leaves."""
-        sources = (*self.trained.values(), *self.running.values())
-        outputs = (*self.ends[: len(curved)], *(self.after[name] for name in b))
+    def vjp(self, end_cotangents: Tensors, b: Tree) -> tuple[Tree, Tree]:
+        """VJP of the pass by parameters and running statistics.
+
+        Args:
+            end_cotangents: Of the ends; empty for zero.
+            b: Of the running statistics after the pass; empty for zero.
+        """
+        outputs = (*self.ends[: len(end_cotangents)], *(self.after[name] for name in b))
         if not outputs:
             return {}, {}
-        found = transposed(outputs, sources, (*curved, *b.values()))
-        split = len(self.trained)
-        return dict(zip(self.trained, found[:split], strict=True)), dict(
-            zip(self.running, found[split:], strict=True)
-        )
+        inputs = (*self.trained.values(), *self.running.values())
+        found = graph_vjp(outputs, inputs, (*end_cotangents, *b.values()))
+        count = len(self.trained)
+        by_params = dict(zip(self.trained, found[:count], strict=True))
+        by_running = dict(zip(self.running, found[count:], strict=True))
+        return by_params, by_running
 
 
-def _differences(
-    micro_batch: MicroBatch, params: Tree, buffers: Tree, *, cut: SplitPoint
+def _jvp_by_differences(
+    micro_batch: MicroBatch, params: Tree, buffers: Tree, *, split: SplitPoint
 ) -> Callable[[Tree], Tensors]:
-    """J a by the ends of two forward passes."""
-    trained, _ = free(micro_batch, params, buffers)
+    """J a by central differences of the ends, with two forward passes."""
+    trained, _ = differentiable_inputs(micro_batch, params, buffers)
 
-    def push(a: Tree) -> Tensors:
-        size, moved = nudged(trained, a)
-        with torch.no_grad():
-            up, down = (
-                _ends_at(micro_batch, params | moved(sign), buffers, cut=cut)
-                for sign in (1.0, -1.0)
+    def ends_at(part: Tree) -> Tensors:
+        with torch.no_grad(), micro_batch.randomness():
+            outputs, _ = micro_batch.transition.task.outputs(
+                params | part, buffers, micro_batch.batch
             )
-        return tuple((left - right) / (2 * size) for left, right in zip(up, down, strict=True))
+            return split.ends(micro_batch, outputs)
 
-    return push
+    def jvp(a: Tree) -> Tensors:
+        epsilon, moved = step_along(trained, a)
+        ends_up = ends_at(moved(1.0))
+        ends_down = ends_at(moved(-1.0))
+        pairs = zip(ends_up, ends_down, strict=True)
+        return tuple((up - down) / (2 * epsilon) for up, down in pairs)
 
-
-def _ends_at(micro_batch: MicroBatch, params: Tree, buffers: Tree, *, cut: SplitPoint) -> Tensors:
-    with micro_batch.randomness():
-        outputs, _ = micro_batch.transition.task.outputs(params, buffers, micro_batch.batch)
-        return cut.ends(micro_batch, outputs)
+    return jvp
 
 
 def penalty_of(micro_batch: MicroBatch, params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
-    """Slope and exact curvature of the task's penalty, in the piece that carries it."""
-    penalty = micro_batch.transition.task.penalty
+    """Gradient and exact curvature product of the task's penalty.
+
+    It belongs to the first micro-batch of a step; elsewhere both are empty.
+    """
+    transition = micro_batch.transition
+    penalty = transition.task.penalty
     if micro_batch.index != 0 or penalty is None:
         return {}, lambda _: {}
-    slope, curved = vjp(grad(penalty), params)  # type: ignore[misc]
+    gradient, pull = vjp(grad(penalty), params)  # type: ignore[misc]
     zeros = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
-    names = micro_batch.transition.trained
 
-    def bend(a: Tree) -> Tree:
-        (found,) = curved(zeros | a)
-        return {name: found[name] for name in names}
+    def curvature(a: Tree) -> Tree:
+        (found,) = pull(zeros | a)
+        return {name: found[name] for name in transition.trained}
 
-    return slope, bend
+    return gradient, curvature

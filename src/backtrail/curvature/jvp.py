@@ -1,9 +1,11 @@
-r"""The gradient of one micro-batch and its derivative along a change of parameters, running statistics and weights.
+r"""The gradient of a micro-batch and its Jacobian-vector product (JVP).
+
+The tangent is a change of parameters, running statistics B and sample weights w:
 
 .. math:: \dot g = \nabla^2 L\, \dot\theta + \partial_B \nabla L\, \dot B + \sum_b c_b \dot w_b \nabla \ell_b
 
-The loss is linear in the weights, so the last term is the gradient of the loss with the change for
-its weights. Every function here is the transpose of one of `linearised.py` and `chain.py`.
+The loss is linear in the weights, so the last term is the gradient of the loss with the change in
+their place. Every function here is the transpose of one in `vjp.py` or `gauss_newton.py`.
 """
 
 import warnings
@@ -15,138 +17,178 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from backtrail.curvature.gauss_newton import Backbone, SplitPoint, penalty_of
-from backtrail.curvature.vjp import Product, Tensors, free, nudged
+from backtrail.curvature.gauss_newton import Backbone, SplitPoint, add_to_some, penalty_of
+from backtrail.curvature.vjp import Product, Tensors, differentiable_inputs, step_along
 from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
-from backtrail.tree import Tree, add, each
-
-Both = tuple[
-    State, State
-]  # parameters and buffers before a piece, and the change of those that are free
+from backtrail.tree import Tree, each
 
 
 @dataclass(frozen=True, slots=True)
-class Pushed:
-    """A piece's gradient, the buffers that it leaves, and the changes of the gradient and of the running ones."""
+class GradientJVP:
+    """The gradient of a micro-batch at one point, and its tangent.
+
+    Attributes:
+        gradient: By the parameters that the step updates.
+        buffers: After the forward pass.
+        gradient_tangent: First-order change of the gradient.
+        buffers_tangent: First-order change of the running statistics after the forward pass.
+    """
 
     gradient: Tree
     buffers: Tree
-    gradient_change: Tree
-    buffers_change: Tree
+    gradient_tangent: Tree
+    buffers_tangent: Tree
 
 
-def pushed(micro_batch: MicroBatch, both: Both, *, weights: Tensor) -> Pushed:
-    """Exact, by forward mode over reverse mode."""
-    state, change = both
-    trained, running = free(micro_batch, state.params, state.buffers)
+def gradient_jvp(
+    micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
+) -> GradientJVP:
+    """Gradient and exact JVP, by forward mode over reverse mode.
 
-    def gradient(part: Tree, some: Tree, w: Tensor) -> tuple[Tree, Tree]:
-        value, after, _ = micro_batch.gradient(state.params | part, state.buffers | some, w)
+    Args:
+        micro_batch: The loss.
+        state: Parameters and buffers before the forward pass.
+        tangent: Of the trained parameters and the running statistics.
+        weights: Tangent of the sample weights, `[slot]`.
+    """
+    trained, running = differentiable_inputs(micro_batch, state.params, state.buffers)
+
+    def gradient(part: Tree, statistics: Tree, w: Tensor) -> tuple[Tree, Tree]:
+        value, after, _ = micro_batch.gradient(state.params | part, state.buffers | statistics, w)
         return value, after
 
-    primals, tangents = (
+    (value, after), (value_tangent, after_tangent) = value_and_jvp(
+        gradient,
         (trained, running, torch.ones_like(weights)),
-        (change.params, change.buffers, weights),
+        (tangent.params, tangent.buffers, weights),
     )
-    (value, after), (slopes, left) = along(gradient, primals, tangents)
-    return Pushed(value, after, slopes, {name: left[name] for name in running})
+    return GradientJVP(value, after, value_tangent, {name: after_tangent[name] for name in running})
 
 
-def pushed_apart(micro_batch: MicroBatch, both: Both, *, weights: Tensor) -> Pushed:
-    """By central differences: two more gradients, and no kernel is differentiated twice or forward."""
-    state, change = both
-    trained, running = free(micro_batch, state.params, state.buffers)
-    size, moved = nudged(trained, change.params)
+def gradient_jvp_by_differences(
+    micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
+) -> GradientJVP:
+    """Gradient and JVP by central differences: two more gradients.
 
-    def at(sign: float) -> tuple[Tree, Tree]:
-        some = {
-            name: tensor + sign * size * change.buffers[name] for name, tensor in running.items()
+    No kernel is differentiated twice or in forward mode.
+    """
+    trained, running = differentiable_inputs(micro_batch, state.params, state.buffers)
+    epsilon, moved = step_along(trained, tangent.params)
+
+    def gradient_at(sign: float) -> tuple[Tree, Tree]:
+        step = sign * epsilon
+        statistics = {
+            name: tensor + step * tangent.buffers[name] for name, tensor in running.items()
         }
         value, after, _ = micro_batch.slopes(
-            state.params | moved(sign), state.buffers | some, 1 + sign * size * weights
+            state.params | moved(sign), state.buffers | statistics, 1 + step * weights
         )
         return value, {name: after[name] for name in running}
 
     value, after, _ = micro_batch.slopes(state.params, state.buffers, None)
-    slopes, left = (
-        {name: (tensor - down[name]) / (2 * size) for name, tensor in up.items()}
-        for up, down in zip(at(1.0), at(-1.0), strict=True)
+    value_up, after_up = gradient_at(1.0)
+    value_down, after_down = gradient_at(-1.0)
+    value_tangent = _central_difference(value_up, value_down, epsilon)
+    after_tangent = _central_difference(after_up, after_down, epsilon)
+    return GradientJVP(value, after, value_tangent, after_tangent)
+
+
+def split_jvp(
+    micro_batch: MicroBatch,
+    state: State,
+    tangent: State,
+    *,
+    weights: Tensor,
+    split: SplitPoint,
+    product: Product,
+) -> GradientJVP:
+    r"""Gradient and JVP with the curvature K behind a split point.
+
+    .. math:: \dot g = J^\top (K J \dot\theta + \dot s)
+
+    Here s are the slopes of the loss at the ends, and their change comes from the weights alone.
+    """
+    if not micro_batch.contributes:
+        # Only its running statistics matter, and their derivative is exact in any case.
+        return gradient_jvp(micro_batch, state, tangent, weights=weights)
+    backbone = Backbone.forward(micro_batch, state.params, state.buffers, split=split)
+    ends_tangent, after_tangent = _ends_jvp(
+        micro_batch, state, tangent, split=split, product=product
     )
-    return Pushed(value, after, slopes, left)
-
-
-def pushed_through(
-    micro_batch: MicroBatch, both: Both, *, weights: Tensor, cut: SplitPoint, product: Product
-) -> Pushed:
-    r"""With the curvature K of what follows a cut: :math:`J^\top (K J \dot\theta + \dot s)`, s the slopes there."""
-    if not micro_batch.contributes:  # only its running statistics matter, and their way is exact
-        return pushed(micro_batch, both, weights=weights)
-    state, change = both
-    begun = Backbone.of(micro_batch, state.params, state.buffers, cut=cut)
-    ends, left = _ends(micro_batch, both, cut=cut, product=product)
     with torch.enable_grad(), micro_batch.randomness():
-        head, added = (
-            cut.head(micro_batch, begun.outputs, w) for w in (torch.ones_like(weights), weights)
-        )
-    curved, _ = head.curve(ends)
-    slopes = tuple(map(torch.add, added.slopes, curved)) if curved else added.slopes
-    gradient, bent = (begun.sloped(some, twice=False)[0] for some in (head.slopes, slopes))
-    slope, bend = penalty_of(micro_batch, state.params)
+        head = split.head(micro_batch, backbone.outputs, torch.ones_like(weights))
+        # With the change of the weights in their place: the change of the slopes.
+        changed_head = split.head(micro_batch, backbone.outputs, weights)
+    curved, _ = head.curvature(ends_tangent)
+    slopes_tangent = changed_head.slopes
     if curved:
-        bent = add(
-            bent, {name: tensor for name, tensor in bend(change.params).items() if name in bent}
-        )
-    gradient = {
-        name: tensor + slope[name] if name in slope else tensor for name, tensor in gradient.items()
-    }
-    return Pushed(gradient, each(Tensor.detach, begun.after), each(Tensor.detach, bent), left)
+        slopes_tangent = tuple(map(torch.add, changed_head.slopes, curved))
+    gradient, _ = backbone.gradient_and_jvp(head.slopes, twice=False)
+    gradient_tangent, _ = backbone.gradient_and_jvp(slopes_tangent, twice=False)
+    penalty_gradient, penalty_curvature = penalty_of(micro_batch, state.params)
+    if curved:
+        gradient_tangent = add_to_some(gradient_tangent, penalty_curvature(tangent.params))
+    return GradientJVP(
+        gradient=add_to_some(gradient, penalty_gradient),
+        buffers=each(Tensor.detach, backbone.after),
+        gradient_tangent=each(Tensor.detach, gradient_tangent),
+        buffers_tangent=after_tangent,
+    )
 
 
-def _ends(
-    micro_batch: MicroBatch, both: Both, *, cut: SplitPoint, product: Product
+def _ends_jvp(
+    micro_batch: MicroBatch, state: State, tangent: State, *, split: SplitPoint, product: Product
 ) -> tuple[Tensors, Tree]:
-    """The changes of the ends of the network, and of the running statistics that are left."""
-    state, change = both
-    trained, running = free(micro_batch, state.params, state.buffers)
+    """Tangents of the ends, and of the running statistics after the forward pass."""
+    trained, running = differentiable_inputs(micro_batch, state.params, state.buffers)
 
-    def beginning(part: Tree, some: Tree) -> tuple[Tensors, Tree]:
+    def forward(part: Tree, statistics: Tree) -> tuple[Tensors, Tree]:
         with micro_batch.randomness():
             outputs, after = micro_batch.transition.task.outputs(
-                state.params | part, state.buffers | some, micro_batch.batch
+                state.params | part, state.buffers | statistics, micro_batch.batch
             )
-            return cut.ends(micro_batch, outputs), {name: after[name] for name in running}
+            ends = split.ends(micro_batch, outputs)
+        return ends, {name: after[name] for name in running}
 
     if product == "autograd":
-        found: tuple[Tensors, Tree] = along(
-            beginning, (trained, running), (change.params, change.buffers)
-        )[1]
-        return found
-    size, moved = nudged(trained, change.params)
-    with torch.no_grad():
-        up, down = (
-            beginning(
-                moved(sign),
-                {name: t + sign * size * change.buffers[name] for name, t in running.items()},
-            )
-            for sign in (1.0, -1.0)
-        )
-    ends = tuple((left - right) / (2 * size) for left, right in zip(up[0], down[0], strict=True))
-    return ends, {name: (tensor - down[1][name]) / (2 * size) for name, tensor in up[1].items()}
+        _, tangents = value_and_jvp(forward, (trained, running), (tangent.params, tangent.buffers))
+        ends_tangent, after_tangent = tangents
+        return ends_tangent, after_tangent
+
+    epsilon, moved = step_along(trained, tangent.params)
+
+    def forward_at(sign: float) -> tuple[Tensors, Tree]:
+        step = sign * epsilon
+        statistics = {
+            name: tensor + step * tangent.buffers[name] for name, tensor in running.items()
+        }
+        with torch.no_grad():
+            return forward(moved(sign), statistics)
+
+    ends_up, after_up = forward_at(1.0)
+    ends_down, after_down = forward_at(-1.0)
+    pairs = zip(ends_up, ends_down, strict=True)
+    ends_difference = tuple((up - down) / (2 * epsilon) for up, down in pairs)
+    return ends_difference, _central_difference(after_up, after_down, epsilon)
 
 
-def along(
+def _central_difference(up: Tree, down: Tree, epsilon: Tensor) -> Tree:
+    return {name: (tensor - down[name]) / (2 * epsilon) for name, tensor in up.items()}
+
+
+def value_and_jvp(
     function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """Value and derivative of a function; both may be nested.
+    """Value and Jacobian-vector product of a function, whose inputs and outputs may be nested.
 
     >>> import torch
-    >>> along(lambda x: x**2, (torch.tensor(3.0),), (torch.tensor(1.0),))
+    >>> value_and_jvp(lambda x: x**2, (torch.tensor(3.0),), (torch.tensor(1.0),))
     (tensor(9.), tensor(6.))
     """
     with warnings.catch_warnings():
-        # The first call in a process loads torch's rules, and they are made by a way that torch
-        # itself deprecates.
+        # The first call in a process loads torch's forward-mode rules, in a way that torch itself
+        # deprecates.
         warnings.simplefilter("ignore", DeprecationWarning)
-        value, change, *_ = jvp(function, primals, tangents)
-    return value, change
+        value, tangent, *_ = jvp(function, primals, tangents)
+    return value, tangent

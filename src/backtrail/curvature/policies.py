@@ -1,7 +1,8 @@
-r"""Which second derivative of a step's loss a reverse sweep takes.
+r"""Curvature policies: which second derivative of a step's loss a sweep uses.
 
 Every policy but `Hessian` puts another matrix in the place of :math:`\nabla^2 L`. The scores
-:math:`c_b \langle a, \nabla \ell_b \rangle` and the path through running statistics stay exact.
+:math:`c_b \langle a, \nabla \ell_b \rangle` and the derivative through running statistics stay
+exact.
 """
 
 import abc
@@ -10,27 +11,47 @@ from typing import final
 
 from torch import Tensor
 
-from backtrail.curvature.gauss_newton import AtLosses, AtOutputs, through
-from backtrail.curvature.jvp import Both, Pushed, pushed, pushed_apart, pushed_through
-from backtrail.curvature.vjp import GradientVJP, Product, differenced, differentiated
+from backtrail.curvature.gauss_newton import AtLosses, AtOutputs, split_vjp
+from backtrail.curvature.jvp import (
+    GradientJVP,
+    gradient_jvp,
+    gradient_jvp_by_differences,
+    split_jvp,
+)
+from backtrail.curvature.vjp import (
+    GradientVJP,
+    Product,
+    gradient_vjp,
+    gradient_vjp_by_differences,
+)
+from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
 from backtrail.tree import Tree
 
 
 class Curvature(abc.ABC):
-    """Says how the loss's second derivative is taken in a reverse sweep."""
+    """Decides how the second derivative of a micro-batch's loss is computed in a sweep."""
 
     product: Product
 
     @abc.abstractmethod
-    def linearise(
+    def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
-        """Gradient of a piece and its transposed derivative at the given point."""
+        """Gradient of a micro-batch at a point, with its vector-Jacobian product."""
 
     @abc.abstractmethod
-    def push(self, micro_batch: MicroBatch, both: Both, *, weights: Tensor) -> Pushed:
-        """Gradient of a piece and its change by that of a state and of weights: the transpose of `linearise`."""
+    def gradient_jvp(
+        self, micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
+    ) -> GradientJVP:
+        """Gradient of a micro-batch and its Jacobian-vector product, the transpose of `gradient_vjp`.
+
+        Args:
+            micro_batch: The loss.
+            state: Parameters and buffers before the forward pass.
+            tangent: Of the trained parameters and the running statistics.
+            weights: Tangent of the sample weights, `[slot]`.
+        """
 
 
 @final
@@ -39,8 +60,8 @@ class Hessian(Curvature):
     r"""The exact product :math:`\nabla^2 L\, a`.
 
     Right for smooth networks, early steps and long runs. Prefer another policy where the training
-    is not smooth at the scale of one sample (ReLU with Adam): the exact derivative is then right
-    and yet a poor guide to a removal.
+    is not smooth at the scale of one sample (ReLU with Adam): the exact derivative is then right,
+    but a poor prediction of a removal.
 
     Args:
         product: "autograd" differentiates the gradient once more. "difference" takes two ordinary
@@ -51,113 +72,118 @@ class Hessian(Curvature):
 
     product: Product = "autograd"
 
-    def linearise(
+    def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
-        """Gradient of a piece and its transposed derivative."""
+        """Gradient of a micro-batch and its vector-Jacobian product."""
         if self.product == "difference":
-            return differenced(micro_batch, params, buffers, weights=weights)
-        return differentiated(micro_batch, params, buffers, weights=weights)
+            return gradient_vjp_by_differences(micro_batch, params, buffers, weights=weights)
+        return gradient_vjp(micro_batch, params, buffers, weights=weights)
 
-    def push(self, micro_batch: MicroBatch, both: Both, *, weights: Tensor) -> Pushed:
-        """Gradient of a piece and its change."""
-        return (pushed_apart if self.product == "difference" else pushed)(
-            micro_batch, both, weights=weights
-        )
+    def gradient_jvp(
+        self, micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
+    ) -> GradientJVP:
+        """Gradient of a micro-batch and its Jacobian-vector product."""
+        if self.product == "difference":
+            return gradient_jvp_by_differences(micro_batch, state, tangent, weights=weights)
+        return gradient_jvp(micro_batch, state, tangent, weights=weights)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class GaussNewton(Curvature):
-    r"""The generalised Gauss-Newton product :math:`J^\top \nabla^2_f \ell\, J a`, with J that of the model's outputs f.
+    r"""The generalised Gauss-Newton product :math:`J^\top \nabla^2_f \ell\, J a`.
 
-    Positive semidefinite where the loss is convex in the outputs, so a sweep stays stable where the
-    network is not smooth (ReLU with Adam); and the cheapest with any curvature. It drops what bends
-    the outputs themselves. The curvature of a penalty is kept exact.
+    J is the derivative of the model's outputs f. Positive semidefinite where the loss is convex in
+    the outputs, so a sweep stays stable where the network is not smooth (ReLU with Adam); and the
+    cheapest policy with any curvature. It drops the second derivative of the outputs. The
+    curvature of a penalty is kept exact.
 
     Args:
-        product: how J a is taken: "autograd", or as a "difference" of the outputs of two forward
-            passes.
+        product: How J a is computed: "autograd", or as a "difference" of the outputs of two
+            forward passes.
     """
 
     product: Product = "autograd"
 
-    def linearise(
+    def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
-        """Gradient of a piece and the product with its Gauss-Newton matrix."""
-        return through(
-            micro_batch, params, buffers, weights=weights, cut=AtOutputs(), product=self.product
+        """Gradient of a micro-batch and its VJP with the Gauss-Newton matrix."""
+        return split_vjp(
+            micro_batch, params, buffers, weights=weights, split=AtOutputs(), product=self.product
         )
 
-    def push(self, micro_batch: MicroBatch, both: Both, *, weights: Tensor) -> Pushed:
-        """Gradient of a piece and its change."""
-        return pushed_through(
-            micro_batch, both, weights=weights, cut=AtOutputs(), product=self.product
+    def gradient_jvp(
+        self, micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
+    ) -> GradientJVP:
+        """Gradient of a micro-batch and its JVP with the Gauss-Newton matrix."""
+        return split_jvp(
+            micro_batch, state, tangent, weights=weights, split=AtOutputs(), product=self.product
         )
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class EmpiricalFisher(Curvature):
-    r"""The product :math:`\sum_b c_b\, g_b \langle g_b, a \rangle` with the gradients g of the samples' losses.
+    r"""The product :math:`\sum_b c_b\, g_b \langle g_b, a \rangle` with the samples' gradients g.
 
-    What Data Value Embedding (arXiv 2412.09538) takes for the Gauss-Newton matrix; offered for
+    What Data Value Embedding (arXiv 2412.09538) uses for the Gauss-Newton matrix; offered for
     comparison.
 
     Args:
-        product: how :math:`\langle g_b, a \rangle` is taken: "autograd", or as a "difference" of
+        product: How :math:`\langle g_b, a \rangle` is computed: "autograd", or as a "difference" of
             losses.
     """
 
     product: Product = "autograd"
 
-    def linearise(
+    def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
-        """Gradient of a piece and the product with its empirical Fisher matrix."""
-        return through(
-            micro_batch,
-            params,
-            buffers,
-            weights=weights,
-            cut=AtLosses(bends=True),
-            product=self.product,
+        """Gradient of a micro-batch and its VJP with the empirical Fisher matrix."""
+        split = AtLosses(curved=True)
+        return split_vjp(
+            micro_batch, params, buffers, weights=weights, split=split, product=self.product
         )
 
-    def push(self, micro_batch: MicroBatch, both: Both, *, weights: Tensor) -> Pushed:
-        """Gradient of a piece and its change."""
-        return pushed_through(
-            micro_batch, both, weights=weights, cut=AtLosses(bends=True), product=self.product
+    def gradient_jvp(
+        self, micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
+    ) -> GradientJVP:
+        """Gradient of a micro-batch and its JVP with the empirical Fisher matrix."""
+        split = AtLosses(curved=True)
+        return split_jvp(
+            micro_batch, state, tangent, weights=weights, split=split, product=self.product
         )
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Zero(Curvature):
-    """No curvature: every visit counts as if no later step felt it, as in TracIn, but through the real optimizer.
+    """No curvature: a visit counts as if no later step's gradient depended on it.
+
+    As in TracIn, but through the real optimizer.
 
     Args:
-        product: how the scores are taken: "autograd", or as a "difference" of losses.
+        product: How the scores are computed: "autograd", or as a "difference" of losses.
     """
 
     product: Product = "autograd"
 
-    def linearise(
+    def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
-        """Gradient of a piece, and its scores alone."""
-        return through(
-            micro_batch,
-            params,
-            buffers,
-            weights=weights,
-            cut=AtLosses(bends=False),
-            product=self.product,
+        """Gradient of a micro-batch, and its scores alone."""
+        split = AtLosses(curved=False)
+        return split_vjp(
+            micro_batch, params, buffers, weights=weights, split=split, product=self.product
         )
 
-    def push(self, micro_batch: MicroBatch, both: Both, *, weights: Tensor) -> Pushed:
-        """Gradient of a piece and its change."""
-        return pushed_through(
-            micro_batch, both, weights=weights, cut=AtLosses(bends=False), product=self.product
+    def gradient_jvp(
+        self, micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
+    ) -> GradientJVP:
+        """Gradient of a micro-batch and its JVP without curvature."""
+        split = AtLosses(curved=False)
+        return split_jvp(
+            micro_batch, state, tangent, weights=weights, split=split, product=self.product
         )

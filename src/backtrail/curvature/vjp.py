@@ -1,13 +1,14 @@
-r"""The gradient of one step and its transposed derivative, exact or by differences.
+r"""The gradient of a micro-batch and its vector-Jacobian product (VJP), exact or by differences.
 
-As a function of parameters, buffers and sample weights, the gradient has one transposed derivative
-that holds everything a reverse sweep needs: with a the cotangent of the gradient and b that of the
-buffers,
+The gradient is a function of parameters, buffers and sample weights. With a the cotangent of the
+gradient and b that of the buffers after the forward pass, its VJP holds everything that an adjoint
+sweep needs: the curvature product with what came through the running statistics, their own
+cotangents, and the samples' scores
 
 .. math:: (\nabla^2 L\, a + B_\theta^\top b,\quad \partial_B,\quad c_b \langle a, \nabla \ell_b \rangle)
 
 No per-sample gradient is formed, and losses that couple the samples of a batch (BatchNorm,
-contrastive) are exact.
+contrastive losses) are exact.
 """
 
 from collections.abc import Callable
@@ -19,191 +20,210 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from backtrail.accel.allocator import trim
-from backtrail.accel.layers import DoubleBackwardMode
+from backtrail.accel.context import accelerated
 from backtrail.step.step import MicroBatch
 from backtrail.tree import Tree, add, each
 
 Tensors = tuple[Tensor, ...]
 Product = Literal["autograd", "difference"]
-# (cotangent of the gradient, of the running buffers) -> (curvature product, of the running buffers,
-# scores [slot])
-Pull = Callable[[Tree, Tree], tuple[Tree, Tree, Tensor]]
+# (cotangent of the gradient, of the running statistics) -> (cotangent of the parameters, of the
+# running statistics before the forward pass, scores [slot])
+VJP = Callable[[Tree, Tree], tuple[Tree, Tree, Tensor]]
+# (parameters, running statistics) -> (loss, (buffers after the forward pass, losses [slot]))
+Loss = Callable[[Tree, Tree], tuple[Tensor, tuple[Tree, Tensor]]]
+# From a sign to the parameters after a step with that sign.
+Moved = Callable[[float], Tree]
 
 
 @dataclass(frozen=True, slots=True)
 class GradientVJP:
-    """A piece's gradient at one point, the losses `[slot]`, the buffers it leaves, and its transposed derivative.
+    """The gradient of a micro-batch at one point, and its vector-Jacobian product.
 
     Attributes:
-        many: `pull` with a first axis of directions, where there is a better way than `vmap`.
+        gradient: By the parameters that the step updates.
+        buffers: After the forward pass.
+        losses: Of the samples, `[slot]`.
+        vjp: For one pair of cotangents.
+        batched_vjp: The same for a first axis of cotangents, where there is a better way than
+            `vmap` of `vjp`.
     """
 
     gradient: Tree
     buffers: Tree
     losses: Tensor
-    pull: Pull
-    many: Pull | None = None
+    vjp: VJP
+    batched_vjp: VJP | None = None
 
 
-def differentiated(
+def gradient_vjp(
     micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
 ) -> GradientVJP:
-    """Exact, by reverse mode over reverse mode."""
-    trained, running = (leaves(tree) for tree in free(micro_batch, params, buffers))
-    moving, w = (
-        {name: trained[name] for name in micro_batch.transition.updated},
-        weights.detach().requires_grad_(),
-    )
-    with torch.enable_grad(), DoubleBackwardMode():
+    """Gradient and exact VJP, by reverse mode over reverse mode."""
+    trained, running = differentiable_inputs(micro_batch, params, buffers)
+    trained = as_leaves(trained)
+    running = as_leaves(running)
+    w = weights.detach().requires_grad_()
+    updated = {name: trained[name] for name in micro_batch.transition.updated}
+    with torch.enable_grad(), accelerated(second_order="forward"):
         total, (after, losses) = micro_batch.loss(params | trained, buffers | running, w)
-        gradient = transposed(
-            (total,), tuple(moving.values()), (torch.ones_like(total),), create_graph=True
+        gradient = graph_vjp(
+            (total,), tuple(updated.values()), (torch.ones_like(total),), create_graph=True
         )
 
     def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
         outputs = (*gradient, *(after[name] for name in b))
-        given = (*(a[name] for name in moving), *b.values())
-        *found, scores = transposed(outputs, (*trained.values(), *running.values(), w), given)
-        return (
-            dict(zip(trained, found, strict=False)),
-            dict(zip(running, found[len(trained) :], strict=True)),
-            scores,
-        )
+        cotangents = (*(a[name] for name in updated), *b.values())
+        inputs = (*trained.values(), *running.values(), w)
+        # The loss is linear in w, so the cotangent of w is the scores.
+        *found, scores = graph_vjp(outputs, inputs, cotangents)
+        by_params = dict(zip(trained, found[: len(trained)], strict=True))
+        by_running = dict(zip(running, found[len(trained) :], strict=True))
+        return by_params, by_running, scores
 
-    value = dict(zip(moving, (tensor.detach() for tensor in gradient), strict=True))
+    value = {name: part.detach() for name, part in zip(updated, gradient, strict=True)}
     return GradientVJP(value, each(Tensor.detach, after), losses.detach(), pull)
 
 
-def differenced(
+def gradient_vjp_by_differences(
     micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
 ) -> GradientVJP:
-    r"""By two more gradients a query.
+    r"""Gradient and VJP, by two more gradients per query.
 
     .. math:: \nabla^2 L\, a \approx (\nabla L(\theta + \epsilon a) - \nabla L(\theta - \epsilon a)) / 2 \epsilon
 
     The scores come from the losses of the same two passes. No graph outlives a pass, and no kernel
-    is differentiated twice, so it takes training's own memory and runs on fused attention.
+    is differentiated twice, so it fits into training's own memory and runs on fused attention.
     """
-    trained, running = free(micro_batch, params, buffers)
+    trained, running = differentiable_inputs(micro_batch, params, buffers)
+    share = micro_batch.share
 
-    def loss(part: Tree, some: Tree) -> tuple[Tensor, tuple[Tree, Tensor]]:
-        return micro_batch.loss(params | part, buffers | some, weights)
+    def loss(part: Tree, statistics: Tree) -> tuple[Tensor, tuple[Tree, Tensor]]:
+        return micro_batch.loss(params | part, buffers | statistics, weights)
 
-    def statistics(b: Tree) -> tuple[Tree, Tree]:
-        return _pulled_statistics(micro_batch, (params, buffers), b) if running else ({}, {})
+    def through_statistics(b: Tree) -> tuple[Tree, Tree]:
+        if not running:
+            return {}, {}
+        return _statistics_vjp(micro_batch, params, buffers, b)
 
     def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
-        return _between(
-            loss, nudged(trained, a), running, share=micro_batch.share, passed=statistics(b)
-        )
+        epsilon, moved = step_along(trained, a)
+        exact = through_statistics(b)
+        return _central_differences(loss, epsilon, moved, running, share=share, exact=exact)
 
-    def many(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
-        sizes = vmap(lambda one: nudged(trained, one)[0])(a)
-        nudge = sizes, lambda sign: vmap(lambda one: nudged(trained, one)[1](sign))(a)
-        begun = each(lambda tensor: tensor.expand(len(sizes), *tensor.shape), running)
-        passed = vmap(statistics)(b) if running else ({}, {})
-        return _between(
-            vmap(loss, randomness="same"), nudge, begun, share=micro_batch.share, passed=passed
-        )
+    def batched(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
+        epsilons = vmap(lambda one: step_along(trained, one)[0])(a)
 
-    value, _, (after, losses) = _slopes(loss, trained, running)
-    return GradientVJP(
-        {name: value[name] for name in micro_batch.transition.updated}, after, losses, pull, many
-    )
+        def moved(sign: float) -> Tree:
+            found: Tree = vmap(lambda one: step_along(trained, one)[1](sign))(a)
+            return found
 
+        statistics = each(lambda tensor: tensor.expand(len(epsilons), *tensor.shape), running)
+        exact = vmap(through_statistics)(b) if running else ({}, {})
+        losses = vmap(loss, randomness="same")
+        return _central_differences(losses, epsilons, moved, statistics, share=share, exact=exact)
 
-Loss = Callable[
-    [Tree, Tree], tuple[Tensor, tuple[Tree, Tensor]]
-]  # (value or values, (buffers left, losses [slot]))
-Nudge = tuple[
-    Tensor, Callable[[float], Tree]
-]  # a step size, and the parameters after a step of this sign
+    gradient, _, (after, losses) = _gradients(loss, trained, running)
+    updated = {name: gradient[name] for name in micro_batch.transition.updated}
+    return GradientVJP(updated, after, losses, pull, batched)
 
 
-def _between(
-    loss: Loss, nudge: Nudge, running: Tree, *, share: Tensor, passed: tuple[Tree, Tree]
+def _central_differences(
+    loss: Loss,
+    epsilon: Tensor,
+    moved: Moved,
+    running: Tree,
+    *,
+    share: Tensor,
+    exact: tuple[Tree, Tree],
 ) -> tuple[Tree, Tree, Tensor]:
-    """Central differences of gradient and losses, beside what the statistics left have passed back."""
-    size, moved = nudge
-    second, before, (_, up) = _slopes(loss, moved(1.0), running)
-    subtracted, passed_on, (_, down) = _slopes(loss, moved(-1.0), running)
+    """Central differences of the gradients and of the losses, plus what is known exactly.
 
-    def slope(left: Tensor, right: Tensor) -> Tensor:  # in the memory of the first
-        return left.sub_(right).div_(
-            (2 * size).reshape(size.shape + (1,) * (left.dim() - size.dim()))
-        )
+    Args:
+        loss: Of one query, or of many that share nothing.
+        epsilon: Step size, `[]` or `[query]`.
+        moved: The parameters after a step.
+        running: The running statistics, of each query.
+        share: Of the samples in the loss, `[slot]`.
+        exact: Cotangents of parameters and running statistics that are added.
+    """
+    by_params_up, by_running_up, (_, losses_up) = _gradients(loss, moved(1.0), running)
+    by_params_down, by_running_down, (_, losses_down) = _gradients(loss, moved(-1.0), running)
 
-    second = {name: slope(tensor, subtracted[name]) for name, tensor in second.items()}
-    before = {name: slope(tensor, passed_on[name]) for name, tensor in before.items()}
-    return add(second, passed[0]), add(before, passed[1]), share.to(up) * slope(up, down)
+    def slope(up: Tensor, down: Tensor) -> Tensor:
+        width = (2 * epsilon).reshape(epsilon.shape + (1,) * (up.dim() - epsilon.dim()))
+        return up.sub_(down).div_(width)  # in the memory of the first: it is not needed any more
+
+    by_params = {name: slope(up, by_params_down[name]) for name, up in by_params_up.items()}
+    by_running = {name: slope(up, by_running_down[name]) for name, up in by_running_up.items()}
+    scores = share.to(losses_up) * slope(losses_up, losses_down)
+    return add(by_params, exact[0]), add(by_running, exact[1]), scores
 
 
-def _slopes(loss: Loss, part: Tree, some: Tree) -> tuple[Tree, Tree, tuple[Tree, Tensor]]:
+def _gradients(loss: Loss, part: Tree, running: Tree) -> tuple[Tree, Tree, tuple[Tree, Tensor]]:
     """Gradients of a loss, or of many that share nothing, by parameters and running statistics.
 
-    As training takes them: `torch.func.grad` would keep the whole graph until the end, for a
+    As training computes them: `torch.func.grad` would keep the whole graph until the end, for a
     derivative of its own.
     """
-    leaves = {
-        place: tensor.detach().requires_grad_()
-        for place, tensor in enumerate((*part.values(), *some.values()))
-    }
+    trained_leaves = as_leaves(part)
+    running_leaves = as_leaves(running)
     with torch.enable_grad():
-        values, (after, losses) = loss(
-            {name: leaves[place] for place, name in enumerate(part)},
-            {name: leaves[place] for place, name in enumerate(some, len(part))},
-        )
-    total, inputs = values.sum(), tuple(leaves.values())
-    after, losses = each(Tensor.detach, after), losses.detach()
-    if not total.requires_grad:  # nothing of this piece counts
-        slopes = tuple(torch.zeros_like(leaf) for leaf in inputs)
+        values, (after, losses) = loss(trained_leaves, running_leaves)
+    total = values.sum()
+    inputs = (*trained_leaves.values(), *running_leaves.values())
+    after = each(Tensor.detach, after)
+    losses = losses.detach()
+    if total.requires_grad:
+        found = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
     else:
-        slopes = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
-    trim()  # or the next pass takes new memory beside the holes that this one leaves
-    return (
-        dict(zip(part, slopes, strict=False)),
-        dict(zip(some, slopes[len(part) :], strict=True)),
-        (after, losses),
-    )
+        # The update did not consume this micro-batch's gradient.
+        found = tuple(torch.zeros_like(leaf) for leaf in inputs)
+    # Otherwise the next pass takes new memory, beside the holes that this one leaves.
+    trim()
+    by_params = dict(zip(part, found[: len(part)], strict=True))
+    by_running = dict(zip(running, found[len(part) :], strict=True))
+    return by_params, by_running, (after, losses)
 
 
-def _pulled_statistics(
-    micro_batch: MicroBatch, point: tuple[Tree, Tree], b: Tree
+def _statistics_vjp(
+    micro_batch: MicroBatch, params: Tree, buffers: Tree, b: Tree
 ) -> tuple[Tree, Tree]:
-    """The cotangents b of the running statistics after a forward pass, taken back through it."""
-    params, buffers = point
+    """VJP of the forward pass from the running statistics that it leaves, with cotangents b."""
 
-    def statistics(part: Tree, some: Tree) -> Tree:
-        _, (after, _) = micro_batch.loss(params | part, buffers | some, None)
+    def statistics(part: Tree, running: Tree) -> Tree:
+        _, (after, _) = micro_batch.loss(params | part, buffers | running, None)
         return {name: after[name] for name in b}
 
-    pulled: tuple[Tree, Tree] = vjp(statistics, *free(micro_batch, params, buffers))[1](b)
-    return pulled
+    pull = vjp(statistics, *differentiable_inputs(micro_batch, params, buffers))[1]
+    found: tuple[Tree, Tree] = pull(b)
+    return found
 
 
-def free(micro_batch: MicroBatch, params: Tree, buffers: Tree) -> tuple[Tree, Tree]:
+def differentiable_inputs(
+    micro_batch: MicroBatch, params: Tree, buffers: Tree
+) -> tuple[Tree, Tree]:
     """What a gradient is differentiated by: trained parameters and running statistics."""
     transition = micro_batch.transition
+    trained = {name: params[name] for name in transition.trained}
     running = {name: buffers[name] for name in transition.task.running if name in buffers}
-    return {name: params[name] for name in transition.trained}, running
+    return trained, running
 
 
-def leaves(tree: Tree) -> Tree:
-    """The same tensors, to be differentiated by."""
+def as_leaves(tree: Tree) -> Tree:
+    """The same tensors as leaves of a new graph."""
     return {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
 
 
-def transposed(
+def graph_vjp(
     outputs: Tensors, inputs: Tensors, cotangents: Tensors, *, create_graph: bool = False
 ) -> Tensors:
-    """Transposed product; the graph is kept, and what nothing depends on has zero."""
-    pairs = [
-        (output, c) for output, c in zip(outputs, cotangents, strict=True) if output.requires_grad
-    ]
+    """VJP of a recorded graph, which is kept; zero for inputs that no output depends on."""
+    # autograd refuses outputs that depend on no leaf, such as a frozen end of the network.
+    used = [place for place, output in enumerate(outputs) if output.requires_grad]
     return torch.autograd.grad(
-        [output for output, _ in pairs],
+        [outputs[place] for place in used],
         inputs,
-        [c for _, c in pairs],
+        [cotangents[place] for place in used],
         retain_graph=True,
         create_graph=create_graph,
         allow_unused=True,
@@ -211,22 +231,30 @@ def transposed(
     )
 
 
-def nudged(params: Tree, direction: Tree) -> Nudge:
-    r"""A step size :math:`\epsilon` for central differences along a direction, and the parameters moved by it.
+def step_along(params: Tree, direction: Tree) -> tuple[Tensor, Moved]:
+    r"""Step size :math:`\epsilon` for central differences along a direction, and the moved parameters.
 
-    The move is a fixed share of the parameters' own norm, whatever the direction's: the cube root
-    of the rounding unit balances rounding (1 / size) and curvature (size squared).
+    The step is a fixed share of the parameters' own norm, whatever the direction's norm: the cube
+    root of the machine epsilon balances rounding, which falls with the size, and curvature, which
+    grows with its square.
     """
-    share = torch.finfo(next(iter(params.values())).dtype).eps ** (1 / 3)
-    lengths = [
-        torch.stack([torch.linalg.vector_norm(t) for t in tree.values()]).norm()
-        for tree in (params, direction)
-    ]
-    size = share * lengths[0] / torch.where(lengths[1] > 0, lengths[1], 1.0)
+    dtype = next(iter(params.values())).dtype
+    share = torch.finfo(dtype).eps ** (1 / 3)
+    params_norm = _norm(params)
+    direction_norm = _norm(direction)
+    epsilon = share * params_norm / torch.where(direction_norm > 0, direction_norm, 1.0)
 
     def moved(sign: float) -> Tree:
-        return params | {
-            name: params[name] + sign * size * tensor for name, tensor in direction.items()
+        changed = {
+            name: params[name] + sign * epsilon * tensor for name, tensor in direction.items()
         }
+        return params | changed
 
-    return size, moved
+    return epsilon, moved
+
+
+def _norm(tree: Tree) -> Tensor:
+    # A tensor, unlike backtrail.tree.norm: this runs under vmap.
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tree.values()])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total

@@ -14,12 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from backtrail.errors import CoupledLoss, join_items
 from backtrail.persample.rules import Parts, Reductions
 from backtrail.step.step import MicroBatch
-from backtrail.tree import Tree, norm
+from backtrail.tree import Tree, norm, tree_leaves
 
 log = logging.getLogger(__name__)
 

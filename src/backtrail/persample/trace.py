@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from backtrail.persample.rules import (
     Arranged,
@@ -32,7 +31,7 @@ from backtrail.persample.rules import (
     patches,
     summed_to,
 )
-from backtrail.tree import Tree
+from backtrail.tree import Tree, tree_leaves
 
 Call = dict[str, Any]
 

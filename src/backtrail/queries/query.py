@@ -16,11 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from backtrail.exclusive import exclusive
 from backtrail.task.task import Batch, Task
-from backtrail.tree import Tree, each
+from backtrail.tree import Tree, each, tree_flatten, tree_leaves, tree_unflatten
 
 Mode = Literal["eval", "train"]
 Slope = tuple[tuple[int, ...], Tensor, Sequence[Tree]]  # queries, and their values and gradients

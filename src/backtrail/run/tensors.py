@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from backtrail.errors import BadBatch
 from backtrail.step.state import State
 from backtrail.task.task import Batch
-from backtrail.tree import Tree
+from backtrail.tree import Tree, tree_flatten_with_path, tree_map
 
 
 def pack_state(state: State) -> bytes:

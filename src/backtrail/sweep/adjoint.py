@@ -13,7 +13,6 @@ All cotangents of a sweep are stacked along a first axis and share the primal pa
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from backtrail.accel.allocator import no_trim
-from backtrail.accel.onednn import fast_products
+from backtrail.accel.context import accelerated
 from backtrail.curvature.vjp import GradientVJP
 from backtrail.optim.flatten import flat_chunks
 from backtrail.optim.jacobian import pull_update
@@ -148,8 +146,7 @@ def _add_pulled(linear: GradientVJP, grads: Tree, *, into: Cotangent, chunk: int
     scores = []
     for first in range(0, count, chunk):
         rows = slice(first, first + chunk)
-        # One query in the least memory, several in the least time.
-        with no_trim() if count > 1 else nullcontext(), fast_products():
+        with accelerated():
             second, before, score = pull_rows(linear, rows_of(grads, rows), rows_of(buffers, rows))
         for name, product in second.items():
             params[name][rows] += product
@@ -160,9 +157,9 @@ def _add_pulled(linear: GradientVJP, grads: Tree, *, into: Cotangent, chunk: int
 
 
 def pull_rows(linear: GradientVJP, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
-    """The transposed derivative of a piece for several queries at once: `GradientVJP.pull` with a first axis."""
+    """The transposed derivative of a piece for several queries at once: `GradientVJP.vjp` with a first axis."""
     if len(next(iter(grads.values()))) > 1:
-        many = linear.many or vmap(linear.pull, randomness="same")
+        many = linear.batched_vjp or vmap(linear.vjp, randomness="same")
         try:
             pulled: tuple[Tree, Tree, Tensor] = many(grads, buffers)
             return pulled
@@ -172,7 +169,7 @@ def pull_rows(linear: GradientVJP, grads: Tree, buffers: Tree) -> tuple[Tree, Tr
             )
         return _halved(linear, grads, buffers)
     # One query needs no batching rule, and most kernels are faster without one.
-    second, before, score = linear.pull(each(lambda t: t[0], grads), each(lambda t: t[0], buffers))
+    second, before, score = linear.vjp(each(lambda t: t[0], grads), each(lambda t: t[0], buffers))
     return each(lambda t: t[None], second), each(lambda t: t[None], before), score[None]
 
 
@@ -210,7 +207,9 @@ class _Primal:
             for micro_batch in micro_batches
         ]
         if len(micro_batches) == 1:
-            linear = rules.linearise(micro_batches[0], state.params, state.buffers, weights=ones[0])
+            linear = rules.gradient_vjp(
+                micro_batches[0], state.params, state.buffers, weights=ones[0]
+            )
             return _Primal(trained or linear.gradient, linear.losses, lambda: iter([linear]))
 
         # Accumulation exists to save memory, so gradients come first, and then one micro-batch's
@@ -222,7 +221,7 @@ class _Primal:
             for micro_batch, (before, _), w in reversed(
                 list(zip(micro_batches, walked, ones, strict=True))
             ):
-                yield rules.linearise(micro_batch, state.params, before, weights=w)
+                yield rules.gradient_vjp(micro_batch, state.params, before, weights=w)
 
         return _Primal(trained or total, losses, backwards)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from backtrail.accel.onednn import fast_products
+from backtrail.accel.context import accelerated
 from backtrail.curvature.policies import Curvature, Hessian
 from backtrail.curvature.vjp import GradientVJP
 from backtrail.optim.slopes import Slope, Tangent
@@ -24,9 +24,9 @@ class Rules:
         """Whether the sweep is the derivative of the training."""
         return isinstance(self.curvature, Hessian) and isinstance(self.slope, Tangent)
 
-    def linearise(
+    def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
-        """Gradient of a piece and its transposed derivative at the given point."""
-        with fast_products():
-            return self.curvature.linearise(micro_batch, params, buffers, weights=weights)
+        """Gradient of a micro-batch at a point, with its vector-Jacobian product."""
+        with accelerated():
+            return self.curvature.gradient_vjp(micro_batch, params, buffers, weights=weights)

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backtrail.curvature.jvp import Pushed, along
+from backtrail.curvature.jvp import GradientJVP, value_and_jvp
 from backtrail.optim.flatten import FlatChunk, flat_chunks
 from backtrail.optim.jacobian import GRADIENT, PARAMETER, Entries
 from backtrail.step.state import State
@@ -69,9 +69,9 @@ def push_forward(
         transition.step.autocast
     ):  # the update was made from another gradient than the one that is differentiated
         consumed, buffers, _ = transition.raw_gradient(state)
-    clipped, slopes = consumed, found.gradient_change
+    clipped, slopes = consumed, found.gradient_tangent
     if transition.task.clip is not None:
-        clipped, slopes = along(transition.clipped, (consumed,), (slopes,))
+        clipped, slopes = value_and_jvp(transition.clipped, (consumed,), (slopes,))
     entries = (
         (
             strand,
@@ -80,27 +80,29 @@ def push_forward(
         for strand in flat_chunks(update, state, clipped)
     )
     params, moments = push_update(entries, slopes, change=now.change)
-    return transition.moved(state, clipped, buffers), State(params, found.buffers_change, moments)
+    return transition.moved(state, clipped, buffers), State(params, found.buffers_tangent, moments)
 
 
-def _pieces(transition: Transition, now: Changed, weights: Tensor, *, rules: Rules) -> Pushed:
+def _pieces(transition: Transition, now: Changed, weights: Tensor, *, rules: Rules) -> GradientJVP:
     """The whole step's gradient and its change, micro-batch by micro-batch."""
     state, change, total = (
         now.state,
         now.change,
-        Pushed({}, now.state.buffers, {}, now.change.buffers),
+        GradientJVP({}, now.state.buffers, {}, now.change.buffers),
     )
     for micro_batch, part in zip(
         transition.micro_batches(), transition.split(weights), strict=True
     ):
         assert part is not None
-        at = Changed(State(state.params, total.buffers), State(change.params, total.buffers_change))
-        found = rules.curvature.push(micro_batch, (at.state, at.change), weights=part)
-        total = Pushed(
+        at = Changed(
+            State(state.params, total.buffers), State(change.params, total.buffers_tangent)
+        )
+        found = rules.curvature.gradient_jvp(micro_batch, at.state, at.change, weights=part)
+        total = GradientJVP(
             add(total.gradient, found.gradient),
             found.buffers,
-            add(total.gradient_change, found.gradient_change),
-            found.buffers_change,
+            add(total.gradient_tangent, found.gradient_tangent),
+            found.buffers_tangent,
         )
     return total
 

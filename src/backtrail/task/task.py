@@ -18,17 +18,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
 
-from backtrail.accel.layers import join
+from backtrail.accel.layers import mark_activation
 from backtrail.errors import BadIds, BadLoss, BadReduction, NotCut, SharedStorage
 from backtrail.exclusive import exclusive
 from backtrail.task import torch_compile
 from backtrail.task.activation_checkpointing import computed_once
 from backtrail.task.batchnorm import STATISTICS, RunningStatistics, tracking
 from backtrail.task.clipping import ClipNorm, ClipValue
-from backtrail.tree import Tree, cast, plain
+from backtrail.tree import Tree, cast, plain, tree_leaves, tree_map
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +312,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     copied = torch_compile.copied(model, memo)
     for module in copied.modules():
         _keep_activations(module)
-        join(module)
+        mark_activation(module)
     return copied
 
 

@@ -11,14 +11,19 @@ from tests.gate import BAR, ROWS, Cell, cells
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers are differentiated twice as large ones are."""
-    monkeypatch.setattr(second_order, "LARGE", 1)
+    """Small layers take the hand-written second derivatives, as large ones do."""
+    monkeypatch.setattr(second_order, "MIN_ENTRIES", 1)
 
 
+@pytest.mark.parametrize("enabled", [True, False], ids=["accelerated", "torch's own kernels"])
 @pytest.mark.parametrize("cell", cells(ROWS), ids=str)
-def test_influence_equals_nudging_each_weight(cell: Cell, tmp_path: Path) -> None:
-    """Largest difference from training again with a slot's weight nudged, relative to the largest derivative."""
-    assert cell.error(tmp_path / "run") <= BAR
+def test_influence_equals_nudging_each_weight(cell: Cell, *, enabled: bool, tmp_path: Path) -> None:
+    """Largest difference from training again with a slot's weight nudged, relative to the largest.
+
+    With acceleration and without.
+    """
+    with backtrail.acceleration(enabled):
+        assert cell.error(tmp_path / "run") <= BAR
 
 
 def test_the_gate_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

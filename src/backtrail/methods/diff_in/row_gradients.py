@@ -11,11 +11,10 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from backtrail.methods.diff_in.trajectory import Point
 from backtrail.task.task import Batch, Task, size_of
-from backtrail.tree import Tree, add, cast, each, stack
+from backtrail.tree import Tree, add, cast, each, stack, tree_flatten, tree_unflatten
 
 
 @final

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from backtrail.accel.allocator import keep_heap
-from backtrail.accel.onednn import fast_products
+from backtrail.accel.context import accelerated
 from backtrail.methods.diff_in.finite_differences import Differences, full_precision
 from backtrail.methods.diff_in.forms import EndGradients, Form
 from backtrail.methods.diff_in.local_model import LocalModel
@@ -167,8 +166,7 @@ class Terms:
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.trajectory.task))
             stack.enter_context(full_precision())
-            stack.enter_context(keep_heap())
-            stack.enter_context(fast_products())
+            stack.enter_context(accelerated(keep_memory=True))
             yield
 
     def _local_models(self) -> list[LocalModel]:

@@ -8,7 +8,6 @@ which the paper approximates for plain SGD and recomputes for every window.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, final, get_args
@@ -18,8 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backtrail.accel.allocator import keep_heap
-from backtrail.accel.onednn import installed
+from backtrail.accel.context import accelerated
 from backtrail.curvature.policies import Curvature, Hessian
 from backtrail.curvature.vjp import Product
 from backtrail.errors import BadSetting
@@ -195,8 +193,10 @@ class _Filling:
         bar = iter(
             tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False)
         )
-        # Differences are asked for to save memory, and time is what a kept heap saves.
-        with installed(), keep_heap() if rules.curvature.product == "autograd" else nullcontext():
+        # Kept memory saves time. A single query by differences is a choice of the least memory.
+        rows = len(self.about.queries) * len(self.about.observed_at)
+        keep_memory = rules.curvature.product == "autograd" or rows > 1
+        with accelerated(products=False, keep_memory=keep_memory):
             for shard in reversed(missing):
                 self.fill_shard(shard, bar)
         self.store.clear()

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from backtrail.accel.allocator import keep_heap
-from backtrail.accel.onednn import fast_products, installed
+from backtrail.accel.context import accelerated
 from backtrail.errors import BadSetting, NoDraw
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
@@ -131,7 +130,7 @@ class DataValueEmbedding:
         """
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
-            with keep_heap(), installed():
+            with accelerated(products=False, keep_memory=True):
                 gathering.fill(store)
                 _Recursion(store, run.task.device, self.damping).fill()
         return Embeddings(run, store)
@@ -160,7 +159,7 @@ class DataValueEmbedding:
             raise BadSetting("part", part, "(i, n): of n parts, the i-th, from 0")
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
-            with keep_heap(), installed():
+            with accelerated(products=False, keep_memory=True):
                 gathering.fill(store, part)
 
     def _begin(
@@ -321,7 +320,7 @@ class _Recursion:
         blocks = self.store.about.blocks
         visits = [visits_of(of_step, slice(start, stop)) for start, stop in blocks.values()]
         parts = []
-        with fast_products():
+        with accelerated():
             weights = curvature_weights(visits, self.damping)
             for number, block in enumerate(blocks):
                 part = embed_step(

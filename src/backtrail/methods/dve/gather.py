@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from backtrail.accel.onednn import fast_products
+from backtrail.accel.context import accelerated
 from backtrail.methods.dve.live.files import KeptRows
 from backtrail.methods.dve.step_features import Arrays, StepFeatures
 from backtrail.methods.dve.store import EmbeddingStore
@@ -95,7 +95,7 @@ class Walk:
         else:
             state = self.before(index)
         transition = self._run.transition(index)
-        with fast_products():
+        with accelerated():
             arrays, gradient_and_buffers = self._features(transition, state)
         self._reached = index + 1, self._after(transition, state, gradient_and_buffers)
         return arrays
@@ -106,7 +106,7 @@ class Walk:
         state = self._run.state(first)
         for index in range(first, step):
             transition = self._run.transition(index)
-            with fast_products():
+            with accelerated():
                 gradient_and_buffers = self._gradient(transition, state)
             state = self._after(transition, state, gradient_and_buffers)
         return state

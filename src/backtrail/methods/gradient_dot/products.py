@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backtrail.accel.onednn import fast_products
+from backtrail.accel.context import accelerated
 from backtrail.curvature.policies import Zero
 from backtrail.errors import CoupledLoss
 from backtrail.persample.gradients import watched
@@ -57,9 +57,9 @@ def slot_products(
 def _by_tangents(micro_batch: MicroBatch, state: State, directions: Tree, *, chunk: int) -> Found:
     """Along one direction after the other."""
     like = next(iter(directions.values()))
-    with micro_batch.transition.replaying(), fast_products():
+    with micro_batch.transition.replaying(), accelerated():
         ones = torch.ones(len(micro_batch.share)).to(like)
-        linear = Zero().linearise(micro_batch, state.params, state.buffers, weights=ones)
+        linear = Zero().gradient_vjp(micro_batch, state.params, state.buffers, weights=ones)
         if not micro_batch.contributes:
             return like.new_zeros(len(like), 0), linear.losses, linear.buffers
         blocks = [

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from backtrail.accel.allocator import keep_heap
-from backtrail.accel.onednn import fast_products, installed
+from backtrail.accel.context import accelerated
 from backtrail.errors import NotCaptured, join_items
 from backtrail.methods.dve.live.early_rates import Early, Now
 from backtrail.methods.dve.live.files import RowsWriter
@@ -73,8 +72,7 @@ class LiveCapture:
         self._early = Early(what, now) if uses_early_rates else None
         self._held = ExitStack()
         # What waits for a step is allocated and freed at every step.
-        self._held.enter_context(keep_heap())
-        self._held.enter_context(installed())
+        self._held.enter_context(accelerated(products=False, keep_memory=True))
         # The skeleton is copied before there are hooks that would be copied with it.
         what.task.binding  # noqa: B018
         self._hooks = self._register(what.task.model)
@@ -182,7 +180,7 @@ class LiveCapture:
             # Released before there is another graph.
             hooks.forget()
             if what.partly:
-                with fast_products():
+                with accelerated():
                     arrays |= what.rows_of_chosen(
                         micro_batch, state.params, state.buffers, scaled=scaled
                     )

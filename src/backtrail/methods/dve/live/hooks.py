@@ -12,7 +12,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from backtrail.accel.onednn import fast_products
+from backtrail.accel.context import accelerated
 from backtrail.errors import NotCaptured
 from backtrail.methods.dve.step_features import Arrays, StepFeatures
 from backtrail.persample.check import grads
@@ -154,7 +154,7 @@ class BatchHooks:
         self._by_edge = list(by_edge.values())
         self._gathered = Gathered([loss for loss, _ in self._requested({}).values()])
         if self._sampled_loss is not None:
-            with torch.autocast(task.device.type, enabled=False), fast_products():
+            with torch.autocast(task.device.type, enabled=False), accelerated():
                 total = self._sampled_loss(outputs, self.batch).sum()
                 cotangents = grads(total, list(by_edge))
             for place in range(len(cotangents)):
@@ -182,7 +182,7 @@ class BatchHooks:
     @contextmanager
     def _reducing(self) -> Iterator[None]:
         # Under autocast the factors are as coarse as training's; their products need not be.
-        with torch.autocast(self._what.task.device.type, enabled=False), fast_products():
+        with torch.autocast(self._what.task.device.type, enabled=False), accelerated():
             yield
 
     def _add(
