@@ -119,7 +119,7 @@ def test_an_attribution_killed_anywhere_resumes_to_the_same_bits(
     name: str, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After every shard in turn, marked or not."""
-    monkeypatch.setattr("backtrail.methods.dit.dit.SHORTEST", 1)
+    monkeypatch.setattr("backtrail.methods.result.SHORTEST", 1)
     run = recorded_run(name, tmp_path)
     states = [2, run.steps]
     whole = method.attribute(run, standard_queries(), observed_at=states).values()

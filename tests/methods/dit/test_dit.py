@@ -112,7 +112,7 @@ def test_an_interrupted_attribution_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted before every possible step in turn, and resumed."""
-    monkeypatch.setattr("backtrail.methods.dit.dit.SHORTEST", 1)
+    monkeypatch.setattr("backtrail.methods.result.SHORTEST", 1)
     run = recorded_run("adamw", tmp_path)
     whole = (
         backtrail.DIT()
