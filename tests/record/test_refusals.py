@@ -176,6 +176,17 @@ def test_a_closure(tmp_path: Path) -> None:
             loop.optimizer.step(lambda: 0.0)
 
 
+def test_no_closure_given_by_position(tmp_path: Path) -> None:
+    """step(None), as wrappers of an optimizer call it, is an ordinary step."""
+    loop = Loop.of(mlp())
+    with loop.recorder(tmp_path / "run") as recorder:
+        for batch in recorder.watch(loop.loader()):
+            loop.backward(batch)
+            loop.optimizer.step(None)
+            loop.optimizer.zero_grad()
+    assert backtrail.open_run(tmp_path / "run", loop.task()).verify().steps == len(loop.loader())
+
+
 def test_gradients_never_cleared(tmp_path: Path) -> None:
     """The step is named, and zero_grad."""
     loop = Loop.of(mlp())
