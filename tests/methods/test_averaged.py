@@ -159,7 +159,7 @@ def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the middle of the way back; another average does not go on in its folder."""
-    monkeypatch.setattr("backtrail.methods.dit.dit.SHORTEST", 1)
+    monkeypatch.setattr("backtrail.methods.result.SHORTEST", 1)
     run, query = recorded_case(CASES[3], tmp_path), averaged("timm")
     whole = (
         backtrail.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / "whole").values()
