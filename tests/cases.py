@@ -191,6 +191,13 @@ CASES = [
             optimizer, 0.4, total_steps=6
         ),
     ),
+    Case(
+        "warm-up from zero",
+        one_group(ADAMW, lr=0.02, weight_decay=0.1),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: step / 4
+        ),
+    ),
     Case("accumulation, adamw", one_group(ADAMW, lr=0.01), accumulate=2),
     Case("accumulation, batchnorm", one_group(SGD, lr=0.2), accumulate=2, model=normed),
     Case("penalty", one_group(SGD, lr=0.3, momentum=0.9), penalty=decay),

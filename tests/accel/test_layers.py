@@ -20,15 +20,9 @@ from transformers.activations import (
 
 import backtrail
 from backtrail.accel import second_order
-<<<<<<< HEAD
-from backtrail.accel.layers import DoubleBackwardMode, join
-from backtrail.accel.second_order import straight
-from tests.curvature.problems import problem
-=======
 from backtrail.accel.context import accelerated
 from backtrail.accel.layers import mark_activation
-from tests.curvature.test_policies import problem
->>>>>>> 2f45221 (One context and one switch for all acceleration)
+from tests.curvature.problems import problem
 
 Layer = Callable[..., Tensor]
 Leaves = tuple[Tensor, ...]

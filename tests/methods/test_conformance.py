@@ -9,7 +9,7 @@ import torch
 import backtrail
 from backtrail.errors import NoSuchState
 from backtrail.influence.writer import InfluenceWriter
-from backtrail.methods.result import slots
+from backtrail.methods.result import sample_table
 from tests.interruption import Interrupted
 from tests.oracles.sums import sum_by_sample
 from tests.recorded_runs import recorded_run
@@ -43,7 +43,7 @@ def test_the_result_says_what_it_is(name: str, method: Method, tmp_path: Path) -
     run = recorded_run(name, tmp_path)
     found = method.attribute(run, standard_queries(), observed_at=[1, run.steps])
     assert found.values().shape == (3, 2, run.steps, max(len(step.samples) for step in run.log))
-    assert (found.sample == slots(run)).all()
+    assert (found.sample == sample_table(run)).all()
     assert found.sign.startswith("what the query gains when the sample is removed")
     assert (found.unit, found.run, found.denominator) == ("custom", run.id, "keep")
     assert found.method == type(method).__name__

@@ -1,63 +1,77 @@
-"""The derivative of an update equals finite differences, however its parameters are cut into strands."""
+"""The derivative of an update equals finite differences, however parameters are cut into chunks."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import backtrail.optim.jacobian
-from backtrail.optim.flatten import ENTRIES, flat_chunks
+from backtrail.optim.flatten import CHUNK_ENTRIES, flat_chunks
 from backtrail.optim.jacobian import (
     GRADIENT,
     PARAMETER,
-    Entries,
-    _first_moments,
+    Diagonals,
+    FlatUpdate,
     jacobian,
     pull_update,
 )
-from backtrail.step.state import COUNTS, State
-from backtrail.step.update import SUPPORTED, Update
+from backtrail.step.optimizers import COUNTS, RULES
+from backtrail.step.state import State
+from backtrail.step.update import Update
 from backtrail.tree import Tree, each
 from tests.step.updates import started
 
 SHAPES = {"a": (3, 2), "b": (3,), "c": (), "d": (2, 2)}
 
 
-def entries_of(update: Update, state: State, grad: Tensor) -> Entries:
+def diagonals_of(update: Update, state: State, grad: Tensor) -> Diagonals:
     """The Jacobian at all entries of the parameter."""
     (chunk,) = flat_chunks(update, state, {"w": grad})
     return jacobian(update, state, {"w": grad}, chunk=chunk)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
-@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.parametrize("kind", RULES)
 def test_the_jacobian_equals_finite_differences(kind: str, steps: int) -> None:
     """Every output by every input, also at the first step of a fresh optimizer."""
     update, state, grad = started(kind, steps)
-    entries = entries_of(update, state, grad)
+    diagonals = diagonals_of(update, state, grad)
     after = update(state, {"w": grad})
     outputs = [PARAMETER, *(k for k, m in after.moments["w"].items() if m.shape == grad.shape)]
-    sources = {source for _, source in entries}
+    sources = {source for _, source in diagonals}
     assert {PARAMETER, GRADIENT} <= sources
     for source in sources:
         numeric = differences(update, state, grad, source)
         for output in outputs:
-            exact = entries.get((output, source), torch.zeros(6, dtype=torch.float64))
+            exact = diagonals.get((output, source), torch.zeros(6, dtype=torch.float64))
             torch.testing.assert_close(exact, numeric[output], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("kind", RULES)
+def test_a_learning_rate_of_zero_has_a_derivative(kind: str, steps: int) -> None:
+    """As at the first step of a warm-up: the moments change, and most parameters do not."""
+    update, state, grad = started(kind, steps)
+    update = replace(update, settings=(update.settings[0] | {"lr": 0.0},))
+    diagonals = diagonals_of(update, state, grad)
+    for source in {source for _, source in diagonals}:
+        numeric = differences(update, state, grad, source)
+        for output, truth in numeric.items():
+            exact = diagonals.get((output, source), torch.zeros(6, dtype=torch.float64))
+            torch.testing.assert_close(exact, truth, rtol=1e-5, atol=1e-7)
+
+
 def differences(update: Update, state: State, grad: Tensor, source: str) -> dict[str, Tensor]:
-    """Central differences of all outputs, moving every entry of one input by a millionth of itself."""
+    """Central differences of all outputs; every entry of the input moves by a millionth of itself."""
     found = []
     inputs = {PARAMETER: state.params["w"], GRADIENT: grad} | state.moments.get("w", {})
     size = 1e-6 * inputs[source].abs() + 1e-12
     for sign in (1.0, -1.0):
-        params, moments, moved = (
-            dict(state.params),
-            {n: dict(t) for n, t in state.moments.items()},
-            grad,
-        )
+        params = dict(state.params)
+        moments = {name: dict(tree) for name, tree in state.moments.items()}
+        moved = grad
         match source:
             case "parameter":
                 params["w"] = params["w"] + sign * size
@@ -74,24 +88,21 @@ def differences(update: Update, state: State, grad: Tensor, source: str) -> dict
     }
 
 
-@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.parametrize("kind", RULES)
 def test_the_counts_of_a_new_optimizer_are_in_float64(kind: str) -> None:
     """They are those that torch makes where float64 is the default, which the process keeps."""
     update, state, grad = started(kind, 0)
     inputs = {PARAMETER: state.params["w"], GRADIENT: grad}
-    alone = Update(kind, ((PARAMETER,),), update.settings)
-    moments = _first_moments(alone, inputs)
+    flat = FlatUpdate(replace(update, groups=((PARAMETER,),)), inputs, {})
+    moments = flat.start(inputs)
     counts = {key: tensor.dtype for key, tensor in moments.items() if key in COUNTS}
     assert set(counts.values()) <= {torch.float64}
 
-    def step(before: dict[str, Tree]) -> Tree:
-        arguments = {PARAMETER: state.params["w"]}, before, {PARAMETER: grad}
-        with torch.no_grad():
-            params, after = alone.run(*arguments, differentiable=False)
-        of_entries = {key: m for key, m in after[PARAMETER].items() if key not in COUNTS}
-        return of_entries | params
+    def step(before: Tree) -> Tree:
+        after = flat.outputs(inputs | before)
+        return {key: tensor for key, tensor in after.items() if key not in COUNTS}
 
-    from_ours = step({PARAMETER: moments})
+    from_ours = step(moments)
     torch.set_default_dtype(torch.float64)
     try:
         from_torchs = step({})
@@ -109,15 +120,15 @@ def test_entries_that_never_moved_have_a_finite_derivative(kind: str) -> None:
     for _ in range(3):
         dead = grad.clone()
         dead[2] = 0.0
-        entries = entries_of(update, state, dead)
-        assert all(torch.isfinite(entry).all() for entry in entries.values()), (kind, entries)
+        diagonals = diagonals_of(update, state, dead)
+        assert all(torch.isfinite(entry).all() for entry in diagonals.values()), (kind, diagonals)
         state = update(state, {"w": dead})
 
 
-def test_how_parameters_are_cut_into_strands_changes_no_cotangent(
+def test_how_parameters_are_cut_into_chunks_changes_no_cotangent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Several shapes, two groups, two ages: strands of four entries pull back as whole parameters do."""
+    """Several shapes, groups and step counts: chunks of 4 entries give what whole parameters do."""
     draw = torch.Generator().manual_seed(1)
 
     def tree(*leading: int) -> Tree:
@@ -149,8 +160,8 @@ def test_how_parameters_are_cut_into_strands_changes_no_cotangent(
     assert (
         len(list(flat_chunks(update, state, grads))) == 3
     )  # b is a step younger than a; c and d have another rate
-    monkeypatch.setitem(ENTRIES, "cpu", 4)
-    monkeypatch.setattr(backtrail.optim.jacobian, "ROWS_BYTES", 40)
+    monkeypatch.setitem(CHUNK_ENTRIES, "cpu", 4)
+    monkeypatch.setattr(backtrail.optim.jacobian, "BLOCK_BYTES", 40)
     assert len(list(flat_chunks(update, state, grads))) == 5
     torch.testing.assert_close(pulled(), whole, rtol=0, atol=0)
 
@@ -160,7 +171,7 @@ def test_nothing_is_left_behind() -> None:
     update, state, grad = started("AdamW", 4)
 
     def tensors_after_another() -> int:
-        entries_of(update, state, grad)
+        diagonals_of(update, state, grad)
         gc.collect()
         return sum(type(thing) is Tensor for thing in gc.get_objects())
 

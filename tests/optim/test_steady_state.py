@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import backtrail
-from backtrail.optim.steady_state import Lasting, lasting
+from backtrail.optim.steady_state import SteadyState, steady_state
 from backtrail.run.run import Run
 from backtrail.step.state import State
 from backtrail.tree import Tree
@@ -30,12 +30,12 @@ def recorded(folder: Path, kind: Kind, **settings: object) -> Run:
     return backtrail.open_run(folder / "run", case.task(model, data))
 
 
-def at(run: Run, step: int) -> tuple[Lasting, State, Tree]:
+def at(run: Run, step: int) -> tuple[SteadyState, State, Tree]:
     """A step's lasting answer, the state after it, and its gradient."""
     transition, state = run.transition(step), run.state(step, replay=True)
     grads, _, _ = transition.raw_gradient(state)
     return (
-        lasting(transition.task, transition.update, state, grads=grads),
+        steady_state(transition.task, transition.update, state, grads=grads),
         transition.advance(state),
         grads,
     )
@@ -62,6 +62,18 @@ def test_sgd_has_one_rate(
     for name in found.rate:
         torch.testing.assert_close(found.rate[name], torch.full_like(found.rate[name], rate))
         torch.testing.assert_close(found.decay[name], torch.full_like(found.decay[name], kept))
+
+
+def test_asgd_starts_at_the_rate_of_its_group(tmp_path: Path) -> None:
+    """Its own rate shrinks with every step; after the first it is not that of the first."""
+    run = recorded(tmp_path, torch.optim.ASGD, lr=0.3, lambd=0.05, t0=1)
+    for step, rate in ((0, 0.3), (1, 0.3 / (1 + 0.05 * 0.3) ** 0.75)):
+        found, _, _ = at(run, step)
+        for name, tensor in found.rate.items():
+            torch.testing.assert_close(tensor, torch.full_like(tensor, rate))
+            torch.testing.assert_close(
+                found.decay[name], torch.full_like(tensor, 1 - 0.05 * rate), rtol=1e-6, atol=0
+            )
 
 
 def of_adam(moments: Tree) -> Tensor:
@@ -105,7 +117,7 @@ def test_what_is_divided_by_a_root_is_taken_as_fixed(
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.model.__name__ == "mlp"], ids=str)
 def test_every_optimizer_has_a_finite_answer(case: Case, tmp_path: Path) -> None:
-    """From its first step on, also where a gradient never came; downhill, but for loops that climb."""
+    """From its first step on, also where a gradient never came; downhill unless maximizing."""
     model, data = case.built(), rows()
     record(case, model, data, tmp_path / "run")
     run = backtrail.open_run(tmp_path / "run", case.task(model, data))

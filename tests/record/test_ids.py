@@ -19,7 +19,7 @@ from backtrail.errors import (
     UnwatchableLoader,
     WrongData,
 )
-from backtrail.methods.dit.auto import candidates, told
+from backtrail.methods.dit.auto import candidate_rules, describe_rules
 from tests.loops import adam, backward, mlp, refused, rows
 from tests.oracles.agreement import agreement_with_removals
 from tests.streams import SAMPLE_IDS, STREAM_ROWS, KeywordModel, Stream, recorded_stream, row_losses
@@ -119,9 +119,9 @@ def test_the_choice_of_a_sweep_finds_samples_by_their_ids(tmp_path: Path) -> Non
     """The figures told are those of the removals of these ids."""
     run = recorded_stream(tmp_path / "run")
     chosen = str(backtrail.DIT(curvature="auto").attribute(run, query()).settings["chosen"])
-    rules = candidates(run, backtrail.Tangent())
+    rules = candidate_rules(run, backtrail.Tangent())
     for rule, figure in zip(rules, agreement_with_removals(run, rules, query()), strict=True):
-        assert f"{told(rule)} {figure:.2f}" in chosen
+        assert f"{describe_rules(rule)} {figure:.2f}" in chosen
 
 
 @pytest.mark.parametrize(

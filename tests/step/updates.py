@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backtrail.step.optimizers import RULES
 from backtrail.step.state import State, settings_of
-from backtrail.step.update import SUPPORTED, Update, tensors_of
+from backtrail.step.update import Update, tensors_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1},
@@ -17,10 +18,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def started(kind: str, steps: int) -> tuple[Update, State, Tensor]:
-    """An optimizer after some steps on random gradients: its update, its state, and the next gradient."""
+    """Update, state and next gradient of an optimizer after some steps on random gradients."""
     draw = torch.Generator().manual_seed(5)
     parameter = nn.Parameter(torch.randn(6, generator=draw, dtype=torch.float64))
-    optimizer = SUPPORTED[kind]([parameter], **SETTINGS.get(kind, {"lr": 0.1}))
+    optimizer_class: Any = RULES[kind].optimizer_class
+    optimizer = optimizer_class([parameter], **SETTINGS.get(kind, {"lr": 0.1}))
     for _ in range(steps):
         parameter.grad = torch.randn(6, generator=draw, dtype=torch.float64)
         optimizer.step()

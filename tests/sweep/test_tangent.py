@@ -9,8 +9,8 @@ from torch import Tensor
 import backtrail
 from backtrail.curvature.policies import Curvature
 from backtrail.methods.retrain.removal import Group, moved
-from backtrail.optim import flatten as flat_chunks
-from backtrail.optim.slopes import Slope
+from backtrail.optim import flatten
+from backtrail.optim.slopes import UpdateDerivative
 from backtrail.queries import gradients
 from backtrail.run.run import Run
 from backtrail.step.state import State
@@ -81,7 +81,7 @@ def test_it_is_the_transpose_of_the_adjoint_sweep(
     name: str, curvature: Curvature, tmp_path: Path
 ) -> None:
     """What it changes in a query is the sum of the influences of the group, under the same rules."""
-    slope: Slope = backtrail.Secant() if name == "adamw" else backtrail.Tangent()
+    slope: UpdateDerivative = backtrail.Secant() if name == "adamw" else backtrail.Tangent()
     run = recorded_run(name, tmp_path)
     found = swept(run, Rules(curvature, slope))
     end = found.state
@@ -108,10 +108,10 @@ def test_it_is_the_transpose_of_the_adjoint_sweep(
 def test_long_parameters_are_pushed_piece_by_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Strands of three entries cut every parameter, and change nothing."""
+    """Chunks of three entries cut every parameter, and change nothing."""
     run = recorded_run("adamw", tmp_path)
     whole = flat(run, swept(run, EXACT))
-    monkeypatch.setattr(flat_chunks, "ENTRIES", {"cpu": 3})
+    monkeypatch.setattr(flatten, "CHUNK_ENTRIES", {"cpu": 3})
     torch.testing.assert_close(flat(run, swept(run, EXACT)), whole, rtol=1e-12, atol=1e-15)
 
 

@@ -13,7 +13,7 @@ from backtrail.apply.signals import are_classes, class_labels, class_scores
 from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.influence.tables import places
-from backtrail.methods.result import slots
+from backtrail.methods.result import sample_table
 from backtrail.methods.retrain.retrain import perturb
 from backtrail.methods.retrain.weights import sharing
 from backtrail.queries import Query
@@ -74,7 +74,7 @@ def compare_coresets(
         )
     if draws < 0:
         raise BadSetting("draws", draws, "a number from 0")
-    table, draw = slots(run), np.random.default_rng(seed)
+    table, draw = sample_table(run), np.random.default_rng(seed)
     parts = {name: _ids(run, name, samples) for name, samples in coresets.items()}
     sizes = sorted({len(part) for part in parts.values()})
     drawn = {

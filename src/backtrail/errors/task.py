@@ -58,11 +58,8 @@ class SharedStorage(BacktrailError):
 class UnsupportedOptimizer(BacktrailError):
     """The optimizer has no derivative that a sweep could use."""
 
-    def __init__(self, name: str, reason: str) -> None:
-        self.args = (
-            f"{name} cannot be attributed: {reason}. Supported: SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, "
-            "Adadelta, Adamax, ASGD.",
-        )
+    def __init__(self, name: str, reason: str, supported: Sequence[str]) -> None:
+        self.args = (f"{name} cannot be attributed: {reason}. Supported: {', '.join(supported)}.",)
 
 
 class BadQuery(BacktrailError):

@@ -9,10 +9,10 @@ from backtrail.step.state import State
 from backtrail.tree import Tree
 
 
-def as_read(
+def read_states(
     query: Query, states: Iterable[tuple[int, State]], before: State | None = None
 ) -> Iterator[tuple[int, State]]:
-    r"""What a query reads at each of the consecutive states: the state itself, or the average so far.
+    r"""Yield what a query reads at consecutive states: the state itself, or the average so far.
 
     .. math:: \bar\theta_t = \bar\theta_{t-1} + r_t (\theta_t - \bar\theta_{t-1})
 
@@ -20,27 +20,31 @@ def as_read(
 
     Args:
         query: any query.
-        states: numbers and states, or stacks of them.
-        before: the average just before the first of them; needed where that one is later than the
+        states: numbers and states, or stacks of states.
+        before: the average just before the first of them; needed if that is later than the
             average's start.
     """
+    if not isinstance(query, Averaged):
+        yield from states
+        return
+    average = before
     for number, state in states:
-        if not isinstance(query, Averaged):
-            yield number, state
-            continue
-        if before is None or number <= query.start:
-            before = State(state.params, state.buffers)
+        if average is None or number <= query.start:
+            average = State(state.params, state.buffers)
         else:
-            before = _entered(query, before, state, rate=query.share(number, number))
-        yield number, before
+            average = _updated(query, average, state, rate=query.share(number, number))
+        yield number, average
 
 
-def _entered(query: Averaged, average: State, state: State, *, rate: float) -> State:
-    averaged = {
-        name: tensor for name, tensor in state.buffers.items() if tensor.is_floating_point()
-    }
-    buffers = _towards(average.buffers, averaged, rate) if query.use_buffers else {}
-    return State(_towards(average.params, state.params, rate), state.buffers | buffers)
+def _updated(query: Averaged, average: State, state: State, *, rate: float) -> State:
+    """Move the average towards a state; buffers that are not averaged are those of the state."""
+    params = _towards(average.params, state.params, rate)
+    buffers = dict(state.buffers)
+    if query.use_buffers:
+        # Integers, like BatchNorm's number of batches, are not averaged.
+        floating = {name: b for name, b in state.buffers.items() if b.is_floating_point()}
+        buffers |= _towards(average.buffers, floating, rate)
+    return State(params, buffers)
 
 
 def _towards(old: Tree, new: Tree, rate: float) -> Tree:

@@ -13,18 +13,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from backtrail.accel.onednn import available
 from backtrail.errors import BadSetting, TooLittleMemory
 from backtrail.influence import layout
-from backtrail.optim.flatten import longest
+from backtrail.optim.flatten import longest_chunk
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.step.state import State, elementwise
 from backtrail.tree import each
 
-CACHE = (
-    64 * 2**20
-)  # bytes of activations up to which pulling more queries at once is faster on a processor
-ALONE = (
-    8 * 2**20
-)  # of one query, from which on it is faster alone, where `vmap` would miss the faster products
+# Bytes of activations up to which pulling more queries at once is faster on a CPU.
+CACHE = 64 * 2**20
+# Bytes of one query's activations from which on it is faster alone: under `vmap` it would miss the
+# faster products of oneDNN.
+ALONE = 8 * 2**20
 
 
 @final
@@ -36,7 +35,7 @@ class Sizes:
         state: one state, S.
         cotangent: one query's cotangent, C: trained parameters and their moments.
         params: the trained parameters alone, P.
-        strand: cotangent of the entries whose update is differentiated at once, U.
+        chunk: cotangent of the entries whose update is differentiated at once, U.
         activations: what the forward pass of the largest micro-batch keeps for its backward pass,
             A.
     """
@@ -44,17 +43,23 @@ class Sizes:
     state: int
     cotangent: int
     params: int
-    strand: int
+    chunk: int
     activations: int
 
     def total(self, rows: int, *, chunk: int, held: int) -> int:
-        """Peak of a sweep with so many cotangents (queries x observed states): the formula of docs/memory.md."""
-        alive = rows * (self.cotangent + 1.5 * self.params)
+        """Estimate the peak of a sweep; docs/memory.md has the formula and its measurement.
+
+        Args:
+            rows: cotangents, queries x observed states.
+            chunk: queries pulled at once.
+            held: states in memory at once.
+        """
+        cotangents = rows * (self.cotangent + 1.5 * self.params)
         # What one chunk frees is not all used again by the next.
         graph = (3.4 if rows > chunk else 2.6) * self.activations
         pulled = chunk * (2 * self.params + graph)
-        fixed = 4.7 * self.activations + 4 * self.params + 7 * self.strand
-        return int(held * self.state + alive + pulled + fixed)
+        fixed = 4.7 * self.activations + 4 * self.params + 7 * self.chunk
+        return int(held * self.state + cotangents + pulled + fixed)
 
 
 @final
@@ -81,77 +86,84 @@ class Limits:
 
 
 def budget(run: Run, queries: Query, states: int, *, limits: Limits, twice: bool = True) -> Budget:
-    """Cut a sweep for queries at so many observed states to fit the memory.
+    """Cut a sweep for queries to fit the memory.
 
     Args:
         run: the training.
         queries: what is asked.
-        states: at how many states.
-        limits: what it must keep to.
+        states: number of observed states.
+        limits: what the sweep must keep to.
         twice: whether the loss is differentiated twice, for which attention takes another kernel.
 
     Raises:
         TooLittleMemory: not even one state and one query at a time fit.
     """
-    free, sizes = limits.memory or free_memory(run.task.device) // 2, sizes_of(run, twice=twice)
-    if isinstance(queries, Averaged):  # a gradient waits beside every cotangent
+    free = limits.memory or free_memory(run.task.device) // 2
+    sizes = sizes_of(run, twice=twice)
+    if isinstance(queries, Averaged):
+        # A gradient waits beside every cotangent.
         sizes = replace(sizes, cotangent=sizes.cotangent + sizes.params)
     rows = len(queries.names) * states
-    return cut(sizes, rows=rows, free=free, chunk=limits.chunk, steps=run.steps)
+    return fit(sizes, rows=rows, free=free, chunk=limits.chunk, steps=run.steps)
 
 
-def gradients_at_once(run: Run, rows: int, *, memory: int | None, chunk: int | None) -> int:
-    """How many queries are pulled at once where their gradients are all there is: no moments, no update.
+def gradient_chunk(run: Run, rows: int, *, limits: Limits) -> int:
+    """Decide how many queries are pulled at once if a method needs their gradients alone.
+
+    There are no moments then, and no update.
 
     Raises:
         TooLittleMemory: not even one query at a time fits.
     """
-    free = memory or free_memory(run.task.device) // 2
-    sizes = replace(sizes_of(run), cotangent=0, strand=0)
-    return cut(sizes, rows=rows, free=free, chunk=chunk, steps=run.steps).chunk
+    free = limits.memory or free_memory(run.task.device) // 2
+    sizes = replace(sizes_of(run), cotangent=0, chunk=0)
+    return fit(sizes, rows=rows, free=free, chunk=limits.chunk, steps=run.steps).chunk
 
 
-def check_limits(*, memory: int | None, chunk: int | None) -> None:
+def check_limits(limits: Limits) -> None:
     """Refuse limits that nothing fits into.
 
     Raises:
         BadSetting: names the setting, and what it may be.
     """
-    for name, number in (("memory", memory), ("chunk", chunk)):
+    for name, number in (("memory", limits.memory), ("chunk", limits.chunk)):
         if number is not None and number < 1:
             raise BadSetting(name, number, "a positive number, or None")
 
 
-def cut(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:
-    """The largest chunk that is of use, then as many states as fit beside it.
+def fit(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:
+    """Take the largest chunk that is of use, then as many states as fit beside it.
 
     Raises:
         TooLittleMemory: not even one state and one query at a time fit.
     """
-    useful = 1 if sizes.activations >= ALONE and available() else CACHE // max(sizes.activations, 1)
+    if sizes.activations >= ALONE and available():
+        useful = 1
+    else:
+        useful = CACHE // max(sizes.activations, 1)
     wanted = chunk or max(1, min(rows, useful))
-    while not chunk and wanted > 1 and sizes.total(rows, chunk=wanted, held=2) > free:
-        wanted //= 2
+    if chunk is None:
+        while wanted > 1 and sizes.total(rows, chunk=wanted, held=2) > free:
+            wanted //= 2
     left = free - sizes.total(rows, chunk=wanted, held=1)
     if left < 0:
         raise TooLittleMemory(free, free - left, rows)
-    return Budget(min(1 + left // max(sizes.state, 1), steps), wanted)
+    held = 1 + left // max(sizes.state, 1)
+    return Budget(min(held, steps), wanted)
 
 
 def sizes_of(run: Run, *, twice: bool = True) -> Sizes:
-    """Sizes of a run's sweep, from its last kept state and one forward pass."""
+    """Measure the sizes of a run's sweep, by its last kept state and one forward pass."""
     state = run.state(run.kept[-1])
-    params = {name: state.params[name] for name in run.trained}
-    entries, cotangent = (
-        sum(tensor.numel() for tensor in params.values()),
-        bytes_of_cotangent(state, run.trained),
-    )
+    params = [state.params[name] for name in run.trained]
+    entries = sum(tensor.numel() for tensor in params)
+    cotangent = bytes_of_cotangent(state, run.trained)
     return Sizes(
-        bytes_of_state(state),
-        cotangent,
-        sum(tensor.nbytes for tensor in params.values()),
-        cotangent * min(entries, longest(params[run.trained[0]])) // entries,
-        bytes_of_activations(run, twice=twice),
+        state=bytes_of_state(state),
+        cotangent=cotangent,
+        params=sum(tensor.nbytes for tensor in params),
+        chunk=cotangent * min(entries, longest_chunk(params[0])) // entries,
+        activations=bytes_of_activations(run, twice=twice),
     )
 
 
@@ -163,18 +175,25 @@ def bytes_of_state(state: State) -> int:
 
 def bytes_of_cotangent(state: State, trained: Sequence[str]) -> int:
     """Bytes of one query's cotangent: the trained parameters and their elementwise moments."""
-    copies = {
-        name: 1 + len(elementwise(state.moments.get(name, {}), state.params[name]))
-        for name in trained
-    }
-    return sum(state.params[name].nbytes * number for name, number in copies.items())
+    total = 0
+    for name in trained:
+        parameter = state.params[name]
+        moments = elementwise(state.moments.get(name, {}), parameter)
+        total += parameter.nbytes * (1 + len(moments))
+    return total
 
 
 def bytes_of_activations(run: Run, *, twice: bool) -> int:
     """Bytes that the forward pass of the run's largest micro-batch keeps, measured by running it."""
-    step = max(run.log, key=lambda step: max(len(fed.samples) for fed in step.fed)).index
-    transition, state = run.transition(step), run.state(0)
-    kept: dict[int, int] = {}
+    sizes = {
+        (step.index, place): len(fed.samples)
+        for step in run.log
+        for place, fed in enumerate(step.fed)
+    }
+    step, place = max(sizes, key=lambda key: sizes[key])
+    transition = run.transition(step)
+    state = run.state(0)
+    kept: dict[int, int] = {}  # address of a storage -> its bytes
 
     def note(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -189,9 +208,8 @@ def bytes_of_activations(run: Run, *, twice: bool) -> int:
         torch.random.fork_rng(),
         saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        losses = [
-            run.task.losses(params, state.buffers, batch)[0] for batch in transition.batches[:1]
-        ]
+        losses = run.task.losses(params, state.buffers, transition.batches[place])
+    # The graph lives until here, so no two storages had one address.
     del losses
     return sum(size for address, size in kept.items() if address not in owned)
 
@@ -202,22 +220,24 @@ def free_memory(device: torch.device) -> int:
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # Without that file: half of all memory.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def begun_chunk(path: Path | None) -> int | None:
-    """The chunk of an attribution that was begun in a folder: going on with it gives the same bits."""
-    chunk = begun_settings(path).get("chunk")
+def unfinished_chunk(path: Path | None) -> int | None:
+    """Read the chunk of an unfinished attribution: resuming with it gives the same bits."""
+    chunk = unfinished_settings(path).get("chunk")
     return chunk if isinstance(chunk, int) else None
 
 
-def begun_settings(path: Path | None) -> dict[str, object]:
-    """The settings of an attribution that was begun in a folder; none where there is none."""
+def unfinished_settings(path: Path | None) -> dict[str, object]:
+    """Read the settings of an unfinished attribution in a folder; empty if there is none."""
     if path is None or not (path / "zarr.json").is_file():
         return {}
-    return dict(layout.load(path)[1].settings)
+    _, description = layout.load(path)
+    return dict(description.settings)

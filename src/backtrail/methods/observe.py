@@ -1,4 +1,4 @@
-"""Which states the queries of an attribution read, and their gradients there."""
+"""The states that the queries of an attribution read, and the queries' gradients there."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,9 +13,10 @@ ObservedAt = Literal["end", "epochs"] | int | Sequence[int]
 
 
 def observed_states(run: Run, observed_at: ObservedAt) -> tuple[int, ...]:
-    """Numbers of the observed states, in order: "end" is T, "epochs" the end of every epoch.
+    """List the observed states in order: "end" is T, "epochs" the end of every epoch.
 
-    State 0 is left out, since all influence on it is zero.
+    State 0 is left out, since all influence on it is zero. If nothing else is asked for, it is
+    replaced by the end.
 
     Raises:
         NoSuchState: a number that the run does not have.
@@ -32,7 +33,8 @@ def observed_states(run: Run, observed_at: ObservedAt) -> tuple[int, ...]:
     for state in states:
         if not 0 <= state <= run.steps:
             raise NoSuchState(state, run.steps, "state")
-    return tuple(sorted({int(state) for state in states} - {0})) or (run.steps,)
+    observed = {int(state) for state in states} - {0}
+    return tuple(sorted(observed)) or (run.steps,)
 
 
 def query_gradients(run: Run, queries: Query, state: State) -> tuple[Tree, Tree]:

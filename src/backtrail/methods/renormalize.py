@@ -4,7 +4,7 @@ Without sample b, and with the mean taken over one sample less, the gradient of 
 
 .. math:: g' - g = \frac{1}{n-1}\Big(\sum_i c_i g_i - n\, c_b g_b\Big)
 
-so the influence follows from those with the denominator kept, slot by slot: nothing is swept again.
+so the influence follows from those with the denominator kept, slot by slot, without another sweep.
 """
 
 import torch
@@ -13,14 +13,16 @@ from torch import Tensor
 
 from backtrail.errors import CannotRenormalize
 from backtrail.run.run import Run
-from backtrail.step.state import Step
+from backtrail.step.state import State, Step
 from backtrail.tree import cast
 
 
-def renormalized(kept: Float[Tensor, "query slot"]) -> Float[Tensor, "query slot"]:
-    """Turn influences with the denominator kept into those with it renormalised.
+def renormalize(kept: Float[Tensor, "query slot"]) -> Float[Tensor, "query slot"]:
+    r"""Turn influences I with the denominator kept into those with it renormalized.
 
-    >>> renormalized(torch.tensor([[3.0, 1.0]]))
+    .. math:: I'_b = \frac{1}{n-1}\Big(n\, I_b - \sum_i I_i\Big)
+
+    >>> renormalize(torch.tensor([[3.0, 1.0]]))
     tensor([[ 2., -2.]])
     """
     n = kept.shape[1]
@@ -31,7 +33,7 @@ def check_renormalizable(run: Run) -> None:
     """Refuse runs in which removing a sample does more than drop one term of a mean.
 
     Raises:
-        CannotRenormalize: a loss that is no mean, a batch of one, a sample twice in a batch, or
+        CannotRenormalize: a loss that is not a mean, a batch of one, a sample twice in a batch, or
             samples whose losses depend on one another.
     """
     if run.task.reduce != "mean":
@@ -45,24 +47,31 @@ def check_renormalizable(run: Run) -> None:
             raise CannotRenormalize(f"step {step.index} has a single sample")
         if len(set(step.samples)) < len(step.samples):
             raise CannotRenormalize(f"step {step.index} has a sample twice")
-    if coupled(run):
+    if is_coupled(run):
         raise CannotRenormalize(
             "the loss of a sample depends on the rest of its batch (BatchNorm, contrastive)"
         )
 
 
-def coupled(run: Run, index: int = 0) -> bool:
-    """Whether the losses of a step's first batch change when its last row is left out."""
+def is_coupled(run: Run, index: int = 0) -> bool:
+    """Test whether the losses of a step's first batch change without its last row."""
     step = run.step(index)
+    if len(step.fed[0].samples) == 1:
+        return False
+    # At two states: a head that starts at zero gives any batch the same losses, and a finished
+    # training nearly the same.
+    return any(_changes_without_last_row(run, step, run.state(n)) for n in {0, run.kept[-1]})
+
+
+def _changes_without_last_row(run: Run, step: Step, state: State) -> bool:
     rows = step.fed[0].samples
-    # At two states: a head that starts at zero gives any batch the same losses, a finished training
-    # next to none.
-    return len(rows) > 1 and any(_lean_on_the_last(run, step, state) for state in {0, run.kept[-1]})
-
-
-def _lean_on_the_last(run: Run, step: Step, number: int) -> bool:
-    state, rows = run.state(number), step.fed[0].samples
-    batches = [cast(run.task.batch(some), None, run.task.device) for some in (rows, rows[:-1])]
     with run.task.binding.in_modes(step.evaluating):
-        whole, part = (run.task.losses(state.params, state.buffers, batch)[0] for batch in batches)
+        whole = _losses(run, rows, state)
+        part = _losses(run, rows[:-1], state)
     return not torch.allclose(whole[:-1], part, rtol=1e-4, atol=1e-6)
+
+
+def _losses(run: Run, rows: tuple[int, ...], state: State) -> Float[Tensor, " slot"]:
+    batch = cast(run.task.batch(rows), None, run.task.device)
+    losses, _ = run.task.losses(state.params, state.buffers, batch)
+    return losses

@@ -1,47 +1,48 @@
-"""What every method needs to begin its result: the description, the table of samples, and the writer."""
+"""What every method needs to begin its result: description, table of samples, and writer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from backtrail.influence.layout import Description
 from backtrail.influence.writer import InfluenceWriter
 from backtrail.queries import Query
 from backtrail.run.run import Run
 
-SHARDS, SHORTEST = (
-    20,
-    8,
-)  # an attribution can resume at this many points, at least so many steps apart
+# An attribution is written, and can be resumed, in this many shards of steps, or in fewer if a
+# shard would be shorter than the second number.
+SHARDS = 20
+SHORTEST = 8
 
 
-def begun_writer(run: Run, about: Description, path: Path | None) -> InfluenceWriter:
-    """Begin the result of an attribution of all visits, or go on with the one in the folder."""
+def begin_or_resume(run: Run, description: Description, path: Path | None) -> InfluenceWriter:
+    """Begin the result of an attribution of all visits, or resume the one in the folder.
+
+    Raises:
+        DifferentInfluence: the folder holds another influence.
+    """
     ids = run.ids if run.has_ids else None
-    return InfluenceWriter.begin(path, about, sample=slots(run), dtype=precision(run), ids=ids)
+    return InfluenceWriter.begin(
+        path, description, sample=sample_table(run), dtype=precision(run), ids=ids
+    )
 
 
-def precision(run: Run) -> str:
-    """Precision of a run's influences: that of its parameters, at least float32."""
-    double = all(layout.dtype == "float64" for layout in run.manifest.params.values())
-    return "float64" if double else "float32"
-
-
-def slots(run: Run) -> np.ndarray:
-    """Sample in every slot of every step, `[step, slot]`; -1 pads short batches."""
-    widths = [len(step.samples) for step in run.log]
-    table = np.full((run.steps, max(widths)), -1, dtype=np.int64)
-    for step, width in zip(run.log, widths, strict=True):
-        table[step.index, :width] = step.samples
-    return table
-
-
-def described(run: Run, queries: Query, states: tuple[int, ...]) -> Description:
-    """What an influence of these queries on this run is about."""
+def describe(
+    run: Run,
+    queries: Query,
+    states: tuple[int, ...],
+    *,
+    method: str,
+    settings: Mapping[str, object],
+    denominator: str = "keep",
+) -> Description:
+    """Describe an influence of queries at the observed states of a run."""
     return Description(
-        method="DIT",
+        method=method,
         unit=queries.unit,
-        denominator="keep",
+        denominator=denominator,
         run=run.id,
         queries=queries.names,
         observed_at=states,
@@ -49,4 +50,20 @@ def described(run: Run, queries: Query, states: tuple[int, ...]) -> Description:
         slots=max(len(step.samples) for step in run.log),
         samples=run.samples,
         shard=max(SHORTEST, -(-run.steps // SHARDS)),
+        settings=settings,
     )
+
+
+def sample_table(run: Run) -> Int[np.ndarray, "step slot"]:
+    """Build the table of the sample in every slot of every step; -1 pads short batches."""
+    widths = [len(step.samples) for step in run.log]
+    table = np.full((run.steps, max(widths)), -1, dtype=np.int64)
+    for step, width in zip(run.log, widths, strict=True):
+        table[step.index, :width] = step.samples
+    return table
+
+
+def precision(run: Run) -> str:
+    """Name the precision of a run's influences: that of its parameters, at least float32."""
+    double = all(layout.dtype == "float64" for layout in run.manifest.params.values())
+    return "float64" if double else "float32"

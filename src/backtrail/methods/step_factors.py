@@ -1,4 +1,8 @@
-"""The factors by which a step scales gradients: the learning rates of its parameter groups, the shares of its slots."""
+r"""The factors by which a step scales gradients.
+
+They are the learning rate :math:`\eta` of each parameter group, and the share c of each slot in the
+step's loss.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,17 +15,18 @@ from backtrail.step.state import Setting
 
 
 def rates(settings: Sequence[Mapping[str, Setting]]) -> tuple[float, ...]:
-    """The learning rate of every parameter group as a step used it; negative where the loss was maximized."""
-    signs = (-1.0 if setting.get("maximize") else 1.0 for setting in settings)
-    return tuple(sign * float(setting["lr"]) for sign, setting in zip(signs, settings, strict=True))  # type: ignore[arg-type]
+    """Learning rate of every parameter group as a step used it; negative if it maximizes."""
+    found = []
+    for group in settings:
+        rate = float(group["lr"])  # type: ignore[arg-type]
+        found.append(-rate if group.get("maximize") else rate)
+    return tuple(found)
 
 
 def shares(run: Run, index: int) -> Float[Tensor, " slot"]:
-    """The factor c of every slot of a step; its batches are read only if they decide it."""
+    """The factor c of every slot of a step; its batches are read only if c depends on them."""
     if callable(run.task.reduce):
-        return torch.cat(
-            [micro_batch.share for micro_batch in run.transition(index).micro_batches()]
-        )
-    return torch.cat(
-        run.task.shares((), [len(fed.samples) for fed in run.step(index).fed if fed.contributes])
-    )
+        micro_batches = run.transition(index).micro_batches()
+        return torch.cat([micro_batch.share for micro_batch in micro_batches])
+    sizes = [len(fed.samples) for fed in run.step(index).fed if fed.contributes]
+    return torch.cat(run.task.shares((), sizes))

@@ -1,88 +1,198 @@
-r"""The exact derivative of an optimizer's update, by `torch.optim` itself, built with `differentiable=True`.
+r"""The exact derivative of an optimizer's update, by `torch.optim` itself.
 
-The update is elementwise, so its Jacobian is diagonal: one number per entry for each pair (output,
-input). It is computed once a step, strand by strand, and then applied to any number of cotangents
-by multiplication.
+For one step with parameter θ, moments m and gradient g (METHODS: U the update, λ a cotangent),
+
+.. math::
+    (\theta', m') = U(\theta, m, g)
+    \qquad
+    (a_\theta, a_m, a_g) = U'^{\,\top}(\lambda_\theta, \lambda_m)
+
+The optimizer is built with `differentiable=True`. Its update is elementwise, so the block of its
+Jacobian for a pair (output, input) is diagonal: one number per entry. The diagonals are computed
+once a step, chunk by chunk, and then applied to any number of cotangents by multiplication.
+
+Where torch's differentiable mode fails, the derivative is completed here, and the value of the
+update never changes:
+
+* an entry whose second moment is zero (`_dead_entries`),
+* the first momentum buffer of SGD (`OptimizerRule.differentiable_start`),
+* step counts in float32 (`FlatUpdate.of`, `OptimizerRule.start`),
+* a learning rate of 0 (`jacobian`).
 """
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from backtrail.optim.flatten import FlatChunk
-from backtrail.step.state import COUNTS, State, elementwise
+from backtrail.step.optimizers import OptimizerRule, rule_named
+from backtrail.step.state import Setting, State, elementwise
 from backtrail.step.update import Update
 from backtrail.tree import Tree
 
-Entries = dict[tuple[str, str], Tensor]  # (output, input) -> derivative, one number per entry
+# (output, input) -> derivative [entry]. A pair that is zero everywhere may be missing.
+Diagonals = dict[tuple[str, str], Tensor]
 
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
-ROWS_BYTES = 8 * 2**20  # of cotangents that exist twice
-PARAMETER, GRADIENT = (
-    "parameter",
-    "gradient",
-)  # beside the optimizer's own keys, which never have these names
+# Names of the parameter and the gradient beside the optimizer's own keys, which are never these.
+PARAMETER = "parameter"
+GRADIENT = "gradient"
+
+# Bytes of cotangents that are held twice at a time, before and after the update.
+BLOCK_BYTES = 8 * 2**20
 
 
 def pull_update(
-    slopes: Iterable[tuple[FlatChunk, Entries]],
+    derivatives: Iterable[tuple[FlatChunk, Diagonals]],
     names: Iterable[str],
     *,
     params: Tree,
     moments: dict[str, Tree],
 ) -> tuple[dict[str, Tree], Tree]:
-    """Take the cotangents of the state after an update back: of the moments, and of the gradient.
+    r"""Apply the VJP of an update to cotangents of the parameters and moments after it.
 
     Args:
-        slopes: the update's derivative, strand by strand.
-        names: the parameters that it moves.
-        params: contiguous cotangents after it, `[query, *shape]`; overwritten with those before it.
-        moments: likewise; those of parameters without gradient pass unchanged.
+        derivatives: the update's derivative, chunk by chunk.
+        names: the parameters that it updates.
+        params: :math:`\lambda_\theta`, contiguous, `[query, *shape]`; overwritten with
+            :math:`a_\theta`.
+        moments: :math:`\lambda_m`, likewise; those of parameters without a gradient are returned
+            unchanged.
+
+    Returns:
+        The cotangents of the moments, :math:`a_m`, and of the gradient, :math:`a_g`.
     """
     before: dict[str, Tree] = {}
-    pulled = {name: torch.empty_like(params[name]) for name in names}
-    for chunk, entries in slopes:
-        read = {source for _, source in entries}
-        for span, place in chunk.parts():
-            after = moments.get(span.name, {})
-            before[span.name] = {key: tensor for key, tensor in after.items() if key in read}
-            views = {key: span.of(tensor) for key, tensor in after.items()} | {
-                PARAMETER: span.of(params[span.name])
-            }
-            _pull(
-                {key: entry[place] for key, entry in entries.items()},
-                views,
-                gradient=span.of(pulled[span.name]),
-            )
-    return moments | before, pulled
+    grads = {name: torch.empty_like(params[name]) for name in names}
+    for chunk, diagonals in derivatives:
+        inputs = {source for _, source in diagonals}
+        for part, place in chunk.parts():
+            after = moments.get(part.name, {})
+            # A moment that the update does not read has no cotangent before it.
+            before[part.name] = {key: after[key] for key in after if key in inputs}
+            views = {key: part.of(tensor) for key, tensor in after.items()}
+            views[PARAMETER] = part.of(params[part.name])
+            here = {pair: diagonal[place] for pair, diagonal in diagonals.items()}
+            _pull_in_place(here, views, gradient=part.of(grads[part.name]))
+    return moments | before, grads
 
 
-def _pull(entries: Entries, after: Tree, *, gradient: Tensor) -> None:
-    """Overwrite the cotangents `[query, entry]` after the update by those before it, a few queries at a time."""
-    rows = max(1, ROWS_BYTES // gradient[0].nbytes)
+def _pull_in_place(
+    diagonals: Diagonals, cotangents: Tree, *, gradient: Float[Tensor, "query entry"]
+) -> None:
+    """Overwrite cotangents `[query, entry]` after the update with those before it.
+
+    A few queries at a time, so that the memory in use does not double.
+    """
+    rows = max(1, BLOCK_BYTES // gradient[0].nbytes)
     for first in range(0, len(gradient), rows):
-        part = {key: tensor[first : first + rows] for key, tensor in after.items()}
-        pulled = _products(entries, part)
+        block = {key: tensor[first : first + rows] for key, tensor in cotangents.items()}
+        pulled = _products(diagonals, block)
         gradient[first : first + rows] = pulled.pop(GRADIENT)
         for key, tensor in pulled.items():
-            part[key].copy_(tensor)
+            block[key].copy_(tensor)
 
 
-def _products(entries: Entries, after: Tree) -> Tree:
-    pulled: Tree = {}
-    for (output, source), entry in entries.items():
+def _products(diagonals: Diagonals, after: Tree) -> Tree:
+    r"""Sum :math:`\lambda_o\, \partial o / \partial i` over the outputs o, for every input i."""
+    before: Tree = {}
+    for (output, source), diagonal in diagonals.items():
         if output not in after:
-            continue  # a moment that no later state reads
-        if source in pulled:
-            pulled[source] = pulled[source].addcmul_(entry, after[output])
+            continue  # A moment that no later step reads.
+        if source in before:
+            before[source].addcmul_(diagonal, after[output])
         else:
-            pulled[source] = entry * after[output]
-    return pulled
+            before[source] = diagonal * after[output]
+    return before
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FlatUpdate:
+    """The update of one chunk, as that of an optimizer with a single flat parameter.
+
+    Attributes:
+        update: with `PARAMETER` as the only parameter.
+        inputs: `PARAMETER`, `GRADIENT` and the elementwise moments before the step, `[entry]`.
+        counts: the step counts before the step, in float64.
+    """
+
+    update: Update
+    inputs: Tree
+    counts: Tree
+
+    @staticmethod
+    def of(update: Update, state: State, grads: Tree, *, chunk: FlatChunk) -> "FlatUpdate":
+        """Gather a chunk's entries of a state and of the gradient that the optimizer consumes."""
+        # All parameters of a chunk have the same moments and counts.
+        first = chunk.slices[0].name
+        moments = state.moments.get(first, {})
+        inputs: Tree = {}
+        for key in elementwise(moments, state.params[first]):
+            inputs[key] = chunk.gather({s.name: state.moments[s.name][key] for s in chunk.slices})
+        inputs[PARAMETER] = chunk.gather(state.params)
+        inputs[GRADIENT] = chunk.gather(grads)
+        rule = rule_named(update.optimizer)
+        # In float32, Adam's 1 - 0.999 ** t is off by 1e-5.
+        counts = {key: moments[key].double() for key in moments if key in rule.counts}
+        alone = replace(update, groups=((PARAMETER,),), settings=(update.settings[chunk.group],))
+        return FlatUpdate(alone, inputs, counts)
+
+    @property
+    def rule(self) -> OptimizerRule:
+        """What is known of the optimizer."""
+        return rule_named(self.update.optimizer)
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """The hyperparameters of the chunk's parameter group."""
+        return self.update.settings[0]
+
+    def moments(self, inputs: Tree) -> Tree:
+        """Pick moments and counts out of the inputs; empty before the optimizer's first step."""
+        picked = {key: inputs[key] for key in inputs if key not in {PARAMETER, GRADIENT}}
+        return self.counts | picked
+
+    def outputs(self, inputs: Tree) -> Tree:
+        """Compute parameter, moments and counts after the step, without a graph."""
+        with torch.no_grad():
+            return self._step(inputs, self.moments(inputs), differentiable=False)
+
+    def traced(self, inputs: Tree) -> Tree:
+        """Compute parameter, moments and counts after the step, with a graph over the inputs."""
+        moments = self.moments(inputs) or self.start(inputs)
+        # ASGD overwrites its own counts after using them, so what the graph keeps of them must be
+        # copies. And a graph whose kept tensors hold the graph would never be freed.
+        with saved_tensors_hooks(lambda t: t.clone() if t.dim() == 0 else t.detach(), lambda t: t):
+            return self._step(inputs, moments, differentiable=True)
+
+    def start(self, inputs: Tree) -> Tree:
+        """Build the moments that the optimizer starts its first step from.
+
+        torch would make them itself, but with counts in the default dtype.
+        """
+        if self.rule.differentiable_start is not None:
+            return self.rule.differentiable_start(
+                self.settings, inputs[PARAMETER], inputs[GRADIENT]
+            )
+        after = self.outputs(inputs)
+        del after[PARAMETER]
+        return self.rule.start(after, self.settings)
+
+    def _step(self, inputs: Tree, moments: Tree, *, differentiable: bool) -> Tree:
+        params, after = self.update.run(
+            {PARAMETER: inputs[PARAMETER]},
+            {PARAMETER: moments},
+            {PARAMETER: inputs[GRADIENT]},
+            differentiable=differentiable,
+        )
+        return after[PARAMETER] | params
 
 
 def jacobian(
@@ -92,183 +202,122 @@ def jacobian(
     *,
     chunk: FlatChunk,
     held: frozenset[str] = frozenset(),
-) -> Entries:
-    """The derivative of every output of the update by every input, at a strand's entries.
+) -> Diagonals:
+    """Differentiate every output of the update by every input, at a chunk's entries.
 
-    Outputs are `PARAMETER` and the optimizer's elementwise moments, inputs the same and `GRADIENT`.
-    Pairs that are zero everywhere may be missing.
+    Outputs are `PARAMETER` and the optimizer's elementwise moments; inputs are the same and
+    `GRADIENT`.
 
     Args:
-        update: the step's.
-        state: before it.
-        grads: what the optimizer consumes.
-        chunk: where.
-        held: moments that count as constants, as the update leaves them.
+        update: of the step.
+        state: before the step.
+        grads: the gradient that the optimizer consumes.
+        chunk: the entries.
+        held: moments that are treated as constants, with the values that the update gives them.
     """
-    alone, inputs, counts = alone_at(update, state, grads, chunk=chunk)
-    dead = _never_moved(alone, inputs, counts)
+    flat = FlatUpdate.of(update, state, grads, chunk=chunk)
+    at_rest = flat.rule.divides_by_lr and flat.settings["lr"] == 0
+    if at_rest:
+        # The differentiable mode divides by the rate. The derivatives of the moments do not depend
+        # on it, and those of the parameter are known: it does not move.
+        settings = flat.settings | {"lr": 1.0}
+        flat = replace(flat, update=replace(flat.update, settings=(settings,)))
+    dead = _dead_entries(flat)
     with torch.enable_grad():
-        leaves = {key: tensor.requires_grad_() for key, tensor in inputs.items() if key not in held}
-        with _Holding() if held else nullcontext():
-            outputs = _traced(alone, _revive(inputs | leaves, dead), counts)
-        return _diagonals(_bury(outputs, dead), leaves)
+        leaves: Tree = {}
+        for key, tensor in flat.inputs.items():
+            if key not in held:
+                leaves[key] = tensor.requires_grad_()
+        inputs = _with_safe_entries(flat.rule, flat.inputs, dead)
+        with _HeldConstant() if held else nullcontext():
+            outputs = flat.traced(inputs)
+        outputs = _with_dead_entries(flat.rule, outputs, dead)
+        diagonals = _diagonals(outputs, leaves)
+    return _with_fixed_parameter(diagonals) if at_rest else diagonals
 
 
-class _Holding(TorchFunctionMode):
-    """What has no derivative gets none by being updated in place."""
+class _HeldConstant(TorchFunctionMode):
+    """Updates tensors without a graph in place and without a graph, whatever they are updated with.
+
+    So a held moment takes the value that the update gives it, and stays a constant.
+    """
 
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation; one that overwrites a constant, as if all were constants."""
+        """Run a function of torch."""
         name = getattr(function, "__name__", "")
-        overwrites = name.endswith("_") and not name.endswith("__") and isinstance(args[0], Tensor)
-        with torch.no_grad() if overwrites and not args[0].requires_grad else nullcontext():
-            return function(*args, **kwargs or {})
+        in_place = name.endswith("_") and not name.endswith("__") and isinstance(args[0], Tensor)
+        constant = in_place and not args[0].requires_grad
+        with torch.no_grad() if constant else nullcontext():
+            return function(*args, **(kwargs or {}))
 
 
-def alone_at(
-    update: Update, state: State, grads: Tree, *, chunk: FlatChunk
-) -> tuple[Update, Tree, Tree]:
-    """A strand as the one parameter of an optimizer: its update, the inputs `[entry]`, and the step counts."""
-    first = chunk.spans[0].name
-    old = state.moments.get(first, {})
-    keys = elementwise(old, state.params[first])
-    inputs = {
-        key: chunk.gather({span.name: state.moments[span.name][key] for span in chunk.spans})
-        for key in keys
-    }
-    inputs |= {PARAMETER: chunk.gather(state.params), GRADIENT: chunk.gather(grads)}
-    # In float32, 1 - 0.999 ** t is off by 1e-5.
-    counts = {key: tensor.double() for key, tensor in old.items() if key in COUNTS}
-    return (
-        Update(update.optimizer, ((PARAMETER,),), (update.settings[chunk.group],)),
-        inputs,
-        counts,
-    )
-
-
-def _traced(alone: Update, inputs: Tree, counts: Tree) -> Tree:
-    """Parameter and moments after the update, as a graph over the inputs."""
-    moments = _moments(inputs, counts)
-    if not moments:
-        moments = _first_moments(alone, inputs)
-    # ASGD overwrites its own counts after using them, so what the graph keeps of them must be
-    # copies. And a graph whose kept tensors hold the graph would never be freed.
-    copies = saved_tensors_hooks(lambda t: t.clone() if t.dim() == 0 else t.detach(), lambda t: t)
-    with copies:
-        return _step(alone, inputs, moments, differentiable=True)
-
-
-def moved(alone: Update, inputs: Tree, counts: Tree) -> Tree:
-    """Parameter and moments after the update, as numbers."""
-    with torch.no_grad():
-        return _step(alone, inputs, _moments(inputs, counts), differentiable=False)
-
-
-def _step(alone: Update, inputs: Tree, moments: Tree, *, differentiable: bool) -> Tree:
-    params, after = alone.run(
-        {PARAMETER: inputs[PARAMETER]},
-        {PARAMETER: moments},
-        {PARAMETER: inputs[GRADIENT]},
-        differentiable=differentiable,
-    )
-    return after[PARAMETER] | {PARAMETER: params[PARAMETER]}
-
-
-def _moments(inputs: Tree, counts: Tree) -> Tree:
-    return counts | {
-        key: tensor for key, tensor in inputs.items() if key not in {PARAMETER, GRADIENT}
-    }
-
-
-def _first_moments(alone: Update, inputs: Tree) -> Tree:
-    """Moments that a new optimizer starts from, with its step counts in float64.
-
-    A new optimizer makes its counts in the default dtype. In float32, 1 - 0.999 ** t is off by
-    1e-5, and the default dtype belongs to the whole process: another thread would create tensors
-    with it. So the counts are made here and handed over.
-    """
-    setting = alone.settings[0]
-    if alone.optimizer == "SGD":
-        momentum = setting["momentum"]
-        return {"momentum_buffer": _momentum_before(setting, inputs)} if momentum else {}  # type: ignore[arg-type]
-    first: dict[str, Any] = {
-        "mu": 1.0,
-        "mu_product": 1.0,
-        "eta": setting["lr"],
-        "sum": setting.get("initial_accumulator_value", 0.0),
-    }
-    # One step tells which moments this optimizer has; their values after it are not used.
-    after = moved(alone, inputs, {})
-    del after[PARAMETER]
-    return {
-        key: torch.full_like(
-            moment, first.get(key, 0.0), dtype=torch.float64 if key in COUNTS else None
-        )
-        for key, moment in after.items()
-    }
-
-
-def _momentum_before(setting: dict[str, float], inputs: Tree) -> Tensor:
-    """A buffer b with momentum * b + (1 - dampening) * g = g.
-
-    torch makes SGD's first buffer by `grad.detach().clone()`, which loses that step's derivative.
-    Started from b, the ordinary formula gives the same buffer and keeps the derivative.
-    """
-    grad = -inputs[GRADIENT] if setting["maximize"] else inputs[GRADIENT]
-    used = grad + setting["weight_decay"] * inputs[PARAMETER]
-    return used * (setting["dampening"] / setting["momentum"])
-
-
-def _never_moved(alone: Update, leaves: Tree, counts: Tree) -> Tensor | None:
-    """Entries whose second moment is zero and stays so with this gradient; None where there are none.
+def _dead_entries(flat: FlatUpdate) -> Tensor | None:
+    """Mark entries whose second moment is zero and stays zero; None if there are none.
 
     Adam divides by sqrt(v); at v = 0 autograd returns NaN. Such an entry never received a gradient
-    (dead unit, unused embedding row), so its derivative is defined through v = 1, g = 0: see
-    `_revive` and `_bury`.
+    (dead unit, unused embedding row), and its derivative is defined as the one at v = 1, g = 0:
+    `_with_safe_entries` puts these values in before the step, `_with_dead_entries` restores v = 0
+    after it.
     """
-    moments = _moments(leaves, counts)
-    if not moments:  # a fresh optimizer makes them in its first step, so it is asked for them
-        moments = moved(alone, leaves, counts)
-    seconds = [moments[key] for key in moments if key in SECOND_MOMENTS]
+    moments = flat.moments(flat.inputs)
+    if not moments:
+        # The first step makes the moments. Those after it are zero where they stay zero.
+        moments = flat.outputs(flat.inputs)
+    seconds = [moments[key] for key in moments if key in flat.rule.second_moments]
     if all(bool(second.amin() > 0) for second in seconds):
         return None
     # A square below the smallest normal number counts as zero: it may vanish when it is added to
     # the moment.
-    square = leaves[GRADIENT].square()
-    dead = torch.stack(
-        [(second == 0) & (square < torch.finfo(square.dtype).tiny) for second in seconds]
-    ).any(0)
+    square = flat.inputs[GRADIENT].square()
+    without_gradient = square < torch.finfo(square.dtype).tiny
+    dead = torch.stack([(second == 0) & without_gradient for second in seconds]).any(0)
     return dead if bool(dead.any()) else None
 
 
-def _revive(inputs: Tree, dead: Tensor | None) -> Tree:
+def _with_safe_entries(rule: OptimizerRule, inputs: Tree, dead: Tensor | None) -> Tree:
+    """Replace v by 1 and g by 0 at dead entries, so that nothing is divided by zero."""
     if dead is None:
         return inputs
-    safe = dict.fromkeys(SECOND_MOMENTS, 1.0) | {GRADIENT: 0.0}
-    return {
-        key: torch.where(dead, safe[key], value) if key in safe else value
-        for key, value in inputs.items()
-    }
+    safe = dict(inputs)
+    for key in rule.second_moments & inputs.keys():
+        safe[key] = torch.where(dead, 1.0, inputs[key])
+    safe[GRADIENT] = torch.where(dead, 0.0, inputs[GRADIENT])
+    return safe
 
 
-def _bury(outputs: Tree, dead: Tensor | None) -> Tree:
+def _with_dead_entries(rule: OptimizerRule, outputs: Tree, dead: Tensor | None) -> Tree:
+    """Restore v = 0 at dead entries after the step."""
     if dead is None:
         return outputs
-    return {
-        key: torch.where(dead, 0.0, m) if key in SECOND_MOMENTS else m for key, m in outputs.items()
-    }
+    restored = dict(outputs)
+    for key in rule.second_moments & outputs.keys():
+        restored[key] = torch.where(dead, 0.0, outputs[key])
+    return restored
 
 
-def _diagonals(outputs: Tree, leaves: Tree) -> Entries:
-    """Derivatives by one backward pass per output: the gradient of an elementwise map's sum is its diagonal."""
-    entries: Entries = {}
+def _diagonals(outputs: Tree, leaves: Tree) -> Diagonals:
+    """Take derivatives by one backward pass per output.
+
+    The gradient of the sum of an elementwise function is the diagonal of its Jacobian.
+    """
+    diagonals: Diagonals = {}
     for output, traced in sorted(outputs.items()):
         if not traced.requires_grad:
             continue
-        found = torch.autograd.grad(
+        by_leaf = torch.autograd.grad(
             traced.sum(), list(leaves.values()), retain_graph=True, allow_unused=True
         )
-        entries |= {
-            (output, key): grad for key, grad in zip(leaves, found, strict=True) if grad is not None
-        }
-    return entries
+        for key, diagonal in zip(leaves, by_leaf, strict=True):
+            if diagonal is not None:
+                diagonals[output, key] = diagonal
+    return diagonals
+
+
+def _with_fixed_parameter(diagonals: Diagonals) -> Diagonals:
+    """Make the derivatives of the parameter after the step those of the parameter before it."""
+    fixed = dict(diagonals)
+    for output, source in diagonals:
+        if output == PARAMETER:
+            value = 1.0 if source == PARAMETER else 0.0
+            fixed[output, source] = torch.full_like(diagonals[output, source], value)
+    return fixed

@@ -1,10 +1,12 @@
-r"""How the optimizer's answer to a change of the gradient is measured: at a point, or over the width of one sample.
+r"""How the derivative of an update with respect to the gradient is taken.
 
-Adam's update is nearly the sign of a gradient: flat almost everywhere, and up to 1 / eps steep
-where the gradient is near zero. Its derivative tells what an infinitely small change does. Leaving
-a sample out is no such change: it moves an entry of the gradient by about :math:`s = \sigma / n`,
-with n slots and :math:`\sigma` the spread of one sample's gradient, which a mean over n shows as
-:math:`s \approx \mathrm{rms}(g) / \sqrt n`.
+Either at a point, or as a mean over the width of one sample.
+
+Adam's update is nearly the sign of a gradient: flat almost everywhere, and up to :math:`1/\epsilon`
+steep where the gradient is near zero. Its derivative describes an infinitely small change. Leaving
+a sample out is not such a change: it moves an entry of the gradient by about :math:`s = \sigma /
+n`, with n slots and :math:`\sigma` the spread of one sample's gradient. The mean over n samples has
+:math:`\mathrm{rms}(g) \approx \sigma / \sqrt n`, so :math:`s \approx \mathrm{rms}(g) / \sqrt n`.
 """
 
 import abc
@@ -12,50 +14,60 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from backtrail.errors import BadSetting
 from backtrail.optim.flatten import FlatChunk
-from backtrail.optim.jacobian import GRADIENT, Entries, alone_at, jacobian, moved
+from backtrail.optim.jacobian import GRADIENT, Diagonals, FlatUpdate, jacobian
 from backtrail.step.state import State
 from backtrail.step.update import Update
 from backtrail.tree import Tree, cast
 
 
-class Slope(abc.ABC):
-    """Says how steep an update is."""
+class UpdateDerivative(abc.ABC):
+    """Says how an update is differentiated."""
 
     @abc.abstractmethod
-    def entries(
+    def diagonals(
         self, update: Update, state: State, grads: Tree, *, chunk: FlatChunk, slots: int
-    ) -> Entries:
-        """The update's outputs by its inputs, at a strand's entries, in a step with so many slots."""
+    ) -> Diagonals:
+        """Differentiate the update's outputs by its inputs, at a chunk's entries.
+
+        Args:
+            update: of the step.
+            state: before the step.
+            grads: the gradient that the optimizer consumes.
+            chunk: the entries.
+            slots: number of slots of the step.
+        """
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Tangent(Slope):
-    """The derivative: what an infinitely small change does."""
+class Tangent(UpdateDerivative):
+    """The derivative at the gradient of the step: what an infinitely small change does."""
 
-    def entries(
+    def diagonals(
         self, update: Update, state: State, grads: Tree, *, chunk: FlatChunk, slots: int
-    ) -> Entries:
-        """By `torch.optim` in its differentiable mode."""
+    ) -> Diagonals:
+        """Take the exact derivative, by `torch.optim` in its differentiable mode."""
         del slots
         return jacobian(update, state, grads, chunk=chunk)
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Secant(Slope):
+class Secant(UpdateDerivative):
     r"""The mean derivative over the width of one sample's removal, which is a secant.
 
     .. math:: \frac{U(g + s) - U(g - s)}{2 s} = \frac{1}{2 s} \int_{-s}^{s} U'(g + x)\, dx,
         \qquad s = \mathrm{width} \cdot \mathrm{rms}(g) / \sqrt n
 
     with the root mean square over a parameter's entries. For SGD it is the derivative. For Adam and
-    its kin it predicts removals better, and is no longer the derivative of the training. Only the
-    gradient is moved; the update's answer to parameters and moments stays the derivative.
+    similar optimizers it predicts removals better, and is no longer the derivative of the training.
+    Only the derivative with respect to the gradient is replaced; those with respect to parameters
+    and moments stay exact.
 
     Args:
         width: how many samples wide.
@@ -67,39 +79,38 @@ class Secant(Slope):
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a width of nothing.
+        """Check the width.
 
         Raises:
-            BadSetting: the width is not positive.
+            BadSetting: it is not positive.
         """
         if not self.width > 0:
             raise BadSetting("width", self.width, "a positive number of samples")
 
-    def entries(
+    def diagonals(
         self, update: Update, state: State, grads: Tree, *, chunk: FlatChunk, slots: int
-    ) -> Entries:
-        """The derivative, with the column of the gradient replaced."""
-        entries = jacobian(update, state, grads, chunk=chunk)
-        size = self._sizes(grads, chunk) / slots**0.5
-        alone, inputs, counts = alone_at(update, state, grads, chunk=chunk)
+    ) -> Diagonals:
+        """Take the exact derivative, with the part by the gradient replaced by the secant."""
+        exact = jacobian(update, state, grads, chunk=chunk)
+        s = self._sizes(grads, chunk) / slots**0.5
+        flat = FlatUpdate.of(update, state, grads, chunk=chunk)
         # In float32 the parameter would swallow the difference of two small steps.
-        inputs = cast(inputs, torch.float64)
-        up, down = (
-            moved(alone, inputs | {GRADIENT: inputs[GRADIENT] + x}, counts) for x in (size, -size)
-        )
-        return entries | {
-            (output, source): torch.where(
-                size > 0, (up[output] - down[output]) / (2 * size), entry
-            ).to(entry)
-            for (output, source), entry in entries.items()
-            if source == GRADIENT
-        }
+        inputs = cast(flat.inputs, torch.float64)
+        upper = flat.outputs(inputs | {GRADIENT: inputs[GRADIENT] + s})
+        lower = flat.outputs(inputs | {GRADIENT: inputs[GRADIENT] - s})
+        diagonals = dict(exact)
+        for (output, source), derivative in exact.items():
+            if source == GRADIENT:
+                secant = (upper[output] - lower[output]) / (2 * s)
+                # A parameter whose whole gradient is zero has no width to average over.
+                secant = torch.where(s > 0, secant, derivative)
+                diagonals[output, source] = secant.to(derivative)
+        return diagonals
 
-    def _sizes(self, grads: Tree, chunk: FlatChunk) -> Tensor:
-        """Width times rms(g) of the parameter that each entry belongs to."""
-        roots = {
-            span.name: grads[span.name].double().square().mean().sqrt() for span in chunk.spans
-        }
-        return torch.cat(
-            [self.width * roots[span.name].expand(span.stop - span.start) for span in chunk.spans]
-        )
+    def _sizes(self, grads: Tree, chunk: FlatChunk) -> Float[Tensor, " entry"]:
+        """Width times rms(g) of the parameter that each entry belongs to, in float64."""
+        sizes = []
+        for part in chunk.slices:
+            root_mean_square = grads[part.name].double().square().mean().sqrt()
+            sizes.append((self.width * root_mean_square).expand(part.stop - part.start))
+        return torch.cat(sizes)

@@ -1,13 +1,14 @@
-r"""What an optimizer makes of a change of the gradient that lasts: one number per entry, for recursions over steps.
+r"""The response of an update to a lasting change of the gradient, one number per entry.
 
-Data Value Embedding wants a step as :math:`\theta' = \rho\,\theta - D\,g`. Optimizers answer on two
-time scales. The first moment m follows a lasting change of the gradient within a few steps, to
-:math:`\frac{\partial m' / \partial g}{1
-- \partial m' / \partial m}` of it, and is taken to be there at once. What a step is divided by
-(second moments) counts as fixed. So D is :math:`\eta` for SGD, :math:`\eta / (1 - \mu)` with
-momentum and :math:`\eta / (\sqrt{\hat v} + \epsilon)` for Adam; but no formula of an optimizer is
-written down here, all comes from its derivative. :math:`\rho` is the same for a change of the
-parameter itself, which weight decay shrinks.
+Data Value Embedding needs a step in the form :math:`\theta' = \rho\,\theta - D\,g`, with one D and
+one :math:`\rho` for every entry. Optimizers respond on two time scales. The first moment m follows
+a lasting change of the gradient within a few steps, to
+:math:`\frac{\partial m'}{\partial g} / (1 - \frac{\partial m'}{\partial m})` of it, and is taken to
+be in that steady state at once. What a step is divided by (second moments) is held constant. So D
+is :math:`\eta` for SGD, :math:`\eta / (1 - \mu)` with momentum and
+:math:`\eta / (\sqrt{\hat v} + \epsilon)` for Adam; no formula of an optimizer is written down here,
+all comes from its derivative. :math:`\rho` is the same for a lasting change of the parameter, which
+weight decay shrinks.
 """
 
 from dataclasses import dataclass, replace
@@ -18,107 +19,120 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from backtrail.optim.flatten import FlatChunk, flat_chunks
-from backtrail.optim.jacobian import GRADIENT, PARAMETER, SECOND_MOMENTS, Entries, jacobian
+from backtrail.optim.jacobian import GRADIENT, PARAMETER, Diagonals, jacobian
+from backtrail.step.optimizers import rule_named
 from backtrail.step.state import State
-from backtrail.step.update import LINEAR, Update
+from backtrail.step.update import Update
 from backtrail.task.task import Task
 from backtrail.tree import Tree, each
-
-FOLLOWING = ("exp_avg", "momentum_buffer")  # moments that a step goes along
-FIXED = SECOND_MOMENTS | {"grad_avg"}  # moments that it is divided by
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Lasting:
-    """One step, entry by entry.
+class SteadyState:
+    r"""The response of one step to lasting changes, entry by entry.
 
     Attributes:
         rate: D, how far a lasting unit of the raw gradient moves the parameter, downwards.
-        decay: what a step leaves of a parameter's change where the samples' gradients do not
-            change.
+        decay: :math:`\rho`, the part of a change of the parameter that is left after the step if
+            the samples' gradients do not change.
     """
 
     rate: Tree
     decay: Tree
 
-    def __or__(self, other: "Lasting") -> "Lasting":
-        """Those of both, of different parameters."""
-        return Lasting(self.rate | other.rate, self.decay | other.decay)
+    def __or__(self, other: "SteadyState") -> "SteadyState":
+        """Join the responses of different parameters."""
+        return SteadyState(self.rate | other.rate, self.decay | other.decay)
 
 
-def lasting(task: Task, update: Update, state: State, *, grads: Tree) -> Lasting:
-    """What a step makes of lasting changes.
+def steady_state(task: Task, update: Update, state: State, *, grads: Tree) -> SteadyState:
+    """Compute the response of a step to lasting changes.
 
-    The penalty's curvature counts as if it were diagonal, which it is for sums over the entries.
+    The second derivative of the task's penalty is treated as diagonal, which it is for sums over
+    the entries.
 
     Args:
         task: of the training.
-        update: the step's.
-        state: the state before it.
-        grads: its gradient before clipping, whole, or of some parameters if nothing is clipped.
+        update: of the step.
+        state: before the step.
+        grads: the step's gradient before clipping; of all parameters, or of some if the task does
+            not clip.
     """
     clipped = grads if task.clip is None else task.clip(grads)
-    state = _begun(update, state, clipped)
-    rate, decay = (each(torch.empty_like, grads) for _ in range(2))
+    state = _with_all_moments(update, state, clipped)
+    rule = rule_named(update.optimizer)
+    rate = each(torch.empty_like, grads)
+    decay = each(torch.empty_like, grads)
     for chunk in flat_chunks(update, state, clipped):
-        alike = update.optimizer in LINEAR  # one entry tells all
-        some = _first_entry(chunk) if alike else chunk
-        entries = jacobian(update, state, clipped, chunk=some, held=FIXED)
-        moved = {source: _lasting(entries, source) for source in (GRADIENT, PARAMETER)}
-        for span, place in chunk.parts():
-            part = slice(None) if alike else place
-            rate[span.name].view(-1)[span.start : span.stop] = -moved[GRADIENT][part]
-            decay[span.name].view(-1)[span.start : span.stop] = moved[PARAMETER][part]
+        # A linear update has the same derivative everywhere, so one entry stands for all.
+        some = _first_entry(chunk) if rule.linear else chunk
+        diagonals = jacobian(update, state, clipped, chunk=some, held=rule.divisors)
+        by_gradient = _settled(diagonals, GRADIENT, rule.first_moments)
+        by_parameter = _settled(diagonals, PARAMETER, rule.first_moments)
+        for part, place in chunk.parts():
+            found = slice(None) if rule.linear else place
+            rate[part.name].view(-1)[part.start : part.stop] = -by_gradient[found]
+            decay[part.name].view(-1)[part.start : part.stop] = by_parameter[found]
     if task.clip is not None:
-        rate = {name: rate[name] * slope for name, slope in task.clip.slope(grads).items()}
-    bent = _penalty(task, state, grads)
-    return Lasting(rate, decay | {name: decay[name] - rate[name] * bent[name] for name in bent})
+        slopes = task.clip.slope(grads)
+        rate = {name: rate[name] * slopes[name] for name in slopes}
+    # The penalty's gradient is part of g: D times its second derivative is taken off rho.
+    for name, curvature in _penalty_diagonal(task, state, grads).items():
+        decay[name] = decay[name] - rate[name] * curvature
+    return SteadyState(rate, decay)
 
 
 def _first_entry(chunk: FlatChunk) -> FlatChunk:
-    first = chunk.spans[0]
+    first = chunk.slices[0]
     return FlatChunk(chunk.group, (replace(first, stop=first.start + 1),))
 
 
-def _begun(update: Update, state: State, grads: Tree) -> State:
-    """The state with zeros for the moments that the optimizer makes in its first step: without them it shows none."""
-    fresh = [name for name in grads if not state.moments.get(name)]
+def _with_all_moments(update: Update, state: State, grads: Tree) -> State:
+    """Add the moments that the optimizer makes in its first step.
+
+    Only moments that are there before a step are inputs of its derivative.
+    """
+    fresh = {name: grads[name] for name in grads if not state.moments.get(name)}
     if not fresh:
         return state
-    made = update(state, {name: grads[name] for name in fresh}).moments
-    zeros = {
-        name: {key: _before_all(key, moment) for key, moment in made[name].items()}
-        for name in fresh
-    }
-    return replace(state, moments=state.moments | zeros)
+    rule = rule_named(update.optimizer)
+    after = update(state, fresh).moments
+    start: dict[str, Tree] = {}
+    for members, settings in zip(update.groups, update.settings, strict=True):
+        for name in members:
+            if name in fresh:
+                start[name] = rule.start(after[name], settings)
+    return replace(state, moments=state.moments | start)
 
 
-def _before_all(key: str, moment: Tensor) -> Tensor:
-    """A moment before the first step; factors begin with one, and ASGD's own rate is that of its first step."""
-    return moment if key == "eta" else torch.full_like(moment, float(key in {"mu", "mu_product"}))
+def _settled(diagonals: Diagonals, source: str, first_moments: frozenset[str]) -> Tensor:
+    r"""Derivative of the parameter after the step by a lasting change of an input x.
+
+    .. math:: \frac{\partial \theta'}{\partial x} + \sum_m \frac{\partial \theta'}{\partial m}
+        \frac{\partial m' / \partial x}{1 - \partial m' / \partial m}
+    """
+    like = diagonals[PARAMETER, PARAMETER]
+    total = diagonals.get((PARAMETER, source), torch.zeros_like(like))
+    for key in sorted(first_moments):
+        if (PARAMETER, key) in diagonals and (key, source) in diagonals:
+            settled = diagonals[key, source] / (1 - diagonals[key, key])
+            total = total + diagonals[PARAMETER, key] * settled
+    return total
 
 
-def _lasting(entries: Entries, source: str) -> Tensor:
-    """How far a lasting change of an input moves the parameter."""
-    found = entries.get((PARAMETER, source), torch.zeros_like(entries[PARAMETER, PARAMETER]))
-    for key in FOLLOWING:
-        if (PARAMETER, key) in entries and (key, source) in entries:
-            settled = entries[key, source] / (1 - entries[key, key])
-            found = found + entries[PARAMETER, key] * settled
-    return found
-
-
-def _penalty(task: Task, state: State, grads: Tree) -> Tree:
-    """The diagonal of the penalty's second derivative, if it has one and that is diagonal."""
+def _penalty_diagonal(task: Task, state: State, grads: Tree) -> Tree:
+    """Compute the row sums of the penalty's second derivative: its diagonal, if it is diagonal."""
     penalty = task.penalty
     if penalty is None:
         return {}
-    moving = {name: state.params[name] for name in grads}
+    params = {name: state.params[name] for name in grads}
 
-    def slopes(part: Tree) -> Tree:
+    def gradient(part: Tree) -> Tree:
         found: Tree = grad(lambda some: penalty(state.params | some))(part)
         return found
 
-    bent: Tree = vjp(slopes, moving)[1](each(torch.ones_like, moving))[0]  # symmetric
-    return bent
+    pull = vjp(gradient, params)[1]
+    # The second derivative is symmetric, so its VJP with ones gives the row sums.
+    row_sums: Tree = pull(each(torch.ones_like, params))[0]
+    return row_sums

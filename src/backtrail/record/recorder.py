@@ -39,9 +39,10 @@ from backtrail.record.self_check import Proof, read_again
 from backtrail.run.check import layouts
 from backtrail.run.manifest import NAME, Manifest
 from backtrail.run.store import Writer
+from backtrail.step.optimizers import find_rule
 from backtrail.step.state import Setting, State, Step, settings_of
 from backtrail.step.step import Transition
-from backtrail.step.update import Update, supported, tensors_of
+from backtrail.step.update import Update, tensors_of
 from backtrail.task.task import Batch, Task
 from backtrail.task.torch_compile import parameters
 from backtrail.tree import Tree, norm
@@ -90,7 +91,7 @@ class Recorder:
         if capture is not None and not isinstance(capture, Listener):
             raise BadSetting("capture", capture, "a backtrail.DataValueEmbedding")
         check_data(task)
-        self._kind = supported(type(optimizer))
+        self._kind = find_rule(type(optimizer)).name
         self._folder, self._task, self._optimizer = Path(path), task, optimizer
         self._policy = checkpoints or Every(50)
         self._keep_batches = keep_batches or task.ids is not None  # their rows cannot be read again

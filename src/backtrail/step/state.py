@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import torch
 
+from backtrail.step.optimizers import COUNTS
 from backtrail.tree import Tree, cast, each
 
 Setting = float | int | bool | str | None | tuple[float, ...]
@@ -48,11 +49,6 @@ def elementwise(moments: Tree, parameter: torch.Tensor) -> list[str]:
     """Keys of the moments that have one entry per entry of the parameter (not step counts)."""
     # A 0-d parameter has the shape of a step count, so the name of the count decides first.
     return [key for key, m in moments.items() if key not in COUNTS and m.shape == parameter.shape]
-
-
-COUNTS = frozenset(
-    {"step", "eta", "mu", "mu_product"}
-)  # scalars that depend on the step number alone
 
 
 class BatchRecord(msgspec.Struct, frozen=True):

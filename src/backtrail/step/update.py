@@ -1,8 +1,8 @@
-"""One optimizer update as a function of plain tensors. No optimizer formula is written down in this file.
+"""One optimizer update as a function of plain tensors, computed by `torch.optim`.
 
-Every optimizer accepted here changes each entry of a parameter by a function of that entry, its
-moments and its gradient alone. So stacks of states are updated like one, and parameters may be cut
-and joined at will: its derivative (`jacobian.py`) makes use of both.
+Every optimizer in the table of `optimizers.py` changes each entry of a parameter by a function of
+that entry, its moments and its gradient alone. So a stack of states is updated like one state, and
+parameters may be cut and joined at will; the derivative (`optim/jacobian.py`) makes use of both.
 """
 
 from dataclasses import dataclass
@@ -10,108 +10,82 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.optim import (
-    ASGD,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    Rprop,
-)
 
-from backtrail.errors import UnsupportedOptimizer
+from backtrail.step.optimizers import rule_named
 from backtrail.step.state import Setting, State
 from backtrail.tree import Tree
-
-SUPPORTED: dict[str, type[Optimizer]] = {
-    kind.__name__: kind
-    for kind in (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Adadelta, Adamax, ASGD)
-}
-
-LINEAR = frozenset({"SGD", "ASGD"})  # without a bend: their derivative is the same everywhere
-
-
-def supported(optimizer: type[Optimizer]) -> str:
-    """The name of a supported optimizer class.
-
-    Raises:
-        UnsupportedOptimizer: with the reason.
-    """
-    name = optimizer.__name__
-    if SUPPORTED.get(name) is optimizer:
-        return name
-    if issubclass(optimizer, Rprop):
-        raise UnsupportedOptimizer(
-            name, "it sees only the signs of gradients, so every influence is identically zero"
-        )
-    raise UnsupportedOptimizer(
-        name, "it has no elementwise mode with differentiable=True in torch.optim"
-    )
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Update:
-    """U of one step: which optimizer, over which groups of parameters, with which hyperparameters."""
+    """The update U of one step.
+
+    Attributes:
+        optimizer: name of the optimizer's class, a key of `backtrail.step.optimizers.RULES`.
+        groups: names of the parameters of every parameter group.
+        settings: hyperparameters of every parameter group.
+    """
 
     optimizer: str
     groups: tuple[tuple[str, ...], ...]
     settings: tuple[dict[str, Setting], ...]
 
     def __call__(self, state: State, grads: Tree) -> State:
-        """The state after the update; buffers are passed on. Parameters without gradient stay as they are.
+        """Compute the state after the update; buffers are passed on unchanged.
 
-        Works on stacked states as well (`State.repeat`), because the update is elementwise.
+        Parameters without a gradient stay as they are. Stacked states (`State.repeat`) are updated
+        in one call, because the update is elementwise.
         """
-        names = list(grads)
         with torch.no_grad():
             params, moments = self.run(state.params, state.moments, grads, differentiable=False)
-        return State(
-            state.params | {name: params[name] for name in names},
-            state.buffers,
-            state.moments | {name: moments[name] for name in names},
-        )
+        return State(state.params | params, state.buffers, state.moments | moments)
 
     def run(
         self, params: Tree, moments: dict[str, Tree], grads: Tree, *, differentiable: bool
     ) -> tuple[Tree, dict[str, Tree]]:
-        """One `step()` of a fresh torch.optim object on clones: parameters and moments after it, traced or not."""
-        moved = {name: params[name].clone() for name in grads}
-        mode = {
+        """Call `step()` of a new torch.optim object on clones of the parameters with a gradient.
+
+        Returns:
+            Their values and their moments after the step, with a graph if `differentiable`.
+        """
+        updated = {name: params[name].clone() for name in grads}
+        optimizer = self._optimizer(updated, differentiable=differentiable)
+        for name, parameter in updated.items():
+            parameter.grad = grads[name]
+            before = moments.get(name)
+            if before:
+                # The optimizer writes to its state in place.
+                clones = {key: tensor.clone() for key, tensor in before.items()}
+                optimizer.state[parameter] = clones
+        optimizer.step()
+        after = {name: tensors_of(optimizer.state[updated[name]]) for name in updated}
+        return updated, after
+
+    def _optimizer(self, updated: Tree, *, differentiable: bool) -> torch.optim.Optimizer:
+        """Make an optimizer over tensors with the settings of this update."""
+        # The recorded settings also say which implementation ran. Replays use the plain loop over
+        # parameters, the only one that can be differentiated and the same on every device.
+        implementation = {
             "differentiable": differentiable,
             "foreach": False,
             "capturable": False,
             "fused": None,
         }
-        groups = [
-            setting
-            | {key: mode[key] for key in mode if key in setting}
-            | {"params": [moved[n] for n in group if n in moved]}
-            for group, setting in zip(self.groups, self.settings, strict=True)
-        ]
-        optimizer = SUPPORTED[self.optimizer](groups, differentiable=differentiable)  # type: ignore[call-arg]
-        for name, parameter in moved.items():
-            parameter.grad = grads[name]
-            if moments.get(name):
-                optimizer.state[parameter] = {
-                    key: tensor.clone() for key, tensor in moments[name].items()
-                }
-        optimizer.step()
-        return moved, {
-            name: tensors_of(optimizer.state[parameter]) for name, parameter in moved.items()
-        }
+        groups: list[dict[str, Any]] = []
+        for members, settings in zip(self.groups, self.settings, strict=True):
+            chosen = {key: implementation[key] for key in implementation if key in settings}
+            tensors = [updated[name] for name in members if name in updated]
+            groups.append(settings | chosen | {"params": tensors})
+        optimizer_class: Any = rule_named(self.optimizer).optimizer_class
+        optimizer: torch.optim.Optimizer = optimizer_class(groups, differentiable=differentiable)
+        return optimizer
 
 
 def tensors_of(state: dict[str, Any]) -> Tree:
-    """The tensors of one parameter's optimizer state."""
-    return {
-        key: value.detach() if not value.requires_grad else value
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
+    """Pick the tensors of one parameter's optimizer state, detached unless they have a graph."""
+    tensors: Tree = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[key] = value if value.requires_grad else value.detach()
+    return tensors

@@ -82,7 +82,7 @@ def start(state: State, params: Tree, buffers: Tree) -> Cotangent:
         )
         for name, tree in state.moments.items()
     }
-    # Strands of the update are cut out of them as views.
+    # Chunks of the update are views of them.
     return Cotangent(each(Tensor.contiguous, params), buffers, moments)
 
 
@@ -113,16 +113,12 @@ def pull_back(
         update, primal = transition.update, _Primal.of(transition, state, rules)
         clipped, unclip = _clipped(transition, primal.consumed)
         params = cotangent.params
-        slopes = (
-            (
-                strand,
-                rules.slope.entries(
-                    update, state, clipped, chunk=strand, slots=sum(transition.sizes)
-                ),
-            )
-            for strand in flat_chunks(update, state, clipped)
+        slots = sum(transition.sizes)
+        derivatives = (
+            (flat, rules.slope.diagonals(update, state, clipped, chunk=flat, slots=slots))
+            for flat in flat_chunks(update, state, clipped)
         )
-        moments, grads = pull_update(slopes, clipped, params=params, moments=cotangent.moments)
+        moments, grads = pull_update(derivatives, clipped, params=params, moments=cotangent.moments)
         grads = unclip(grads)
         buffers = dict(cotangent.buffers)
         scores = [

@@ -7,7 +7,7 @@ from torch import Tensor
 from backtrail.accel.context import accelerated
 from backtrail.curvature.policies import Curvature, Hessian
 from backtrail.curvature.vjp import GradientVJP
-from backtrail.optim.slopes import Slope, Tangent
+from backtrail.optim.slopes import Tangent, UpdateDerivative
 from backtrail.step.step import MicroBatch
 from backtrail.tree import Tree
 
@@ -17,7 +17,7 @@ class Rules:
     """How a sweep takes derivatives: of the loss twice, and of the optimizer's update."""
 
     curvature: Curvature
-    slope: Slope
+    slope: UpdateDerivative
 
     @property
     def exact(self) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from backtrail.curvature.jvp import GradientJVP, value_and_jvp
 from backtrail.optim.flatten import FlatChunk, flat_chunks
-from backtrail.optim.jacobian import GRADIENT, PARAMETER, Entries
+from backtrail.optim.jacobian import GRADIENT, PARAMETER, Diagonals
 from backtrail.step.state import State
 from backtrail.step.step import Transition
 from backtrail.sweep.rules import Rules
@@ -72,14 +72,12 @@ def push_forward(
     clipped, slopes = consumed, found.gradient_tangent
     if transition.task.clip is not None:
         clipped, slopes = value_and_jvp(transition.clipped, (consumed,), (slopes,))
-    entries = (
-        (
-            strand,
-            rules.slope.entries(update, state, clipped, chunk=strand, slots=sum(transition.sizes)),
-        )
-        for strand in flat_chunks(update, state, clipped)
+    slots = sum(transition.sizes)
+    derivatives = (
+        (chunk, rules.slope.diagonals(update, state, clipped, chunk=chunk, slots=slots))
+        for chunk in flat_chunks(update, state, clipped)
     )
-    params, moments = push_update(entries, slopes, change=now.change)
+    params, moments = push_update(derivatives, slopes, change=now.change)
     return transition.moved(state, clipped, buffers), State(params, found.buffers_tangent, moments)
 
 
@@ -108,21 +106,21 @@ def _pieces(transition: Transition, now: Changed, weights: Tensor, *, rules: Rul
 
 
 def push_update(
-    slopes: Iterable[tuple[FlatChunk, Entries]], grads: Tree, *, change: State
+    derivatives: Iterable[tuple[FlatChunk, Diagonals]], grads: Tree, *, change: State
 ) -> tuple[Tree, dict[str, Tree]]:
     """Take the change of the state before an update, and of the gradient, to the parameters and moments after it.
 
     Args:
-        slopes: the update's derivative, strand by strand.
+        derivatives: the update's derivative, chunk by chunk.
         grads: the change of the (clipped) gradient.
         change: that of the state; parameters without gradient, and their moments, keep theirs.
     """
     parts: dict[str, dict[str, list[Tensor]]] = {}
-    for strand, entries in slopes:
-        after = _products(entries, _before(strand, grads, change))
-        for span, place in strand.parts():
+    for chunk, diagonals in derivatives:
+        after = _products(diagonals, _before(chunk, grads, change))
+        for part, place in chunk.parts():
             for key, tensor in after.items():
-                parts.setdefault(span.name, {}).setdefault(key, []).append(tensor[place])
+                parts.setdefault(part.name, {}).setdefault(key, []).append(tensor[place])
     found = {
         name: {k: torch.cat(t).view_as(grads[name]) for k, t in tree.items()}
         for name, tree in parts.items()
@@ -131,19 +129,19 @@ def push_update(
     return change.params | moved, change.moments | found
 
 
-def _before(strand: FlatChunk, grads: Tree, change: State) -> Tree:
-    """The changes of a strand's inputs, `[entry]`."""
-    keys = {key for span in strand.spans for key in change.moments.get(span.name, {})}
+def _before(chunk: FlatChunk, grads: Tree, change: State) -> Tree:
+    """The changes of a chunk's inputs, `[entry]`."""
+    keys = {key for part in chunk.slices for key in change.moments.get(part.name, {})}
     moments = {
-        key: strand.gather({span.name: change.moments[span.name][key] for span in strand.spans})
+        key: chunk.gather({part.name: change.moments[part.name][key] for part in chunk.slices})
         for key in keys
     }
-    return moments | {PARAMETER: strand.gather(change.params), GRADIENT: strand.gather(grads)}
+    return moments | {PARAMETER: chunk.gather(change.params), GRADIENT: chunk.gather(grads)}
 
 
-def _products(entries: Entries, before: Tree) -> Tree:
+def _products(diagonals: Diagonals, before: Tree) -> Tree:
     after: Tree = {}
-    for (output, source), entry in entries.items():
+    for (output, source), diagonal in diagonals.items():
         if source in before:
-            after = add(after, {output: entry * before[source]})
+            after = add(after, {output: diagonal * before[source]})
     return after

@@ -7,7 +7,7 @@ import pytest
 
 import backtrail
 from backtrail.methods.dit import dit
-from backtrail.methods.dit.auto import candidates, choose, told
+from backtrail.methods.dit.auto import candidate_rules, choose_rules, describe_rules
 from backtrail.queries import Query, values
 from backtrail.queries.subset import evenly_spaced, spread
 from backtrail.sweep.rules import Rules
@@ -21,7 +21,7 @@ AUTO = backtrail.DIT(curvature="auto")
 def test_the_choice_is_what_a_slow_measurement_says(tmp_path: Path) -> None:
     """The figures told are those of the removals; the choice is the first within the margin of the best."""
     run = recorded_run("adamw", tmp_path)
-    rules = candidates(run, backtrail.Tangent())
+    rules = candidate_rules(run, backtrail.Tangent())
     figures = agreement_with_removals(run, rules, standard_queries())
     first = next(
         rule for rule, figure in zip(rules, figures, strict=True) if figure >= max(figures) - 0.02
@@ -32,7 +32,7 @@ def test_the_choice_is_what_a_slow_measurement_says(tmp_path: Path) -> None:
         repr(first.slope),
     )
     for rule, figure in zip(rules, figures, strict=True):
-        assert f"{told(rule)} {figure:.2f}" in str(found.settings["chosen"])
+        assert f"{describe_rules(rule)} {figure:.2f}" in str(found.settings["chosen"])
     assert "chosen='agreement with" in repr(found)
     same = backtrail.DIT(curvature=first.curvature, slope=first.slope).attribute(
         run, standard_queries()
@@ -44,8 +44,8 @@ def test_the_choice_is_what_a_slow_measurement_says(tmp_path: Path) -> None:
 def test_secants_are_tried_where_they_differ(name: str, tmp_path: Path) -> None:
     """Not for plain descent, and not where a slope was asked for."""
     run = recorded_run(name, tmp_path)
-    assert len(candidates(run, backtrail.Tangent())) == (2 if name == "momentum" else 4)
-    assert [type(rule.slope) for rule in candidates(run, backtrail.Secant(3.0))] == [
+    assert len(candidate_rules(run, backtrail.Tangent())) == (2 if name == "momentum" else 4)
+    assert [type(rule.slope) for rule in candidate_rules(run, backtrail.Secant(3.0))] == [
         backtrail.Secant
     ] * 2
 
@@ -55,7 +55,7 @@ def test_the_better_candidate_wins_and_a_tie_goes_to_the_first(tmp_path: Path) -
     run = recorded_run("adamw", tmp_path)
     truth = backtrail.leave_one_out(run, standard_queries(), samples=range(run.samples))
     noise = np.random.default_rng(1).standard_normal(truth.shape)
-    rules = candidates(run, backtrail.Tangent())
+    rules = candidate_rules(run, backtrail.Tangent())
     for good in ([1], [3], [0, 1], [2, 3]):
         made_up = {
             repr(rule): truth if place in good else noise for place, rule in enumerate(rules)
@@ -64,7 +64,7 @@ def test_the_better_candidate_wins_and_a_tie_goes_to_the_first(tmp_path: Path) -
         def predict(rule: Rules, _: Query, made_up: dict[str, np.ndarray] = made_up) -> np.ndarray:
             return made_up[repr(rule)]
 
-        choice = choose(
+        choice = choose_rules(
             run, standard_queries(), rules, predict=predict, state=run.steps, denominator="keep"
         )
         assert choice.rules == rules[good[0]]
@@ -80,7 +80,7 @@ def test_an_attribution_that_was_begun_keeps_its_choice(
     def never(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(dit, "choose", never)
+    monkeypatch.setattr(dit, "choose_rules", never)
     again = AUTO.attribute(run, standard_queries(), out=tmp_path / "auto")
     assert again.settings == begun.settings
 

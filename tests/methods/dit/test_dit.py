@@ -16,7 +16,7 @@ from backtrail.errors import (
     TooLittleMemory,
 )
 from backtrail.influence.influence import Influence
-from backtrail.methods.memory import Budget, Sizes, cut
+from backtrail.methods.memory import Budget, Sizes, fit
 from backtrail.run.run import Run
 from tests.cases import CASES, Case
 from tests.interruption import Interrupted
@@ -146,7 +146,7 @@ def test_a_finished_attribution_is_read_and_not_computed_again(
     run = recorded_run("adamw", tmp_path)
     first = backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit").values()
     monkeypatch.setattr(
-        "backtrail.methods.dit.dit._Filling.fill", lambda *_: pytest.fail("computed again")
+        "backtrail.methods.dit.dit._Attribution.fill", lambda *_: pytest.fail("computed again")
     )
     again = backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit")
     np.testing.assert_array_equal(again.values(), first)
@@ -232,7 +232,7 @@ def test_renormalising_is_refused_where_it_means_nothing(
 def test_a_sweep_that_cannot_fit_says_how_much_it_needs() -> None:
     """Before any work."""
     with pytest.raises(TooLittleMemory, match="Ask fewer queries"):
-        cut(Sizes(100, 300, 100, 300, 1000), rows=8, free=2000, chunk=None, steps=50)
+        fit(Sizes(100, 300, 100, 300, 1000), rows=8, free=2000, chunk=None, steps=50)
 
 
 @pytest.mark.parametrize("held", [1, 2, 50])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import backtrail
 from backtrail.methods.gradient_dot.products import slot_products
-from backtrail.methods.gradient_dot.state_products import alike
+from backtrail.methods.gradient_dot.state_products import has_one_gradient
 from backtrail.run.run import Run
 from tests.cases import (
     ADAMW,
@@ -105,7 +105,7 @@ def test_a_proponent_is_positive(tmp_path: Path) -> None:
 def test_a_model_that_drops_units_is_seen_with_the_masks_of_each_visit(tmp_path: Path) -> None:
     """Two visits of one sample have two masks, so none stands for the other."""
     run = recorded_case(Case("dropout", one_group(ADAMW, lr=0.01), model=with_dropout), tmp_path)
-    assert not alike(run)
+    assert not has_one_gradient(run)
     query = gradients_at(run, run.steps)
     found = backtrail.GradientDot().attribute(run, standard_queries()).values()
     state = run.state(run.steps)
@@ -216,7 +216,7 @@ def test_stored_batches_are_taken_as_they_were_fed(tmp_path: Path) -> None:
             nn.functional.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert not alike(backtrail.open_run(tmp_path / "run", task))
+    assert not has_one_gradient(backtrail.open_run(tmp_path / "run", task))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_samples_that_lean_on_their_batch_are_noticed(
     name: str, leans: str, tmp_path: Path
 ) -> None:
     """Without BatchNorm a sample has one gradient at a state."""
-    assert alike(recorded_run(name, tmp_path)) == (leans == "no")
+    assert has_one_gradient(recorded_run(name, tmp_path)) == (leans == "no")
 
 
 def test_a_head_that_starts_at_zero_hides_no_batchnorm(tmp_path: Path) -> None:
@@ -244,7 +244,9 @@ def test_a_head_that_starts_at_zero_hides_no_batchnorm(tmp_path: Path) -> None:
         nn.init.zeros_(head.bias)
         return nn.Sequential(nn.Linear(FEATURES, 5, bias=False), nn.BatchNorm1d(5), head)
 
-    assert not alike(recorded_case(Case("zeroed", one_group(SGD, lr=0.3), model=zeroed), tmp_path))
+    assert not has_one_gradient(
+        recorded_case(Case("zeroed", one_group(SGD, lr=0.3), model=zeroed), tmp_path)
+    )
 
 
 def test_losses_are_those_of_the_visits_where_they_are_known(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from backtrail.methods.diff_in.forms import Corrected, Published
 from backtrail.methods.diff_in.terms import Terms
 from backtrail.methods.diff_in.trajectory import Trajectory, spread_over_visits, trajectory_of
 from backtrail.methods.observe import ObservedAt, observed_states
-from backtrail.methods.result import described, slots
+from backtrail.methods.result import describe, sample_table
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.tree import Tree, each
@@ -279,7 +279,7 @@ def _description(
 ) -> tuple[Description, np.ndarray]:
     """What the influence is about, and the samples of its slots, `[step, slot]`."""
     if isinstance(run, Run):
-        return described(run, queries, tuple(states)), slots(run)
+        return describe(run, queries, tuple(states), method="", settings={}), sample_table(run)
     sample = np.arange(len(run.task.data))[None]
     description = Description(
         method="",

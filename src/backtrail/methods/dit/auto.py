@@ -1,4 +1,4 @@
-"""Which rules of a sweep predict removals best, measured on the user's own run."""
+"""The choice of `curvature="auto"`: the rules of a sweep that predict removals best on this run."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -12,110 +12,133 @@ from backtrail import stats
 from backtrail.curvature.policies import GaussNewton, Hessian
 from backtrail.influence.tables import places
 from backtrail.methods.retrain.retrain import Denominator, retrain
-from backtrail.optim.slopes import Secant, Slope, Tangent
+from backtrail.optim.slopes import Secant, Tangent, UpdateDerivative
 from backtrail.queries import Query
 from backtrail.queries.subset import evenly_spaced
 from backtrail.run.run import Run
-from backtrail.step.update import LINEAR
+from backtrail.step.optimizers import rule_named
 from backtrail.sweep.rules import Rules
 
 log = logging.getLogger(__name__)
 Predict = Callable[[Rules, Query], Float[np.ndarray, "query sample"]]
 
-ASKED = 4  # queries that the measurement asks
-ONES, GROUPS, SHARE = (
-    30,
-    32,
-    20,
-)  # single removals, and groups of 1 / SHARE of the samples: one stack of re-runs
-# not one that users are likely to draw their own removals with, which would then be no test of the
-# choice
+# Queries, single removals and removals of groups that are measured: one stack of re-runs.
+QUERIES = 4
+SINGLES = 30
+GROUPS = 32
+# A group is this share of the samples seen.
+GROUP_SHARE = 20  # 1 / 20
+# Not a seed that users are likely to draw their own removals with, which would then be no test of
+# the choice.
 SEED = 2412
-MARGIN = 0.02  # a later candidate has to be better by more than this
+# A later candidate has to be better by more than this.
+MARGIN = 0.02
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The rules chosen, and why in one sentence."""
+    """The rules chosen, and the reason in one sentence."""
 
     rules: Rules
-    why: str
+    reason: str
 
 
-def candidates(run: Run, slope: Slope) -> list[Rules]:
-    """What is compared, the exact first; secants only where they differ and no other slope was asked for.
+def candidate_rules(run: Run, slope: UpdateDerivative) -> list[Rules]:
+    """List the rules that are compared, the exact ones first.
 
-    The empirical Fisher matrix and no curvature at all never came first in our measurements.
+    Secants are among them where they differ from tangents and no other slope is asked for. The
+    empirical Fisher matrix and no curvature at all never came first in our measurements.
     """
-    bends = run.manifest.optimizer not in LINEAR and slope == Tangent()
-    slopes = [slope, Secant()] if bends else [slope]
-    return [Rules(curvature, steep) for steep in slopes for curvature in (Hessian(), GaussNewton())]
+    slopes = [slope]
+    linear = rule_named(run.manifest.optimizer).linear
+    if slope == Tangent() and not linear:
+        slopes.append(Secant())
+    candidates = []
+    for each in slopes:
+        candidates.append(Rules(Hessian(), each))
+        candidates.append(Rules(GaussNewton(), each))
+    return candidates
 
 
-def choose(
+def choose_rules(
     run: Run,
     queries: Query,
-    rules: Sequence[Rules],
+    candidates: Sequence[Rules],
     *,
     predict: Predict,
     state: int,
     denominator: Denominator,
 ) -> Choice:
-    """Leave out single samples and groups of 5 %, and take the rules whose predictions agree best.
+    """Leave out single samples and groups of 5 %, and take the rules that predict this best.
 
-    Each candidate's figure is the mean of its Pearson correlation with the single removals and its
-    linear datamodelling score with the groups, over at most `ASKED` of the queries.
+    The figure of a candidate is the mean of its Pearson correlation with the single removals and
+    its linear datamodelling score with the groups, over at most `QUERIES` of the queries.
 
     Args:
         run: the training.
-        queries: what will be asked.
-        rules: the candidates, the preferred first.
+        queries: those that are to be attributed.
+        candidates: the rules to choose from, the preferred ones first.
         predict: from rules and queries to the influence of every sample.
         state: the state that the queries read.
         denominator: what a removal does to its batch's mean.
     """
-    some, draw = evenly_spaced(queries, ASKED), np.random.default_rng(SEED)
-    ones = draw.choice(run.seen, min(ONES, len(run.seen)), replace=False)
-    size = max(1, len(run.seen) // SHARE)
-    groups = [draw.choice(run.seen, size, replace=False) for _ in range(GROUPS)]
-    removals = [[int(one)] for one in ones] + [
-        [int(sample) for sample in group] for group in groups
-    ]
+    some = evenly_spaced(queries, QUERIES)
+    removals, singles = _removals(run)
     actual = retrain(run, some, removals, observed_at=state, denominator=denominator).change[:, 0]
-    columns = [
-        np.asarray(places(run.ids, group)) for group in removals
-    ]  # ids need not count from 0
-    figures = [
-        _figure(predict(rule, some), columns, actual=actual, ones=len(ones)) for rule in rules
-    ]
-    best = int(np.argmax(figures))
-    chosen = next(place for place, figure in enumerate(figures) if figure >= figures[best] - MARGIN)
-    tried = "; ".join(
-        f"{told(rule)} {figure:.2f}" for rule, figure in zip(rules, figures, strict=True)
+    # Ids of samples need not count from 0.
+    columns = [np.asarray(places(run.ids, group)) for group in removals]
+    figures = []
+    for rules in candidates:
+        predicted = predict(rules, some)
+        figures.append(_agreement(predicted, columns, actual=actual, singles=singles))
+    chosen = _first_near_best(figures)
+    measured = []
+    for rules, figure in zip(candidates, figures, strict=True):
+        measured.append(f"{describe_rules(rules)} {figure:.2f}")
+    reason = (
+        f"agreement with {singles} samples and {GROUPS} groups of {len(removals[-1])} left out: "
+        + "; ".join(measured)
     )
-    why = f"agreement with {len(ones)} samples and {GROUPS} groups of {size} left out: {tried}"
-    log.info("chose %s by %s", told(rules[chosen]), why)
-    return Choice(rules[chosen], why)
+    log.info("chose %s by %s", describe_rules(candidates[chosen]), reason)
+    return Choice(candidates[chosen], reason)
 
 
-def _figure(
+def _removals(run: Run) -> tuple[list[list[int]], int]:
+    """Draw the removals, single samples first, and say how many of those there are."""
+    draw = np.random.default_rng(SEED)
+    singles = draw.choice(run.seen, min(SINGLES, len(run.seen)), replace=False)
+    size = max(1, len(run.seen) // GROUP_SHARE)
+    removals = [[int(sample)] for sample in singles]
+    for _ in range(GROUPS):
+        group = draw.choice(run.seen, size, replace=False)
+        removals.append([int(sample) for sample in group])
+    return removals, len(singles)
+
+
+def _agreement(
     total: Float[np.ndarray, "query sample"],
-    removals: Sequence[np.ndarray],
+    columns: Sequence[np.ndarray],
     *,
-    actual: np.ndarray,
-    ones: int,
+    actual: Float[np.ndarray, "query removal"],
+    singles: int,
 ) -> float:
-    """Mean of Pearson with single removals and LDS with groups; no correlation counts as none."""
-    single = stats.pearson(stats.group_sums(total, removals[:ones]), actual[:, :ones])
-    many = stats.lds(total, removals[ones:], actual[:, ones:])
-    return float(np.nan_to_num([single, many]).mean())
+    """Mean of Pearson with single removals and LDS with groups; no correlation counts as zero."""
+    predicted = stats.group_sums(total, columns[:singles])
+    single = stats.pearson(predicted, actual[:, :singles])
+    grouped = stats.lds(total, columns[singles:], actual[:, singles:])
+    return float(np.nan_to_num([single, grouped]).mean())
 
 
-def told(rules: Rules) -> str:
-    """Like `GaussNewton, Secant`.
+def _first_near_best(figures: Sequence[float]) -> int:
+    best = max(figures)
+    return next(place for place, figure in enumerate(figures) if figure >= best - MARGIN)
 
-    >>> told(Rules(GaussNewton(), Secant()))
+
+def describe_rules(rules: Rules) -> str:
+    """Name the classes of curvature and slope.
+
+    >>> describe_rules(Rules(GaussNewton(), Secant()))
     'GaussNewton, Secant'
     """
     return f"{type(rules.curvature).__name__}, {type(rules.slope).__name__}"

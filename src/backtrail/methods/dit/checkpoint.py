@@ -1,4 +1,7 @@
-"""The cotangents at the last two shard boundaries, so that a killed attribution goes on to the same bits."""
+"""The cotangents at the last two shard boundaries, so that a killed attribution resumes.
+
+Resuming from them gives results that are bit-identical to those of an uninterrupted sweep.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -11,33 +14,44 @@ from backtrail.run.tensors import pack_state, unpack_state
 from backtrail.step.state import State
 from backtrail.sweep.adjoint import Cotangent
 
+# A kill between saving the cotangents of a shard and marking it done leaves the shard before it as
+# the one to resume from, so one file is not enough.
 KEPT = 2
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class CotangentStore:
-    """Beside an influence on disk; nothing where the influence is in memory."""
+    """Files beside an influence on disk; does nothing for an influence in memory.
+
+    Attributes:
+        folder: of the influence; None if it is in memory.
+    """
 
     folder: Path | None
 
     def save(self, step: int, cotangent: Cotangent | None) -> None:
-        """Keep the cotangents of the state before a step, and drop all but the last two."""
+        """Keep the cotangents of the state before a step, and drop all but the last two.
+
+        Args:
+            step: its index.
+            cotangent: None if no query reads a state from there on.
+        """
         if self.folder is None:
             return
-        with replacing(self._file(step)) as scratch:
-            # A cotangent has a state's structure: a tensor for every parameter, buffer and moment.
-            parts = (
-                State({}, {}, {})
-                if cotangent is None
-                else State(cotangent.params, cotangent.buffers, cotangent.moments)
-            )
-            scratch.write_bytes(pack_state(parts))
-        for old in sorted(self._file(step).parent.glob("*.safetensors"))[KEPT:]:
+        # A cotangent has a state's structure: a tensor for every parameter, buffer and moment.
+        packed = State({}, {}, {})
+        if cotangent is not None:
+            packed = State(cotangent.params, cotangent.buffers, cotangent.moments)
+        path = self._file(step)
+        with replacing(path) as scratch:
+            scratch.write_bytes(pack_state(packed))
+        # The sweep runs backwards, so the newest files have the smallest numbers.
+        for old in sorted(path.parent.glob("*.safetensors"))[KEPT:]:
             old.unlink()
 
     def load(self, step: int) -> Cotangent | None:
-        """Read the cotangents of the state before a step; None if no query was on its way there.
+        """Read the cotangents of the state before a step; None if there were none.
 
         Raises:
             DamagedFile: the file is missing or unreadable.
@@ -47,10 +61,12 @@ class CotangentStore:
             state = unpack_state(path.read_bytes())
         except Exception as error:
             raise DamagedFile(path, str(error)) from error
-        return Cotangent(state.params, state.buffers, state.moments) if state.params else None
+        if not state.params:
+            return None
+        return Cotangent(state.params, state.buffers, state.moments)
 
     def clear(self) -> None:
-        """Remove what only a resumption needs."""
+        """Remove all files; a finished attribution does not need them."""
         if self.folder is not None:
             shutil.rmtree(self.folder / "cotangents", ignore_errors=True)
 

@@ -1,13 +1,16 @@
-r"""Dynamic Influence Tracker (Xu & Wu, arXiv 2502.10793), exact, through any differentiable optimizer.
+r"""Dynamic Influence Tracker (Xu & Wu, arXiv 2502.10793), exact, through any supported optimizer.
 
 One adjoint sweep over the recorded steps gives, for every query q and observed state τ,
 
 .. math:: I[q, \tau, t, b] = -\,\partial q(\theta_\tau) / \partial w_{t,b}
 
 which the paper approximates for plain SGD and recomputes for every window.
+
+An attribution is planned (states, rules, memory), swept from the last step to the first, written
+shard by shard on the way, and resumed from the last shard that was written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, final, get_args
@@ -25,22 +28,22 @@ from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.layout import Description
 from backtrail.influence.writer import InfluenceWriter
-from backtrail.methods.dit.auto import candidates, choose
+from backtrail.methods.dit.auto import candidate_rules, choose_rules
 from backtrail.methods.dit.checkpoint import CotangentStore
-from backtrail.methods.dit.observing import Reading, reading
+from backtrail.methods.dit.observing import CotangentSource, cotangent_source
 from backtrail.methods.memory import (
     Budget,
     Limits,
-    begun_chunk,
-    begun_settings,
     budget,
     check_limits,
+    unfinished_chunk,
+    unfinished_settings,
 )
 from backtrail.methods.observe import ObservedAt, observed_states
-from backtrail.methods.renormalize import check_renormalizable, renormalized
-from backtrail.methods.result import begun_writer, described
+from backtrail.methods.renormalize import check_renormalizable, renormalize
+from backtrail.methods.result import begin_or_resume, describe
 from backtrail.methods.retrain.retrain import Denominator
-from backtrail.optim.slopes import Slope, Tangent
+from backtrail.optim.slopes import Tangent, UpdateDerivative
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.sweep.adjoint import Cotangent, Sweep, Swept
@@ -58,9 +61,10 @@ class DIT:
     Args:
         curvature: how the loss's second derivative is taken. "auto" leaves out some samples first
             and takes what predicts that best on this run, `Hessian` or `GaussNewton`, and for
-            optimizers that bend also with `Secant`; `influence.settings["chosen"]` says why.
-        slope: how the optimizer's answer to a change is taken: the derivative, or over the width of
-            one removal.
+            optimizers with a nonlinear update also with `Secant`; `influence.settings["chosen"]`
+            says why.
+        slope: how the update is differentiated: exactly, or as a mean over the width of one
+            removal.
         denominator: "keep" leaves a removed sample's place in the batch's mean; "renormalize"
             divides by one less.
         memory: bytes that a sweep may use beside the model; default half of what is free. It
@@ -72,29 +76,28 @@ class DIT:
     """
 
     curvature: Policy = field(default_factory=Hessian)
-    slope: Slope = field(default_factory=Tangent)
+    slope: UpdateDerivative = field(default_factory=Tangent)
     denominator: Denominator = "keep"
     memory: int | None = None
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what a sweep would stumble over much later.
+        """Check the settings.
 
         Raises:
             BadSetting: names the setting, and what it may be.
         """
-        if not isinstance(self.curvature, Curvature) and self.curvature != "auto":
+        if isinstance(self.curvature, Curvature):
+            if self.curvature.product not in get_args(Product):
+                raise BadSetting("product", self.curvature.product, "'autograd' or 'difference'")
+        elif self.curvature != "auto":
             policies = "backtrail.Hessian(), GaussNewton(), EmpiricalFisher(), Zero() or 'auto'"
             raise BadSetting("curvature", self.curvature, policies)
-        if isinstance(self.curvature, Curvature) and self.curvature.product not in get_args(
-            Product
-        ):
-            raise BadSetting("product", self.curvature.product, "'autograd' or 'difference'")
-        if not isinstance(self.slope, Slope):
+        if not isinstance(self.slope, UpdateDerivative):
             raise BadSetting("slope", self.slope, "backtrail.Tangent() or backtrail.Secant()")
         if self.denominator not in get_args(Denominator):
             raise BadSetting("denominator", self.denominator, "'keep' or 'renormalize'")
-        check_limits(memory=self.memory, chunk=self.chunk)
+        check_limits(Limits(memory=self.memory, chunk=self.chunk))
 
     @exclusive
     def attribute(
@@ -115,124 +118,157 @@ class DIT:
             queries: what is asked; all are answered by one sweep.
             observed_at: the states that the queries read: "end", "epochs", a number, or several.
             out: folder of the result. If it holds an unfinished attribution of the same question,
-                that one is resumed, to the same bits. None keeps the result in memory.
+                that one is resumed, with bit-identical results. None keeps the result in memory.
         """
         path = None if out is None else Path(out)
         states = observed_states(run, observed_at)
         if self.denominator == "renormalize":
             check_renormalizable(run)
-        begun = begun_settings(path)
-        rules, why = self._decided(run, queries, state=states[-1], begun=begun)
-        limits = Limits(memory=self.memory, chunk=self.chunk or begun_chunk(path))
+        rules, choice = self._rules(run, queries, state=states[-1], path=path)
+        limits = Limits(memory=self.memory, chunk=self.chunk or unfinished_chunk(path))
         twice = rules.curvature.product == "autograd"
         cut = budget(run, queries, len(states), twice=twice, limits=limits)
+        settings = self._settings(queries, rules, cut, choice)
+        description = describe(
+            run,
+            queries,
+            states,
+            method="DIT",
+            settings=settings,
+            denominator=self.denominator,
+        )
+        writer = begin_or_resume(run, description, path)
+        missing = sorted({*range(len(writer.shards))} - writer.done)
+        if missing:
+            source = cotangent_source(run, queries, states)
+            attribution = _Attribution(run, source, writer, CotangentStore(writer.path))
+            attribution.fill(missing, rules, cut)
+        return writer.finish().with_queries(queries)
+
+    def _rules(
+        self, run: Run, queries: Query, *, state: int, path: Path | None
+    ) -> tuple[Rules, dict[str, object]]:
+        """The rules of the sweep, and the setting that says why they were chosen, if they were."""
+        if isinstance(self.curvature, Curvature):
+            return Rules(self.curvature, self.slope), {}
+        candidates = candidate_rules(run, self.slope)
+        unfinished = unfinished_settings(path)
+        if "chosen" in unfinished:
+            # Resumed with the choice that was made when it was begun.
+            begun = (unfinished["curvature"], unfinished["slope"])
+            for rules in candidates:
+                if (repr(rules.curvature), repr(rules.slope)) == begun:
+                    return rules, {"chosen": unfinished["chosen"]}
+
+        def predict(rules: Rules, some: Query) -> Float[np.ndarray, "query sample"]:
+            method = replace(self, curvature=rules.curvature, slope=rules.slope, chunk=None)
+            return method.attribute(run, some, observed_at=state).total()[:, 0]
+
+        choice = choose_rules(
+            run, queries, candidates, predict=predict, state=state, denominator=self.denominator
+        )
+        return choice.rules, {"chosen": choice.reason}
+
+    def _settings(
+        self, queries: Query, rules: Rules, cut: Budget, choice: dict[str, object]
+    ) -> dict[str, object]:
+        """What is stored with the result: all that its numbers depend on."""
         settings: dict[str, object] = {
             "curvature": repr(rules.curvature),
             "slope": repr(rules.slope),
-        }
-        settings |= {"chunk": cut.chunk, "exact": rules.exact} | why
+            # Queries that are pulled together are rounded differently than alone.
+            "chunk": cut.chunk,
+            "exact": rules.exact,
+        } | choice
         if isinstance(queries, Averaged):
             settings["average"] = queries.about
-        about = replace(
-            described(run, queries, states), denominator=self.denominator, settings=settings
-        )
-        writer = begun_writer(run, about, path)
-        if len(writer.done) < len(writer.shards):
-            _Filling(run, reading(run, queries, states), writer, CotangentStore(writer.path)).fill(
-                rules, cut
-            )
-        return writer.finish().with_queries(queries)
-
-    def _decided(
-        self, run: Run, queries: Query, *, state: int, begun: dict[str, object]
-    ) -> tuple[Rules, dict[str, object]]:
-        """The rules of the sweep, and why they were chosen, where they were; an attribution that was begun goes on."""
-        if isinstance(self.curvature, Curvature):
-            return Rules(self.curvature, self.slope), {}
-        found = candidates(run, self.slope)
-        if "chosen" in begun:
-            made = (begun["curvature"], begun["slope"])
-            return next(r for r in found if (repr(r.curvature), repr(r.slope)) == made), {
-                "chosen": begun["chosen"]
-            }
-
-        def predict(rules: Rules, some: Query) -> Float[np.ndarray, "query sample"]:
-            alone = replace(self, curvature=rules.curvature, slope=rules.slope, chunk=None)
-            return alone.attribute(run, some, observed_at=state).total()[:, 0]
-
-        choice = choose(
-            run, queries, found, predict=predict, state=state, denominator=self.denominator
-        )
-        return choice.rules, {"chosen": choice.why}
+        return settings
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Filling:
-    """An attribution under way: sweeps over the shards that are not done, from the last to the first."""
+class _Attribution:
+    """An attribution under way: one sweep over the shards that are missing, the last one first."""
 
     run: Run
-    reading: Reading
+    source: CotangentSource
     writer: InfluenceWriter
     store: CotangentStore
 
     @property
-    def about(self) -> Description:
+    def description(self) -> Description:
         return self.writer.description
 
-    def fill(self, rules: Rules, cut: Budget) -> None:
-        missing = [
-            shard for shard in range(len(self.writer.shards)) if shard not in self.writer.done
-        ]
-        stop = self.writer.shards[missing[-1]][1]
-        cotangent = self.store.load(stop) if stop < self.run.steps else self.met_at_the_end()
+    def fill(self, missing: Sequence[int], rules: Rules, cut: Budget) -> None:
+        """Sweep from the end of the last missing shard to the first step, and write every shard."""
+        _, stop = self.writer.shards[missing[-1]]
+        cotangent = self._cotangent_at(stop)
         sweep = Sweep(
-            self.run.state, self.run.transition, self.reading.meet, rules=rules, chunk=cut.chunk
+            load=self.run.state,
+            transition=self.run.transition,
+            meet=self.source.add,
+            rules=rules,
+            chunk=cut.chunk,
         )
         swept = sweep(plan(self.run.kept, stop, held=cut.held), cotangent)
-        bar = iter(
+        steps = iter(
             tqdm(swept, desc="attributing", total=stop, unit="step", disable=None, leave=False)
         )
         # Kept memory saves time. A single query by differences is a choice of the least memory.
-        rows = len(self.about.queries) * len(self.about.observed_at)
+        rows = len(self.description.queries) * len(self.description.observed_at)
         keep_memory = rules.curvature.product == "autograd" or rows > 1
         with accelerated(products=False, keep_memory=keep_memory):
             for shard in reversed(missing):
-                self.fill_shard(shard, bar)
+                self._fill_shard(shard, steps)
         self.store.clear()
 
-    def fill_shard(self, shard: int, swept: Iterator[Swept]) -> None:
-        """Write the steps of one shard; mark it done once the way on from there is safe."""
+    def _cotangent_at(self, stop: int) -> Cotangent | None:
+        """The cotangents of the state after the last step of the sweep."""
+        if stop < self.run.steps:
+            return self.store.load(stop)
+        if stop not in self.description.observed_at:
+            return None
+        return self.source.add(stop, self.run.state(stop, replay=True), None)
+
+    def _fill_shard(self, shard: int, steps: Iterator[Swept]) -> None:
+        """Write the steps of one shard, and mark it done once the sweep can resume before it."""
         first, stop = self.writer.shards[shard]
-        block = np.zeros((*self.about.shape[:2], stop - first, self.about.slots))
-        loss, norms = np.full(block.shape[2:], np.nan), np.full(block.shape[:3], np.nan)
+        queries, observed, _, slots = self.description.shape
+        block = np.zeros((queries, observed, stop - first, slots))
+        loss = np.full((stop - first, slots), np.nan)
+        norms = np.full((queries, observed, stop - first), np.nan)
         for step in range(stop - 1, first - 1, -1):
-            found, place = next(swept), step - first
-            width, alive = len(found.losses), self.alive(len(found.influence))
-            block[:, alive, place, :width] = self.by_state(found.influence)
-            norms[:, alive, place] = self.by_state(found.norms[:, None])[..., 0]
-            loss[place, :width] = found.losses.cpu().numpy()
+            swept = next(steps)
+            place = step - first
+            width = len(swept.losses)
+            columns = self._columns(len(swept.influence))
+            block[:, columns, place, :width] = self._by_query(self._removals(swept.influence))
+            norms[:, columns, place] = self._by_query(swept.norms[:, None])[..., 0]
+            loss[place, :width] = swept.losses.cpu().numpy()
         self.writer.write(first, block, loss, cotangent=norms)
         if first > 0:
-            self.store.save(first, found.cotangent)
+            # Before the mark: a shard that is done is never swept again.
+            self.store.save(first, swept.cotangent)
         self.writer.mark_done(shard)
 
-    def met_at_the_end(self) -> Cotangent | None:
-        """The cotangents of the queries that read the final state; None if it is not observed."""
-        last = self.run.steps
-        if last not in self.about.observed_at:
-            return None
-        return self.reading.meet(last, self.run.state(last, replay=True), None)
+    def _columns(self, rows: int) -> list[int]:
+        """Columns of the observed states whose cotangents exist, in the order of their rows.
 
-    def alive(self, rows: int) -> list[int]:
-        """Columns of the observed states whose cotangents are on their way, the latest state first."""
-        last = len(self.about.observed_at) - 1
-        return [last - block for block in range(rows // len(self.about.queries))]
+        The sweep meets the latest observed state first.
+        """
+        latest = len(self.description.observed_at) - 1
+        states = rows // len(self.description.queries)
+        return [latest - number for number in range(states)]
 
-    def by_state(self, rows: Tensor) -> np.ndarray:
-        """From (state, query) x slot to [query, state, slot]."""
-        if rows.shape[1] > 1 and self.about.denominator == "renormalize":
-            rows = renormalized(rows)
-        return (
-            rows.cpu().reshape(-1, len(self.about.queries), rows.shape[1]).transpose(0, 1).numpy()
-        )
+    def _removals(self, influence: Float[Tensor, "row slot"]) -> Float[Tensor, "row slot"]:
+        """Influence of removals with this attribution's denominator."""
+        if self.description.denominator == "renormalize":
+            return renormalize(influence)
+        return influence
+
+    def _by_query(
+        self, rows: Float[Tensor, "row slot"]
+    ) -> Float[np.ndarray, "query observed_at slot"]:
+        """Split the rows, which are queries within observed states."""
+        by_state = rows.cpu().reshape(-1, len(self.description.queries), rows.shape[1])
+        return by_state.transpose(0, 1).numpy()

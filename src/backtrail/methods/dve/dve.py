@@ -32,7 +32,7 @@ from backtrail.methods.dve.sampled_labels import Drawn
 from backtrail.methods.dve.step_features import Fisher, Follow, StepFeatures
 from backtrail.methods.dve.store import About, EmbeddingStore
 from backtrail.methods.observe import ObservedAt, observed_states
-from backtrail.methods.result import precision, slots
+from backtrail.methods.result import precision, sample_table
 from backtrail.queries import Query
 from backtrail.run.manifest import Manifest
 from backtrail.run.run import Run
@@ -185,7 +185,7 @@ class DataValueEmbedding:
             settings=self._settings,
         )
         path = None if out is None else Path(out)
-        store = EmbeddingStore.begin(path, about, what.sizes(about.slots), sample=slots(run))
+        store = EmbeddingStore.begin(path, about, what.sizes(about.slots), sample=sample_table(run))
         return Gathering(run, what, KeptRows(run, self._settings_of_rows)), store
 
     def _features(self, task: Task, manifest: Manifest) -> StepFeatures:

@@ -9,7 +9,7 @@ own stretch, and a query gradient is carried back over the stretches behind it.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -29,7 +29,7 @@ from backtrail.influence.writer import InfluenceWriter
 from backtrail.methods.dve.projection import Projection, projection_for
 from backtrail.methods.dve.store import About, EmbeddingStore
 from backtrail.methods.observe import ObservedAt, observed_states, query_gradients
-from backtrail.methods.result import begun_writer, described
+from backtrail.methods.result import begin_or_resume, describe
 from backtrail.queries import Averaged, Query
 from backtrail.queries.subset import QuerySubset
 from backtrail.run.run import Run
@@ -135,12 +135,14 @@ class Embeddings:
         missing = sorted(set(states) - set(self.observed_at))
         if missing:
             raise NotEmbedded(missing, self.observed_at)
-        description = replace(
-            described(self.run, queries, states),
+        description = describe(
+            self.run,
+            queries,
+            states,
             method="DataValueEmbedding",
             settings=dict(self.about.settings) | {"exact": False},
         )
-        writer = begun_writer(self.run, description, None if out is None else Path(out))
+        writer = begin_or_resume(self.run, description, None if out is None else Path(out))
         if len(writer.done) < len(writer.shards):
             self._fill(writer, queries)
         return writer.finish().with_queries(queries)

@@ -18,13 +18,14 @@ from torch import Tensor
 from backtrail.methods.dve.projection import Projection
 from backtrail.methods.dve.sampled_labels import Drawn
 from backtrail.methods.step_factors import rates
-from backtrail.optim.steady_state import Lasting, lasting
+from backtrail.optim.steady_state import SteadyState, steady_state
 from backtrail.persample.gradients import Watched
 from backtrail.persample.rules import Asked, Loss, Reductions
 from backtrail.persample.sketch import KroneckerSketch, Picked
+from backtrail.step.optimizers import rule_named
 from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
-from backtrail.step.update import LINEAR, Update
+from backtrail.step.update import Update
 from backtrail.task.clipping import ClipValue
 from backtrail.task.task import Task
 from backtrail.tree import Tree
@@ -68,7 +69,7 @@ class StepFeatures:
         if self.follow == "rate":
             return True
         clips_entries = isinstance(self.task.clip, ClipValue)
-        is_uniform = self.optimizer in LINEAR and not clips_entries
+        is_uniform = rule_named(self.optimizer).linear and not clips_entries
         return is_uniform or picks(self.projection)
 
     @property
@@ -159,7 +160,7 @@ class StepFeatures:
         micro_batches: Sequence[MicroBatch],
         *,
         total: Tree,
-        response: Lasting,
+        response: SteadyState,
     ) -> Arrays:
         """All that is kept of a step.
 
@@ -183,7 +184,7 @@ class StepFeatures:
         arrays["decay"] = self._by_coordinate(response.decay, absent=1.0)
         return arrays
 
-    def response(self, update: Update, state: State, gradient: Tree) -> Lasting:
+    def response(self, update: Update, state: State, gradient: Tree) -> SteadyState:
         """What the update makes of lasting changes of gradient and parameters.
 
         Args:
@@ -192,7 +193,7 @@ class StepFeatures:
             gradient: The step's gradient before clipping, or some parameters' part of it.
         """
         if self.follow == "optimizer":
-            response = lasting(self.task, update, state, grads=gradient)
+            response = steady_state(self.task, update, state, grads=gradient)
             bounded = {
                 name: at_most_usual(rate, gradient[name]) for name, rate in response.rate.items()
             }
@@ -202,7 +203,7 @@ class StepFeatures:
             for name in group:
                 if name in gradient:
                     rate[name] = torch.full_like(gradient[name], group_rate)
-        return Lasting(rate, {name: torch.ones_like(tensor) for name, tensor in rate.items()})
+        return SteadyState(rate, {name: torch.ones_like(tensor) for name, tensor in rate.items()})
 
     def _without_rounding(self, rows: Arrays, total: Tree) -> Arrays:
         """Set rows of parameters to zero whose gradient consists of rounding errors, in place.

@@ -1,15 +1,15 @@
-r"""Gradient products, the cheap baselines: TracIn (Pruthi et al., arXiv 2002.08484) and gradient-dot.
+r"""Gradient products, the cheap baselines: TracIn (arXiv 2002.08484) and gradient-dot.
 
-.. math:: I[q, \tau, t, b] = \eta_t\, c_{t,b}\, \langle \nabla q(\theta_s),\, \nabla\ell_b(\theta_s) \rangle
+.. math:: I[q, \tau, t, b] =
+    \eta_t\, c_{t,b}\, \langle \nabla q(\theta_s),\, \nabla\ell_b(\theta_s) \rangle
 
 for t < τ, with every parameter group's own recorded rate. They differ in the state s at which both
 gradients are taken.
 """
 
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, final, get_args
 
@@ -20,31 +20,37 @@ from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.writer import InfluenceWriter
-from backtrail.methods.gradient_dot.state_products import Scores, StateProducts, Tables, alike
-from backtrail.methods.memory import begun_chunk, check_limits, gradients_at_once
+from backtrail.methods.gradient_dot.state_products import (
+    StateProducts,
+    StepScores,
+    Tables,
+    has_one_gradient,
+)
+from backtrail.methods.memory import Limits, check_limits, gradient_chunk, unfinished_chunk
 from backtrail.methods.observe import ObservedAt, observed_states
-from backtrail.methods.result import begun_writer, described
+from backtrail.methods.result import begin_or_resume, describe
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.step.state import State
 
 States = Literal["every", "kept"]
-Look = Callable[[Run, int, int], int]  # run, step, observed state -> the state s
+StateOf = Callable[[Run, int, int], int]  # run, step t, observed state τ -> the state s
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracIn:
-    r"""How far each visit's own gradient step moved the query, had it been a step of plain gradient descent.
+    r"""How far each visit's own step moved the query, had it been a step of gradient descent.
 
-    .. math:: I[q, \tau, t, b] = \eta_t\, c_{t,b}\, \langle \nabla q(\theta_s),\, \nabla\ell_b(\theta_s) \rangle,
+    .. math:: I[q, \tau, t, b] =
+        \eta_t\, c_{t,b}\, \langle \nabla q(\theta_s),\, \nabla\ell_b(\theta_s) \rangle,
         \quad t < \tau
 
-    It ignores the optimizer (preconditioning, momentum, weight decay, clipping: the rate is all it
-    knows of them), the curvature (no later step feels a visit, so an observed state only says which
-    visits count), the penalty and the way through BatchNorm's running statistics. Under Adam its
-    sizes mean nothing, and its ranking need not. `backtrail.trust` measures both; `DIT` leaves out
-    nothing.
+    It ignores the optimizer (preconditioning, momentum, weight decay, clipping: of all this it uses
+    the rate alone), the curvature (no later step feels a visit, so an observed state only says
+    which visits count), the penalty and the path through BatchNorm's running statistics. Under Adam
+    its sizes mean nothing, and its ranking need not. `backtrail.trust` measures both; `DIT` leaves
+    out nothing.
 
     Args:
         states: "every" takes both gradients at the state that the step started from (the paper's
@@ -65,14 +71,14 @@ class TracIn:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that are none.
+        """Check the settings.
 
         Raises:
             BadSetting: names the setting, and what it may be.
         """
         if self.states not in get_args(States):
             raise BadSetting("states", self.states, "'every' or 'kept'")
-        check_limits(memory=self.memory, chunk=self.chunk)
+        check_limits(Limits(memory=self.memory, chunk=self.chunk))
 
     @exclusive
     def attribute(
@@ -93,19 +99,24 @@ class TracIn:
             queries: what is asked.
             observed_at: the states up to which visits count: "end", "epochs", a number, or several.
             out: folder of the result. An unfinished attribution of the same question there is
-                resumed, to the same bits. None keeps the result in memory.
+                resumed, with bit-identical results. None keeps the result in memory.
         """
-        look = _each_step if self.states == "every" else _kept_before
-        question = _Question("TracIn", look, {"states": self.states}, self.memory, self.chunk)
-        return question.answered(run, queries, observed_at=observed_at, out=out)
+        method = _GradientProduct(
+            name="TracIn",
+            state_of=_own_state if self.states == "every" else _kept_state,
+            settings={"states": self.states},
+            limits=Limits(memory=self.memory, chunk=self.chunk),
+        )
+        return method.attribute(run, queries, observed_at=observed_at, out=out)
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientDot:
-    r"""The product of the gradients at the observed state alone, for every visit: the cheapest there is.
+    r"""The product of the gradients at the observed state alone, for every visit: the cheapest.
 
-    .. math:: I[q, \tau, t, b] = \eta_t\, c_{t,b}\, \langle \nabla q(\theta_\tau),\, \nabla\ell_b(\theta_\tau) \rangle,
+    .. math:: I[q, \tau, t, b] =
+        \eta_t\, c_{t,b}\, \langle \nabla q(\theta_\tau),\, \nabla\ell_b(\theta_\tau) \rangle,
         \quad t < \tau
 
     It ignores all that `TracIn` ignores, and how the training got to that state: visits of one
@@ -125,8 +136,8 @@ class GradientDot:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that are none."""
-        check_limits(memory=self.memory, chunk=self.chunk)
+        """Check the settings."""
+        check_limits(Limits(memory=self.memory, chunk=self.chunk))
 
     @exclusive
     def attribute(
@@ -148,39 +159,50 @@ class GradientDot:
             observed_at: the states at which gradients are taken: "end", "epochs", a number, or
                 several.
             out: folder of the result. An unfinished attribution of the same question there is
-                resumed, to the same bits. None keeps the result in memory.
+                resumed, with bit-identical results. None keeps the result in memory.
         """
-        question = _Question("GradientDot", _as_observed, {}, self.memory, self.chunk)
-        return question.answered(run, queries, observed_at=observed_at, out=out)
+        method = _GradientProduct(
+            name="GradientDot",
+            state_of=_observed_state,
+            settings={},
+            limits=Limits(memory=self.memory, chunk=self.chunk),
+        )
+        return method.attribute(run, queries, observed_at=observed_at, out=out)
 
 
-def _each_step(run: Run, step: int, observed: int) -> int:
+def _own_state(run: Run, step: int, observed: int) -> int:
+    """The state that the step started from."""
     del run, observed
     return step
 
 
-def _kept_before(run: Run, step: int, observed: int) -> int:
+def _kept_state(run: Run, step: int, observed: int) -> int:
+    """The last kept state that is not after the step's own."""
     del observed
-    return run.kept[bisect_right(run.kept, step) - 1]
+    return _last_kept(run, step)
 
 
-def _as_observed(run: Run, step: int, observed: int) -> int:
+def _last_kept(run: Run, state: int) -> int:
+    return run.kept[bisect_right(run.kept, state) - 1]
+
+
+def _observed_state(run: Run, step: int, observed: int) -> int:
+    """The state that the query reads."""
     del run, step
     return observed
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A gradient product: its name, where it looks, and what it was told."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GradientProduct:
+    """What TracIn and GradientDot share: all but the state at which gradients are taken."""
 
-    method: str
-    look: Look
+    name: str
+    state_of: StateOf
     settings: dict[str, object]
-    memory: int | None
-    chunk: int | None
+    limits: Limits
 
-    def answered(
+    def attribute(
         self, run: Run, queries: Query, *, observed_at: ObservedAt, out: str | Path | None
     ) -> Influence:
         if isinstance(queries, Averaged):
@@ -190,105 +212,132 @@ class _Question:
                 "queries of the weights themselves; backtrail.DIT answers for averages",
             )
         path = None if out is None else Path(out)
-        states, begun = observed_states(run, observed_at), self.chunk or begun_chunk(path)
-        looked_at = {self.look(run, 0, observed) for observed in states}
-        chunk = gradients_at_once(
-            run, len(queries.names) * len(looked_at), memory=self.memory, chunk=begun
+        states = observed_states(run, observed_at)
+        chunk = self._chunk(run, queries, states, path)
+        description = describe(
+            run,
+            queries,
+            states,
+            method=self.name,
+            settings=self.settings | {"chunk": chunk, "exact": False},
         )
-        settings = self.settings | {"chunk": chunk, "exact": False}
-        about = replace(described(run, queries, states), method=self.method, settings=settings)
-        writer = begun_writer(run, about, path)
-        if len(writer.done) < len(writer.shards):
-            _Filling.of(run, queries, writer, look=self.look, chunk=chunk).fill()
+        writer = begin_or_resume(run, description, path)
+        missing = sorted({*range(len(writer.shards))} - writer.done)
+        if missing:
+            gradient_states = _GradientStates.of(run, states, self.state_of)
+            _Attribution(run, queries, writer, gradient_states, chunk).fill(missing)
         return writer.finish().with_queries(queries)
+
+    def _chunk(self, run: Run, queries: Query, states: tuple[int, ...], path: Path | None) -> int:
+        """How many queries are multiplied at once; as before where an attribution is resumed."""
+        limits = Limits(
+            memory=self.limits.memory, chunk=self.limits.chunk or unfinished_chunk(path)
+        )
+        # Of the states at which gradients are taken, those that one step needs exist at a time.
+        at_once = {self.state_of(run, 0, observed) for observed in states}
+        return gradient_chunk(run, len(queries.names) * len(at_once), limits=limits)
 
 
 @final
-class _Walk:
+@dataclass(slots=True)
+class _Replay:
     """The states of a run in ascending order, each step between them replayed once."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._here: tuple[int, State] | None = None
+    run: Run
+    _here: tuple[int, State] | None = None
 
-    def __call__(self, number: int) -> State:
-        run, kept = self._run, _kept_before(self._run, number, number)
-        # A state is always the replay of the kept one before it, so that resuming gives the same
-        # bits.
+    def state(self, number: int) -> State:
+        """The state, as the replay of the kept one before it, so that resuming gives the same bits."""
+        kept = _last_kept(self.run, number)
         if self._here is None or not kept <= self._here[0] <= number:
-            self._here = kept, run.state(kept)
+            self._here = kept, self.run.state(kept)
         start, state = self._here
         for index in range(start, number):
-            state = run.transition(index).advance(state)
+            state = self.run.transition(index).advance(state)
         self._here = number, state
         return state
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Filling:
-    """An attribution under way: over the shards that are not done, from the first to the last.
+class _GradientStates:
+    """At which states gradients are taken.
 
     Attributes:
-        seen: for every step, the columns of the observed states by the state that they look at.
-        spans: for every state looked at, the steps that are seen from there.
-        shared: whether a sample has one gradient at a state.
+        columns: for every step, by state s, the columns of the observed states for which s is used.
+        steps: for every state s, the steps that use it.
     """
+
+    columns: Sequence[dict[int, list[int]]]
+    steps: dict[int, list[int]]
+
+    @staticmethod
+    def of(run: Run, observed_at: tuple[int, ...], state_of: StateOf) -> "_GradientStates":
+        columns: list[dict[int, list[int]]] = []
+        steps: dict[int, list[int]] = {}
+        for step in range(run.steps):
+            of_step: dict[int, list[int]] = {}
+            for column, observed in enumerate(observed_at):
+                # A visit after the observed state has no influence on it.
+                if step < observed:
+                    of_step.setdefault(state_of(run, step, observed), []).append(column)
+            for state in of_step:
+                steps.setdefault(state, []).append(step)
+            columns.append(of_step)
+        return _GradientStates(columns, steps)
+
+
+@final
+@dataclass(slots=True)
+class _Attribution:
+    """An attribution under way, shard by shard from the first to the last."""
 
     run: Run
     queries: Query
     writer: InfluenceWriter
-    seen: Sequence[dict[int, list[int]]]
-    spans: dict[int, list[int]]
-    shared: bool
+    states: _GradientStates
     chunk: int
+    _scores: dict[int, StepScores] = field(default_factory=dict)  # by state, those in use
 
-    @staticmethod
-    def of(
-        run: Run, queries: Query, writer: InfluenceWriter, *, look: Look, chunk: int
-    ) -> "_Filling":
-        seen: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(run.steps)]
-        spans: dict[int, list[int]] = defaultdict(list)
-        for step, columns in enumerate(seen):
-            for column, observed in enumerate(writer.description.observed_at):
-                if step < observed:
-                    columns[look(run, step, observed)].append(column)
-            for state in columns:
-                spans[state].append(step)
-        shared = any(len(steps) > 1 for steps in spans.values()) and alike(run)
-        return _Filling(run, queries, writer, seen, spans, shared, chunk)
-
-    def fill(self) -> None:
-        views: dict[int, Scores] = {}
-        walk, shards = _Walk(self.run), self.writer.shards
-        missing = sorted({*range(len(shards))} - self.writer.done)
+    def fill(self, missing: Sequence[int]) -> None:
+        """Compute and write the shards that are missing."""
+        replay = _Replay(self.run)
+        # A table pays where several steps use one state.
+        several = any(len(steps) > 1 for steps in self.states.steps.values())
+        use_tables = several and has_one_gradient(self.run)
         for shard in tqdm(missing, desc="attributing", unit="shard", disable=None, leave=False):
-            first, stop = shards[shard]
-            shape = self.writer.description.shape
-            block = np.zeros((*shape[:2], stop - first, shape[3]))
-            loss = np.full(block.shape[2:], np.nan)
+            first, stop = self.writer.shards[shard]
+            queries, observed, _, slots = self.writer.description.shape
+            block = np.zeros((queries, observed, stop - first, slots))
+            loss = np.full((stop - first, slots), np.nan)
             for step in range(first, stop):
-                # States that no later step looks at are let go.
-                views = {
-                    state: views.get(state) or self.scores_from(state, walk)
-                    for state in self.seen[step]
-                }
-                self.fill_step(
-                    step, views, block=block[:, :, step - first], loss=loss[step - first]
-                )
+                self._prepare(step, replay, use_tables=use_tables)
+                place = step - first
+                self._fill_step(step, block=block[:, :, place], loss=loss[place])
             self.writer.write(first, block, loss)
             self.writer.mark_done(shard)
 
-    def fill_step(
-        self, step: int, views: dict[int, Scores], *, block: np.ndarray, loss: np.ndarray
-    ) -> None:
-        for state, columns in self.seen[step].items():
-            scores, losses = views[state](step)
+    def _prepare(self, step: int, replay: _Replay, *, use_tables: bool) -> None:
+        """Prepare the states that a step uses; let go of those that no later step uses."""
+        scores: dict[int, StepScores] = {}
+        for state in self.states.columns[step]:
+            if state in self._scores:
+                scores[state] = self._scores[state]
+                continue
+            products = StateProducts.at(
+                self.run, self.queries, replay.state(state), chunk=self.chunk
+            )
+            if use_tables:
+                scores[state] = Tables.of(products, self.states.steps[state]).of_step
+            else:
+                scores[state] = products.of_step
+        self._scores = scores
+
+    def _fill_step(self, step: int, *, block: np.ndarray, loss: np.ndarray) -> None:
+        """Write the scores of a step into `block[query, observed_at, slot]`."""
+        for state, columns in self.states.columns[step].items():
+            scores, losses = self._scores[state](step)
             block[:, columns, : len(losses)] = scores[:, None]
+            # The loss of a visit is the one at the state that its step started from.
             if state == step:
                 loss[: len(losses)] = losses
-
-    def scores_from(self, number: int, walk: _Walk) -> Scores:
-        """What visits are worth at a state: looked up where a sample has one gradient there, else visit by visit."""
-        view = StateProducts.at(self.run, self.queries, walk(number), chunk=self.chunk)
-        return Tables.of(view, self.spans[number]) if self.shared else view.in_batch

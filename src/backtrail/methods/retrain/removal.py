@@ -13,15 +13,13 @@ from backtrail.influence.tables import places
 from backtrail.methods.renormalize import check_renormalizable
 from backtrail.methods.retrain.stacks import as_trained
 from backtrail.methods.retrain.weights import Removal
-from backtrail.optim.jacobian import SECOND_MOMENTS
 from backtrail.run.run import Precision, Run
+from backtrail.step.optimizers import NONNEGATIVE
 from backtrail.step.state import State
 from backtrail.sweep.rerun import rerun
 from backtrail.sweep.rules import Rules
 from backtrail.sweep.tangent import Changed, push_forward
 from backtrail.tree import add, norm
-
-POSITIVE = SECOND_MOMENTS | {"acc_delta"}
 
 
 @final
@@ -175,6 +173,6 @@ def _added(name: str, value: Tensor, change: Tensor) -> Tensor:
     >>> _added("exp_avg_sq", torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.5, -1.0, 0.0]))
     tensor([1.5000, 0.5000, 0.0000])
     """
-    if name not in POSITIVE and not name.endswith("running_var"):
+    if name not in NONNEGATIVE and not name.endswith("running_var"):
         return value + change
     return torch.where(change < 0, value * (value / (value - change)), value + change)

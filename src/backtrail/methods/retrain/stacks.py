@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backtrail.methods.averaging import as_read
+from backtrail.methods.averaging import read_states
 from backtrail.methods.memory import bytes_of_activations
 from backtrail.methods.retrain.weights import Change
 from backtrail.queries import Averaged, Query
@@ -77,7 +77,7 @@ class Rerunning:
             else None,
         )
         before = self._average(start)
-        for number, states in as_read(self.queries, steps, before and before.repeat(runs)):
+        for number, states in read_states(self.queries, steps, before and before.repeat(runs)):
             if number in self.observed_at:
                 yield number, states
 
@@ -86,7 +86,7 @@ class Rerunning:
         if not isinstance(self.queries, Averaged):
             return None
         walked = self.run.walk(min(self.queries.start, number), number, self.dtype)
-        *_, (_, average) = as_read(self.queries, walked)
+        *_, (_, average) = read_states(self.queries, walked)
         return average
 
 

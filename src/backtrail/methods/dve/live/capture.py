@@ -25,7 +25,7 @@ from backtrail.methods.dve.live.early_rates import Early, Now
 from backtrail.methods.dve.live.files import RowsWriter
 from backtrail.methods.dve.live.hooks import LOSS, PROOF, BatchHooks
 from backtrail.methods.dve.step_features import Arrays, StepFeatures
-from backtrail.optim.steady_state import Lasting
+from backtrail.optim.steady_state import SteadyState
 from backtrail.persample.check import Weighted, weights
 from backtrail.persample.sketch import KroneckerSketch
 from backtrail.step.state import State, due
@@ -188,7 +188,7 @@ class LiveCapture:
         return rows
 
     def _write(
-        self, transition: Transition, rows: list[Arrays], gradient: Tree, *, response: Lasting
+        self, transition: Transition, rows: list[Arrays], gradient: Tree, *, response: SteadyState
     ) -> None:
         losses = torch.cat([arrays.pop(LOSS) for arrays in rows])
         if all(PROOF in arrays for arrays in rows):
@@ -203,13 +203,13 @@ class LiveCapture:
 
     def _response(
         self, transition: Transition, state: State, gradient: Tree, *, hooks: Sequence[BatchHooks]
-    ) -> Lasting | None:
+    ) -> SteadyState | None:
         """What the update makes of the gradient, with all rows settled.
 
         None where rows were settled too early, with rates that turned out wrong.
         """
         what = self._what
-        known: Lasting | None = Lasting({}, {})
+        known: SteadyState | None = SteadyState({}, {})
         if self._early is not None:
             known = self._early.taken(transition.update, gradient)
         if known is None:

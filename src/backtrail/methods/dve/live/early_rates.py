@@ -12,7 +12,7 @@ from typing import final
 from torch import Tensor
 
 from backtrail.methods.dve.step_features import StepFeatures
-from backtrail.optim.steady_state import Lasting
+from backtrail.optim.steady_state import SteadyState
 from backtrail.step.state import State
 from backtrail.step.update import Update
 from backtrail.tree import Tree
@@ -40,11 +40,11 @@ class Early:
     # Every gradient that arrived, with its version counter at that time.
     _versions: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     _update: Update | None = None
-    _response: Lasting = field(default_factory=lambda: Lasting({}, {}))
+    _response: SteadyState = field(default_factory=lambda: SteadyState({}, {}))
     _wrong: bool = False
 
     def arrived(self, name: str, gradient: Tensor, *, waiting: int) -> Tree:
-        """Note a parameter's gradient; return `Lasting.rate` of the last ones, if many wait.
+        """Note a parameter's gradient; return `SteadyState.rate` of the last ones, if many wait.
 
         Args:
             name: Of the parameter.
@@ -69,7 +69,7 @@ class Early:
         self._response = self._response | response
         return response.rate
 
-    def taken(self, update: Update, gradient: Tree) -> Lasting | None:
+    def taken(self, update: Update, gradient: Tree) -> SteadyState | None:
         """Take the response so far, at the step; None where the guess was wrong.
 
         Args:
@@ -85,5 +85,5 @@ class Early:
         self._versions = {}
         self._update = None
         self._wrong = False
-        self._response = Lasting({}, {})
+        self._response = SteadyState({}, {})
         return response if is_right else None
