@@ -16,7 +16,7 @@ import backtrail
 from backtrail import stats
 from backtrail.apply.trust import SIZES, steadiest
 from backtrail.methods.retrain.retrain import perturb
-from backtrail.methods.retrain.weights import Nudge
+from backtrail.methods.retrain.weights import Perturbation
 from bench.papers.ones_and_sevens import EPOCHS, accuracy, recorded
 from bench.papers.rows import Figures, Row
 
@@ -33,7 +33,9 @@ def step_by_step(
         alone = torch.zeros(draw.shape, dtype=torch.float64)
         alone[step] = torch.from_numpy(draw[step])
         nudges += [
-            Nudge(direction=alone, size=sign * size) for size in SIZES for sign in (1.0, -1.0)
+            Perturbation(direction=alone, size=sign * size)
+            for size in SIZES
+            for sign in (1.0, -1.0)
         ]
     change = (
         perturb(run, query, nudges, observed_at=(run.steps,))

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import backtrail
 from backtrail.apply.unlearning import PROBES, forget
 from backtrail.apply.unlearning_report import Forgotten, Judge
-from backtrail.methods.retrain.removal import Group, moved
+from backtrail.methods.retrain.removal import RemovedGroup, changed_state
 from backtrail.sweep.rules import Rules
 from bench import data
 from bench.models import GPT
@@ -129,13 +129,17 @@ class Deletion:
 
     def by_order(self, rules: Rules) -> dict[str, Any]:
         """First order, alone and before a replay of a tenth of the steps, from one sweep."""
-        group, last, begun = Group.of(self.run, self.samples), self.run.steps, time.process_time()
+        group, last, begun = (
+            RemovedGroup.of(self.run, self.samples),
+            self.run.steps,
+            time.process_time(),
+        )
         early, held, bends, before = last - last // 10, {}, [], None
         for number, now in group.sweep(last, rules):
             if before is not None and number % (last // PROBES) == 0:
-                bends.append(group.bend(number - 1, before, now))
+                bends.append(group.linearity_gap(number - 1, before, now))
             if number in (early, last):
-                held[number] = moved(now)
+                held[number] = changed_state(now)
             before = now
         about = {
             "seconds": time.process_time() - begun,

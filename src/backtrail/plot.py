@@ -217,7 +217,7 @@ def detection(
         UnknownSample: one of them is not in a table.
     """
     if not len(wrong):
-        raise BadSetting("wrong", wrong, "at least one sample")
+        raise BadSetting("wrong", wrong, "one or more samples")
     ax = _axes(ax, (4.8, 4.2))
     tables = {"ranking": found} if isinstance(found, pl.DataFrame) else found
     for name, table in tables.items():

@@ -17,7 +17,7 @@ import backtrail
 from backtrail.apply import signals as scores
 from backtrail.apply.cleaning import gradient_sizes
 from backtrail.apply.cross_validation import cross
-from backtrail.errors import BadSetting, NoClasses, OtherRun, RowsNotReadable
+from backtrail.errors import BadSetting, NoClasses, OtherRun, RowsNotReadable, UnusedOption
 from backtrail.run.run import Run
 from tests.cases import CASES_BY_NAME, rows
 from tests.recorded_runs import recorded_regression, recorded_run
@@ -206,16 +206,14 @@ def test_numbers_have_no_label_to_suggest(method: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["margin", "el2n"])
 def test_classes_that_are_not_there_are_told(method: Any, tmp_path: Path) -> None:
     """What compares classes cannot rank a regression."""
-    with pytest.raises(NoClasses, match="What reads losses alone works"):
+    with pytest.raises(NoClasses, match="Functions that read only losses work"):
         backtrail.find_mislabeled(recorded_regression(tmp_path / "run"), method=method)
 
 
 def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: Path) -> None:
     """Each with what may be given instead."""
     refused: dict[str, dict[str, Any]] = {
-        "validation": {"method": "loss", "validation": rows()},
-        "window": {"window": (0, 3)},
-        "the earlier first": {"window": (3, 3), "method": "dit"},
+        "with a < b": {"window": (3, 3), "method": "dit"},
         "out='review.txt'": {"out": "review.txt"},
         "checkpoints=0": {"checkpoints": 0},
         "one or more states": {"checkpoints": []},
@@ -223,6 +221,16 @@ def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: P
     }
     for told, options in refused.items():
         with pytest.raises(BadSetting, match=told):
+            backtrail.find_mislabeled(blobs, **options)
+    unused: dict[str, dict[str, Any]] = {
+        r"validation=.*method='loss'\) does not use it; it takes checkpoints, out\.": {
+            "method": "loss",
+            "validation": rows(),
+        },
+        r"window=\(0, 3\): .*method='mean-loss'\) does not use it": {"window": (0, 3)},
+    }
+    for sentence, options in unused.items():
+        with pytest.raises(UnusedOption, match=sentence):
             backtrail.find_mislabeled(blobs, **options)
     other = recorded_run("sgd", tmp_path)
     with pytest.raises(OtherRun):
@@ -239,4 +247,4 @@ def test_a_method_that_is_none_is_told() -> None:
         "except backtrail.BacktrailError as e: print(e)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("method='guess' is no setting; give 'mean-loss', 'held-out'")
+    assert done.stdout.startswith("Invalid method='guess': expected 'mean-loss', 'held-out'")

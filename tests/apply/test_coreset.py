@@ -36,7 +36,7 @@ def made(folder: Path, *, ids: bool = False) -> Run:
     data = TensorDataset(torch.randn(ROWS, 5, generator=draw) + labels[:, None], labels, numbers)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES))
-    task = backtrail.classification(model, data, **({"ids": 2} if ids else {}))
+    task = backtrail.classification(model, data, ids=2 if ids else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with backtrail.Recorder(folder, task, optimizer, checkpoints=backtrail.Epochs()) as recorder:
         for _ in range(4):

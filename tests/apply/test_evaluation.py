@@ -81,15 +81,13 @@ def test_an_effort_that_is_none_is_refused(tmp_path: Path) -> None:
     """A misspelt option, a share above all, one removal, no wrong samples."""
     run = recorded_run("sgd", tmp_path)
     scores = {"told": np.zeros((len(standard_queries().names), run.samples))}
-    with pytest.raises(
-        BadSetting, match="removal=4 is no setting; give only removals, shares, groups"
-    ):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'removal'"):
         backtrail.evaluate(run, scores, standard_queries(), removal=4)  # type: ignore[call-arg]
     with pytest.raises(BadSetting, match="shares"):
         backtrail.evaluate(run, scores, standard_queries(), removals=0, shares=(5.0,))
     with pytest.raises(BadSetting, match="removals"):
         backtrail.evaluate(run, scores, standard_queries(), removals=1)
-    with pytest.raises(BadSetting, match="wrong='0 samples'"):
+    with pytest.raises(BadSetting, match=r"wrong=\[\]: expected some samples"):
         backtrail.evaluate(run, scores, standard_queries(), wrong=[], removals=0, shares=())
 
 
@@ -99,13 +97,13 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     found = backtrail.DIT().attribute(run, standard_queries())
     with pytest.raises(OtherRun):
         backtrail.evaluate(recorded_run("sgd", tmp_path / "again"), found)
-    with pytest.raises(WithoutQueries, match=r"Give queries=, the ones named"):
+    with pytest.raises(WithoutQueries, match=r"Give queries=, the ones that it was computed for"):
         backtrail.evaluate(run, found, backtrail.Loss(run.task.data, aggregate="mean"))
-    with pytest.raises(WithoutQueries, match=r"Give queries=, a backtrail\.Loss"):
+    with pytest.raises(WithoutQueries, match=r"Give queries=, for example a backtrail\.Loss"):
         backtrail.evaluate(run, {"told": found.total()[:, -1].astype(np.float64)})
     with pytest.raises(NotObserved):
         backtrail.evaluate(run, backtrail.DIT().attribute(run, standard_queries(), observed_at=1))
-    with pytest.raises(BadSetting, match="shape"):
+    with pytest.raises(BadSetting, match=r"shape=\(1, 2\): expected shape"):
         backtrail.evaluate(run, {"told": np.zeros((1, 2))}, standard_queries())
     with pytest.raises(BadSetting, match="1 scores that are not finite"):
         bad = np.zeros((len(standard_queries().names), run.samples))

@@ -65,7 +65,7 @@ def test_an_influence_from_disk_needs_its_queries(tmp_path: Path) -> None:
 def test_an_influence_of_another_run_is_refused(tmp_path: Path) -> None:
     """Even of the same training recorded twice: its numbers may come from anywhere."""
     influence = backtrail.DIT().attribute(recorded_run("sgd", tmp_path), standard_queries())
-    with pytest.raises(OtherRun, match="was made from the run"):
+    with pytest.raises(OtherRun, match="belongs to the run with id"):
         backtrail.trust(recorded_run("sgd", tmp_path / "again"), influence)
 
 

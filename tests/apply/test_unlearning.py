@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 import backtrail
 from backtrail.apply import unlearning as forgetting
-from backtrail.errors import BadCheckpoint, BadSetting, UnknownId, UnknownSample
-from backtrail.methods.retrain.removal import Group, moved
+from backtrail.errors import BadCheckpoint, BadSetting, UnknownId, UnknownSample, UnusedOption
+from backtrail.methods.retrain.removal import RemovedGroup, changed_state
 from backtrail.run.run import Run
 from backtrail.stats import auc
 from backtrail.sweep.rules import Rules
@@ -88,9 +88,9 @@ def test_replay_alone_leaves_early_visits_as_they_were(name: str, tmp_path: Path
 def test_a_replay_goes_on_from_the_corrected_state(name: str, tmp_path: Path) -> None:
     """Parameters, moments and statistics: given to a plain model and optimizer, which make the last two steps."""
     run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
-    group, start = Group.of(run, GROUP), run.steps - 2
+    group, start = RemovedGroup.of(run, GROUP), run.steps - 2
     *_, (_, now) = group.sweep(start, Rules(backtrail.Hessian(), backtrail.Tangent()))
-    begun, model = moved(now), case.built()
+    begun, model = changed_state(now), case.built()
     model.load_state_dict(begun.params | begun.buffers)
     model.train()
     optimizer = case.optimizer(model)
@@ -199,13 +199,13 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     run = recorded_run("sgd", tmp_path)
     with pytest.raises(UnknownSample, match="no sample 9"):
         backtrail.forget(run, [2, 9])
-    with pytest.raises(BadSetting, match="from 0 to 5"):
+    with pytest.raises(BadSetting, match="0 <= replay <= 5"):
         backtrail.forget(run, [2], replay=6)
-    with pytest.raises(BadSetting, match="0 with a DiffIn"):
+    with pytest.raises(UnusedOption, match=r"replay=1: .*DiffIn"):
         backtrail.forget(run, [2], replay=1, method=backtrail.DiffIn())
     with pytest.raises(BadSetting, match="GaussNewton"):
         backtrail.forget(run, [2], method=backtrail.DIT(curvature="auto"))
-    with pytest.raises(BadSetting, match="at least one row"):
+    with pytest.raises(BadSetting, match="one or more rows"):
         backtrail.judge_forgetting(run, [2], {}, test=[])
     with pytest.raises(BadCheckpoint, match="has no parameter"):
         backtrail.judge_forgetting(run, [2], {}, test=HELD_OUT)

@@ -103,7 +103,7 @@ def test_only_data_sets_are_named_as_such(
     [
         (
             ("coreset", "--out", "kept.parquet"),
-            "out='kept.parquet' is no setting; give the name of a file that ends",
+            "Invalid out='kept.parquet': expected a file name that ends",
         ),
         (("forget", "--samples", "3", "--out", "model.pt"), "ends with .safetensors"),
         (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Problem:
 
 
 def problem(
-    build: Callable[[], nn.Module], *, evaluating: bool = False, penalty: object = None
+    build: Callable[[], nn.Module], *, evaluating: bool = False, penalty: Any = None
 ) -> Problem:
     """A step on four samples."""
     torch.manual_seed(3)

@@ -219,9 +219,9 @@ def least(run: Run, query: Query) -> int:
 @pytest.mark.parametrize(
     ("made", "what"),
     [
-        (lambda: backtrail.Averaged(standard_queries(), decay=1.0), "decay=1.0 is no setting"),
-        (lambda: backtrail.Averaged(standard_queries(), start=-1), "start=-1 is no setting"),
-        (lambda: backtrail.Averaged(standard_queries(), every=0), "every=0 is no setting"),
+        (lambda: backtrail.Averaged(standard_queries(), decay=1.0), "Invalid decay=1.0: expected"),
+        (lambda: backtrail.Averaged(standard_queries(), start=-1), "Invalid start=-1: expected"),
+        (lambda: backtrail.Averaged(standard_queries(), every=0), "Invalid every=0: expected"),
         (
             lambda: backtrail.Averaged(backtrail.Averaged(standard_queries())),
             "queries of the weights",

@@ -1,6 +1,7 @@
 """Gradients of many rows at once: the same as of every row on its own."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import default_collate
 
 import backtrail
 from backtrail.queries import Query, Saliency, gradients
+from backtrail.queries.rows import RowQuery
 from backtrail.queries.subset import QuerySubset
 from backtrail.task.task import Task
 from tests.cases import Tied, normed, rows
@@ -70,9 +72,14 @@ def language() -> Task:
     return backtrail.language_model(Places().double(), TEXTS)
 
 
-def apart(query: Any) -> list[Query]:
+def apart(query: RowQuery) -> list[Query]:
     """A query of every row on its own."""
-    return [replace(query, samples=[row]) for row in query.rows]
+    alone: list[Query] = []
+    for row in query.selection.rows:
+        one = copy(query)
+        one.selection = replace(query.selection, rows=(row,))
+        alone.append(one)
+    return alone
 
 
 @dataclass
@@ -89,7 +96,7 @@ class Counted:
 
 
 def taken(query: Query, task: Task) -> tuple[list[Tensor], int]:
-    """Values and gradients by parameters and by (shifted) running statistics, and how often the model ran for them."""
+    """Values, gradients by parameters and (shifted) running statistics, and forward passes."""
     task = replace(task, predict=Counted(task.predict))
     params, trained = task.parameters(), list(task.parameters())
     buffers = {n: b + 0.3 if b.is_floating_point() else b for n, b in task.buffers().items()}
@@ -160,12 +167,12 @@ def test_rows_that_share_batch_statistics_stay_together() -> None:
 
 
 def test_gradients_at_once_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows at a time, if there is room for no more; one by one, if two are too few to gain by it."""
+    """Two rows at a time where no more fit; one by one where two are too few to gain by it."""
     task = labelled()
     entries = sum(tensor.numel() for tensor in task.parameters().values()) + 10
-    monkeypatch.setattr("backtrail.queries.query.BLOCK", 2 * 8 * entries)
+    monkeypatch.setattr("backtrail.queries.query.BLOCK_BYTES", 2 * 8 * entries)
     check(backtrail.Loss(DATA), apart(backtrail.Loss(DATA)), task, 7)
-    monkeypatch.setattr("backtrail.queries.query.FEWEST", 2)
+    monkeypatch.setattr("backtrail.queries.query.FEWEST_AT_ONCE", 2)
     check(backtrail.Loss(DATA), apart(backtrail.Loss(DATA)), task, 4)
 
 

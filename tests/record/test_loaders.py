@@ -147,7 +147,7 @@ def test_loaders_that_cannot_be_followed(
 ) -> None:
     """What differs, and what to do."""
     loop = Loop.of(mlp())
-    with refused(UnwatchableLoader, what, "To do:", cure), loop.recorder(tmp_path) as recorder:
+    with refused(UnwatchableLoader, what, "Fix:", cure), loop.recorder(tmp_path) as recorder:
         recorder.watch(make(loop.data))
 
 
@@ -167,7 +167,7 @@ def test_a_loader_of_other_rows_of_the_same_number(tmp_path: Path) -> None:
     """A data set of the same length with other rows is found out by reading the rows again."""
     loop = Loop.of(mlp())
     with (
-        refused(UnrepeatableRows, "another data set than the loader's"),
+        refused(UnrepeatableRows, "another data set than the task's"),
         loop.recorder(tmp_path) as recorder,
     ):
         loop.train(recorder.watch, DataLoader(rows(seed=9), batch_size=4))

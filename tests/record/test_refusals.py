@@ -190,7 +190,7 @@ def test_no_closure_given_by_position(tmp_path: Path) -> None:
 def test_gradients_never_cleared(tmp_path: Path) -> None:
     """The step is named, and zero_grad."""
     loop = Loop.of(mlp())
-    with refused(StaleGradient, "At step 1", "zero_grad()"), loop.recorder(tmp_path) as recorder:
+    with refused(StaleGradient, "Step 1", "zero_grad()"), loop.recorder(tmp_path) as recorder:
         for batch in recorder.watch(loop.loader()):
             loop.backward(batch)
             loop.optimizer.step()
@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
     """The step is named; the steps before it are in the run."""
     loop = Loop.of(mlp())
     with (
-        refused(Diverged, "gradient of step 3", "nan", "whole up to step 2"),
+        refused(Diverged, "gradient of step 3", "nan", "complete up to step 2"),
         loop.recorder(tmp_path) as recorder,
     ):
         for number, batch in enumerate(recorder.watch(loop.loader())):
@@ -330,7 +330,7 @@ def boxed(items: list[Any]) -> Any:
 
 def test_batches_that_cannot_be_stored(tmp_path: Path) -> None:
     """The kind of the value is named."""
-    with refused(BadBatch, "holds a Box", "collate function"):
+    with refused(BadBatch, "contains a Box", "collate function"):
         record(Loop.of(mlp(), options={"collate": boxed}), tmp_path, keep_batches=True)
 
 
@@ -345,5 +345,5 @@ def test_batches_that_cannot_be_stored(tmp_path: Path) -> None:
 )
 def test_policies_that_keep_nothing(make: Callable[[], object]) -> None:
     """Periods and windows of nothing are refused at once."""
-    with refused(BadPolicy, "keeps nothing", "at least 1"):
+    with refused(BadPolicy, "is not a valid checkpoint policy", "must be >= 1"):
         make()

@@ -186,14 +186,14 @@ def test_a_run_without_steps(tmp_path: Path) -> None:
     loop = Loop.of(mlp())
     with loop.recorder(tmp_path):
         pass
-    with refused(EmptyRun, str(tmp_path), "no whole step"):
+    with refused(EmptyRun, str(tmp_path), "no complete step"):
         backtrail.open_run(tmp_path, loop.task())
 
 
 def test_states_and_steps_that_are_not_there(run: Run) -> None:
     """What there is instead is told."""
     with refused(
-        MissingState, "State 6 was not kept", "0, 4, 8, 12", "replay=True", "from state 4"
+        MissingState, "State 6 was not stored", "0, 4, 8, 12", "replay=True", "from state 4"
     ):
         run.state(6)
     for number in (-1, 13):

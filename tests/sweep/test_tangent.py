@@ -8,7 +8,7 @@ from torch import Tensor
 
 import backtrail
 from backtrail.curvature.policies import Curvature
-from backtrail.methods.retrain.removal import Group, moved
+from backtrail.methods.retrain.removal import RemovedGroup, changed_state
 from backtrail.optim import flatten
 from backtrail.optim.slopes import UpdateDerivative
 from backtrail.queries import gradients
@@ -47,7 +47,7 @@ PARTED = [
 
 def swept(run: Run, rules: Rules, group: list[int] = GROUP) -> Changed:
     """The trained state and its change by a removal."""
-    *_, (number, found) = Group.of(run, group).sweep(run.steps, rules)
+    *_, (number, found) = RemovedGroup.of(run, group).sweep(run.steps, rules)
     assert number == run.steps
     return found
 
@@ -118,10 +118,10 @@ def test_long_parameters_are_pushed_piece_by_piece(
 def test_before_the_first_visit_nothing_changes(tmp_path: Path) -> None:
     """The sweep starts at the state of the first visit; of a group never visited, at the end."""
     run = recorded_run("twice in a batch", tmp_path)
-    (first, begun), *_ = Group.of(run, [4]).sweep(run.steps, EXACT)
+    (first, begun), *_ = RemovedGroup.of(run, [4]).sweep(run.steps, EXACT)
     assert first == 2
     assert all((tensor == 0).all() for tensor in begun.change.params.values())
-    ((last, only),) = Group.of(run, [8]).sweep(run.steps, EXACT)
+    ((last, only),) = RemovedGroup.of(run, [8]).sweep(run.steps, EXACT)
     assert last == run.steps
     assert all((tensor == 0).all() for tensor in only.change.params.values())
 
@@ -131,9 +131,9 @@ def test_a_real_step_bends_away_from_first_order(tmp_path: Path) -> None:
     bends = {}
     for name in ("momentum", "adamw"):
         run = recorded_run(name, tmp_path)
-        group = Group.of(run, GROUP)
+        group = RemovedGroup.of(run, GROUP)
         states = [now for _, now in group.sweep(run.steps, EXACT)]
-        found = [group.bend(step, *states[step : step + 2]) for step in range(run.steps)]
+        found = [group.linearity_gap(step, *states[step : step + 2]) for step in range(run.steps)]
         bends[name] = [off / far for off, far in found]
     assert bends["momentum"][0] < 1e-12
     assert bends["adamw"][0] > 0.01
@@ -144,7 +144,9 @@ def test_what_is_a_square_stays_one(tmp_path: Path) -> None:
     """Second moments and running variances are moved to first order, and never below zero."""
     run = recorded_run("batchnorm, adamw", tmp_path)
     now = swept(run, EXACT)
-    tiny, huge = (moved(Changed(now.state, scaled(now.change, size))) for size in (1e-6, 1e6))
+    tiny, huge = (
+        changed_state(Changed(now.state, scaled(now.change, size))) for size in (1e-6, 1e6)
+    )
     for state in (tiny, huge):
         squares = [tree["exp_avg_sq"] for tree in state.moments.values()] + [
             state.buffers["1.running_var"]

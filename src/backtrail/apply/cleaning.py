@@ -24,7 +24,7 @@ from backtrail.apply.signals import (
     pieces,
     probabilities,
 )
-from backtrail.errors import BadSetting, NotFinite
+from backtrail.errors import BadSetting, NotFinite, UnusedOption
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import ranking
@@ -98,7 +98,8 @@ def find_mislabeled(
         is wrong, not that it is. Label and suggested are null where the task has no classes.
 
     Raises:
-        BadSetting: a setting that is none, or that the method has no use for.
+        BadSetting: an option has a value that it cannot take.
+        UnusedOption: an option that the method does not use.
         NoClasses: the method compares classes, and the task has none.
         OtherRun: the influence is of another run.
         NotFinite: some score is not.
@@ -166,7 +167,7 @@ class _Asked:
             raise BadSetting(
                 "validation",
                 None,
-                "rows with right labels: this run's own cannot be read by number",
+                "rows with correct labels, since the rows of this run cannot be read by number",
             )
         rows = self.run.task.data if self.validation is None else self.validation
         states: ObservedAt = "end" if self.window is None else self.window
@@ -205,26 +206,30 @@ def _check(
     window: Window | None,
     out: str | Path | None,
 ) -> None:
-    """Refuse settings that are none before any work is done.
+    """Refuse settings that cannot be used, before any work is done.
 
     Raises:
         BadSetting: names the setting, and what it may be.
+        UnusedOption: names the option, and those that the method takes.
     """
-    swept, given = method in {"dit", "dve"}, isinstance(method, Influence)
-    if not given and method not in get_args(Method):
-        raise BadSetting(
-            "method", method, f"{', '.join(map(repr, get_args(Method)))}, or an influence"
-        )
-    if validation is not None and not swept:
-        raise BadSetting("validation", "...", "None, or method='dit' or 'dve' with it")
-    if window is not None and not swept and not given:
-        raise BadSetting("window", window, "None, or method='dit', 'dve' or an influence with it")
+    is_influence = isinstance(method, Influence)
+    if not is_influence and method not in get_args(Method):
+        names = ", ".join(map(repr, get_args(Method)))
+        raise BadSetting("method", method, f"{names}, or an Influence")
+    call = f"find_mislabeled(method={'Influence' if is_influence else repr(method)})"
+    takes = ["checkpoints", "out"]
+    if is_influence or method in {"dit", "dve"}:
+        takes.append("window")
+    if method in {"dit", "dve"}:
+        takes.append("validation")
+    if validation is not None and "validation" not in takes:
+        raise UnusedOption("validation", validation, call=call, takes=takes)
+    if window is not None and "window" not in takes:
+        raise UnusedOption("window", window, call=call, takes=takes)
     if window is not None and not window[0] < window[1]:
-        raise BadSetting("window", window, "two states, the earlier first")
+        raise BadSetting("window", window, "two states (a, b) with a < b")
     if out is not None and Path(out).suffix not in WRITERS:
-        raise BadSetting(
-            "out", str(out), f"the name of a file that ends with {' or '.join(WRITERS)}"
-        )
+        raise BadSetting("out", str(out), f"a file name that ends with {' or '.join(WRITERS)}")
 
 
 def _chances(run: Run, states: Sequence[int]) -> Float64[np.ndarray, "sample label"] | None:

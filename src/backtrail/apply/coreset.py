@@ -1,7 +1,7 @@
 """A part of the training set that stands for all of it: chosen by influence, or by the usual baselines."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -10,7 +10,13 @@ from torch import Tensor
 
 from backtrail.apply import signals as scores
 from backtrail.apply.coreset_report import Samples, numbers
-from backtrail.errors import BadSetting, EmbeddedElsewhere, NoClasses, RowsNotReadable
+from backtrail.errors import (
+    BadSetting,
+    EmbeddedElsewhere,
+    NoClasses,
+    RowsNotReadable,
+    UnusedOption,
+)
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import places
@@ -35,19 +41,6 @@ Choose = Callable[[Places, int], Places]  # so many of a group
 Chooser = tuple[Float[np.ndarray, " sample"] | None, Choose]
 
 
-class CoresetOptions(TypedDict, total=False):
-    """Options of a choice.
-
-    Attributes:
-        among: samples to choose from, as numbers or as a table with them; default all. Of fewer
-            than are to be kept, all are.
-        seed: of the random choices; default 0.
-    """
-
-    among: Samples
-    seed: int
-
-
 @exclusive
 def select_coreset(
     run: Run,
@@ -56,7 +49,8 @@ def select_coreset(
     queries: Query | None = None,
     method: str | Influence | Embeddings = "dve",
     balanced: bool | None = None,
-    **options: Unpack[CoresetOptions],
+    among: Samples | None = None,
+    seed: int = 0,
 ) -> pl.DataFrame:
     r"""Keep the part of the training set that stands best for all of it.
 
@@ -80,7 +74,10 @@ def select_coreset(
             "el2n", the samples that the first epochs got most wrong; "loss", those with the least
             loss at the end; "random".
         balanced: every class keeps its share of samples; by default, where the task has classes.
-        **options: see `CoresetOptions`.
+        among: samples to choose from, as numbers or as a table with a column `sample`; all by
+            default. If they are fewer than are to be kept, all of them are.
+        seed: of the random choices: that of "random", and that of the training rows where influence
+            is computed without `queries`.
 
     Returns:
         One row per kept sample, the best first: sample, score, rank (from 1), and label where there
@@ -88,7 +85,8 @@ def select_coreset(
         where the method has none.
 
     Raises:
-        BadSetting: a fraction out of range, or a method that is none.
+        BadSetting: a fraction out of range, or a method that there is not.
+        UnusedOption: queries or a seed for a method that does not use them.
         OtherRun: the influence is of another run.
         EmbeddedElsewhere: the embeddings are of another run.
         NoClasses: classes are to be balanced, and the task has none.
@@ -96,17 +94,18 @@ def select_coreset(
         UnknownSample: a sample to choose from that the training set does not have.
     """
     if not 0 < fraction <= 1:
-        raise BadSetting("fraction", fraction, "a share above 0 and at most 1")
-    labels, seen, among = _labels(run, needed=balanced is True), _seen(run), options.get("among")
-    pool = (
-        seen
-        if among is None
-        else np.intersect1d(seen, places(run.ids, numbers(among, name="among").tolist()))
-    )
+        raise BadSetting("fraction", fraction, "0 < fraction <= 1")
+    _check_options(method, queries, seed=seed)
+    labels = _labels(run, needed=balanced is True)
+    seen = _seen(run)
+    pool = seen
+    if among is not None:
+        allowed = places(run.ids, numbers(among, name="among").tolist())
+        pool = np.intersect1d(seen, allowed)
     groups = [pool]
     if labels is not None and balanced is not False:
         groups = [pool[labels[pool] == label] for label in np.unique(labels[pool])]
-    score, choose = _chooser(run, method, queries, seed=options.get("seed", 0))
+    score, choose = _chooser(run, method, queries, seed=seed)
     chosen = _in_turns(groups, min(max(1, round(fraction * len(seen))), len(pool)), choose)
     table = {
         "sample": run.ids[chosen],
@@ -116,6 +115,38 @@ def select_coreset(
         "rank": np.arange(1, len(chosen) + 1),
     }
     return pl.DataFrame(table | ({} if labels is None else {"label": labels[chosen]}))
+
+
+def _check_options(
+    method: str | Influence | Embeddings, queries: Query | None, *, seed: int
+) -> None:
+    """Refuse a method that there is not, and options that the method does not use.
+
+    Raises:
+        BadSetting: there is no such method.
+        UnusedOption: names the option, and those that the method takes.
+    """
+    if isinstance(method, str) and method not in get_args(Method):
+        names = ", ".join(map(repr, get_args(Method)))
+        raise BadSetting("method", method, f"{names}, an Influence or Embeddings")
+    is_ready = isinstance(method, (Influence, Embeddings))
+    shown = f"method={type(method).__name__}" if is_ready else f"method={method!r}"
+    takes = ["among", "balanced"]
+    if method == "random":
+        takes.append("seed")
+    elif isinstance(method, Embeddings) or method == "dve":
+        takes.append("queries")
+    elif method in METHODS:
+        takes.append("queries")
+        if queries is None:
+            takes.append("seed")  # the training rows whose losses stand in for queries are drawn
+        else:
+            shown += ", queries=..."
+    call = f"select_coreset({shown})"
+    if queries is not None and "queries" not in takes:
+        raise UnusedOption("queries", queries, call=call, takes=takes)
+    if seed != 0 and "seed" not in takes:
+        raise UnusedOption("seed", seed, call=call, takes=takes)
 
 
 def _seen(run: Run) -> Places:
@@ -190,15 +221,8 @@ def _attributed(
     """Influence on every query; of training losses, that of a row on itself left out.
 
     Raises:
-        BadSetting: there is no such method.
-        RowsNotReadable: there are no queries, and no rows to ask about.
+        RowsNotReadable: there are no queries, and the training rows cannot be read.
     """
-    if method not in METHODS:
-        raise BadSetting(
-            "method",
-            method,
-            ", ".join(map(repr, get_args(Method))) + ", an Influence or Embeddings",
-        )
     if queries is None and run.has_ids:
         others = ", ".join(map(repr, ("dve", *BASELINES)))
         raise RowsNotReadable(

@@ -1,7 +1,8 @@
 """Trained again on parts of the training set: which part is as good as all of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import final
 
 import numpy as np
 import polars as pl
@@ -15,9 +16,10 @@ from backtrail.exclusive import exclusive
 from backtrail.influence.tables import places
 from backtrail.methods.result import sample_table
 from backtrail.methods.retrain.retrain import perturb
-from backtrail.methods.retrain.weights import sharing
-from backtrail.queries import Query
+from backtrail.methods.retrain.weights import keep_only
+from backtrail.queries import Part, Query
 from backtrail.queries.rows import RowQuery
+from backtrail.queries.selection import RowSelection
 from backtrail.run.run import Run
 from backtrail.task.task import Batch, Task, evaluating
 from backtrail.tree import cast, plain
@@ -73,7 +75,7 @@ def compare_coresets(
             "coresets", dict(coresets), "at least one part by name, like {'mine': samples}"
         )
     if draws < 0:
-        raise BadSetting("draws", draws, "a number from 0")
+        raise BadSetting("draws", draws, "a non-negative integer")
     table, draw = sample_table(run), np.random.default_rng(seed)
     parts = {name: _ids(run, name, samples) for name, samples in coresets.items()}
     sizes = sorted({len(part) for part in parts.values()})
@@ -84,7 +86,7 @@ def compare_coresets(
     }
     named = [(name, [part]) for name, part in parts.items()] + list(drawn.items())
     judged = _with_accuracy(run, queries)
-    changes = [sharing(np.isin(table, part), table >= 0) for _, group in named for part in group]
+    changes = [keep_only(np.isin(table, part), table >= 0) for _, group in named for part in group]
     found = perturb(run, judged or queries, changes, observed_at=(run.steps,), dtype=dtype)
     change, base = found.change[:, 0], found.base[:, 0]
     kept, stops = (
@@ -116,7 +118,9 @@ def numbers(samples: Samples, *, name: str = "samples") -> Int[np.ndarray, " kep
     column = samples["sample"] if isinstance(samples, pl.DataFrame) else samples
     found = np.unique(np.asarray(column))
     if not len(found) or found.dtype.kind not in "iu":
-        raise BadSetting(name, list(column)[:6], "one or more samples, by their numbers")
+        raise BadSetting(
+            name, list(column)[:6], "one or more samples, by their numbers (not a mask)"
+        )
     return found.astype(np.int64)
 
 
@@ -135,27 +139,50 @@ def _ids(run: Run, name: str, samples: Samples) -> Int[np.ndarray, " kept"]:
     return seen
 
 
-def _with_accuracy(run: Run, queries: Query) -> RowQuery | None:
-    """The mean of the queries and the share of their rows that are classified rightly; None if these are no classes."""
-    if (
-        not isinstance(queries, RowQuery)
-        or len(queries.columns) > 1
-        or not _has_classes(run, queries)
-    ):
+@final
+class _WithAccuracy(Query):
+    """Mean of a query's scores over its rows, and the share of rows classified correctly."""
+
+    def __init__(self, scored: RowQuery) -> None:
+        self.scored = scored
+        self.unit = scored.unit
+        self.mode = scored.mode
+        columns = ("", " and accuracy")
+        self.selection = replace(scored.selection, aggregate="mean", columns=columns)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Score and accuracy."""
+        return self.selection.names
+
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """Both means over blocks of rows."""
+        return self.selection.parts(task, like, together=together, score=self.score)
+
+    def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        """Score of each row, and 1 where its class is predicted: `[slot, 2]`."""
+        scores = self.scored.score(task, model, batch)
+        predicted = class_scores(task.predict(model, batch), batch).argmax(1)
+        correct = predicted == class_labels(batch)
+        return torch.stack([scores, correct.to(scores)], 1)
+
+
+def _with_accuracy(run: Run, queries: Query) -> _WithAccuracy | None:
+    """The queries' mean and the accuracy on their rows; None where these have no classes."""
+    if not isinstance(queries, RowQuery):
         return None
-
-    def both(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        asked = queries.score(task, model, batch)
-        right = class_scores(task.predict(model, batch), batch).argmax(1) == class_labels(batch)
-        return torch.stack([asked, right.to(asked)], 1)
-
-    return replace(queries, score=both, aggregate="mean", columns=("", " and accuracy"))
+    selection = queries.selection
+    if len(selection.columns) > 1 or not _has_classes(run, selection):
+        return None
+    return _WithAccuracy(queries)
 
 
-def _has_classes(run: Run, queries: RowQuery) -> bool:
+def _has_classes(run: Run, selection: RowSelection) -> bool:
     state = run.state(run.kept[-1])
     like = next(iter(state.params.values()))
-    read = (queries.collate or run.task.collate)([queries.data[queries.rows[0]]])
-    batch = cast(plain(read), like.dtype, like.device)
+    collate = selection.collate or run.task.collate
+    read = plain(collate([selection.data[selection.rows[0]]]))
+    batch = cast(read, like.dtype, like.device)
     with evaluating(run.task):
-        return are_classes(run.task.outputs(state.params, state.buffers, batch)[0], batch)
+        outputs, _ = run.task.outputs(state.params, state.buffers, batch)
+        return are_classes(outputs, batch)

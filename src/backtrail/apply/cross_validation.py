@@ -73,11 +73,9 @@ def cross(
         BadSetting: fewer than two parts, more than there are samples, or no repeats.
     """
     if not 2 <= folds <= run.samples:
-        raise BadSetting(
-            "folds", folds, f"a number of parts from 2 to {run.samples}, the number of samples"
-        )
+        raise BadSetting("folds", folds, f"2 <= folds <= {run.samples} (number of samples)")
     if repeats < 1:
-        raise BadSetting("repeats", repeats, "a number from 1")
+        raise BadSetting("repeats", repeats, "a positive integer")
     left_out, classes = (
         parted(run.samples, folds=folds, repeats=repeats, seed=seed),
         class_count(run),

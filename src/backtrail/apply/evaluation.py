@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypedDict, Unpack, final
+from typing import final
 
 import numpy as np
 import polars as pl
@@ -16,7 +16,7 @@ from backtrail.errors import BadSetting, NotObserved, WithoutQueries
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import places
-from backtrail.methods.retrain.retrain import Denominator, Retrained, check_options, retrain
+from backtrail.methods.retrain.retrain import Denominator, Retrained, retrain
 from backtrail.queries import Query
 from backtrail.run.run import Run
 from backtrail.stats import Interval, Statistic
@@ -44,24 +44,6 @@ SCHEMA = {
 }
 
 
-class Effort(TypedDict, total=False):
-    """How much an evaluation does.
-
-    Attributes:
-        removals: how many samples are left out, one at a time; default 32.
-        shares: shares of the samples seen in training that are left out together; default 5 %.
-        groups: how many random groups of each share; default 32.
-        seed: of all draws; default 0.
-        bank: folder in which the re-runs are kept and found again; none by default.
-    """
-
-    removals: int
-    shares: Sequence[float]
-    groups: int
-    seed: int
-    bank: str | Path | None
-
-
 @exclusive
 def evaluate(
     run: Run,
@@ -69,7 +51,11 @@ def evaluate(
     queries: Query | None = None,
     *,
     wrong: Sequence[int] | None = None,
-    **effort: Unpack[Effort],
+    removals: int = 32,
+    shares: Sequence[float] = (0.05,),
+    groups: int = 32,
+    seed: int = 0,
+    bank: str | Path | None = None,
 ) -> pl.DataFrame:
     r"""How good influence is, or several side by side: against retraining, and in finding samples known to be wrong.
 
@@ -92,7 +78,12 @@ def evaluate(
             order of `run.ids`.
         queries: what was asked; needed where no influence knows it.
         wrong: samples known to be wrong, as by mislabelling them on purpose.
-        **effort: see `Effort`.
+        removals: how many samples are removed one at a time; 0 for none.
+        shares: shares of the samples seen in training that are removed together, each above 0 and
+            below 1.
+        groups: how many random groups of each share are removed; 0 for none.
+        seed: of all random choices.
+        bank: folder in which the re-runs are stored and found again; see `backtrail.retrain`.
 
     Returns:
         One row per method and measure: method, measure, removed (samples at a time), reruns (how
@@ -106,9 +97,8 @@ def evaluate(
             shape, or not finite; influences of two kinds of denominator, which no removal can judge
             together.
     """
-    check_options(effort, Effort)
     if not isinstance(influence, Influence) and not influence:
-        raise BadSetting("influence", influence, "an influence, or several by name")
+        raise BadSetting("influence", influence, "an Influence, or several by name")
     named = {influence.method: influence} if isinstance(influence, Influence) else dict(influence)
     influences = [found for found in named.values() if isinstance(found, Influence)]
     asked = queries or next((found.asked for found in influences if found.asked), None)
@@ -120,25 +110,22 @@ def evaluate(
         "keep" if found.denominator == "keep" else "renormalize" for found in influences
     }
     if len(kinds) > 1:
-        raise BadSetting("influence", sorted(kinds), "influences of one kind of denominator")
+        raise BadSetting("influence", sorted(kinds), "influences with the same denominator")
     scores = {
         name: _scores(found, name=name, shape=(len(asked.names), len(run.ids)))
         for name, found in named.items()
     }
-    truth = partial(
-        retrain, run, asked, denominator=kinds.pop() if kinds else "keep", bank=effort.get("bank")
-    )
-    rows = [row for trial in _trials(run, truth, **effort) for row in trial.judged(scores)]
+    denominator = kinds.pop() if kinds else "keep"
+    truth = partial(retrain, run, asked, denominator=denominator, bank=bank)
+    rows: list[Row] = []
+    for trial in _trials(run, truth, removals=removals, shares=shares, groups=groups, seed=seed):
+        rows += trial.judged(scores)
     if wrong is not None:
         guilty = np.zeros(len(run.ids), dtype=bool)
         guilty[places(run.ids, wrong)] = True
         if not 0 < guilty.sum() < len(guilty):
-            raise BadSetting(
-                "wrong",
-                f"{guilty.sum()} samples",
-                "None, or some samples of the training set, not all",
-            )
-        rows += _finding(scores, guilty, seed=effort.get("seed", 0))
+            raise BadSetting("wrong", wrong, "some samples of the training set, not all, or None")
+        rows += _finding(scores, guilty, seed=seed)
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
 
 
@@ -169,33 +156,33 @@ class Trial:
                 yield (name, measure, len(self.groups[0]), len(self.groups), *_ends(interval))
 
 
-def _trials(run: Run, truth: Truth, **effort: Unpack[Effort]) -> Iterator[Trial]:
-    """One by one, then in groups of every share.
+def _trials(
+    run: Run, truth: Truth, *, removals: int, shares: Sequence[float], groups: int, seed: int
+) -> Iterator[Trial]:
+    """Samples one by one, then groups of every share.
 
     Raises:
         BadSetting: a share or a number of removals that is none.
     """
-    seed = effort.get("seed", 0)
-    single, count = effort.get("removals", 32), effort.get("groups", 32)
-    for name, value in (("removals", single), ("groups", count)):
+    for name, value in (("removals", removals), ("groups", groups)):
         if value == 1 or value < 0:
-            raise BadSetting(name, value, "0 for none, or a number from 2")
-    drawn = [[sample] for sample in draw_visited(run, single, seed=seed)] if single else []
-    planned: list[tuple[Mapping[str, Statistic], list[list[int]]]] = [(ONE_BY_ONE, drawn)]
-    for share in effort.get("shares", (0.05,)):
+            raise BadSetting(name, value, "0 for none, or an integer of at least 2")
+    planned: list[tuple[Mapping[str, Statistic], list[list[int]]]] = []
+    single = draw_visited(run, removals, seed=seed) if removals else ()
+    planned.append((ONE_BY_ONE, [[sample] for sample in single]))
+    for share in shares:
         if not 0 < share < 1:
-            raise BadSetting("shares", share, "shares of the samples, above 0 and below 1")
+            raise BadSetting("shares", share, "shares above 0 and below 1")
         size = max(1, round(share * len(run.seen)))
         draw = np.random.default_rng((seed, size))
-        groups = [sorted(draw.choice(run.seen, size, replace=False).tolist()) for _ in range(count)]
-        planned.append(({f"LDS, {share:.0%}": stats.spearman}, groups))
+        removed = [
+            sorted(draw.choice(run.seen, size, replace=False).tolist()) for _ in range(groups)
+        ]
+        planned.append(({f"LDS, {share:.0%}": stats.spearman}, removed))
     for measures, removed in planned:
         if removed:
-            yield Trial(
-                measures,
-                [np.array(places(run.ids, group)) for group in removed],
-                truth(removed).change[:, -1],
-            )
+            actual = truth(removed).change[:, -1]
+            yield Trial(measures, [np.array(places(run.ids, group)) for group in removed], actual)
 
 
 def _finding(
@@ -240,9 +227,9 @@ def _scores(found: Influence | Scores, *, name: str, shape: tuple[int, int]) -> 
     scores = found.total()[:, -1] if isinstance(found, Influence) else found
     if scores.shape != shape:
         raise BadSetting(
-            f"influence[{name!r}]",
+            f"influence[{name!r}].shape",
             scores.shape,
-            f"scores of the shape [query, sample], here {shape}",
+            f"shape {shape}, [query, sample]",
         )
     if unknown := int((~np.isfinite(scores)).sum()):
         raise BadSetting(

@@ -11,7 +11,7 @@ from backtrail.exclusive import exclusive
 from backtrail.influence.analysis.regimes import Regimes, of_rates
 from backtrail.influence.influence import Influence, State
 from backtrail.methods.retrain.retrain import perturb
-from backtrail.methods.retrain.weights import Steps, sharing
+from backtrail.methods.retrain.weights import Steps, keep_only
 from backtrail.queries import Query
 from backtrail.run.manifest import Manifest
 from backtrail.run.run import Run
@@ -122,7 +122,7 @@ def worth_selecting(
     """
     influence.check_run(run)
     if not 0 < drop < 1:
-        raise BadSetting("drop", drop, "a share between 0 and 1")
+        raise BadSetting("drop", drop, "0 < drop < 1")
     if ranges is not None and not ranges:
         raise BadSetting(
             "ranges", ranges, "None, or at least one range by name, like {'first tenth': [(0, 40)]}"
@@ -136,7 +136,7 @@ def worth_selecting(
     chance = _lowest(drawn, harmful.sum(axis=1))
     left_out = [which & steps[:, None] for which in (harmful, chance) for steps in within]
     real = influence.sample >= 0
-    changes = [sharing(real & ~gone, real) for gone in left_out]
+    changes = [keep_only(real & ~gone, real) for gone in left_out]
     found = perturb(run, queries, changes, observed_at=(run.steps,))
     change, by_chance = np.split(found.change[:, 0].mean(axis=0), 2)
     table = pl.DataFrame(

@@ -20,7 +20,7 @@ from backtrail.influence.influence import Influence
 from backtrail.influence.tables import places
 from backtrail.methods.result import precision
 from backtrail.methods.retrain.retrain import Denominator, perturb, retrain
-from backtrail.methods.retrain.weights import Nudge
+from backtrail.methods.retrain.weights import Perturbation
 from backtrail.queries import Query
 from backtrail.run.run import AUTOCAST, Run, Verification
 from backtrail.stats import Interval
@@ -40,15 +40,22 @@ EARLY = 0.5  # share of the influence in step 0 that is worth a word
 @final
 @dataclass(frozen=True, slots=True)
 class DerivativeCheck:
-    """A random nudge of all weights: what the influence says against what retraining says.
+    r"""Influence against retraining with all sample weights moved by a tiny random amount.
+
+    With a random direction d `[step, slot]` and a small size h, the change of each query is
+
+    .. math:: \big(q(\theta(1 + h d)) - q(\theta(1 - h d))\big) / 2 h
+        \;\approx\; -\sum_{t,b} d_{t,b} I[q, \tau, t, b]
+
+    >>> check = DerivativeCheck(error=2e-7, uncertainty=1e-8, growth=3.0, allowed=1e-5)
+    >>> check.passed
+    True
 
     Attributes:
-        error: largest relative error over queries and observed states.
-        uncertainty: how far two sizes of the nudge disagree, relative; the error cannot be known
-            better.
-        growth: how much the cotangents grew on the way back, largest over the queries; the error of
-            any sweep grows so.
-        allowed: error up to which the check passes, by the precision of the sweep.
+        error: Largest relative error over queries and observed states.
+        uncertainty: Relative difference between two sizes h; the error is known no better.
+        growth: Largest growth of the cotangents over the sweep; rounding errors grow with them.
+        allowed: Error up to which the check passes, by the precision of the sweep.
     """
 
     error: float
@@ -71,21 +78,31 @@ class DerivativeCheck:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RemovalCheck:
-    """Samples really left out: predicted against actual change of the queries at the last observed state.
+    """Predicted against actual change of the queries when samples are removed one at a time.
+
+    Both are changes at the last observed state, in the unit of the queries: the query after the
+    removal minus the query as it was.
+
+    >>> import numpy as np
+    >>> from backtrail.stats import Interval
+    >>> effects = np.array([[0.1, -0.2]])
+    >>> one = Interval(1.0, 1.0, 1.0)
+    >>> RemovalCheck((3, 8), effects, effects, one, one, slope=1.0, noise=0.0).passed
+    True
 
     Attributes:
-        samples: which samples were left out, one at a time.
-        predicted: `[query, sample]`.
-        actual: `[query, sample]`.
-        pearson: mean over queries, with its bootstrap interval over samples.
-        spearman: likewise.
-        slope: of actual over predicted, mean over queries; 1 is right in size.
-        noise: largest difference of two unperturbed re-runs; what is smaller means nothing.
-        reachable: Pearson of the actual changes with their own linear part, mean over queries; None
-            where the batch's denominator is renormalised. No score that adds up over samples can be
-            expected to do better.
+        samples: The removed samples.
+        predicted: Change by the influence, `[query, sample]`.
+        actual: Change by retraining, `[query, sample]`.
+        pearson: Pearson correlation, mean over queries, with its bootstrap interval over samples.
+        spearman: Spearman rank correlation, likewise.
+        slope: Slope of actual over predicted, mean over queries; 1 means the right size.
+        noise: Largest difference of two unperturbed re-runs; smaller changes mean nothing.
+        reachable: Pearson correlation of the actual changes with their own linear part, mean over
+            queries: the best that any score additive over samples can be expected to reach. None
+            where the batch's denominator is renormalised.
     """
 
     samples: tuple[int, ...]
@@ -120,20 +137,39 @@ class RemovalCheck:
             f"Spearman {self.spearman}, slope {self.slope:.2f}, noise floor {self.noise:.1e}{reach}"
         )
 
+    def __repr__(self) -> str:
+        """The main figures in one line; never the arrays."""
+        return (
+            f"RemovalCheck({len(self.samples)} samples, Pearson {self.pearson}, "
+            f"slope {self.slope:.2f}, passed={self.passed})"
+        )
+
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Trust:
-    """The three checks of an influence; `str()` is the statement.
+    """What :func:`backtrail.trust` found: three checks of an influence on its own run.
+
+    `print(result)` shows a line per check and what to make of them; `result.advice` is that last
+    sentence alone.
+
+    >>> import numpy as np
+    >>> from backtrail.run.run import Verification
+    >>> from backtrail.stats import Interval
+    >>> one = Interval(1.0, 1.0, 1.0)
+    >>> effects = np.array([[0.1, -0.2]])
+    >>> removal = RemovalCheck((3, 8), effects, effects, one, one, slope=1.0, noise=0.0)
+    >>> Trust(Verification(40, 2, 1e-7), None, removal, early=0.0).advice
+    'Influence predicts removals on this run.'
 
     Attributes:
-        replay: what the replay check found, or its failure in words.
-        derivative: the derivative check; None where the influence is meant to be no derivative
+        replay: What the replay check found, or the sentence of its failure.
+        derivative: The derivative check; None where the influence is not meant to be the derivative
             (another method than DIT, renormalised denominators, another curvature than the Hessian,
             a secant).
-        removal: the removal check.
-        early: share of all influence that stems from step 0.
-        method: what computed the influence.
+        removal: The removal check.
+        early: Share of the absolute influence at the last observed state that comes from step 0.
+        method: The method that computed the influence.
     """
 
     replay: Verification | str
@@ -148,6 +184,14 @@ class Trust:
         lines = [f"replay      {'passed' if replayed else 'FAILED'}: {self.replay}"]
         lines += [str(check) for check in (self.derivative, self.removal) if check is not None]
         return "\n".join([*lines, self.advice])
+
+    def __repr__(self) -> str:
+        """Which checks passed, in one line."""
+        derivative = None if self.derivative is None else self.derivative.passed
+        return (
+            f"Trust({self.method}: replay={isinstance(self.replay, Verification)}, "
+            f"derivative={derivative}, removal={self.removal.passed})"
+        )
 
     @property
     def advice(self) -> str:
@@ -243,7 +287,9 @@ def derivative_check(
     drawn = np.random.default_rng(seed).standard_normal(influence.sample.shape)
     direction = torch.from_numpy(drawn)
     nudges = [
-        Nudge(direction=direction, size=sign * size) for size in SIZES for sign in (1.0, -1.0)
+        Perturbation(direction=direction, size=sign * size)
+        for size in SIZES
+        for sign in (1.0, -1.0)
     ]
     found = perturb(run, queries, nudges, observed_at=influence.observed_at).change
     sizes = 2 * np.array(SIZES)

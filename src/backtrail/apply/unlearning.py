@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from backtrail.curvature.policies import Curvature
-from backtrail.errors import BadSetting
+from backtrail.errors import BadSetting, UnusedOption
 from backtrail.exclusive import exclusive
 from backtrail.methods.diff_in.checkpoints import Checkpoints
 from backtrail.methods.diff_in.diff_in import DiffIn
 from backtrail.methods.dit.dit import DIT
-from backtrail.methods.retrain.removal import Group, moved
+from backtrail.methods.retrain.removal import RemovedGroup, changed_state
 from backtrail.run.run import Precision, Run
 from backtrail.step.state import State
 from backtrail.sweep.rules import Rules
@@ -73,16 +73,17 @@ def forget(
         Parameters and buffers, for `model.load_state_dict`.
 
     Raises:
-        BadSetting: a `replay` that is none, or a method that does not go with it or with
-            checkpoints.
+        BadSetting: a `replay` out of range, or a method that is not possible with checkpoints.
+        UnusedOption: `replay` or `dtype` with a `DiffIn`, which does not use them.
         UnknownSample: a sample that the training set does not have.
         UnknownId: a sample that the training did not see, where samples have ids of their own.
     """
     if isinstance(method, DiffIn):
+        # It estimates the final parameters alone: there is no state to replay from, and no sweep.
         if replay:
-            raise BadSetting(
-                "replay", replay, "0 with a DiffIn, which knows no state to go on from"
-            )
+            raise UnusedOption("replay", replay, call="forget(method=DiffIn)", takes=())
+        if dtype is not None:
+            raise UnusedOption("dtype", dtype, call="forget(method=DiffIn)", takes=())
         return _by_diff_in(run, samples, method)
     if method is not None and not isinstance(method, DIT):
         raise BadSetting(
@@ -90,15 +91,17 @@ def forget(
         )
     if isinstance(run, Checkpoints):
         raise BadSetting(
-            "method", method, "backtrail.DiffIn(form='corrected'): checkpoints hold no steps to run"
+            "method",
+            method,
+            "backtrail.DiffIn(form='corrected'), since checkpoints hold no steps to run",
         )
     if not 0 <= replay <= run.steps:
-        raise BadSetting("replay", replay, f"a number of steps from 0 to {run.steps}")
+        raise BadSetting("replay", replay, f"0 <= replay <= {run.steps} (number of steps)")
     start, renormalize = (
         run.steps - replay,
         method is not None and method.denominator == "renormalize",
     )
-    group = Group.of(run, samples, renormalize=renormalize, dtype=dtype)
+    group = RemovedGroup.of(run, samples, renormalize=renormalize, dtype=dtype)
     if method is None:
         begun = run.state(start, replay=True, dtype=dtype)
     else:
@@ -109,7 +112,7 @@ def forget(
 
 
 @exclusive
-def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
+def first_order(group: RemovedGroup, stop: int, method: DIT) -> tuple[State, float]:
     """The state `stop` after its first-order change; and the bend: how far steps are from it, of how far they go.
 
     Raises:
@@ -117,20 +120,20 @@ def first_order(group: Group, stop: int, method: DIT) -> tuple[State, float]:
     """
     if not isinstance(method.curvature, Curvature):
         raise BadSetting(
-            "curvature", method.curvature, "one curvature, like backtrail.GaussNewton()"
+            "curvature", method.curvature, "one curvature, for example backtrail.GaussNewton()"
         )
     probed = frozenset(np.linspace(group.first, stop - 1, PROBES).round().astype(int).tolist())
     off, far, before = 0.0, 0.0, None
     for number, now in group.sweep(stop, Rules(method.curvature, method.slope)):
         if before is not None and number - 1 in probed:
-            bend = group.bend(number - 1, before, now)
+            bend = group.linearity_gap(number - 1, before, now)
             off, far = off + bend[0], far + bend[1]
         before = now
     assert before is not None
-    return moved(before), off / far if far else 0.0
+    return changed_state(before), off / far if far else 0.0
 
 
-def _warn(group: Group, bend: float) -> None:
+def _warn(group: RemovedGroup, bend: float) -> None:
     log.warning(
         "forgetting %d samples to first order: steps without them are off by %.0f %% of what they change; much of the "
         "way in parameters may be left. Train again without them: replay=%d",

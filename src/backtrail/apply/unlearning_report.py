@@ -12,7 +12,7 @@ from torch import Tensor
 from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.methods.diff_in.checkpoints import matched, tensors_of
-from backtrail.methods.retrain.removal import Group
+from backtrail.methods.retrain.removal import RemovedGroup
 from backtrail.methods.retrain.retrain import Denominator
 from backtrail.run.run import Run
 from backtrail.stats import auc
@@ -28,21 +28,28 @@ Triple = tuple[float, float, float]
 @final
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """Three models: as it was trained, as it was made to forget, and trained again without the samples.
+    """What :func:`backtrail.judge_forgetting` measured, on three models.
+
+    They are the trained model, the model that was to forget, and the model retrained without the
+    samples, which is the ideal. Pairs and triples below are in this order.
+
+    >>> found = Forgotten(2, 0.1, 0.2, (1e-3, 2e-4), agreement=None, membership=(0.9, 0.6, 0.5))
+    >>> print(str(found).splitlines()[-1])
+    membership   AUC 0.600; trained 0.900, retrained 0.500 (0.5 = samples look like test rows)
 
     Attributes:
-        samples: how many were to be forgotten.
-        parameters: distance of the forgotten model from the retrained one, over that of the trained
-            one: 0 is perfect, 1 no better than doing nothing.
-        predictions: the same for the divergence of predictions on the test rows.
-        divergence: from the retrained model's predictions, of the trained and of the forgotten:
-            mean Kullback-Leibler divergence of the classes' probabilities (nats); where outputs are
-            no classes, the mean square difference.
-        agreement: share of the test rows (or tokens) with the retrained model's class, of the
-            trained and of the forgotten; None where outputs are no classes.
-        membership: area under the ROC curve of telling forgotten samples from test rows by their
-            lower loss, of the trained, the forgotten and the retrained. The forgotten should look
-            like the retrained. None where rows cannot be read again.
+        samples: Number of samples that were to be forgotten.
+        parameters: Distance of the forgetting model to the retrained one, divided by that of the
+            trained one: 0 is perfect, 1 no better than doing nothing.
+        predictions: The same ratio for the divergence of predictions on the test rows.
+        divergence: Divergence from the retrained model's predictions, of the trained and of the
+            forgetting model: mean Kullback-Leibler divergence of class probabilities in nats, or
+            mean squared difference where the outputs are not classes.
+        agreement: Share of test rows (or tokens) with the retrained model's class, of the trained
+            and of the forgetting model; None where the outputs are not classes.
+        membership: Area under the ROC curve for telling the samples from test rows by their lower
+            loss, on all three models. The second should be like the third. None where the rows
+            cannot be read again.
     """
 
     samples: int
@@ -105,7 +112,7 @@ def judge_forgetting(
         BadSetting: there are no test rows, or the denominator is none.
     """
     if not len(test):
-        raise BadSetting("test", test, "at least one row that was not trained on")
+        raise BadSetting("test", test, "one or more rows that were not trained on")
     if denominator not in get_args(Denominator):
         raise BadSetting("denominator", denominator, "'keep' or 'renormalize'")
     return Judge.of(run, samples, denominator=denominator)(state, test)
@@ -116,14 +123,14 @@ def judge_forgetting(
 class Judge:
     """A training without some samples, and as it was, in float64: what models that were to forget are compared with."""
 
-    group: Group
+    group: RemovedGroup
     trained: State
     retrained: State
 
     @staticmethod
     def of(run: Run, samples: Sequence[int], *, denominator: Denominator = "keep") -> "Judge":
         """Train again without the samples."""
-        group = Group.of(
+        group = RemovedGroup.of(
             run, samples, renormalize=denominator == "renormalize", dtype=torch.float64
         )
         start, end = (run.state(number, dtype=torch.float64) for number in (0, run.steps))

@@ -21,4 +21,4 @@ def check_file(out: Path | None, ending: str) -> None:
         BadSetting: it is a folder, or its name has another ending.
     """
     if out is not None and (out.suffix != ending or out.is_dir()):
-        raise BadSetting("out", str(out), f"the name of a file that ends with {ending}")
+        raise BadSetting("out", str(out), f"a file name that ends with {ending}")

@@ -54,7 +54,7 @@ def forget(
 
     check_file(out, ".safetensors")
     if not samples:
-        raise BadSetting("samples", "", "at least one sample to forget")
+        raise BadSetting("samples", "", "one or more samples to forget")
     rows = None if test is None else rows_at(test)
     recorded = open_run(run, task_at(task))
     state = forgotten(recorded, samples, replay=replay)

@@ -30,7 +30,24 @@ from backtrail.tree import Tree
 
 
 class Curvature(abc.ABC):
-    """Decides how the second derivative of a micro-batch's loss is computed in a sweep."""
+    r"""How a sweep takes the second derivative of a step's loss: one of the policies below.
+
+    A reverse sweep multiplies the cotangent a of every query by the derivative of the step's
+    gradient :math:`\nabla L = \sum_b c_b w_b \nabla \ell_b + \nabla R`. A policy computes that
+    product, with the exact Hessian (`Hessian`) or another matrix in its place.
+
+    A policy of your own derives from this class. `linearise` returns the gradient at a point with
+    its vector-Jacobian product, and `push` the gradient with its Jacobian-vector product; the two
+    must be transposes of each other. They receive one micro-batch, the parameters, the buffers and
+    the weights w `[slot]` of the samples.
+
+    >>> import backtrail
+    >>> isinstance(backtrail.GaussNewton(), backtrail.Curvature)
+    True
+
+    Attributes:
+        product: "autograd", or "difference" for a central difference of ordinary gradients.
+    """
 
     product: Product
 

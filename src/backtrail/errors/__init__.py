@@ -1,4 +1,4 @@
-"""What can go wrong: each class builds its sentence, what happened, with values, what to do."""
+"""All errors of the library; each class builds its own sentence."""
 
 from backtrail.errors.apply import NoClasses as NoClasses
 from backtrail.errors.command_line import BadReference as BadReference
@@ -40,6 +40,7 @@ from backtrail.errors.methods import NoCheckpoints as NoCheckpoints
 from backtrail.errors.methods import NoOutputs as NoOutputs
 from backtrail.errors.methods import RowsNotReadable as RowsNotReadable
 from backtrail.errors.methods import TooLittleMemory as TooLittleMemory
+from backtrail.errors.methods import UnusedOption as UnusedOption
 from backtrail.errors.methods import WithoutQueries as WithoutQueries
 from backtrail.errors.recording import BadOptimizer as BadOptimizer
 from backtrail.errors.recording import BadPolicy as BadPolicy
@@ -66,6 +67,7 @@ from backtrail.errors.run import WrongFormat as WrongFormat
 from backtrail.errors.run import WrongModel as WrongModel
 from backtrail.errors.sentences import BacktrailError as BacktrailError
 from backtrail.errors.sentences import MissingExtra as MissingExtra
+from backtrail.errors.sentences import count_of as count_of
 from backtrail.errors.sentences import join_items as join_items
 from backtrail.errors.task import BadIds as BadIds
 from backtrail.errors.task import BadLoss as BadLoss

@@ -1,14 +1,14 @@
-"""What can go wrong in what people do with a run: cleaning, selecting, forgetting."""
+"""Errors of what is done with a run: cleaning, selection, unlearning."""
 
 from backtrail.errors.sentences import BacktrailError
 
 
-class NoClasses(BacktrailError):
-    """Scores of classes are needed, and the task has other outputs."""
+class NoClasses(BacktrailError, ValueError):
+    """A function needs scores of classes, and the task has other outputs."""
 
     def __init__(self, problem: str) -> None:
         self.args = (
-            "This needs a task of classes: outputs [slot, class] (or an output's entry `logits`), class numbers "
-            f"[slot] as the second item of a batch (or its entry `labels`): {problem}. What reads losses alone works "
-            "without classes.",
+            f"This task is not a classification: {problem}. Expected outputs [slot, class] (or "
+            "under the key `logits`), and class numbers [slot] as the second item of a batch (or "
+            "under the key `labels`). Functions that read only losses work without classes.",
         )

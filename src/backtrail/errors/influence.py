@@ -1,121 +1,128 @@
-"""What can go wrong with an influence: what is asked of it, and its folder."""
+"""Errors of an influence: what is read from it, and its folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from backtrail.errors.sentences import BacktrailError, join_items
+from backtrail.errors.sentences import BacktrailError, count_of, did_you_mean, join_items
 
 
-class NotObserved(BacktrailError):
-    """A state was asked for that no query has read."""
+class NotObserved(BacktrailError, KeyError):
+    """A state was asked for at which no query was read."""
 
     def __init__(self, state: int, observed: Sequence[int]) -> None:
         self.args = (
-            f"State {state} was not observed; there are 0 (where all influence is zero) "
-            f"and {join_items(observed)}. Use one of those, or attribute again with {state} "
-            "in observed_at.",
+            f"State {state} was not observed; available states: 0 (where all influence is zero), "
+            f"{join_items(observed)}. Use one of these, or attribute again with {state} in "
+            "observed_at.",
         )
 
 
-class UnknownQuery(BacktrailError):
-    """A query was asked for by a name or index that is not there."""
+class UnknownQuery(BacktrailError, KeyError):
+    """There is no query with this name or index."""
 
     def __init__(self, query: int | str, names: Sequence[str]) -> None:
+        quoted = join_items([repr(name) for name in names])
         self.args = (
-            f"There is no query {query!r}; there are {len(names)}, by index 0 to {len(names) - 1} "
-            f"or by name: {join_items([repr(name) for name in names])}.",
+            f"There is no query {query!r}. Available: index 0 to {len(names) - 1}, or a name: "
+            f"{quoted}.{did_you_mean(query, names)}",
         )
 
 
-class UnknownSample(BacktrailError):
-    """A sample was asked for that the training set does not have."""
+class UnknownSample(BacktrailError, KeyError):
+    """A sample that the training set does not have."""
 
     def __init__(self, sample: int, samples: int) -> None:
         self.args = (
-            f"There is no sample {sample}: the training set has {samples} rows, numbered 0 to {samples - 1}.",
+            f"There is no sample {sample}: the training set has {count_of(samples, 'row')}, "
+            f"numbered 0 to {samples - 1}.",
         )
 
 
-class UnknownId(BacktrailError):
-    """A sample was asked for by an id that the training never saw."""
+class UnknownId(BacktrailError, KeyError):
+    """A sample id that did not occur in the training."""
 
     def __init__(self, sample: int, ids: Sequence[int]) -> None:
         self.args = (
-            f"There is no sample {sample}: the training saw {len(ids)} samples, with ids {join_items(ids, most=6)}.",
+            f"There is no sample {sample}: the training used {count_of(len(ids), 'sample')}, with "
+            f"ids {join_items(ids, most=6)}.",
         )
 
 
-class ImpossibleWindow(BacktrailError):
+class ImpossibleWindow(BacktrailError, ValueError):
     """A window or a range of steps does not lie within the training."""
 
     def __init__(self, start: int, stop: int, steps: int) -> None:
         self.args = (
-            f"({start}, {stop}) is no stretch of this training: "
-            f"it needs 0 <= start <= stop <= {steps}, the number of steps.",
+            f"Invalid step range ({start}, {stop}): expected 0 <= start <= stop <= {steps} "
+            "(number of steps).",
         )
 
 
-class TwoViewpoints(BacktrailError):
+class TwoViewpoints(BacktrailError, ValueError):
     """Both a window and an observed state were given."""
 
     def __init__(self, window: tuple[int, int], observed_at: int | str) -> None:
+        start, stop = window
         self.args = (
-            f"window={window} and observed_at={observed_at!r} exclude each other: a window is seen "
-            f"from its own two ends. Leave one out, or use visits({window[0]}, {window[1]}, "
+            f"Invalid combination of window={window} and observed_at={observed_at!r}: a window is "
+            f"read at its own two ends. Leave one of them out, or use visits({start}, {stop}, "
             f"observed_at={observed_at!r}).",
         )
 
 
-class TooFewWindows(BacktrailError):
-    """A pattern over time was asked of too few observed states."""
+class TooFewWindows(BacktrailError, ValueError):
+    """There are too few observed states for patterns over time."""
 
     def __init__(self, windows: int, needed: int) -> None:
         self.args = (
-            f"A pattern over time needs at least {needed} windows between observed states; there "
-            f'are {windows}. Attribute again with more, for example observed_at="epochs".',
+            f"Patterns need at least {needed} windows between observed states, and this influence "
+            f'has {windows}. Attribute again with more states, for example observed_at="epochs".',
         )
 
 
-class TooFewSteps(BacktrailError):
-    """Regimes of a training were asked for that has too few steps with a learning rate and an influence."""
+class TooFewSteps(BacktrailError, ValueError):
+    """There are too few steps for regimes."""
 
     def __init__(self, steps: int, needed: int) -> None:
         self.args = (
-            f"Regimes need at least {needed} steps with a learning rate and an influence above 0; there are {steps}. "
-            "Ask at a later state, or of a longer run.",
+            f"Regimes need at least {needed} steps whose learning rate and influence are above 0; "
+            f"there are {steps}. Use a later observed state, or a longer run.",
         )
 
 
-class NoRegimes(BacktrailError):
-    """Stretches of a training were to be taken from its regimes, and it has none."""
+class NoRegimes(BacktrailError, ValueError):
+    """Ranges of steps were to be taken from the regimes of a training that has none."""
 
-    def __init__(self, told: object) -> None:
+    def __init__(self, summary: object) -> None:
         self.args = (
-            f"{told}\nSay which steps to select in, for example ranges={{'first tenth': [(0, 40)]}}.",
+            f"{summary}\nGive the steps to select in, for example "
+            "ranges={'first tenth': [(0, 40)]}.",
         )
 
 
-class NotFinite(BacktrailError):
+class NotFinite(BacktrailError, ValueError):
     """Some influence, or another score of samples, is NaN or infinite."""
 
     def __init__(self, samples: Sequence[int], *, scored: bool = False) -> None:
-        what, why = (
-            (
-                "score",
-                "Losses of the training overflowed, or a sweep did: rank by checkpoints=[...] before that.",
+        if scored:
+            what = "score"
+            cure = (
+                "Losses of the training or a sweep overflowed: rank by states before that, "
+                "checkpoints=[...]"
             )
-            if scored
-            else (
-                "influence",
-                "The sweep overflowed: look at its growth in the trust check, try a calmer curvature.",
+        else:
+            what = "influence"
+            cure = (
+                "The sweep overflowed: try a bounded curvature, e.g. "
+                "DIT(curvature=backtrail.GaussNewton()); backtrail.trust shows the growth"
             )
-        )
         self.args = (
-            f"The {what} of {len(samples)} samples is not finite: {join_items(samples)}. {why}",
+            f"The {what} of {count_of(len(samples), 'sample')} is NaN or infinite: "
+            f"{join_items(samples)}. {cure}.",
         )
 
 
-class NotAnInfluence(BacktrailError):
+class NotAnInfluence(BacktrailError, FileNotFoundError):
     """A folder does not hold an influence."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -124,40 +131,37 @@ class NotAnInfluence(BacktrailError):
         )
 
 
-class DamagedInfluence(BacktrailError):
-    """A file of an influence is missing, cut short or changed."""
+class DamagedInfluence(BacktrailError, RuntimeError):
+    """A file of an influence is missing, truncated or changed."""
 
     def __init__(self, path: Path | None, reason: str) -> None:
         where = "in memory" if path is None else f"in {path}"
         self.args = (f"The influence {where} is damaged: {reason}. Delete it and attribute again.",)
 
 
-class UnfinishedInfluence(BacktrailError):
+class UnfinishedInfluence(BacktrailError, RuntimeError):
     """An attribution was interrupted."""
 
     def __init__(self, path: Path | None, done: int, shards: int) -> None:
         where = "in memory" if path is None else f"in {path}"
         self.args = (
-            f"The influence {where} is unfinished: {done} of {shards} shards are done. "
-            "Call attribute again with the same arguments to resume.",
+            f"The influence {where} is unfinished: {done} of {shards} shards are done. Call "
+            "attribute again with the same arguments to resume.",
         )
 
 
-class DifferentInfluence(BacktrailError):
-    """An attribution cannot resume in a folder that was begun with other arguments."""
+class DifferentInfluence(BacktrailError, ValueError):
+    """A folder holds an influence with other arguments, which this call cannot resume."""
 
     def __init__(self, path: Path, differences: Mapping[str, tuple[object, object]]) -> None:
-        told = "; ".join(
-            f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items()
-        )
         self.args = (
-            f"{path} holds another influence ({told}). "
-            "PerSampleRule the same arguments to resume it, or another folder, or delete this one.",
+            f"{path} holds another influence ({differing(differences)}). Use the same arguments to "
+            "resume it, choose another folder, or delete this one.",
         )
 
 
-class FolderTaken(BacktrailError):
-    """A new influence was to be written where there already is something."""
+class FolderTaken(BacktrailError, FileExistsError):
+    """The folder for a new influence is not empty."""
 
     def __init__(self, path: Path) -> None:
         self.args = (
@@ -165,8 +169,19 @@ class FolderTaken(BacktrailError):
         )
 
 
-class IllFormedInfluence(BacktrailError):
-    """What a method wants to write does not fit together."""
+class IllFormedInfluence(BacktrailError, ValueError):
+    """The arrays and the description of an influence do not fit together."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.args = ("This cannot be an influence: " + "; ".join(problems) + ".",)
+        self.args = (f"Invalid influence: {'; '.join(problems)}.",)
+
+
+def differing(differences: Mapping[str, tuple[object, object]]) -> str:
+    """Name each setting that differs, with both values.
+
+    >>> differing({"seed": (0, 1)})
+    'seed: 0 in the folder, 1 now'
+    """
+    return "; ".join(
+        f"{name}: {old!r} in the folder, {new!r} now" for name, (old, new) in differences.items()
+    )

@@ -1,108 +1,125 @@
-"""What can go wrong in an attribution, and in the check of one."""
+"""Errors of attribution methods, and of retraining."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from backtrail.errors.sentences import BacktrailError, join_items
+from backtrail.errors.sentences import (
+    BacktrailError,
+    count_of,
+    did_you_mean,
+    join_items,
+    quoted_in,
+    shown,
+)
 
 
-class BadSetting(BacktrailError):
-    """A method was given a setting that it does not have."""
+class BadSetting(BacktrailError, ValueError):
+    """An option has a value that it cannot take."""
 
-    def __init__(self, name: str, value: object, wanted: str) -> None:
-        self.args = (f"{name}={value!r} is no setting; give {wanted}.",)
+    def __init__(self, name: str, value: object, expected: str) -> None:
+        near = did_you_mean(value, quoted_in(expected))
+        self.args = (f"Invalid {name}={shown(value)}: expected {expected}.{near}",)
 
 
-class CannotRenormalize(BacktrailError):
-    """Renormalised denominators have no meaning for a run."""
+class UnusedOption(BacktrailError, TypeError):
+    """An option was given that the chosen method does not use."""
+
+    def __init__(self, name: str, value: object, *, call: str, takes: Sequence[str]) -> None:
+        options = f"it takes {join_items(takes)}" if takes else "it takes no further options"
+        self.args = (
+            f"Invalid {name}={shown(value)}: {call} does not use it; {options}. Leave {name}= out.",
+        )
+
+
+class CannotRenormalize(BacktrailError, ValueError):
+    """The denominator of a batch's mean cannot be renormalised in a run."""
 
     def __init__(self, why: str) -> None:
         self.args = (
-            f"denominator='renormalize' does not fit this run: {why}. Use denominator='keep'.",
+            f"denominator='renormalize' is not possible for this run: {why}. Use "
+            "denominator='keep'.",
         )
 
 
-class TooLittleMemory(BacktrailError):
-    """A sweep does not fit."""
+class TooLittleMemory(BacktrailError, RuntimeError):
+    """A sweep does not fit into memory."""
 
     def __init__(self, free: int, needed: int, rows: int) -> None:
         self.args = (
-            f"A sweep with {rows} cotangents (queries x observed states) needs {needed / 2**20:.0f} MiB, and may use "
-            f"{free / 2**20:.0f} MiB. Ask fewer queries or states at once, or allow more: memory=bytes.",
+            f"A sweep with {count_of(rows, 'cotangent')} (queries x observed states) needs "
+            f"{needed / 2**20:.0f} MiB, and may use {free / 2**20:.0f} MiB. Use fewer queries or "
+            "observed states at once, or allow more with memory=bytes.",
         )
 
 
-class NoOutputs(BacktrailError):
+class NoOutputs(BacktrailError, TypeError):
     """Gauss-Newton curvature needs the model's outputs."""
 
     def __init__(self, kind: str) -> None:
         self.args = (
-            f"GaussNewton bends the loss at the model's outputs, and finds no floating tensor in the {kind} that "
-            "predict returned. Let predict return tensors (nested in tuples, lists or dicts), or use "
-            "curvature=backtrail.Hessian().",
+            "GaussNewton differentiates the loss by the model's outputs, but the "
+            f"{kind} that predict returned holds no floating-point tensor. Let predict return "
+            "tensors (nested in tuples, lists or dicts), or use curvature=backtrail.Hessian().",
         )
 
 
-class WithoutQueries(BacktrailError):
-    """An influence is to be checked, and what was asked is not known."""
+class WithoutQueries(BacktrailError, ValueError):
+    """An influence is to be checked, and its queries are not known."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        which = (
-            f"the ones named {join_items(names, most=6)}"
-            if names
-            else "a backtrail.Loss, for example"
-        )
+        if names:
+            which = f"the ones that it was computed for: {join_items(names, most=6)}"
+        else:
+            which = "for example a backtrail.Loss"
         self.args = (
-            "The checks ask the queries again; an influence from disk comes without them, and it has to be the same "
-            f"ones. Give queries=, {which}.",
+            "This check reads the queries again, and an influence opened from disk does not "
+            f"contain them. Give queries=, {which}.",
         )
 
 
-class CoupledLoss(BacktrailError):
-    """A loss that no sample has to itself cannot be taken apart."""
+class CoupledLoss(BacktrailError, ValueError):
+    """The loss of one sample depends on other samples of its batch."""
 
     def __init__(self) -> None:
         self.args = (
-            "The loss of one sample depends on the outputs of another (a contrastive loss, or an average over the "
-            "batch?), and embeddings need a gradient that is the sample's own. Use backtrail.DIT(), which does not, or "
-            "give the task a loss of every row by itself.",
+            "The loss of one sample depends on the outputs of others (a contrastive loss, or an "
+            "average over the batch?), and embeddings need a gradient for each sample alone. Use "
+            "backtrail.DIT(), which does not, or give the task a loss of every row by itself.",
         )
 
 
-class RowsNotReadable(BacktrailError):
+class RowsNotReadable(BacktrailError, ValueError):
     """A method reads rows by number, and the run's samples are ids."""
 
-    def __init__(
-        self, method: str, instead: str = "PerSampleRule backtrail.DIT or backtrail.TracIn"
-    ) -> None:
+    def __init__(self, method: str, instead: str = "Use backtrail.DIT or backtrail.TracIn") -> None:
         self.args = (
-            f"{method} reads rows of the training set by number, and the samples of this run are ids. "
-            f"{instead}, or record a run of a data set with row numbers.",
+            f"{method} reads rows of the training set by number, and the samples of this run are "
+            f"ids. {instead}, or record a run of a data set with row numbers.",
         )
 
 
-class NoCheckpoints(BacktrailError):
-    """There are no checkpoints to look at."""
+class NoCheckpoints(BacktrailError, ValueError):
+    """There are no checkpoints that can be used."""
 
     def __init__(self, problem: str) -> None:
         self.args = (
-            f"There are no checkpoints to use: {problem}. Give (step, state_dict, lr) for each, or a folder of files "
-            "like step500.pt with lr=.",
+            f"No usable checkpoints: {problem}. Give (step, state_dict, lr) for each, or a folder "
+            "of files like step500.pt with lr=.",
         )
 
 
-class BadCheckpoint(BacktrailError):
-    """A checkpoint is not one of this training."""
+class BadCheckpoint(BacktrailError, ValueError):
+    """A checkpoint does not belong to this training."""
 
     def __init__(self, place: str, problem: str) -> None:
-        self.args = (f"{place} is no checkpoint of this training: {problem}.",)
+        self.args = (f"{place} is not a checkpoint of this training: {problem}.",)
 
 
-class DamagedBank(BacktrailError):
-    """A file of a bank of re-runs is not what was written."""
+class DamagedBank(BacktrailError, RuntimeError):
+    """A file in the folder of stored re-runs cannot be read."""
 
     def __init__(self, path: Path, why: str) -> None:
         self.args = (
-            f"{path} is no file of a bank of re-runs ({why}). Give bank= a folder of its own; if this is it, delete "
-            "the file, and its re-runs are made again.",
+            f"{path} is not a file of stored re-runs ({why}). Give bank= a folder of its own; if "
+            "this is it, delete the file, and its re-runs are computed again.",
         )

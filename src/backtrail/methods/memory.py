@@ -128,7 +128,7 @@ def check_limits(limits: Limits) -> None:
     """
     for name, number in (("memory", limits.memory), ("chunk", limits.chunk)):
         if number is not None and number < 1:
-            raise BadSetting(name, number, "a positive number, or None")
+            raise BadSetting(name, number, "a positive integer or None")
 
 
 def fit(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:

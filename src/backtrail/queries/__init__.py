@@ -1,8 +1,9 @@
-"""What can be asked of a model: scalar functions of its parameters."""
+"""Queries: the scalar functions of a model that influence is computed on."""
 
 from backtrail.queries.averaged import Averaged as Averaged
 from backtrail.queries.parameters import Custom as Custom
 from backtrail.queries.parameters import Parameter as Parameter
+from backtrail.queries.query import Part as Part
 from backtrail.queries.query import Query as Query
 from backtrail.queries.query import gradients as gradients
 from backtrail.queries.query import values as values

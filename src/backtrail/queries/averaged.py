@@ -12,31 +12,36 @@ from backtrail.task.task import Task
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Averaged(Query):
-    r"""Asks queries of the average of the weights over the training, as it stands at the observed state.
+    r"""Reads queries at the average of the weights over the training, as of the observed state.
 
-    Exponential (EMA), as `torch.optim.swa_utils.get_ema_multi_avg_fn` and timm keep it beside a
-    training:
+    With `decay` d and `start` s the average is exponential (EMA), as
+    `torch.optim.swa_utils.get_ema_multi_avg_fn` and timm keep it during a training:
 
     .. math:: \bar\theta_s = \theta_s \qquad \bar\theta_t = d\,\bar\theta_{t-1} + (1 - d)\,\theta_t
 
     or, with `decay=None`, the plain mean of :math:`\theta_s \dots \theta_t` (SWA).
 
-    Args:
-        queries: what is asked.
-        decay: d; None for the plain mean.
-        start: s, the state that the average starts from: 0 for timm; 1 for
-            `AveragedModel.update_parameters` after every step, whose first call copies. Before it
-            the average is the state itself.
-        every: from s on, every so many-th state enters; the others leave the average as it is.
-        use_buffers: whether floating buffers (BatchNorm's statistics) are averaged too, as timm
-            does; otherwise they are those of the observed state, as `AveragedModel` has them by
-            default.
-
     >>> from backtrail.queries.rows import Loss
-    >>> Averaged(Loss([(0.0, 0.0)] * 5, samples=[3]), decay=0.99).names
+    >>> query = Averaged(Loss([(0.0, 0.0)] * 5, samples=[3]), decay=0.99)
+    >>> query
+    Averaged(Loss(1 sample: 3; aggregate=None), decay=0.99, start=0, every=1, use_buffers=False)
+    >>> query.names
     ('loss[3] (EMA 0.99)',)
+
+    Args:
+        queries: The queries to read at the average.
+        decay: d, at least 0 and below 1; None for the plain mean.
+        start: s, the state that the average starts from: 0 for timm; 1 for
+            `AveragedModel.update_parameters` after every step, whose first call copies. At an
+            earlier state the average is that state.
+        every: From s on, every this many states one enters the average.
+        use_buffers: Whether floating buffers (BatchNorm's statistics) are averaged too, as timm
+            does. By default they are those of the observed state, as for `AveragedModel`.
+
+    Raises:
+        BadSetting: A setting has a value that it cannot take.
     """
 
     queries: Query
@@ -44,11 +49,11 @@ class Averaged(Query):
     start: int = field(default=0, kw_only=True)
     every: int = field(default=1, kw_only=True)
     use_buffers: bool = field(default=False, kw_only=True)
-    unit: str = field(init=False, repr=False)
-    mode: Mode = field(init=False, repr=False)
+    unit: str = field(init=False)
+    mode: Mode = field(init=False)
 
     def __post_init__(self) -> None:
-        """Take unit and mode from the queries; refuse what is no average.
+        """Take unit and mode from the queries; check the settings.
 
         Raises:
             BadSetting: names the setting, and what it may be.
@@ -58,32 +63,37 @@ class Averaged(Query):
                 "queries", self.queries, "queries of the weights, like backtrail.Loss(...)"
             )
         if self.decay is not None and not 0 <= self.decay < 1:
-            raise BadSetting(
-                "decay", self.decay, "a number from 0 to below 1, or None for the plain mean"
-            )
-        for name, number, least in (("start", self.start, 0), ("every", self.every, 1)):
-            if number < least:
-                raise BadSetting(name, number, f"a whole number, at least {least}")
+            raise BadSetting("decay", self.decay, "0 <= decay < 1, or None for the plain mean")
+        if self.start < 0:
+            raise BadSetting("start", self.start, "a non-negative integer")
+        if self.every < 1:
+            raise BadSetting("every", self.every, "a positive integer")
+        # The dataclass is frozen, and these two fields follow from another.
         object.__setattr__(self, "unit", self.queries.unit)
         object.__setattr__(self, "mode", self.queries.mode)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The queries' names, and what is averaged."""
+        """The queries' names with the kind of average, like `loss[3] (EMA 0.99)`."""
         kind = "SWA" if self.decay is None else f"EMA {self.decay:g}"
         return tuple(f"{name} ({kind})" for name in self.queries.names)
 
     @property
     def about(self) -> str:
-        """The average in words, without the queries."""
-        return f"decay={self.decay}, start={self.start}, every={self.every}, use_buffers={self.use_buffers}"
+        """The average in words, without the queries; results on disk are compared by it."""
+        return (
+            f"decay={self.decay}, start={self.start}, every={self.every}, "
+            f"use_buffers={self.use_buffers}"
+        )
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
-        """The queries' parts."""
+        """The queries' own parts; the caller puts the average in place of the weights."""
         return self.queries.parts(task, like, together=together)
 
     def share(self, state: int, observed: int) -> float:
-        r"""How much of a state is in the average at another: :math:`\partial\bar\theta_\tau / \partial\theta_t`.
+        r"""Weight of the state t in the average at the observed state τ.
+
+        .. math:: \partial\bar\theta_\tau / \partial\theta_t
 
         >>> from backtrail.queries.rows import Loss
         >>> average = Averaged(Loss([(0.0, 0.0)]), decay=0.5, start=1)
@@ -92,11 +102,17 @@ class Averaged(Query):
         """
         if observed < self.start:
             return float(state == observed)
-        place, late = divmod(state - self.start, self.every)
+        # The states that enter are start, start + every, ...: numbered 0 to `last`.
+        number, late = divmod(state - self.start, self.every)
         last = (observed - self.start) // self.every
-        if late or not 0 <= place <= last:
+        if late or not 0 <= number <= last:
             return 0.0
         if self.decay is None:
             return 1 / (last + 1)
-        fresh: float = self.decay ** (last - place) * (1.0 if place == 0 else 1 - self.decay)
-        return fresh
+        # The first state that enters is copied; each later one enters with weight 1 - d.
+        entered = 1.0 if number == 0 else 1 - self.decay
+        return float(self.decay ** (last - number) * entered)
+
+    def __repr__(self) -> str:
+        """Queries and average in one line."""
+        return f"Averaged({self.queries!r}, {self.about})"

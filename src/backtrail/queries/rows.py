@@ -1,232 +1,388 @@
-"""Queries that are read off rows of a data set: losses, logits, margins, hidden units, saliencies."""
+"""Queries on rows of a data set: losses, logits, margins, hidden units, saliencies."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, Unpack, final
+from collections.abc import Iterator, Sequence
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from backtrail.errors import BadQuery
+from backtrail.errors import BadQuery, join_items
 from backtrail.queries.query import Mode, Part, Query
+from backtrail.queries.selection import Aggregate, Collate, RowSelection, chosen_rows
 from backtrail.task.task import Batch, Rows, Task, labels_of, logits_of
-from backtrail.tree import cast, plain
-
-Aggregate = Literal["mean", "sum"] | None
-Score = Callable[[Task, nn.Module, Batch], Tensor]
-
-
-class RowOptions(TypedDict, total=False):
-    """Options of every query that is read off rows of a data set.
-
-    Attributes:
-        aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
-        mode: train or eval mode of the model while it is asked.
-        collate: makes a batch of rows; default: the task's.
-        batch: how many rows go through the model at once.
-    """
-
-    aggregate: Aggregate
-    mode: Mode
-    collate: Callable[[list[Any]], Batch] | None
-    batch: int
 
 
 @final
-@dataclass(frozen=True)
-class RowQuery(Query):
-    """Scores of rows of a data set: `score(task, model, batch) -> [slot]` or `[slot, column]`."""
+class Loss(Query):
+    """The task's own loss on rows of any data set, such as a test set.
 
-    kind: str
-    unit: str
-    score: Score
-    data: Any
-    samples: Sequence[int] | None = None
-    columns: tuple[str, ...] = field(default=("",), kw_only=True)
-    aggregate: Aggregate = field(default=None, kw_only=True)
-    mode: Mode = field(default="eval", kw_only=True)
-    collate: Callable[[list[Any]], Batch] | None = field(default=None, kw_only=True)
-    batch: int = field(default=256, kw_only=True)
+    Influence on it is positive where removing the sample would raise the loss (a helpful sample),
+    and negative where it would lower it (a harmful one).
 
-    def __post_init__(self) -> None:
-        """Refuse rows that are not there, before any work is done.
+    >>> query = Loss([(0.0, 0.0)] * 5, samples=[3, 4])
+    >>> query, query.names
+    (Loss(2 samples: 3, 4; aggregate=None), ('loss[3]', 'loss[4]'))
+    >>> Loss([(0.0, 0.0)] * 5, aggregate="mean").names
+    ('mean loss of 5',)
 
-        Raises:
-            BadQuery: names them.
-        """
-        missing = [row for row in self.rows if not 0 <= row < len(self.data)]
-        if missing or not self.rows:
-            raise BadQuery(
-                f"samples={missing}" if missing else "no samples",
-                f"the data set has {len(self.data)} rows",
-            )
+    Args:
+        data: Map-style data set, or a list of rows.
+        samples: Row numbers of `data`; all rows by default.
+        unit: Unit of the loss, for example "nats".
+        aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
+        mode: Mode of the model while it is read, "eval" or "train".
+        collate: Makes a batch of a list of rows; the task's by default.
+        batch: Rows per forward pass.
 
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Row numbers that are asked about."""
-        return (
-            tuple(range(len(self.data)))
-            if self.samples is None
-            else tuple(int(row) for row in self.samples)
+    Raises:
+        BadQuery: The data set does not have these rows.
+        BadSetting: An option has a value that it cannot take.
+    """
+
+    def __init__(
+        self,
+        data: Rows,
+        samples: Sequence[int] | None = None,
+        *,
+        unit: str = "loss",
+        aggregate: Aggregate = None,
+        mode: Mode = "eval",
+        collate: Collate | None = None,
+        batch: int = 256,
+    ) -> None:
+        self.unit = unit
+        self.mode: Mode = mode
+        self.selection = RowSelection(
+            label="loss",
+            data=data,
+            rows=chosen_rows(data, samples),
+            aggregate=aggregate,
+            mode=mode,
+            collate=collate,
+            batch=batch,
         )
 
     @property
     def names(self) -> tuple[str, ...]:
         """Like `loss[17]`, or `mean loss of 200`."""
-        if self.aggregate:
-            return tuple(
-                f"{self.aggregate} {self.kind}{column} of {len(self.rows)}"
-                for column in self.columns
-            )
-        return tuple(f"{self.kind}{column}[{row}]" for row in self.rows for column in self.columns)
+        return self.selection.names
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
-        """Blocks of rows; one row at a time where every row is a query that is differentiated on its own."""
-        alone = not (together or self.aggregate or self.mode == "train")
-        size, at_once = (1, self.batch) if alone else (self.batch, 1)
-        every, wide = self.rows, len(self.columns)
+        """The losses of blocks of rows."""
+        return self.selection.parts(task, like, together=together, score=self.score)
 
-        def numbers(model: nn.Module, batch: Batch) -> Tensor:
-            return self.score(task, model, cast(batch, like.dtype, like.device)).flatten()
-
-        for first in range(0, len(every), size):
-            rows = every[first : first + size]
-            batch = plain((self.collate or task.collate)([self.data[row] for row in rows]))
-            eye = torch.eye(len(rows) * wide, dtype=torch.float64)
-            if self.aggregate:
-                mean = eye.view(len(rows), wide, -1).sum(0) / (
-                    len(every) if self.aggregate == "mean" else 1
-                )
-                yield Part(tuple(range(wide)), mean, numbers, batch)
-            else:
-                queries = range(first * wide, (first + len(rows)) * wide)
-                yield Part(tuple(queries), eye, numbers, batch, at_once)
-
-
-def Loss(
-    data: Rows,
-    samples: Sequence[int] | None = None,
-    *,
-    unit: str = "loss",
-    **options: Unpack[RowOptions],
-) -> RowQuery:
-    """The task's own loss on rows of a data set (any, not only the training set).
-
-    >>> Loss([(0.0, 0.0)] * 5, samples=[3, 4]).names
-    ('loss[3]', 'loss[4]')
-    >>> Loss([(0.0, 0.0)] * 5, aggregate="mean").names
-    ('mean loss of 5',)
-    """
-
-    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss of each row of a batch: `[slot]`."""
         return task.loss(task.predict(model, batch), batch)
 
-    return RowQuery("loss", unit, score, data, samples, **options)
+    def __repr__(self) -> str:
+        """The rows and the options in one line."""
+        return self.selection.describe("Loss", {})
 
 
-def Logit(
-    data: Rows,
-    samples: Sequence[int] | None = None,
-    *,
-    target: int | None = None,
-    **options: Unpack[RowOptions],
-) -> RowQuery:
+@final
+class Logit(Query):
     """The output for one class: the row's own label, or `target`.
+
+    The task's outputs are logits `[slot, class]` (or have them under the key `logits`).
 
     >>> Logit([(0.0, 1)] * 2, target=7).names
     ('logit 7[0]', 'logit 7[1]')
+
+    Args:
+        data: Map-style data set, or a list of rows.
+        samples: Row numbers of `data`; all rows by default.
+        target: Number of the class; None takes the label of each row.
+        aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
+        mode: Mode of the model while it is read, "eval" or "train".
+        collate: Makes a batch of a list of rows; the task's by default.
+        batch: Rows per forward pass.
+
+    Raises:
+        BadQuery: The data set does not have these rows.
+        BadSetting: An option has a value that it cannot take.
     """
 
-    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        outputs = logits_of(task.predict(model, batch))
-        wanted = (
-            labels_of(batch)
-            if target is None
-            else torch.full((len(outputs),), target, device=outputs.device)
+    def __init__(
+        self,
+        data: Rows,
+        samples: Sequence[int] | None = None,
+        *,
+        target: int | None = None,
+        aggregate: Aggregate = None,
+        mode: Mode = "eval",
+        collate: Collate | None = None,
+        batch: int = 256,
+    ) -> None:
+        self.target = target
+        self.unit = "logit"
+        self.mode: Mode = mode
+        self.selection = RowSelection(
+            label="logit" if target is None else f"logit {target}",
+            data=data,
+            rows=chosen_rows(data, samples),
+            aggregate=aggregate,
+            mode=mode,
+            collate=collate,
+            batch=batch,
         )
-        return outputs.gather(1, wanted[:, None])[:, 0]
 
-    return RowQuery(
-        "logit" if target is None else f"logit {target}", "logit", score, data, samples, **options
-    )
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Like `logit[17]`, or `logit 7[17]` for the class 7."""
+        return self.selection.names
+
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """The logits of blocks of rows."""
+        return self.selection.parts(task, like, together=together, score=self.score)
+
+    def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        """Logit of the chosen class of each row of a batch: `[slot]`."""
+        outputs = logits_of(task.predict(model, batch))
+        if self.target is None:
+            classes = labels_of(batch)
+        else:
+            classes = torch.full((len(outputs),), self.target, device=outputs.device)
+        return outputs.gather(1, classes[:, None])[:, 0]
+
+    def __repr__(self) -> str:
+        """The rows and the options in one line."""
+        return self.selection.describe("Logit", {"target": repr(self.target)})
 
 
-def Margin(
-    data: Rows, samples: Sequence[int] | None = None, **options: Unpack[RowOptions]
-) -> RowQuery:
-    r"""Log-odds of the row's label, :math:`\log p_y / (1 - p_y)`: its logit minus the log-sum-exp of the others.
+@final
+class Margin(Query):
+    r"""Log-odds of the row's label y: its logit minus the log-sum-exp of the other classes' logits.
 
-    This is the model output of TRAK (Park et al., 2023).
+    .. math:: q = \log \frac{p_y}{1 - p_y}
+
+    This is the model output function of TRAK (Park et al., 2023, arXiv 2303.14186). The task's
+    outputs are logits `[slot, class]` (or have them under the key `logits`).
 
     >>> Margin([(0.0, 1)] * 2).names
     ('margin[0]', 'margin[1]')
+
+    Args:
+        data: Map-style data set, or a list of rows.
+        samples: Row numbers of `data`; all rows by default.
+        aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
+        mode: Mode of the model while it is read, "eval" or "train".
+        collate: Makes a batch of a list of rows; the task's by default.
+        batch: Rows per forward pass.
+
+    Raises:
+        BadQuery: The data set does not have these rows.
+        BadSetting: An option has a value that it cannot take.
     """
 
-    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        outputs, labels = logits_of(task.predict(model, batch)), labels_of(batch)[:, None]
+    def __init__(
+        self,
+        data: Rows,
+        samples: Sequence[int] | None = None,
+        *,
+        aggregate: Aggregate = None,
+        mode: Mode = "eval",
+        collate: Collate | None = None,
+        batch: int = 256,
+    ) -> None:
+        self.unit = "logit"
+        self.mode: Mode = mode
+        self.selection = RowSelection(
+            label="margin",
+            data=data,
+            rows=chosen_rows(data, samples),
+            aggregate=aggregate,
+            mode=mode,
+            collate=collate,
+            batch=batch,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Like `margin[17]`."""
+        return self.selection.names
+
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """The margins of blocks of rows."""
+        return self.selection.parts(task, like, together=together, score=self.score)
+
+    def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        """Margin of each row of a batch: `[slot]`."""
+        outputs = logits_of(task.predict(model, batch))
+        labels = labels_of(batch)[:, None]
+        # log(1 - p_y) is the log-sum-exp of the others, up to the normaliser that cancels.
         others = outputs.scatter(1, labels, -torch.inf).logsumexp(1)
         return outputs.gather(1, labels)[:, 0] - others
 
-    return RowQuery("margin", "logit", score, data, samples, **options)
+    def __repr__(self) -> str:
+        """The rows and the options in one line."""
+        return self.selection.describe("Margin", {})
 
 
-def Feature(
-    data: Rows,
-    samples: Sequence[int] | None = None,
-    *,
-    layer: str,
-    unit: int,
-    **options: Unpack[RowOptions],
-) -> RowQuery:
-    """One hidden unit: entry `unit` of the last axis of a module's output, averaged over the axes between.
+@final
+class Feature(Query):
+    """One hidden unit: entry `unit` of the last axis of a module's output.
 
-    For convolutional outputs `[slot, channel, ...]` ask about a module that puts channels last, or
-    use `Custom`.
+    Axes between the first and the last, such as places in a sequence, are averaged over. For
+    convolutional outputs `[slot, channel, ...]` name a module that puts channels last, or use
+    :class:`backtrail.Custom`.
 
     >>> Feature([(0.0, 1)], layer="encoder.0", unit=5).names
     ('encoder.0[5][0]',)
+
+    Args:
+        data: Map-style data set, or a list of rows.
+        samples: Row numbers of `data`; all rows by default.
+        layer: Name of the module, as in `model.named_modules()`.
+        unit: Index on the last axis of its output.
+        aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
+        mode: Mode of the model while it is read, "eval" or "train".
+        collate: Makes a batch of a list of rows; the task's by default.
+        batch: Rows per forward pass.
+
+    Raises:
+        BadQuery: The data set does not have these rows; when it is used, that the model does not
+            have this layer.
+        BadSetting: An option has a value that it cannot take.
     """
 
-    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        seen: list[Tensor] = []
-        handle = _submodule(model, layer).register_forward_hook(
-            lambda _module, _inputs, output: seen.append(output)
+    def __init__(
+        self,
+        data: Rows,
+        samples: Sequence[int] | None = None,
+        *,
+        layer: str,
+        unit: int,
+        aggregate: Aggregate = None,
+        mode: Mode = "eval",
+        collate: Collate | None = None,
+        batch: int = 256,
+    ) -> None:
+        self.layer = layer
+        # `unit` of a query is the unit of its values, so the hidden unit goes by another name here.
+        self.index = unit
+        self.unit = "activation"
+        self.mode: Mode = mode
+        self.selection = RowSelection(
+            label=f"{layer}[{unit}]",
+            data=data,
+            rows=chosen_rows(data, samples),
+            aggregate=aggregate,
+            mode=mode,
+            collate=collate,
+            batch=batch,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Like `encoder.0[5][17]`: layer, unit, row."""
+        return self.selection.names
+
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """The activations of blocks of rows."""
+        return self.selection.parts(task, like, together=together, score=self.score)
+
+    def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        """Activation of the unit for each row of a batch: `[slot]`."""
+        outputs: list[Tensor] = []
+        handle = _submodule(model, self.layer).register_forward_hook(
+            lambda _module, _inputs, output: outputs.append(output)
         )
         try:
             task.predict(model, batch)
         finally:
             handle.remove()
-        return seen[-1][..., unit].flatten(1).mean(1) if seen[-1].dim() > 2 else seen[-1][:, unit]
+        activations = outputs[-1][..., self.index]  # [slot], or [slot, ...] with axes between
+        if activations.dim() == 1:
+            return activations
+        return activations.flatten(1).mean(1)
 
-    return RowQuery(f"{layer}[{unit}]", "activation", score, data, samples, **options)
+    def __repr__(self) -> str:
+        """The rows and the options in one line."""
+        return self.selection.describe(
+            "Feature", {"layer": repr(self.layer), "unit": str(self.index)}
+        )
 
 
-def Saliency(
-    data: Rows,
-    samples: Sequence[int] | None = None,
-    *,
-    inputs: Sequence[int],
-    **options: Unpack[RowOptions],
-) -> RowQuery:
-    """How the label's logit leans on chosen input features: its derivative with respect to entries of `batch[0]`.
+@final
+class Saliency(Query):
+    r"""Derivative of the label's logit by chosen entries of the input, `batch[0]`.
 
-    Gives one query per row and feature; `inputs` counts the entries of a flattened row.
+    .. math:: q_i = \partial f_y(x) / \partial x_i
+
+    Gives one query per row and entry. The task's outputs are logits `[slot, class]`.
 
     >>> Saliency([(0.0, 1)], inputs=[0, 9]).names
     ('saliency 0[0]', 'saliency 9[0]')
+
+    Args:
+        data: Map-style data set, or a list of rows.
+        samples: Row numbers of `data`; all rows by default.
+        inputs: Indices i into the flattened input of a row.
+        aggregate: "mean" or "sum" over the rows gives one query per entry; None gives one query per
+            row and entry.
+        mode: Mode of the model while it is read, "eval" or "train".
+        collate: Makes a batch of a list of rows; the task's by default.
+        batch: Rows per forward pass.
+
+    Raises:
+        BadQuery: The data set does not have these rows.
+        BadSetting: An option has a value that it cannot take.
     """
 
-    def score(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    def __init__(
+        self,
+        data: Rows,
+        samples: Sequence[int] | None = None,
+        *,
+        inputs: Sequence[int],
+        aggregate: Aggregate = None,
+        mode: Mode = "eval",
+        collate: Collate | None = None,
+        batch: int = 256,
+    ) -> None:
+        self.inputs = tuple(inputs)
+        self.unit = "logit per input"
+        self.mode: Mode = mode
+        self.selection = RowSelection(
+            label="saliency",
+            data=data,
+            rows=chosen_rows(data, samples),
+            columns=tuple(f" {entry}" for entry in inputs),
+            aggregate=aggregate,
+            mode=mode,
+            collate=collate,
+            batch=batch,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Like `saliency 9[17]`: entry of the input, row."""
+        return self.selection.names
+
+    def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
+        """The saliencies of blocks of rows."""
+        return self.selection.parts(task, like, together=together, score=self.score)
+
+    def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
+        """Derivatives by the chosen entries for each row of a batch: `[slot, entry]`."""
+
         def logit(x: Tensor) -> Tensor:
-            fed = (x, *batch[1:])
-            return logits_of(task.predict(model, fed)).gather(1, labels_of(batch)[:, None]).sum()
+            outputs = logits_of(task.predict(model, (x, *batch[1:])))
+            # The gradient of the sum holds that of each row, as no row reads another in eval mode.
+            return outputs.gather(1, labels_of(batch)[:, None]).sum()
 
         slopes: Tensor = grad(logit)(batch[0])
-        return slopes.flatten(1)[:, list(inputs)]
+        return slopes.flatten(1)[:, list(self.inputs)]
 
-    columns = tuple(f" {entry}" for entry in inputs)
-    return RowQuery("saliency", "logit per input", score, data, samples, columns=columns, **options)
+    def __repr__(self) -> str:
+        """The rows and the options in one line."""
+        inputs = f"[{join_items(self.inputs, most=6)}]"
+        return self.selection.describe("Saliency", {"inputs": inputs})
+
+
+RowQuery = Loss | Logit | Margin | Feature | Saliency
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

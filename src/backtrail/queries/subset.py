@@ -12,37 +12,43 @@ from backtrail.task.task import Task
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuerySubset(Query):
-    """The queries of these rows of a set; parts that none of them needs are not computed."""
+    """The queries with these row numbers of a set; parts that none of them needs are skipped."""
 
     queries: Query
     rows: tuple[int, ...]
-    unit: str = field(init=False, repr=False)
-    mode: Mode = field(init=False, repr=False)
+    unit: str = field(init=False)
+    mode: Mode = field(init=False)
 
     def __post_init__(self) -> None:
         """Take unit and mode from the whole set."""
+        # The dataclass is frozen, and these two fields follow from another.
         object.__setattr__(self, "unit", self.queries.unit)
         object.__setattr__(self, "mode", self.queries.mode)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Their names in the whole set."""
-        return tuple(self.queries.names[row] for row in self.rows)
+        names = self.queries.names
+        return tuple(names[row] for row in self.rows)
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
-        """The parts of the whole set, without the rows left out."""
-        place = {row: index for index, row in enumerate(self.rows)}
+        """The parts of the whole set, reduced to the chosen queries."""
+        place_of = {row: place for place, row in enumerate(self.rows)}
         for part in self.queries.parts(task, like, together=together):
-            wanted = [index for index, row in enumerate(part.queries) if row in place]
+            wanted = [place for place, row in enumerate(part.queries) if row in place_of]
             if wanted:
-                rows = tuple(place[part.queries[i]] for i in wanted)
+                rows = tuple(place_of[part.queries[place]] for place in wanted)
                 yield replace(part, queries=rows, weights=part.weights[wanted])
+
+    def __repr__(self) -> str:
+        """How many of which queries."""
+        return f"QuerySubset({len(self.rows)} of {self.queries!r})"
 
 
 def evenly_spaced(queries: Query, count: int) -> Query:
-    """At most so many of the queries, evenly spread.
+    """At most `count` queries, evenly spaced.
 
     >>> from backtrail.queries.rows import Loss
     >>> evenly_spaced(Loss([(0.0, 0.0)] * 9), 3).names
@@ -50,6 +56,7 @@ def evenly_spaced(queries: Query, count: int) -> Query:
     """
     rows = spread(len(queries.names), count)
     if isinstance(queries, Averaged):
+        # The average stays outermost, where methods look for it.
         return replace(queries, queries=QuerySubset(queries.queries, rows))
     return QuerySubset(queries, rows)
 

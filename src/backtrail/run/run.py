@@ -261,16 +261,18 @@ class Run:
 @final
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a replay check found.
+    """What :meth:`backtrail.Run.verify` found.
+
+    >>> print(Verification(steps=40, segments=2, difference=1e-7))
+    40 steps replayed in 2 segments; largest relative difference 1.0e-07
 
     Attributes:
-        steps: steps replayed.
-        segments: stretches between kept states.
-        difference: largest relative difference where a segment met the next kept state.
-        autocast: the precision that the training was under, like "bfloat16"; empty without
-            autocast.
-        gap: largest relative difference, over the steps, of the gradient under autocast from the
-            one in the parameters' own precision, of which the influence is the derivative.
+        steps: Number of replayed steps.
+        segments: Number of segments between kept states.
+        difference: Largest relative difference where a segment ended at a kept state.
+        autocast: Precision of the training's autocast, for example "bfloat16"; empty without.
+        gap: Largest relative difference over the steps between the gradient under autocast and the
+            one in the precision of the parameters, which influence is the derivative of.
     """
 
     steps: int

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import msgspec
 import torch
@@ -13,14 +13,20 @@ from backtrail.tree import Tree, cast, each
 Setting = float | int | bool | str | None | tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@final
+@dataclass(frozen=True, slots=True, repr=False)
 class State:
-    """Everything one training step reads and writes.
+    """Everything one training step reads and writes: what :meth:`backtrail.Run.state` returns.
+
+    >>> import torch
+    >>> state = State({"weight": torch.ones(2)})
+    >>> state.cast(torch.float64).params["weight"].dtype
+    torch.float64
 
     Attributes:
-        params: every parameter of the model under its unique name.
-        buffers: every buffer of the model.
-        moments: the optimizer's tensors, by parameter and by the optimizer's own key, e.g.
+        params: Every parameter of the model under its unique name.
+        buffers: Every buffer of the model.
+        moments: The optimizer's tensors by parameter and by the optimizer's own key, for example
             `["weight"]["exp_avg"]`.
     """
 
@@ -43,6 +49,13 @@ class State:
             for name, tree in self.moments.items()
         }
         return State(stack(self.params), stack(self.buffers), moments)
+
+    def __repr__(self) -> str:
+        """How many tensors of which kind; never the tensors."""
+        return (
+            f"State({len(self.params)} parameters, {len(self.buffers)} buffers, "
+            f"optimizer state of {len(self.moments)})"
+        )
 
 
 def elementwise(moments: Tree, parameter: torch.Tensor) -> list[str]:
@@ -73,19 +86,24 @@ class BatchRecord(msgspec.Struct, frozen=True):
     contributes: bool = True
 
 
+@final
 class Step(msgspec.Struct, frozen=True):
     """What is known about one optimizer update besides the tensors.
 
+    :meth:`backtrail.Run.step` returns it.
+
+    >>> Step(index=0, fed=(), settings=({"lr": 0.1},), norm=2.5).settings[0]["lr"]
+    0.1
+
     Attributes:
-        index: its number, 0 … T-1.
-        fed: the batches whose gradients were accumulated, among those that only moved batch norm's
+        index: Its number, 0 … T-1.
+        fed: The batches whose gradients were accumulated, and those that only changed BatchNorm's
             statistics.
-        settings: every hyperparameter of every parameter group, as the update used it.
+        settings: Every hyperparameter of every parameter group, as the update used it.
         norm: Euclidean norm of the gradient that the optimizer consumed.
-        unused: parameters of the optimizer that had no gradient.
-        evaluating: modules that were in eval mode.
-        autocast: the precision that the forward passes were under, like "bfloat16"; empty where
-            there was no autocast.
+        unused: Parameters of the optimizer that had no gradient.
+        evaluating: Modules that were in eval mode.
+        autocast: Precision of the forward passes' autocast, for example "bfloat16"; empty without.
     """
 
     index: int
@@ -100,6 +118,10 @@ class Step(msgspec.Struct, frozen=True):
     def samples(self) -> tuple[int, ...]:
         """Row numbers of all slots of the step, over the micro-batches whose gradients it consumed, in order."""
         return tuple(sample for fed in self.fed if fed.contributes for sample in fed.samples)
+
+    def __repr__(self) -> str:
+        """Number, size and gradient norm in one line."""
+        return f"Step({self.index}: {len(self.samples)} samples, gradient norm {self.norm:.3g})"
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Setting]:

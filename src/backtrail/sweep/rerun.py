@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
+from backtrail.errors import BacktrailError
 from backtrail.step.state import State
 from backtrail.step.step import Transition, gathered
 from backtrail.tree import Tree, each, stack
@@ -42,6 +43,9 @@ def rerun(
 
     Yields:
         The number of every state from start + 1 to stop, and the stack of states there.
+
+    Raises:
+        BacktrailError: The task or a query is wrong, whichever way it is computed.
     """
     one_by_one = False
     for index in range(start, stop):
@@ -49,6 +53,8 @@ def rerun(
         if not one_by_one:
             try:
                 grads, buffers = step.gradients_of_many(states, w)
+            except BacktrailError:  # says what is wrong, whether in a batch or one by one
+                raise
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 log.warning(
                     "this model cannot be re-run in batches (%s); re-running one by one",
@@ -89,11 +95,17 @@ def select(tree: Tree, run: int) -> Tree:
 
 
 def each_run(states: State, function: Callable[[Tree, Tree], Tensor]) -> Float[Tensor, "run ..."]:
-    """Read numbers off every state of a stack, at once where the model allows it."""
+    """Read numbers off every state of a stack, at once where the model allows it.
+
+    Raises:
+        BacktrailError: The task or a query is wrong, whichever way it is computed.
+    """
     with torch.no_grad():
         try:
             found: Tensor = vmap(function)(states.params, states.buffers)
             return found
+        except BacktrailError:  # says what is wrong, whether in a batch or one by one
+            raise
         except (RuntimeError, NotImplementedError, ValueError):
             runs = range(len(next(iter(states.params.values()))))
             return torch.stack(

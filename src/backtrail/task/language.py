@@ -6,7 +6,7 @@ themselves, and the shift by one place happens here, as it does in those models.
 a target that does not count.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -14,10 +14,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import default_collate
 
 from backtrail.errors import NoLabels
+from backtrail.task.clipping import ClipNorm, ClipValue
 from backtrail.task.presets import IGNORED, drawn_classes
-from backtrail.task.task import Batch, Rows, Task, default_predict, logits_of
+from backtrail.task.task import (
+    Batch,
+    Draw,
+    Ids,
+    Reduction,
+    Rows,
+    Task,
+    default_predict,
+    logits_of,
+)
+from backtrail.tree import Tree
 
 WEIGHTS = "token_weights"
 
@@ -51,30 +63,6 @@ class TokenMean:
         if self.over == "batch":
             return torch.cat([_shares(count) / len(counts) for count in counts])
         return _shares(torch.cat(counts))
-
-
-def language_model(model: nn.Module, data: Rows, **options: Any) -> Task:
-    r"""Cross-entropy of the next token, in nats, averaged over the tokens of a row.
-
-    .. math:: \ell_b = \sum_i v_{b,i} \left(-\log p_{b,i}\right) / \sum_i v_{b,i}
-
-    A batch is a pair (tokens, targets), or a mapping as Hugging Face's models take it: `input_ids`,
-    `attention_mask` and whatever else the model wants, `labels`, which are shifted by one place
-    here, and optionally `token_weights`, the v of every label. Without them v is 1, and 0 where the
-    label is -100. Labels and weights are kept from the model, which would compute a loss of its
-    own.
-
-    The loop averages these losses over the rows (`reduce="mean"`, the default) or over all tokens
-    (`reduce=backtrail.TokenMean()`, which is what `model(**batch).loss` does).
-
-    >>> rows = [{"input_ids": torch.arange(3), "labels": torch.tensor([0, 1, -100])}] * 2
-    >>> task = language_model(
-    ...     nn.Embedding(5, 5), rows, predict=lambda model, batch: model(batch["input_ids"])
-    ... )
-    >>> task.losses(task.parameters(), {}, task.batch([0, 1]))[0].shape
-    torch.Size([2])
-    """
-    return Task(model, data, _loss, **{"predict": _logits, "draw": _draw} | options)
 
 
 def targets_of(batch: Batch) -> tuple[Int[Tensor, "slot place"], Tensor]:
@@ -112,8 +100,12 @@ def _loss(outputs: Any, batch: Batch) -> Tensor:
     )  # a row of nothing has loss zero
 
 
-def _draw(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Every place draws on its own, so the mean over n of them would have an n-th of the curvature: hence the root."""
+def draw_tokens(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Losses with tokens drawn from the model.
+
+    Every place draws on its own, so the mean over n of them would have an n-th of the curvature:
+    hence the root of the weights.
+    """
     targets, weights = targets_of(batch)
     logits = logits_of(outputs)[:, : targets.shape[1]].flatten(0, 1)
     nats = cross_entropy(logits, drawn_classes(logits, generator), reduction="none").view(
@@ -123,7 +115,65 @@ def _draw(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     return (nats * (weights / total.where(total != 0, 1)).sqrt()).sum(1)
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def logits_without_labels(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of the model, which is given a mapping without labels and weights."""
     if isinstance(batch, Mapping):
         batch = {name: value for name, value in batch.items() if name not in {"labels", WEIGHTS}}
     return logits_of(default_predict(model, batch))
+
+
+def language_model(
+    model: nn.Module,
+    data: Rows,
+    *,
+    predict: Callable[[nn.Module, Batch], Any] = logits_without_labels,
+    collate: Callable[[list[Any]], Batch] = default_collate,
+    penalty: Callable[[Tree], Tensor] | None = None,
+    reduce: Reduction = "mean",
+    clip: ClipNorm | ClipValue | None = None,
+    draw: Draw | None = draw_tokens,
+    ids: Ids | None = None,
+) -> Task:
+    r"""Task with the cross-entropy of the next token, in nats, averaged over the tokens of a row.
+
+    .. math:: \ell_b = \sum_i v_{b,i} \left(-\log p_{b,i}\right) / \sum_i v_{b,i}
+
+    A batch is a pair (tokens, targets), or a mapping as Hugging Face's models take it: `input_ids`,
+    `attention_mask` and whatever else the model wants, `labels`, which are shifted by one place
+    here, and optionally `token_weights`, the v of every label. Without them v is 1, and 0 where the
+    label is -100. Labels and weights are kept from the model, which would compute a loss of its
+    own.
+
+    The loop averages these losses over the rows (`reduce="mean"`, the default) or over all tokens
+    (`reduce=backtrail.TokenMean()`, which is what `model(**batch).loss` does).
+
+    >>> rows = [{"input_ids": torch.arange(3), "labels": torch.tensor([0, 1, -100])}] * 2
+    >>> task = language_model(
+    ...     nn.Embedding(5, 5), rows, predict=lambda model, batch: model(batch["input_ids"])
+    ... )
+    >>> task.losses(task.parameters(), {}, task.batch([0, 1]))[0].shape
+    torch.Size([2])
+
+    Args:
+        model: The model; see :class:`backtrail.Task`, as for all that follow.
+        data: The training set, map-style.
+        predict: `predict(model, batch) -> outputs`.
+        collate: Turns a list of rows into a batch; must be the loader's.
+        penalty: A function of the dict of parameters that the loop adds to its loss.
+        reduce: "mean", "sum", or a function of a step's batches.
+        clip: How the loop clips the gradient.
+        draw: Samples tokens from the model, for `DataValueEmbedding`.
+        ids: Where a batch contains the ids of its samples.
+    """
+    return Task(
+        model,
+        data,
+        _loss,
+        predict=predict,
+        collate=collate,
+        penalty=penalty,
+        reduce=reduce,
+        clip=clip,
+        draw=draw,
+        ids=ids,
+    )

@@ -5,42 +5,28 @@ draws is the Gauss-Newton matrix of a sample's loss (its true Fisher matrix, whe
 likelihood).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
-from backtrail.task.task import Batch, Rows, Task, labels_of, logits_of
+from backtrail.task.clipping import ClipNorm, ClipValue
+from backtrail.task.task import (
+    Batch,
+    Draw,
+    Ids,
+    Reduction,
+    Rows,
+    Task,
+    default_predict,
+    labels_of,
+    logits_of,
+)
+from backtrail.tree import Tree
 
 IGNORED = -100  # torch's and Hugging Face's mark of a label that does not count
-
-
-def classification(model: nn.Module, data: Rows, **options: Any) -> Task:
-    """Cross-entropy, in nats, between the model's logits and the class numbers.
-
-    A batch is a pair (inputs, class numbers), or a mapping with `labels` as Hugging Face's models
-    take it.
-    """
-
-    def loss(outputs: Any, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(logits_of(outputs), labels_of(batch), reduction="none")
-
-    return Task(model, data, loss, **{"draw": _draw_classes} | options)
-
-
-def regression(model: nn.Module, data: Rows, **options: Any) -> Task:
-    """Squared error between the model's outputs and the targets, averaged over the outputs of a row.
-
-    A batch is a pair (inputs, targets), or a mapping with `labels` as Hugging Face's models take
-    it.
-    """
-
-    def loss(outputs: Any, batch: Batch) -> Tensor:
-        found = logits_of(outputs)
-        gaps: Tensor = found.reshape(len(found), -1) - labels_of(batch).reshape(len(found), -1)
-        return gaps.square().mean(1)
-
-    return Task(model, data, loss, **{"draw": _draw_numbers} | options)
 
 
 def drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -49,7 +35,8 @@ def drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(chances, 1, generator=generator)[:, 0]
 
 
-def _draw_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+def draw_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Losses with classes drawn from the model; labels that do not count stay."""
     logits, labels = logits_of(outputs), labels_of(batch)
     drawn = drawn_classes(logits, generator)
     if not labels.is_floating_point():
@@ -57,8 +44,12 @@ def _draw_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> Ten
     return nn.functional.cross_entropy(logits, drawn, reduction="none")
 
 
-def _draw_numbers(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Targets around the outputs, with half as much variance as a row has outputs: 2 / n is the loss's curvature."""
+def draw_numbers(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Losses with targets drawn around the outputs.
+
+    Their variance is half as large as the number n of outputs, so that the mean of g g^T over the
+    draws is the loss's curvature, 2 / n.
+    """
     del batch
     found = logits_of(outputs)
     found = found.reshape(len(found), -1)
@@ -67,3 +58,109 @@ def _draw_numbers(outputs: Any, batch: Batch, generator: torch.Generator) -> Ten
     targets = found.detach() + noise * (count / 2) ** 0.5
     losses: Tensor = (found - targets).square().mean(1)
     return losses
+
+
+def classification(
+    model: nn.Module,
+    data: Rows,
+    *,
+    predict: Callable[[nn.Module, Batch], Any] = default_predict,
+    collate: Callable[[list[Any]], Batch] = default_collate,
+    penalty: Callable[[Tree], Tensor] | None = None,
+    reduce: Reduction = "mean",
+    clip: ClipNorm | ClipValue | None = None,
+    draw: Draw | None = draw_classes,
+    ids: Ids | None = None,
+) -> Task:
+    """Task with the cross-entropy, in nats, between the model's logits and the class numbers.
+
+    A batch is a pair (inputs, class numbers), or a mapping with `labels` as Hugging Face's models
+    take it.
+
+    >>> rows = [(torch.ones(2), 1)] * 4
+    >>> task = classification(torch.nn.Linear(2, 3), rows)
+    >>> losses, _ = task.losses(task.parameters(), {}, task.batch([0, 1]))
+    >>> losses.shape
+    torch.Size([2])
+
+    Args:
+        model: The model; see :class:`backtrail.Task`, as for all that follow.
+        data: The training set, map-style.
+        predict: `predict(model, batch) -> outputs`.
+        collate: Turns a list of rows into a batch; must be the loader's.
+        penalty: A function of the dict of parameters that the loop adds to its loss.
+        reduce: "mean", "sum", or a function of a step's batches.
+        clip: How the loop clips the gradient.
+        draw: Samples labels from the model, for `DataValueEmbedding`.
+        ids: Where a batch contains the ids of its samples.
+    """
+
+    def loss(outputs: Any, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(logits_of(outputs), labels_of(batch), reduction="none")
+
+    return Task(
+        model,
+        data,
+        loss,
+        predict=predict,
+        collate=collate,
+        penalty=penalty,
+        reduce=reduce,
+        clip=clip,
+        draw=draw,
+        ids=ids,
+    )
+
+
+def regression(
+    model: nn.Module,
+    data: Rows,
+    *,
+    predict: Callable[[nn.Module, Batch], Any] = default_predict,
+    collate: Callable[[list[Any]], Batch] = default_collate,
+    penalty: Callable[[Tree], Tensor] | None = None,
+    reduce: Reduction = "mean",
+    clip: ClipNorm | ClipValue | None = None,
+    draw: Draw | None = draw_numbers,
+    ids: Ids | None = None,
+) -> Task:
+    """Task with the squared error between outputs and targets, averaged over the outputs of a row.
+
+    A batch is a pair (inputs, targets), or a mapping with `labels` as Hugging Face's models take
+    it.
+
+    >>> rows = [(torch.ones(2), torch.zeros(1))] * 4
+    >>> task = regression(torch.nn.Linear(2, 1), rows)
+    >>> losses, _ = task.losses(task.parameters(), {}, task.batch([0, 1]))
+    >>> losses.shape
+    torch.Size([2])
+
+    Args:
+        model: The model; see :class:`backtrail.Task`, as for all that follow.
+        data: The training set, map-style.
+        predict: `predict(model, batch) -> outputs`.
+        collate: Turns a list of rows into a batch; must be the loader's.
+        penalty: A function of the dict of parameters that the loop adds to its loss.
+        reduce: "mean", "sum", or a function of a step's batches.
+        clip: How the loop clips the gradient.
+        draw: Samples targets from the model, for `DataValueEmbedding`.
+        ids: Where a batch contains the ids of its samples.
+    """
+
+    def loss(outputs: Any, batch: Batch) -> Tensor:
+        found = logits_of(outputs)
+        gaps: Tensor = found.reshape(len(found), -1) - labels_of(batch).reshape(len(found), -1)
+        return gaps.square().mean(1)
+
+    return Task(
+        model,
+        data,
+        loss,
+        predict=predict,
+        collate=collate,
+        penalty=penalty,
+        reduce=reduce,
+        clip=clip,
+        draw=draw,
+        ids=ids,
+    )

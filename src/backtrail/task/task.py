@@ -6,12 +6,12 @@ whatever the collate function returns.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -70,7 +70,8 @@ def _predict_without(column: str, model: nn.Module, batch: Batch) -> Any:
     )
 
 
-@dataclass(frozen=True)
+@final
+@dataclass(frozen=True, repr=False)
 class Task:
     r"""Model, data and loss of a training: what is needed to replay it.
 
@@ -123,6 +124,12 @@ class Task:
         object.__setattr__(self, "model", torch_compile.uncompiled(self.model))
         if isinstance(self.ids, str) and self.predict is default_predict:
             object.__setattr__(self, "predict", partial(_predict_without, self.ids))
+
+    def __repr__(self) -> str:
+        """Model, size of the data and reduction in one line."""
+        sized = isinstance(self.data, Sized)
+        data = f"{len(self.data)} rows" if sized else type(self.data).__name__
+        return f"Task({type(self.model).__name__}, {data}, reduce={self.reduce!r})"
 
     @cached_property
     @exclusive

@@ -111,14 +111,14 @@ def test_state_0_observed_makes_no_window() -> None:
 def test_two_windows_are_too_few() -> None:
     """The error says how many there are, how many are needed, and how to get them."""
     influence = one_sample_per_slot(np.ones((1, 2)), [1, 2])
-    with pytest.raises(errors.TooFewWindows, match=r'at least 3 .* are 2.*observed_at="epochs"'):
+    with pytest.raises(errors.TooFewWindows, match=r'at least 3 .* has 2.*observed_at="epochs"'):
         patterns(influence)
 
 
 def test_overflow_is_named() -> None:
     """Influence that is not finite is no pattern."""
     influence = one_sample_per_slot(np.array([[1.0, 1.0, 1.0], [1.0, np.inf, 1.0]]), [1, 2, 3])
-    with pytest.raises(errors.NotFinite, match="1 samples is not finite: 1"):
+    with pytest.raises(errors.NotFinite, match="1 sample is NaN or infinite: 1"):
         patterns(influence, query="loss")
 
 

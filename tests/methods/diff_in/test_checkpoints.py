@@ -56,11 +56,11 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
         with pytest.raises(backtrail.BacktrailError, match=said):
             backtrail.DiffIn(2).self_influence(backtrail.Checkpoints(task, source, steps, lr), [0])
 
-    refused([], "no checkpoints to use: the list is empty")
+    refused([], "No usable checkpoints: the list is empty")
     refused([(0, good, 0.1)], "step 0, before any update")
     refused(
         [(11, good, 0.1)],
-        "step 11 is no checkpoint of this training: the training has the states 0 to 10",
+        "step 11 is not a checkpoint of this training: the training has the states 0 to 10",
     )
     refused([(5, {"weight": good["weight"]}, 0.1)], "step 5.*it has no parameter 'bias'")
     refused(

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -271,7 +271,8 @@ def test_a_sum_over_the_batch_is_a_mean_with_a_larger_rate(tmp_path: Path) -> No
     """reduce="sum" with a third of the rate is the same training."""
     torch.manual_seed(7)
     found = []
-    for reduce, lr in (("mean", 0.3), ("sum", 0.1)):
+    reductions: list[tuple[Literal["mean", "sum"], float]] = [("mean", 0.3), ("sum", 0.1)]
+    for reduce, lr in reductions:
         model, data = CASES_BY_NAME["sgd"].built(), rows()
         task, optimizer = (
             backtrail.classification(model, data, reduce=reduce),
@@ -288,15 +289,15 @@ def test_a_sum_over_the_batch_is_a_mean_with_a_larger_rate(tmp_path: Path) -> No
 
 
 WRONG = {
-    "DiffIn(0)": "checkpoints=0 is no setting; give a number of states from 1",
-    "DiffIn([])": "checkpoints=[] is no setting",
-    "DiffIn([0, 4])": "checkpoints=[0, 4] is no setting",
-    "DiffIn(form='true')": "form='true' is no setting; give 'published' or 'corrected'",
-    "DiffIn(sides='left')": "sides='left' is no setting; give 'central' or 'one-sided'",
-    "DiffIn(batch=0)": "batch=0 is no setting; give a number from 1",
-    "DiffIn(chunk=-1)": "chunk=-1 is no setting; give a number from 1",
-    "DiffIn(rank=0)": "rank=0 is no setting; give a number from 1",
-    "DiffIn(epsilon=0.0)": "epsilon=0.0 is no setting; give a length above 0",
+    "DiffIn(0)": "Invalid checkpoints=0: expected a positive number of states, or the numbers",
+    "DiffIn([])": "Invalid checkpoints=[]: expected",
+    "DiffIn([0, 4])": "Invalid checkpoints=[0, 4]: expected",
+    "DiffIn(form='true')": "Invalid form='true': expected 'published' or 'corrected'",
+    "DiffIn(sides='left')": "Invalid sides='left': expected 'central' or 'one-sided'",
+    "DiffIn(batch=0)": "Invalid batch=0: expected a positive integer",
+    "DiffIn(chunk=-1)": "Invalid chunk=-1: expected a positive integer",
+    "DiffIn(rank=0)": "Invalid rank=0: expected a positive integer",
+    "DiffIn(epsilon=0.0)": "Invalid epsilon=0.0: expected a positive number",
 }
 
 
@@ -324,7 +325,7 @@ def test_what_a_run_does_not_have_is_refused(tmp_path: Path) -> None:
         backtrail.DiffIn(1).self_influence(run, [9])
     with pytest.raises(backtrail.BacktrailError, match="9"):
         backtrail.DiffIn(1).parameter_change(run, [9])
-    with pytest.raises(backtrail.BacktrailError, match=r"backtrail\.DIT answers for averages"):
+    with pytest.raises(backtrail.BacktrailError, match=r"backtrail\.DIT supports averages"):
         backtrail.DiffIn(1).attribute(run, backtrail.Averaged(standard_queries(), decay=0.5))
 
 

@@ -46,13 +46,13 @@ def change(
 ) -> np.ndarray:
     """Central difference of the queries when a sample's weight is lowered at the steps [a, b)."""
     from backtrail.methods.retrain.retrain import perturb  # noqa: PLC0415
-    from backtrail.methods.retrain.weights import Nudge  # noqa: PLC0415
+    from backtrail.methods.retrain.weights import Perturbation  # noqa: PLC0415
 
     direction = torch.zeros(run.steps, max(len(step.samples) for step in run.log))
     for step in run.log[steps[0] : steps[1]]:
         for place, row in enumerate(step.samples):
             direction[step.index, place] = -float(row == sample)
-    nudges = [Nudge(direction=direction, size=sign * size) for sign in (1.0, -1.0)]
+    nudges = [Perturbation(direction=direction, size=sign * size) for sign in (1.0, -1.0)]
     found = perturb(run, standard_queries(), nudges, observed_at=states).change
     return (found[:, :, 0] - found[:, :, 1]) / (2 * size)
 
@@ -231,7 +231,7 @@ def test_renormalising_is_refused_where_it_means_nothing(
 
 def test_a_sweep_that_cannot_fit_says_how_much_it_needs() -> None:
     """Before any work."""
-    with pytest.raises(TooLittleMemory, match="Ask fewer queries"):
+    with pytest.raises(TooLittleMemory, match="Use fewer queries"):
         fit(Sizes(100, 300, 100, 300, 1000), rows=8, free=2000, chunk=None, steps=50)
 
 

@@ -118,11 +118,11 @@ def test_a_policy_is_part_of_the_question(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "DIT(curvature='hessian')": "curvature='hessian' is no setting; give backtrail.Hessian(), GaussNewton(), ",
-    "DIT(curvature=backtrail.GaussNewton('finite'))": "product='finite' is no setting; give 'autograd' or 'difference'",
-    "DIT(slope='secant')": "slope='secant' is no setting; give backtrail.Tangent() or backtrail.Secant()",
-    "DIT(denominator='drop')": "denominator='drop' is no setting; give 'keep' or 'renormalize'",
-    "DIT(chunk=0)": "chunk=0 is no setting; give a positive number, or None",
+    "DIT(curvature='hessian')": "Invalid curvature='hessian': expected backtrail.Hessian(), GaussNewton(), ",
+    "DIT(curvature=backtrail.GaussNewton('finite'))": "Invalid product='finite': expected 'autograd' or 'difference'",
+    "DIT(slope='secant')": "Invalid slope='secant': expected backtrail.Tangent() or backtrail.Secant()",
+    "DIT(denominator='drop')": "Invalid denominator='drop': expected 'keep' or 'renormalize'",
+    "DIT(chunk=0)": "Invalid chunk=0: expected a positive integer or None",
 }
 
 

@@ -180,7 +180,7 @@ def test_segments_change_nothing_but_what_can_be_observed(
     assert (found[:, 0, 2:] == 0).all()
     assert np.abs(found[:, 0, :2]).max() > 0
     with pytest.raises(
-        NotEmbedded, match=r"not lead to 3; they lead to the states 2, 4, 5\. .*embed\(run, obs"
+        NotEmbedded, match=r"not built for state 3; available states: 2, 4, 5\. .*embed\(run, obs"
     ):
         cut.attribute(standard_queries(), observed_at=3)
 
@@ -270,7 +270,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     run, other = recorded_run("adamw", tmp_path), recorded_run("sgd", tmp_path)
     out = tmp_path / "out"
     small().embed(run, out=out)
-    with pytest.raises(DifferentEmbeddings, match="seed: 0 there, 1 now"):
+    with pytest.raises(DifferentEmbeddings, match="seed: 0 in the folder, 1 now"):
         small(seed=1).embed(run, out=out)
     with pytest.raises(EmbeddedElsewhere, match=run.id):
         backtrail.open_embeddings(out, other)
@@ -352,9 +352,9 @@ def test_what_cannot_be_done_says_what_can(tmp_path: Path) -> None:
     """Settings, averages, labels that nobody can draw, growth."""
     run = recorded_run("sgd", tmp_path)
     for name, value in {"rank": 0, "damping": -1.0, "segments": 0}.items():
-        with pytest.raises(BadSetting, match=f"{name}={value!r} is no setting"):
+        with pytest.raises(BadSetting, match=f"Invalid {name}={value!r}: expected"):
             backtrail.DataValueEmbedding(**{name: value})  # type: ignore[arg-type]
-    with pytest.raises(BadSetting, match=r"backtrail\.DIT answers for averages"):
+    with pytest.raises(BadSetting, match=r"backtrail\.DIT supports averages"):
         small().attribute(run, backtrail.Averaged(standard_queries(), 0.9))
     task = backtrail.Task(run.task.model, run.task.data, run.task.loss)
     with pytest.raises(NoDraw, match=r"Task\(draw=\.\.\.\)"):

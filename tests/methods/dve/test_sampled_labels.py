@@ -90,12 +90,10 @@ def test_chosen_are_spread_over_the_micro_batches(tmp_path: Path) -> None:
 def test_what_cannot_be_done() -> None:
     """Shares that are none, and batches that are not made of rows."""
     for share in (0.0, 1.5):
-        with pytest.raises(
-            BadSetting, match=f"drawn={share} is no setting; give a number above 0, at most 1"
-        ):
+        with pytest.raises(BadSetting, match=f"Invalid drawn={share}: expected 0 < drawn <= 1"):
             backtrail.DataValueEmbedding(drawn=share)
     with pytest.raises(
-        NotCut, match=r"of shape \[2, 4\], does not have its 4 samples .* Use drawn=1"
+        NotCut, match=r"of shape \[2, 4\] in this batch does not have the 4 samples .* Use drawn=1"
     ):
         cut({"x": torch.zeros(4, 3), "edges": torch.zeros(2, 4)}, torch.tensor([1]))
     kept = cut(

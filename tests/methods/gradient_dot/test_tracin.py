@@ -260,10 +260,10 @@ def test_losses_are_those_of_the_visits_where_they_are_known(tmp_path: Path) -> 
 
 
 WRONG = {
-    "TracIn(states='all')": "states='all' is no setting; give 'every' or 'kept'",
-    "TracIn(chunk=0)": "chunk=0 is no setting; give a positive number, or None",
-    "TracIn(memory=-1)": "memory=-1 is no setting; give a positive number, or None",
-    "GradientDot(chunk=-2)": "chunk=-2 is no setting; give a positive number, or None",
+    "TracIn(states='all')": "Invalid states='all': expected 'every' or 'kept'",
+    "TracIn(chunk=0)": "Invalid chunk=0: expected a positive integer or None",
+    "TracIn(memory=-1)": "Invalid memory=-1: expected a positive integer or None",
+    "GradientDot(chunk=-2)": "Invalid chunk=-2: expected a positive integer or None",
 }
 
 
@@ -284,13 +284,13 @@ def test_settings_that_are_none_are_refused() -> None:
 
 def test_memory_that_cannot_hold_a_gradient_is_refused(tmp_path: Path) -> None:
     """The message names the setting to raise."""
-    with pytest.raises(backtrail.BacktrailError, match="allow more: memory=bytes"):
+    with pytest.raises(backtrail.BacktrailError, match="allow more with memory=bytes"):
         backtrail.TracIn(memory=1).attribute(recorded_run("sgd", tmp_path), standard_queries())
 
 
 def test_averaged_weights_are_left_to_dit(tmp_path: Path) -> None:
     """A product of gradients knows no average of states."""
-    with pytest.raises(backtrail.BacktrailError, match=r"backtrail\.DIT answers for averages"):
+    with pytest.raises(backtrail.BacktrailError, match=r"backtrail\.DIT supports averages"):
         backtrail.TracIn().attribute(
             recorded_run("sgd", tmp_path), backtrail.Averaged(standard_queries(), decay=0.5)
         )

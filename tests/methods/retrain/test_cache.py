@@ -7,7 +7,7 @@ import pytest
 
 import backtrail
 from backtrail.errors import BadSetting, DamagedBank, OtherRun
-from backtrail.methods.retrain.stacks import Rerunning
+from backtrail.methods.retrain.stacks import Reruns
 from tests.cases import rows
 from tests.recorded_runs import recorded_run
 from tests.standard_queries import standard_queries
@@ -18,10 +18,10 @@ GROUPS = [[0], [4], [0, 3, 5]]
 def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on nothing can be run again."""
 
-    def refuse(self: Rerunning, changes: object) -> None:
+    def refuse(self: Reruns, changes: object) -> None:
         raise AssertionError(f"{self} was to run {changes} again")
 
-    monkeypatch.setattr(Rerunning, "observed", refuse)
+    monkeypatch.setattr(Reruns, "observed", refuse)
 
 
 @pytest.mark.parametrize("name", ["momentum", "batchnorm, adamw"])

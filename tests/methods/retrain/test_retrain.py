@@ -10,7 +10,7 @@ from torch import Tensor
 import backtrail
 from backtrail.errors import BadSetting, ImpossibleWindow, UnknownSample
 from backtrail.methods.memory import bytes_of_activations
-from backtrail.methods.retrain import stacks as rerunning
+from backtrail.methods.retrain import stacks
 from backtrail.methods.retrain.retrain import retrain
 from backtrail.sweep.rerun import gradients_of_each, rerun
 from tests.cases import CASES_BY_NAME, Case, rows, train
@@ -114,12 +114,12 @@ def test_large_activations_make_small_stacks(
     """Between 8 and 64 at once, by the bytes that a step keeps in the precision of the re-runs."""
     run = recorded_run("sgd", tmp_path)
     kept = bytes_of_activations(run, twice=False)
-    assert rerunning.at_once(run, None) == 64
-    monkeypatch.setattr(rerunning, "ROOM", 20 * kept)
-    assert rerunning.at_once(run, torch.float64) == 20
-    assert rerunning.at_once(run, torch.float32) == 40
-    monkeypatch.setattr(rerunning, "ROOM", kept)
-    assert rerunning.at_once(run, None) == 8
+    assert stacks.runs_at_once(run, None) == 64
+    monkeypatch.setattr(stacks, "ACTIVATION_BYTES", 20 * kept)
+    assert stacks.runs_at_once(run, torch.float64) == 20
+    assert stacks.runs_at_once(run, torch.float32) == 40
+    monkeypatch.setattr(stacks, "ACTIVATION_BYTES", kept)
+    assert stacks.runs_at_once(run, None) == 8
 
 
 def test_a_sample_never_seen_changes_nothing(tmp_path: Path) -> None:
@@ -173,15 +173,12 @@ def test_impossible_removals_are_refused(tmp_path: Path) -> None:
         backtrail.leave_one_out(run, standard_queries(), samples=[2, 9])
     with pytest.raises(ImpossibleWindow, match="7"):
         backtrail.leave_one_out(run, standard_queries(), samples=[2], window=(1, 7))
-    with pytest.raises(
-        BadSetting,
-        match="weigth=2 is no setting; give only denominator, dtype, batch, weight, bank",
-    ):
+    with pytest.raises(ImpossibleWindow, match=r"step range \(0, 6\): expected .* <= 5"):
+        retrain(run, standard_queries(), [[2]], steps=(0, 6))
+    with pytest.raises(BadSetting, match="batch=0: expected a positive integer or None"):
+        retrain(run, standard_queries(), [[2]], batch=0)
+    with pytest.raises(TypeError, match="weigth"):
         backtrail.leave_one_out(run, standard_queries(), samples=[2], weigth=2)  # type: ignore[call-arg]
-    with pytest.raises(
-        BadSetting, match="denominator='share' is no setting; give 'keep' or 'renormalize'"
-    ):
-        backtrail.leave_one_out(run, standard_queries(), samples=[2], denominator="share")  # type: ignore[arg-type]
 
 
 def test_the_plain_loop_is_what_was_recorded(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ class DiffIn:
         states = self.checkpoints
         lowest = states if isinstance(states, int) else min(states, default=0)
         if lowest < 1:
-            expected = "a number of states from 1, or the numbers of states from 1"
+            expected = "a positive number of states, or the numbers of the states, from 1"
             raise BadSetting("checkpoints", states, expected)
         for name, choices in (("form", get_args(Name)), ("sides", get_args(Sides))):
             if getattr(self, name) not in choices:
@@ -120,9 +120,9 @@ class DiffIn:
         for name in ("batch", "chunk", "rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise BadSetting(name, value, "a number from 1")
+                raise BadSetting(name, value, "a positive integer")
         if not self.epsilon > 0:
-            raise BadSetting("epsilon", self.epsilon, "a length above 0")
+            raise BadSetting("epsilon", self.epsilon, "a positive number")
 
     @exclusive
     def attribute(
@@ -159,9 +159,7 @@ class DiffIn:
             BadSetting: The queries are of averaged weights.
         """
         if isinstance(queries, Averaged):
-            expected = (
-                "queries of the weights themselves; backtrail.DIT answers for averages of weights"
-            )
+            expected = "queries that are not Averaged; backtrail.DIT supports averages"
             raise BadSetting("queries", queries, expected)
         trajectory = self._trajectory(run)
         terms = self._terms(trajectory)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
+from backtrail.errors import BacktrailError
 from backtrail.methods.diff_in.finite_differences import Differences, length
 from backtrail.methods.diff_in.row_gradients import Proxy, RowGradients
 from backtrail.methods.diff_in.subspace import Subspace, orthonormal, random_combinations
@@ -62,13 +63,19 @@ class LocalModel:
         return self.differences.derivative_and_value(function, self.point.trained, self.step)
 
     def curvature_product(self, directions: Tree) -> Tree:
-        """Curvature products H_B v with a stack of directions, `[direction, ...]`."""
+        """Curvature products H_B v with a stack of directions, `[direction, ...]`.
+
+        Raises:
+            BacktrailError: The task is wrong, which no other way of computing would change.
+        """
 
         def product(direction: Tree) -> Tree:
             return self.differences(self.proxy.gradient, self.point.trained, direction)
 
         try:
             products: Tree = vmap(product, chunk_size=PRODUCTS_AT_ONCE)(directions)
+        except BacktrailError:  # says what is wrong, whether in a batch or one by one
+            raise
         except (RuntimeError, NotImplementedError, ValueError):
             # The model has an operation without a batching rule.
             count = len(next(iter(directions.values())))

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, vmap
 
+from backtrail.errors import BacktrailError
 from backtrail.methods.diff_in.trajectory import Point
 from backtrail.task.task import Batch, Task, size_of
 from backtrail.tree import Tree, add, cast, each, stack, tree_flatten, tree_unflatten
@@ -31,7 +32,11 @@ class RowGradients:
         return cast(self.task.batch(rows), like.dtype, like.device)
 
     def each(self, batch: Batch, trained: Tree) -> Tree:
-        """The gradient of every row of a batch, `[row, ...]`."""
+        """The gradient of every row of a batch, `[row, ...]`.
+
+        Raises:
+            BacktrailError: The task is wrong, which no other way of computing would change.
+        """
         leaves, structure = tree_flatten(batch)
         size = size_of(batch)
         # Leaves without a row axis (a shared mask, a number) are the same for every row.
@@ -46,6 +51,8 @@ class RowGradients:
 
         try:
             gradients: Tree = vmap(gradient, in_dims=tuple(axes))(*leaves)
+        except BacktrailError:  # says what is wrong, whether in a batch or one by one
+            raise
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # The model has an operation without a batching rule.
             self.task.binding.note_one_by_one(error)

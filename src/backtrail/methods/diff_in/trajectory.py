@@ -134,7 +134,7 @@ def chosen_states(run: Run, checkpoints: int | Sequence[int]) -> list[int]:
     return sorted({int(state) for state in checkpoints})
 
 
-_EXPECTED = "a number from 1, or the numbers of one or more states"
+_EXPECTED = "a positive number of states, or the numbers of one or more states"
 
 
 def _evenly_spread(run: Run, count: int) -> list[int]:

@@ -108,9 +108,9 @@ class DataValueEmbedding:
         for name, least in (("rank", 1), ("segments", 1), ("damping", 0)):
             value = getattr(self, name)
             if value < least:
-                raise BadSetting(name, value, f"a number, at least {least}")
+                raise BadSetting(name, value, f"a number of at least {least}")
         if not 0 < self.drawn <= 1:
-            raise BadSetting("drawn", self.drawn, "a number above 0, at most 1")
+            raise BadSetting("drawn", self.drawn, "0 < drawn <= 1")
 
     @exclusive
     def embed(
@@ -156,7 +156,7 @@ class DataValueEmbedding:
             NoDraw: The task does not say how labels are sampled from the model.
         """
         if not 0 <= part[0] < part[1]:
-            raise BadSetting("part", part, "(i, n): of n parts, the i-th, from 0")
+            raise BadSetting("part", part, "(i, n) with 0 <= i < n: of n parts, the i-th")
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
             with accelerated(products=False, keep_memory=True):

@@ -129,7 +129,7 @@ class Embeddings:
             NotEmbedded: The embeddings do not lead to a state.
         """
         if isinstance(queries, Averaged):
-            expected = "queries of the weights themselves; backtrail.DIT answers for averages"
+            expected = "queries that are not Averaged; backtrail.DIT supports averages"
             raise BadSetting("queries", queries, expected)
         states = observed_states(self.run, observed_at)
         missing = sorted(set(states) - set(self.observed_at))

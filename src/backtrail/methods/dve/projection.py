@@ -124,7 +124,7 @@ def projection(
         BadSetting: The rank is below 1.
     """
     if rank < 1:
-        raise BadSetting("rank", rank, "a whole number, 1 or more")
+        raise BadSetting("rank", rank, "a positive integer")
     like = torch.empty(()) if like is None else like
     sketches = {}
     for name, shape in shapes.items():

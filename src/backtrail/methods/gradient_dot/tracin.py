@@ -209,7 +209,7 @@ class _GradientProduct:
             raise BadSetting(
                 "queries",
                 queries,
-                "queries of the weights themselves; backtrail.DIT answers for averages",
+                "queries that are not Averaged; backtrail.DIT supports averages",
             )
         path = None if out is None else Path(out)
         states = observed_states(run, observed_at)

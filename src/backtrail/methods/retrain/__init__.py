@@ -1,1 +1,1 @@
-"""Ground truth: training again without some samples."""
+"""Retraining with changed sample weights: the ground truth that influence is compared with."""

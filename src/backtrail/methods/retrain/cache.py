@@ -1,8 +1,8 @@
-"""Re-run trainings on disk: what was trained once without some samples answers every later question about it.
+"""Re-runs kept on disk: a training that was run once without some samples answers any later query.
 
 A file holds one stack of re-runs: the observed states of each, the unperturbed run first and last.
-It is written whole or not at all, so a bank that was being filled when the process died keeps every
-finished stack.
+It is written whole or not at all, so a folder that was being filled when the process died keeps
+every finished stack.
 """
 
 import hashlib
@@ -15,29 +15,30 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from backtrail.errors import BadSetting, DamagedBank, OtherRun
-from backtrail.methods.retrain.stacks import Observed, Rerunning, Stack
+from backtrail.methods.retrain.stacks import ObservedStates, Reruns, RunStack
 from backtrail.methods.retrain.weights import Removal, Steps
 from backtrail.queries import Averaged
 from backtrail.run.files import replacing
 from backtrail.run.run import Run
 from backtrail.step.state import State
-from backtrail.tree import Tree, each
+from backtrail.tree import Tree
 
 
-class Kept(msgspec.Struct, frozen=True):
-    """What a file of a bank holds.
+class Header(msgspec.Struct, frozen=True):
+    """What a file of re-runs holds.
 
     Attributes:
         run: id of the training.
         dtype: precision of the re-runs, like "torch.float64".
-        observed_at: the states asked for; those before the stack's first change are as they were,
-            and not there.
-        samples: the samples of every removal, in order.
-        steps: where they were removed.
-        renormalize: whether the others shared their weight.
-        weight: what weight they kept.
+        observed_at: the requested states. Those before the stack's first change are not stored,
+            since they are as recorded.
+        samples: the samples of each removal, in order.
+        steps: the steps (a, b) in which they were removed.
+        renormalize: whether the other samples shared their weight.
+        weight: the weight that they kept.
     """
 
     run: str
@@ -51,109 +52,125 @@ class Kept(msgspec.Struct, frozen=True):
     def removals(self) -> list[Removal]:
         """The removals of the stack."""
         return [
-            Removal(frozenset(s), self.steps, self.renormalize, self.weight) for s in self.samples
+            Removal(frozenset(group), self.steps, self.renormalize, self.weight)
+            for group in self.samples
         ]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Bank:
-    """A folder of re-runs of one training in one precision."""
+class RerunCache:
+    """A folder of re-runs of one training in one precision: the `bank=` of `backtrail.retrain`."""
 
     folder: Path
     run: Run
     dtype: torch.dtype | None
 
-    def kept(self, observed_at: Sequence[int]) -> Iterator[tuple[Path, list[Removal]]]:
+    def stored(self, observed_at: Sequence[int]) -> Iterator[tuple[Path, list[Removal]]]:
         """The files that have all the observed states, and the removals in each.
 
         Raises:
-            OtherRun: the folder is a bank of another training.
+            OtherRun: the folder holds re-runs of another training.
             DamagedBank: a file cannot be read.
         """
         for path in sorted(self.folder.glob("*.safetensors")):
-            head = _head(path)
-            if head.run != self.run.id:
-                raise OtherRun(self.folder, head.run, run=self.run.path, given=self.run.id)
-            if head.dtype == str(self.dtype) and set(observed_at) <= set(head.observed_at):
-                yield path, head.removals()
+            header = _read_header(path)
+            if header.run != self.run.id:
+                raise OtherRun(self.folder, header.run, run=self.run.path, given=self.run.id)
+            if header.dtype == str(self.dtype) and set(observed_at) <= set(header.observed_at):
+                yield path, header.removals()
 
-    def read(self, path: Path, rows: Sequence[int], observed_at: Sequence[int]) -> Observed:
-        """Observed states of some removals of a file, between the unperturbed runs."""
+    def read(self, path: Path, rows: Sequence[int], observed_at: Sequence[int]) -> ObservedStates:
+        """Observed states of some removals of a file, between the two unperturbed runs."""
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             for number in observed_at:
-                found = State({}, {})
+                state = State({}, {})
                 for name in names:
-                    at, kind, key = name.split(":", 2)
-                    if int(at) == number:
-                        whole = file.get_tensor(name)
-                        tree = found.params if kind == "param" else found.buffers
-                        tree[key] = whole[[0, *(1 + row for row in rows), len(whole) - 1]]
-                if found.params:
-                    yield number, found.cast(None, self.run.task.device)
+                    stored_number, kind, key = name.split(":", 2)
+                    if int(stored_number) != number:
+                        continue
+                    stack = file.get_tensor(name)
+                    # Row 0 and the last row are the unperturbed runs.
+                    wanted = [0, *(1 + row for row in rows), len(stack) - 1]
+                    tree = state.params if kind == "param" else state.buffers
+                    tree[key] = stack[wanted]
+                if state.params:
+                    yield number, state.cast(None, self.run.task.device)
 
-    def keep(
-        self, removals: Sequence[Removal], states: Observed, observed_at: Sequence[int]
+    def write(
+        self, removals: Sequence[Removal], states: ObservedStates, observed_at: Sequence[int]
     ) -> Path:
-        """Write a stack; the file."""
-        one = removals[0]
-        samples = tuple(tuple(sorted(removal.samples)) for removal in removals)
-        facts = one.steps, one.renormalize, one.weight
-        head = msgspec.json.encode(
-            Kept(self.run.id, str(self.dtype), tuple(observed_at), samples, *facts)
+        """Write a stack, and return its file."""
+        first = removals[0]  # all removals of one call differ in their samples alone
+        header = Header(
+            run=self.run.id,
+            dtype=str(self.dtype),
+            observed_at=tuple(observed_at),
+            samples=tuple(tuple(sorted(removal.samples)) for removal in removals),
+            steps=first.steps,
+            renormalize=first.renormalize,
+            weight=first.weight,
         )
+        encoded = msgspec.json.encode(header)
         tensors: Tree = {}
         for number, state in states:
-            tensors |= {f"{number}:param:{name}": tensor for name, tensor in state.params.items()}
-            tensors |= {f"{number}:buffer:{name}": tensor for name, tensor in state.buffers.items()}
-        path = self.folder / f"{hashlib.sha256(head).hexdigest()[:16]}.safetensors"
+            for name, tensor in state.params.items():
+                tensors[f"{number}:param:{name}"] = _storable(tensor)
+            for name, tensor in state.buffers.items():
+                tensors[f"{number}:buffer:{name}"] = _storable(tensor)
+        path = self.folder / f"{hashlib.sha256(encoded).hexdigest()[:16]}.safetensors"
         with replacing(path) as scratch:
-            save_file(
-                each(lambda t: t.detach().cpu().contiguous().clone(), tensors),
-                scratch,
-                {"head": head.decode()},
-            )
+            save_file(tensors, scratch, {"head": encoded.decode()})
         return path
 
 
-def banked(bank: Bank, again: Rerunning, removals: Sequence[Removal]) -> Iterator[Stack]:
-    """The stacks of all removals: from the bank where it has them, else run again and put there first.
+def cached_stacks(
+    cache: RerunCache, reruns: Reruns, removals: Sequence[Removal]
+) -> Iterator[RunStack]:
+    """The stacks of all removals: from the cache where it has them, otherwise run and stored first.
 
     Raises:
-        BadSetting: the queries read an average over the training, and a bank has single states; or
-            it is no folder.
+        BadSetting: the folder is a file; or the queries read an average over the training, of which
+            single states say nothing.
     """
-    if bank.folder.is_file():
+    if cache.folder.is_file():
         raise BadSetting(
-            "bank", str(bank.folder), "a folder, which need not exist yet: this is a file"
+            "bank", str(cache.folder), "a folder, which need not exist yet; this is a file"
         )
-    if isinstance(again.queries, Averaged):
+    if isinstance(reruns.queries, Averaged):
         raise BadSetting(
-            "bank", bank.folder, "none where queries are Averaged: a bank keeps states, no averages"
+            "bank",
+            str(cache.folder),
+            "None where queries are Averaged, since a bank stores single states",
         )
+    observed_at = reruns.observed_at
     missing = set(range(len(removals)))
-    for path, kept in bank.kept(again.observed_at):
-        row_of = {removal: row for row, removal in enumerate(kept)}
+    for path, stored in cache.stored(observed_at):
+        row_of = {removal: row for row, removal in enumerate(stored)}
         found = [place for place in sorted(missing) if removals[place] in row_of]
         if found:
             missing -= set(found)
-            yield (
-                found,
-                bank.read(path, [row_of[removals[place]] for place in found], again.observed_at),
-            )
+            rows = [row_of[removals[place]] for place in found]
+            yield RunStack(found, cache.read(path, rows, observed_at))
     left = sorted(missing)
-    for some, states in again.stacks([removals[place] for place in left]):
-        places = [left[place] for place in some]
-        path = bank.keep([removals[place] for place in places], states, again.observed_at)
-        yield places, bank.read(path, range(len(places)), again.observed_at)
+    for stack in reruns.stacks([removals[place] for place in left]):
+        places = [left[place] for place in stack.places]
+        path = cache.write([removals[place] for place in places], stack.states, observed_at)
+        # Read back rather than passed on, so that a first call gives what later ones will.
+        yield RunStack(places, cache.read(path, range(len(places)), observed_at))
 
 
-def _head(path: Path) -> Kept:
+def _storable(tensor: Tensor) -> Tensor:
+    """A copy with a storage of its own, as safetensors requires."""
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _read_header(path: Path) -> Header:
     try:
         with safe_open(path, framework="pt") as file:
-            return msgspec.json.decode(file.metadata()["head"], type=Kept)
+            return msgspec.json.decode(file.metadata()["head"], type=Header)
     except (KeyError, TypeError) as error:
-        raise DamagedBank(path, "it does not say what was left out") from error
+        raise DamagedBank(path, "it does not say what was removed") from error
     except (SafetensorError, msgspec.DecodeError) as error:
         raise DamagedBank(path, str(error)) from error

@@ -1,73 +1,65 @@
 """Ground truth: the training run again without some samples.
 
 A removed sample keeps its place in the batch and loses its loss term (weight 0). The truth is
-always the difference of two runs of this same engine, the unperturbed one riding along in every
-stack, never against the recorded weights.
+always the difference of two runs of this same engine, the unperturbed one being part of every
+stack, never against the recorded weights: so rounding that both share cancels.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack, final, get_args
+from typing import Literal, final, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from backtrail.errors import BadSetting, ImpossibleWindow
+from backtrail.errors import BadSetting, ImpossibleWindow, join_items
 from backtrail.exclusive import exclusive
 from backtrail.influence.tables import places
 from backtrail.methods.observe import ObservedAt, observed_states
 from backtrail.methods.renormalize import check_renormalizable
-from backtrail.methods.retrain.cache import Bank, banked
-from backtrail.methods.retrain.stacks import Rerunning, Stack
-from backtrail.methods.retrain.weights import Change, Removal, Steps
+from backtrail.methods.retrain.cache import RerunCache, cached_stacks
+from backtrail.methods.retrain.stacks import Reruns, RunStack
+from backtrail.methods.retrain.weights import Removal, Steps, WeightChange
 from backtrail.queries import Query, values
 from backtrail.run.run import Run
 from backtrail.sweep.rerun import each_run
+from backtrail.tree import Tree
 
 Denominator = Literal["keep", "renormalize"]
-Changes = Float[np.ndarray, "query observed_at removal"]
-
-
-class RerunOptions(TypedDict, total=False):
-    """How trainings are run again.
-
-    Attributes:
-        denominator: "keep" (default) or "renormalize" the batch's denominator.
-        dtype: precision of the re-runs; default float64, None for the recorded one.
-        batch: how many trainings run at once; by default 64, and on a processor fewer (from 8)
-            where their activations are large.
-        weight: weight that a left-out sample's loss keeps; default 0. With 2 it is counted twice
-            instead.
-        bank: folder in which re-runs are kept, and found again whatever is asked of them; none by
-            default. It holds the parameters and buffers of every re-run at every observed state, in
-            `dtype`.
-    """
-
-    denominator: Denominator
-    dtype: torch.dtype | None
-    batch: int | None
-    weight: float
-    bank: str | Path | None
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Retrained:
-    """Trainings without samples against the training as it was.
+    """What :func:`backtrail.retrain` found: trainings without samples against the recorded one.
+
+    All values are in the unit of the queries.
+
+    >>> import numpy as np
+    >>> Retrained(np.zeros((2, 1, 3)), np.zeros((2, 1)), np.zeros((2, 1)), observed_at=(40,))
+    Retrained(3 removals, 2 queries, observed at 40)
 
     Attributes:
-        change: query after the removal minus query as it was, `[query, observed_at, removal]`.
-        base: the queries as they were, `[query, observed_at]`.
-        noise: largest difference between two unperturbed runs of one stack, `[query, observed_at]`.
-        observed_at: the states read.
+        change: Query after the removal minus query as it was, `[query, observed_at, removal]`;
+            positive where the removal raises the query.
+        base: The queries without a removal, `[query, observed_at]`.
+        noise: Largest difference between two unperturbed runs of one stack,
+            `[query, observed_at]`; smaller changes mean nothing.
+        observed_at: The states at which the queries were read.
     """
 
-    change: Changes
+    change: Float[np.ndarray, "query observed_at removal"]
     base: Float[np.ndarray, "query observed_at"]
     noise: Float[np.ndarray, "query observed_at"]
     observed_at: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        """Sizes in one line; never the arrays."""
+        queries, _, removals = self.change.shape
+        states = join_items(self.observed_at, most=6)
+        return f"Retrained({removals} removals, {queries} queries, observed at {states})"
 
 
 @exclusive
@@ -78,37 +70,78 @@ def leave_one_out(
     samples: Sequence[int],
     window: Steps | None = None,
     steps: Steps | None = None,
-    **options: Unpack[RerunOptions],
+    denominator: Denominator = "keep",
+    dtype: torch.dtype | None = torch.float64,
+    batch: int | None = None,
+    weight: float = 0.0,
+    bank: str | Path | None = None,
 ) -> Float[np.ndarray, "query sample"]:
-    r"""What each query gains when one sample is removed, by training again without it.
+    r"""Change of each query when one sample is removed, by training again without it.
+
+    .. math:: q(\theta_T^{-j}) - q(\theta_T)
+
+    This is what influence predicts, with the same sign: for a loss, positive means that the sample
+    was helpful. Unit: the queries' own.
 
     Args:
-        run: the recorded training.
-        queries: what is asked.
-        samples: which samples are left out, one at a time.
-        window: (a, b): removed everywhere, and the change of the query between the states a and b,
+        run: The recorded training.
+        queries: The scalar functions of the model.
+        samples: The samples to remove, one at a time.
+        window: (a, b): The sample is removed everywhere, and the result is the change of the query
+            between the states a and b,
             :math:`[q(\theta_b^{-j}) - q(\theta_b)] - [q(\theta_a^{-j}) - q(\theta_a)]`.
-        steps: (a, b): removed only where it was visited in the steps [a, b), and seen from the end.
-        **options: see `RerunOptions`.
+        steps: (a, b): The sample is removed only from the batches of the steps [a, b).
+        denominator: What a removal does to the divisor of its batch's mean: "keep" leaves it,
+            "renormalize" divides by the number of samples that are left.
+        dtype: Precision of the re-runs; None for the recorded one.
+        batch: Trainings run at once; by default 64, and on a processor fewer (from 8) where their
+            activations are large.
+        weight: Weight that a removed sample's loss keeps; with 2 it is counted twice instead.
+        bank: Folder in which re-runs are stored and found again, whatever the queries. It holds the
+            parameters and buffers of every re-run at every observed state, in `dtype`.
+
+    Returns:
+        Array `[query, sample]`, in the order of `samples`.
 
     Raises:
-        UnknownSample: a sample that the training set does not have.
-        ImpossibleWindow: a window that does not lie within the training, or both a window and
-            steps.
+        UnknownSample: A sample that the training set does not have.
+        UnknownId: A sample that the training did not see, where samples have ids of their own.
+        ImpossibleWindow: A window or steps that do not lie within the training.
+        CannotRenormalize: The batch's denominator cannot be renormalised in this run.
+        BadSetting: An option has a value that it cannot take; or a bank together with queries of
+            an average over the training, which it cannot answer.
+        OtherRun: The bank holds re-runs of another training.
+        DamagedBank: A file of the bank cannot be read.
     """
-    for stretch in (window, steps):
-        if stretch is not None and not 0 <= stretch[0] <= stretch[1] <= run.steps:
-            raise ImpossibleWindow(*stretch, run.steps)
-    removals = [[int(sample)] for sample in samples]
+    if window is not None:
+        _check_range(run, window)
+    groups = [[int(sample)] for sample in samples]
+    shape = (len(queries.names), len(groups))
+    states: ObservedAt = "end"
+    if window is not None:
+        states = [state for state in window if state > 0]
+        if not states:
+            return np.zeros(shape)
+    found = retrain(
+        run,
+        queries,
+        groups,
+        observed_at=states,
+        steps=steps,
+        denominator=denominator,
+        dtype=dtype,
+        batch=batch,
+        weight=weight,
+        bank=bank,
+    )
     if window is None:
-        return retrain(run, queries, removals, steps=steps, **options).change[:, 0]
-    states = [state for state in window if state > 0]
-    if not states:
-        return np.zeros((len(queries.names), len(removals)))
-    found = retrain(run, queries, removals, observed_at=states, steps=steps, **options)
-    at = {state: found.change[:, place] for place, state in enumerate(found.observed_at)}
-    zero = np.zeros((len(queries.names), len(removals)))  # no removal changes state 0
-    change: np.ndarray = at.get(window[1], zero) - at.get(window[0], zero)
+        return found.change[:, 0]
+    # State 0 comes before all batches, so no removal changes it.
+    change_at = {0: np.zeros(shape)}
+    for place, state in enumerate(found.observed_at):
+        change_at[state] = found.change[:, place]
+    start, stop = window
+    change: np.ndarray = change_at[stop] - change_at[start]
     return change
 
 
@@ -120,91 +153,116 @@ def retrain(
     *,
     observed_at: ObservedAt = "end",
     steps: Steps | None = None,
-    **options: Unpack[RerunOptions],
+    denominator: Denominator = "keep",
+    dtype: torch.dtype | None = torch.float64,
+    batch: int | None = None,
+    weight: float = 0.0,
+    bank: str | Path | None = None,
 ) -> Retrained:
     """Train again without each of several groups of samples.
 
+    The recorded batches are run again in their order, with the recorded random numbers.
+
     Args:
-        run: the recorded training.
-        queries: what is asked.
-        removals: groups of samples, each left out together.
-        observed_at: the states that the queries read.
-        steps: (a, b): removed only where visited in the steps [a, b); everywhere by default.
-        **options: see `RerunOptions`.
+        run: The recorded training.
+        queries: The scalar functions of the model.
+        removals: Groups of samples; each group is removed together.
+        observed_at: The states at which the queries are read: "end", "epochs", a number, or
+            several.
+        steps: (a, b): The samples are removed only from the batches of the steps [a, b);
+            everywhere by default.
+        denominator: What a removal does to the divisor of its batch's mean: "keep" leaves it,
+            "renormalize" divides by the number of samples that are left.
+        dtype: Precision of the re-runs; None for the recorded one.
+        batch: Trainings run at once; by default 64, and on a processor fewer (from 8) where their
+            activations are large.
+        weight: Weight that a removed sample's loss keeps; with 2 it is counted twice instead.
+        bank: Folder in which re-runs are stored and found again, whatever the queries. It holds the
+            parameters and buffers of every re-run at every observed state, in `dtype`.
 
     Raises:
-        UnknownSample: a sample that the training set does not have.
-        UnknownId: a sample that the training did not see, where samples have ids of their own.
-        BadSetting: an option that is none; a bank together with queries of an average over the
-            training, which it cannot answer.
+        UnknownSample: A sample that the training set does not have.
+        UnknownId: A sample that the training did not see, where samples have ids of their own.
+        ImpossibleWindow: Steps that do not lie within the training.
+        NoSuchState: A state that the run does not have.
+        CannotRenormalize: The batch's denominator cannot be renormalised in this run.
+        BadSetting: An option has a value that it cannot take; or a bank together with queries of
+            an average over the training, which it cannot answer.
+        OtherRun: The bank holds re-runs of another training.
+        DamagedBank: A file of the bank cannot be read.
     """
-    check_options(options, RerunOptions)
-    places(run.ids, [sample for group in removals for sample in group])
-    denominator = options.get("denominator", "keep")
     if denominator not in get_args(Denominator):
-        raise BadSetting("denominator", denominator, " or ".join(map(repr, get_args(Denominator))))
+        raise BadSetting("denominator", denominator, "'keep' or 'renormalize'")
+    if batch is not None and batch < 1:
+        raise BadSetting("batch", batch, "a positive integer or None")
+    if steps is not None:
+        _check_range(run, steps)
+    places(run.ids, [sample for group in removals for sample in group])
     renormalize = denominator == "renormalize"
     if renormalize:
         check_renormalizable(run)
-    kept, between = options.get("weight", 0.0), steps or (0, run.steps)
-    removed = [
-        Removal(frozenset(group), between, renormalize=renormalize, weight=kept)
+    stretch = (0, run.steps) if steps is None else steps
+    changes = [
+        Removal(frozenset(group), stretch, renormalize=renormalize, weight=weight)
         for group in removals
     ]
-    states, dtype = observed_states(run, observed_at), options.get("dtype", torch.float64)
-    again = Rerunning(
-        run=run, observed_at=states, dtype=dtype, batch=options.get("batch"), queries=queries
-    )
-    bank = options.get("bank")
-    stacks = (
-        again.stacks(removed)
-        if bank is None
-        else banked(Bank(Path(bank), run, dtype), again, removed)
-    )
-    return _read(run, queries, stacks, observed_at=states, changes=len(removed))
-
-
-def check_options(given: Mapping[str, object], known: type) -> None:
-    """A misspelt option would be left out without a word.
-
-    Raises:
-        BadSetting: tells the options that there are.
-    """
-    for name, value in given.items():
-        if name not in known.__annotations__:
-            raise BadSetting(name, value, f"only {', '.join(known.__annotations__)}")
+    states = observed_states(run, observed_at)
+    reruns = Reruns(run=run, observed_at=states, dtype=dtype, batch=batch, queries=queries)
+    if bank is None:
+        stacks = reruns.stacks(changes)
+    else:
+        stacks = cached_stacks(RerunCache(Path(bank), run, dtype), reruns, changes)
+    return _read(run, queries, stacks, observed_at=states, changes=len(changes))
 
 
 @exclusive
 def perturb(
     run: Run,
     queries: Query,
-    changes: Sequence[Change],
+    changes: Sequence[WeightChange],
     *,
     observed_at: tuple[int, ...],
     dtype: torch.dtype | None = torch.float64,
     batch: int | None = None,
 ) -> Retrained:
-    """Run the training again under each change of weights, in stacks that start at their first changed step."""
-    again = Rerunning(run=run, observed_at=observed_at, dtype=dtype, batch=batch, queries=queries)
-    return _read(run, queries, again.stacks(changes), observed_at=observed_at, changes=len(changes))
+    """Run the training again under each of several changes of the samples' weights."""
+    reruns = Reruns(run=run, observed_at=observed_at, dtype=dtype, batch=batch, queries=queries)
+    stacks = reruns.stacks(changes)
+    return _read(run, queries, stacks, observed_at=observed_at, changes=len(changes))
+
+
+def _check_range(run: Run, stretch: Steps) -> None:
+    start, stop = stretch
+    if not 0 <= start <= stop <= run.steps:
+        raise ImpossibleWindow(start, stop, run.steps)
 
 
 def _read(
-    run: Run, queries: Query, stacks: Iterable[Stack], *, observed_at: tuple[int, ...], changes: int
+    run: Run,
+    queries: Query,
+    stacks: Iterable[RunStack],
+    *,
+    observed_at: tuple[int, ...],
+    changes: int,
 ) -> Retrained:
-    """The queries' values at the observed states of stacks of re-runs."""
+    """Read the queries at the observed states of all stacks."""
+
+    def read(params: Tree, buffers: Tree) -> torch.Tensor:
+        return values(queries, run.task, params=params, buffers=buffers)
+
     shape = (len(queries.names), len(observed_at))
-    change, base, noise = np.zeros((*shape, changes)), np.full(shape, np.nan), np.zeros(shape)
-    for some, states in stacks:
-        found = np.full((*shape, len(some) + 2), np.nan)
-        for number, stack in states:
-            read = each_run(
-                stack,
-                lambda params, buffers: values(queries, run.task, params=params, buffers=buffers),
-            )
-            found[:, observed_at.index(number)] = read.T.double().cpu().numpy()
-        change[:, :, some] = found[:, :, 1:-1] - found[:, :, :1]
-        noise = np.maximum(noise, np.nan_to_num(np.abs(found[:, :, -1] - found[:, :, 0])))
-        base = np.where(np.isnan(found[:, :, 0]), base, found[:, :, 0])
+    change = np.zeros((*shape, changes))
+    base = np.full(shape, np.nan)
+    noise = np.zeros(shape)
+    for stack in stacks:
+        # A state before the stack's first change is not visited, and stays NaN.
+        found = np.full((*shape, len(stack.places) + 2), np.nan)
+        for number, states in stack.states:
+            place = observed_at.index(number)
+            found[:, place] = each_run(states, read).T.double().cpu().numpy()
+        unperturbed = found[:, :, 0]
+        change[:, :, stack.places] = found[:, :, 1:-1] - unperturbed[:, :, None]
+        difference = np.abs(found[:, :, -1] - unperturbed)
+        noise = np.maximum(noise, np.nan_to_num(difference))
+        base = np.where(np.isnan(unperturbed), base, unperturbed)
     return Retrained(np.nan_to_num(change), base, noise, observed_at)

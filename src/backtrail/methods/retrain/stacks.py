@@ -1,4 +1,4 @@
-"""A training run again under many changes at once, in stacks that begin where their first change does."""
+"""A training run again under many changes of weights, in stacks of runs that share every kernel."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,32 +10,49 @@ from tqdm.auto import tqdm
 
 from backtrail.methods.averaging import read_states
 from backtrail.methods.memory import bytes_of_activations
-from backtrail.methods.retrain.weights import Change
+from backtrail.methods.retrain.weights import WeightChange
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.step.state import State
 from backtrail.sweep.rerun import rerun
 from backtrail.tree import Tree
 
-FEWEST, MOST = 8, 64  # trainings at once
-ROOM = 128 * 2**20  # bytes of activations up to which more at once are faster on a processor
-Observed = Iterator[tuple[int, State]]  # number of a state, and the stack of states there
-Stack = tuple[
-    list[int], Observed
-]  # places of its changes among all; the unperturbed run is first and last
+# Runs per stack, where the caller does not say.
+FEWEST_RUNS = 8
+MOST_RUNS = 64
+# Activations of a stack that still fit a processor's caches: beyond, larger stacks are no faster.
+ACTIVATION_BYTES = 128 * 2**20
+
+# Numbers of observed states, each with the stack of states there: a row per run.
+ObservedStates = Iterator[tuple[int, State]]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RunStack:
+    """Several runs of one training, side by side.
+
+    Attributes:
+        places: places of the stack's changes among all changes.
+        states: the observed states. Row 0 is the unperturbed run, then comes one row per change,
+            then the unperturbed run once more: what differs between those two is rounding.
+    """
+
+    places: Sequence[int]
+    states: ObservedStates
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rerunning:
-    """How trainings are run again.
+class Reruns:
+    """How a training is run again.
 
     Attributes:
-        run: the training.
-        observed_at: numbers of the states that are looked at.
+        run: the recorded training.
+        observed_at: numbers of the states that are read.
         dtype: precision; None for the recorded one.
-        batch: how many changes are run at once; None for as many as are of use.
-        queries: what will be asked: an average over the training, if these read one.
+        batch: changes per stack; None lets `runs_at_once` decide.
+        queries: what will read the states: if it reads an average, that is what is observed.
     """
 
     run: Run
@@ -44,77 +61,100 @@ class Rerunning:
     batch: int | None
     queries: Query
 
-    def stacks(self, changes: Sequence[Change]) -> Iterator[Stack]:
-        """All changes, those that begin at about the same step together."""
+    def stacks(self, changes: Sequence[WeightChange]) -> Iterator[RunStack]:
+        """Run all changes, those that begin at about the same step in one stack."""
+        # A stack starts where its earliest change does, so sorting saves steps.
         order = sorted(range(len(changes)), key=lambda place: changes[place].first(self.run))
-        together = self.batch or (
-            at_once(self.run, self.dtype) if len(changes) > FEWEST else FEWEST
-        )
-        blocks = range(0, len(order), together)
-        for begin in tqdm(blocks, desc="re-running", unit="stack", disable=None, leave=False):
-            some = order[begin : begin + together]
-            yield some, self.observed([changes[place] for place in some])
+        size = self._stack_size(len(changes))
+        starts = range(0, len(order), size)
+        for start in tqdm(starts, desc="re-running", unit="stack", disable=None, leave=False):
+            places = order[start : start + size]
+            yield RunStack(places, self.observed([changes[place] for place in places]))
 
-    def observed(self, changes: Sequence[Change]) -> Observed:
-        """The observed states of one stack: as it was, with each change, and as it was again; none before a change."""
-        first = min(change.first(self.run) for change in changes)
-        start = max(state for state in self.run.kept if state <= first)
-        alike, runs = self.run.state(start, dtype=self.dtype), len(changes) + 2
-        like = next(iter(alike.params.values()))
+    def _stack_size(self, changes: int) -> int:
+        if self.batch is not None:
+            return self.batch
+        if changes <= FEWEST_RUNS:
+            return FEWEST_RUNS
+        return runs_at_once(self.run, self.dtype)
+
+    def observed(self, changes: Sequence[WeightChange]) -> ObservedStates:
+        """The observed states of one stack; none before its first changed step."""
+        first_changed = min(change.first(self.run) for change in changes)
+        start = max(state for state in self.run.kept if state <= first_changed)
+        before = self.run.state(start, dtype=self.dtype)
+        like = next(iter(before.params.values()))
+        runs = len(changes) + 2
 
         def weights(step: int) -> Tensor:
-            rows = [change.weights(self.run, step) for change in changes]
-            return torch.stack([torch.ones_like(rows[0]), *rows, torch.ones_like(rows[0])]).to(like)
+            changed = [change.weights(self.run, step) for change in changes]
+            unperturbed = torch.ones_like(changed[0])
+            return torch.stack([unperturbed, *changed, unperturbed]).to(like)
 
-        steps = rerun(
+        states = rerun(
             lambda step: self.run.transition(step, self.dtype),
-            alike.repeat(runs),
+            before.repeat(runs),
             weights,
             start=start,
             stop=max(self.observed_at),
-            trained=as_trained(self.run, start)
-            if any(step.autocast for step in self.run.log)
-            else None,
+            trained=autocast_gradients(self.run, start),
         )
-        before = self._average(start)
-        for number, states in read_states(self.queries, steps, before and before.repeat(runs)):
+        average = self._average_at(start)
+        stacked_average = None if average is None else average.repeat(runs)
+        for number, state in read_states(self.queries, states, stacked_average):
             if number in self.observed_at:
-                yield number, states
+                yield number, state
 
-    def _average(self, number: int) -> State | None:
-        """The average as it was at a state, which the re-runs go on with; None where queries need none."""
+    def _average_at(self, number: int) -> State | None:
+        """The recorded training's average at a state, which the runs continue; None without one."""
         if not isinstance(self.queries, Averaged):
             return None
-        walked = self.run.walk(min(self.queries.start, number), number, self.dtype)
-        *_, (_, average) = read_states(self.queries, walked)
+        recorded = self.run.walk(min(self.queries.start, number), number, self.dtype)
+        *_, (_, average) = read_states(self.queries, recorded)
         return average
 
 
-def as_trained(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
-    """The gradient before clipping, and the buffers left, of every step from `start` on, in the recorded precision."""
+def autocast_gradients(run: Run, start: int) -> Iterator[tuple[Tree, Tree]] | None:
+    """Gradients and buffers of the recorded training, for a run under autocast; otherwise None.
+
+    Re-runs do without autocast. They stay near the recorded training if the unperturbed one of them
+    takes its gradients, step by step, and the others keep their distance from it.
+    """
+    if any(step.autocast for step in run.log):
+        return recorded_gradients(run, start)
+    return None
+
+
+def recorded_gradients(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
+    """Gradient before clipping and buffers after each step from `start` on, as in the training."""
     state = run.state(start, replay=True)
-    for index in range(start, run.steps):
-        transition = run.transition(index)
+    for step in range(start, run.steps):
+        transition = run.transition(step)
         grads, buffers, _ = transition.raw_gradient(state)
         yield grads, buffers
-        kept = index + 1 in run.kept
-        state = (
-            run.state(index + 1)
-            if kept
-            else transition.moved(state, transition.clipped(grads), buffers)
-        )
+        if step + 1 in run.kept:
+            state = run.state(step + 1)
+        else:
+            state = transition.moved(state, transition.clipped(grads), buffers)
 
 
-def at_once(run: Run, dtype: torch.dtype | None) -> int:
-    """How many re-runs share a stack where nobody says so: fewer, where their activations outgrow a cache."""
+def runs_at_once(run: Run, dtype: torch.dtype | None) -> int:
+    """How many runs share a stack: fewer on a processor where their activations leave its caches.
+
+    Args:
+        run: the recorded training.
+        dtype: precision of the runs; None for the recorded one.
+    """
     if run.task.device.type != "cpu":
-        return MOST
-    kept = bytes_of_activations(run, twice=False)
+        return MOST_RUNS
+    size = bytes_of_activations(run, twice=False)
     if dtype is not None:
-        like = next(
-            tensor.dtype
-            for tensor in run.state(run.kept[-1]).params.values()
-            if tensor.is_floating_point()
-        )
-        kept = kept * dtype.itemsize // like.itemsize
-    return max(FEWEST, min(MOST, ROOM // max(kept, 1)))
+        size = size * dtype.itemsize // _recorded_dtype(run).itemsize
+    return max(FEWEST_RUNS, min(MOST_RUNS, ACTIVATION_BYTES // max(size, 1)))
+
+
+def _recorded_dtype(run: Run) -> torch.dtype:
+    for tensor in run.state(run.kept[-1]).params.values():
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()

@@ -1,0 +1,120 @@
+"""Rows of a data set that queries read: which ones, under which names, and in which batches."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final, get_args
+
+import torch
+from torch import Tensor, nn
+
+from backtrail.errors import BadQuery, BadSetting, join_items
+from backtrail.queries.query import Mode, Part
+from backtrail.task.task import Batch, Rows, Task
+from backtrail.tree import cast, plain
+
+Aggregate = Literal["mean", "sum"] | None
+Collate = Callable[[list[Any]], Batch]
+# Maps task, model and batch to `[slot]`, or to `[slot, column]` with several queries per row.
+Score = Callable[[Task, nn.Module, Batch], Tensor]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSelection:
+    """Rows of a data set, and how they are read.
+
+    Attributes:
+        label: what the queries' names begin with.
+        data: the data set.
+        rows: row numbers.
+        columns: what each column of the scores adds to a name; a single one adds nothing.
+        aggregate: "mean" or "sum" over the rows; None keeps a query per row.
+        mode: mode of the model while it is read.
+        collate: makes a batch of rows; None takes the task's.
+        batch: rows per forward pass.
+    """
+
+    label: str
+    data: Rows
+    rows: tuple[int, ...]
+    columns: tuple[str, ...] = ("",)
+    aggregate: Aggregate
+    mode: Mode
+    collate: Collate | None
+    batch: int
+
+    def __post_init__(self) -> None:
+        """Refuse, when the query is made, what would fail or be misread later.
+
+        Raises:
+            BadSetting: names the setting, and what it may be.
+        """
+        if self.aggregate not in {"mean", "sum", None}:
+            raise BadSetting("aggregate", self.aggregate, "'mean', 'sum' or None")
+        if self.mode not in get_args(Mode):
+            raise BadSetting("mode", self.mode, "'eval' or 'train'")
+        if self.batch < 1:
+            raise BadSetting("batch", self.batch, "a positive integer")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Like `loss[17]`, or `mean loss of 200`."""
+        if self.aggregate is not None:
+            count = len(self.rows)
+            return tuple(
+                f"{self.aggregate} {self.label}{column} of {count}" for column in self.columns
+            )
+        return tuple(f"{self.label}{column}[{row}]" for row in self.rows for column in self.columns)
+
+    def parts(self, task: Task, like: Tensor, *, together: bool, score: Score) -> Iterator[Part]:
+        """Blocks of rows; single rows where each one is a query that is differentiated.
+
+        In train mode the rows of a block share BatchNorm's statistics, so blocks stay whole.
+        """
+        alone = not (together or self.aggregate or self.mode == "train")
+        size = 1 if alone else self.batch
+        at_once = self.batch if alone else 1
+        width = len(self.columns)
+        collate = self.collate or task.collate
+
+        def numbers(model: nn.Module, batch: Batch) -> Tensor:
+            return score(task, model, cast(batch, like.dtype, like.device)).flatten()
+
+        for first in range(0, len(self.rows), size):
+            rows = self.rows[first : first + size]
+            batch = plain(collate([self.data[row] for row in rows]))
+            identity = torch.eye(len(rows) * width, dtype=torch.float64)
+            if self.aggregate is None:
+                queries = range(first * width, (first + len(rows)) * width)
+                yield Part(tuple(queries), identity, numbers, batch, at_once)
+            else:
+                # Column by column, the sum over the rows of this block.
+                weights = identity.view(len(rows), width, -1).sum(0)
+                if self.aggregate == "mean":
+                    weights /= len(self.rows)
+                yield Part(tuple(range(width)), weights, numbers, batch)
+
+    def describe(self, kind: str, settings: Mapping[str, str]) -> str:
+        """One line for the `repr` of a query of this kind; never shows the data."""
+        plural = "s" if len(self.rows) > 1 else ""
+        options = dict(settings) | {"aggregate": repr(self.aggregate)}
+        if self.mode != "eval":
+            options["mode"] = repr(self.mode)
+        shown = ", ".join(f"{name}={value}" for name, value in options.items())
+        return f"{kind}({len(self.rows)} sample{plural}: {join_items(self.rows, most=6)}; {shown})"
+
+
+def chosen_rows(data: Rows, samples: Sequence[int] | None) -> tuple[int, ...]:
+    """Row numbers of the samples; of all rows where there are none given.
+
+    Raises:
+        BadQuery: the data set does not have these rows, or there are none.
+    """
+    size = len(data)
+    rows = tuple(range(size)) if samples is None else tuple(int(row) for row in samples)
+    missing = [row for row in rows if not 0 <= row < size]
+    if missing:
+        raise BadQuery(f"samples=[{join_items(missing, most=6)}]", f"the data set has {size} rows")
+    if not rows:
+        raise BadQuery("no samples", f"the data set has {size} rows")
+    return rows
