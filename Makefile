@@ -9,9 +9,12 @@ READY := .venv/.ready
 DOCS_READY := .venv/.ready-docs
 BENCH_BIN := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
+# Of `make compat`: one environment for each torch and Python, such as .venv-compat-2.14.1-py312.
+PYTHON_TAG = $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+COMPAT = .venv-compat-$(TORCH)-$(PYTHON_TAG)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-env bench-table docs clean
+.PHONY: help demo test check compat release-check bench bench-env bench-table docs clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +30,12 @@ check: $(READY)  ## lint, formatting, types and the house rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_house.py
+
+compat:  ## the tests on another torch and Python: make compat TORCH=2.14.1 PYTHON=python3.12
+	@test -n "$(TORCH)" || { echo "make compat: say which torch, for example make compat TORCH=2.14.1"; exit 2; }
+	@$(MAKE) --no-print-directory $(COMPAT)/.ready
+	@$(COMPAT)/bin/python -c 'import sys, torch; print("torch", torch.__version__, "on Python", sys.version.split()[0])'
+	@$(COMPAT)/bin/python -m pytest -q -n $(JOBS) $(ARGS)
 
 bench: $(READY)  ## measure exactness, cost, memory and fidelity, then the table (about an hour)
 	@for part in exactness gate sweep embedding memory fidelity policies; do echo "== $$part"; $(BIN)/python -m bench.$$part || exit 1; done
@@ -54,6 +63,17 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# torch first and alone, as it was asked for; then everything else, with exactly that torch as a
+# constraint, so that pip cannot change it. TORCH_ARGS are arguments of pip for torch alone, such as
+# --index-url for a CPU-only build.
+.venv-compat-%/.ready: pyproject.toml
+	@echo "setting up .venv-compat-$* (a few minutes and, for a CUDA build of torch, 6 GB; once) ..."
+	@$(PYTHON) -m venv .venv-compat-$*
+	@.venv-compat-$*/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_ARGS) torch==$(TORCH)
+	@.venv-compat-$*/bin/python -m pip freeze | grep '^torch==' > .venv-compat-$*/constraints.txt
+	@.venv-compat-$*/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-compat-$*/constraints.txt -e '.[dev]'
 	@touch $@
 
 # --no-deps: what the peers ask for would bring a torchvision that does not load beside the CPU torch.

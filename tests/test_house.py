@@ -17,7 +17,7 @@ BENCHMARKS = sorted((ROOT / "bench").rglob("*.py"))
 
 # Who may import whom, from the lowest layer to the highest: a folder imports itself and what is in
 # its set. `accel` only makes things faster, so it knows nothing of what it speeds up.
-GROUND = {"errors", "exclusive", "extras", "tree", "accel", "stats"}
+GROUND = {"errors", "exclusive", "extras", "tree", "accel", "sampling", "stats"}
 TASK = GROUND | {"task"}
 STEP = TASK | {"queries", "step"}
 SWEEP = STEP | {"optim", "curvature", "persample", "sweep"}
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "extras": {"errors", "extras"},
     "tree": {"errors", "tree"},
     "accel": {"accel"},
+    "sampling": {"sampling"},
     "stats": {"errors", "stats"},
     "task": TASK,
     "queries": TASK | {"queries"},

@@ -60,6 +60,29 @@ def test_drawn_labels_have_the_gauss_newton_matrix(name: str) -> None:
     assert (found - truth).abs().max() <= 0.02 * max(float(truth.abs().max()), 1e-12)
 
 
+def test_a_seed_draws_these_labels() -> None:
+    """The same on every version of torch: the class whose cross-entropy is the loss, and the targets' distance."""
+    outputs = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64)
+    rows = outputs.repeat(8, 1)
+    many = rows, (torch.zeros(8, 1), torch.zeros(8, dtype=torch.long))
+    labels = torch.tensor([2, 2, 2, 0, 0, 2, 0, 2])
+    wanted = nn.functional.cross_entropy(rows, labels, reduction="none")
+    task, _, _ = TASKS["classification"]
+    assert task.draw is not None
+    assert torch.equal(task.draw(*many, torch.Generator().manual_seed(7)), wanted)
+    task, _, _ = TASKS["tokens"]
+    assert task.draw is not None
+    tokens = rows.reshape(4, 2, 3), (torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.long))
+    of_rows = wanted.reshape(4, 2).sum(1) * 0.5**0.5
+    found = task.draw(*tokens, torch.Generator().manual_seed(7))
+    torch.testing.assert_close(found, of_rows)
+    task, _, _ = TASKS["regression"]
+    assert task.draw is not None
+    noise = torch.tensor([[0.38524611], [0.97175245], [0.54416890]], dtype=torch.float64)
+    found = task.draw(torch.ones(3, 1), many[1], torch.Generator().manual_seed(7))
+    torch.testing.assert_close(found.double(), noise[:, 0].square() / 2, rtol=1e-6, atol=0)
+
+
 def test_draws_follow_their_generator() -> None:
     """The same seed, the same labels."""
     task, outputs, batch = TASKS["classification"]

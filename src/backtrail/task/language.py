@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 
 from backtrail.errors import NoLabels
+from backtrail.sampling import sample_classes
 from backtrail.task.clipping import ClipNorm, ClipValue
-from backtrail.task.presets import IGNORED, drawn_classes
+from backtrail.task.presets import IGNORED
 from backtrail.task.task import (
     Batch,
     Draw,
@@ -101,18 +102,20 @@ def _loss(outputs: Any, batch: Batch) -> Tensor:
 
 
 def draw_tokens(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Losses with tokens drawn from the model.
+    r"""Cross-entropy of a token sampled at every place, weighted by the root of the place's share.
 
-    Every place draws on its own, so the mean over n of them would have an n-th of the curvature:
-    hence the root of the weights.
+    With :math:`s_i = v_i / \sum_j v_j` the loss is :math:`\sum_i \sqrt{s_i}\,(-\log p_i)`. Tokens of
+    different places are independent, so the mean of the gradient's outer product has
+    :math:`(\sqrt{s_i})^2 = s_i` times the curvature of a place, as the row's loss has; with the
+    share itself instead of its root it would have :math:`s_i^2`.
     """
     targets, weights = targets_of(batch)
     logits = logits_of(outputs)[:, : targets.shape[1]].flatten(0, 1)
-    nats = cross_entropy(logits, drawn_classes(logits, generator), reduction="none").view(
-        targets.shape
-    )
+    sampled = sample_classes(logits, generator)
+    nats = cross_entropy(logits, sampled, reduction="none").view(targets.shape)
     total = weights.sum(1, keepdim=True)
-    return (nats * (weights / total.where(total != 0, 1)).sqrt()).sum(1)
+    share = weights / total.where(total != 0, 1)
+    return (nats * share.sqrt()).sum(1)
 
 
 def logits_without_labels(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,8 +1,8 @@
 r"""Tasks that most trainings have: classes, and numbers.
 
-Each also says how labels are drawn from the model, so that the mean of :math:`g g^\top` over the
-draws is the Gauss-Newton matrix of a sample's loss (its true Fisher matrix, where the loss is a
-likelihood).
+Each also samples labels from the model, so that the mean of :math:`g g^\top` over such labels is
+the Gauss-Newton matrix of a sample's loss (its true Fisher matrix, where the loss is a likelihood).
+The same generator seed gives the same labels on every version of torch; see `sampling.py`.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from backtrail.sampling import sample_classes, sample_normal
 from backtrail.task.clipping import ClipNorm, ClipValue
 from backtrail.task.task import (
     Batch,
@@ -29,32 +30,29 @@ from backtrail.tree import Tree
 IGNORED = -100  # torch's and Hugging Face's mark of a label that does not count
 
 
-def drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A class for every row of logits, with the probabilities that they give it."""
-    chances = logits.detach().softmax(1)
-    return torch.multinomial(chances, 1, generator=generator)[:, 0]
-
-
 def draw_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Losses with classes drawn from the model; labels that do not count stay."""
-    logits, labels = logits_of(outputs), labels_of(batch)
-    drawn = drawn_classes(logits, generator)
+    """Cross-entropy of a class sampled from the softmax of every row's logits."""
+    logits = logits_of(outputs)
+    labels = labels_of(batch)
+    sampled = sample_classes(logits, generator)
+    # Labels that are probabilities have no mark for rows that do not count.
     if not labels.is_floating_point():
-        drawn = drawn.where(labels != IGNORED, labels)
-    return nn.functional.cross_entropy(logits, drawn, reduction="none")
+        sampled = sampled.where(labels != IGNORED, labels)
+    return nn.functional.cross_entropy(logits, sampled, reduction="none")
 
 
 def draw_numbers(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Losses with targets drawn around the outputs.
+    r"""Squared error of targets sampled around the outputs f, :math:`y \sim N(f, n/2)`.
 
-    Their variance is half as large as the number n of outputs, so that the mean of g g^T over the
-    draws is the loss's curvature, 2 / n.
+    A row with n outputs has the loss :math:`|f - y|^2 / n`, whose gradient is
+    :math:`2 (f - y) / n` and whose curvature is :math:`2/n`: with the variance n/2, the mean of the
+    gradient's outer product is :math:`(4/n^2)(n/2) = 2/n`.
     """
     del batch
     found = logits_of(outputs)
     found = found.reshape(len(found), -1)
     count = found.shape[1]
-    noise = torch.randn(found.shape, generator=generator, dtype=found.dtype, device=found.device)
+    noise = sample_normal(found, generator)
     targets = found.detach() + noise * (count / 2) ** 0.5
     losses: Tensor = (found - targets).square().mean(1)
     return losses

@@ -87,6 +87,22 @@ def test_chosen_are_spread_over_the_micro_batches(tmp_path: Path) -> None:
     assert len({tuple(chosen.slots[0].tolist()) for chosen in others}) > 1
 
 
+def test_a_seed_chooses_these_samples_and_labels(tmp_path: Path) -> None:
+    """The same on every version of torch, and again by another process."""
+    batches = [[0, 1, 2], [3, 4], [5, 6, 7], [8, 0]]
+    case = Case("two", one_group(SGD, lr=0.1), accumulate=2, batches=batches)
+    run = run_of(case, tmp_path)
+    chosen = [Drawn(run.task, 0.6, 6).chosen(run.transition(step)).slots for step in range(2)]
+    assert [slots[0].tolist() for slots in chosen] == [[1, 2], [1, 2]]
+    assert [slots[1].tolist() for slots in chosen] == [[1], [0]]
+    task = backtrail.classification(torch.nn.Linear(1, 1), [])
+    logits = torch.tensor([[0.3, -0.2, 0.9]] * 8)
+    losses = Drawn(task, 0.6, 5).loss(1, 0)(logits, (None, torch.zeros(8, dtype=torch.long)))
+    labels = torch.tensor([2, 0, 0, 2, 0, 1, 2, 0])
+    wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert torch.equal(losses, wanted)
+
+
 def test_what_cannot_be_done() -> None:
     """Shares that are none, and batches that are not made of rows."""
     for share in (0.0, 1.5):

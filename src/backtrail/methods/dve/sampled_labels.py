@@ -1,7 +1,7 @@
-"""Gradients with labels drawn from the model, for some of a step's samples.
+"""Gradients with labels sampled from the model, for some of a step's samples.
 
-A Fisher matrix is a mean, which a few samples estimate. They have a pass of their own: it costs
-what it costs them, and needs nothing of the graph of all.
+The true Fisher matrix is a mean over samples, which a random part of them estimates. That part has
+a forward and backward pass of its own, whose cost is in proportion to its size.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from torch import Tensor
 from backtrail.methods.dve.projection import seed_of
 from backtrail.persample.gradients import Watched, watched_alone
 from backtrail.persample.rules import Asked, Loss, Rows
+from backtrail.sampling import sample_subset
 from backtrail.step.step import MicroBatch, Transition
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree
@@ -22,12 +23,15 @@ from backtrail.tree import Tree
 @final
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Whose labels are drawn, and what they are: always the same of a step.
+    """Which samples have labels sampled, and which labels.
+
+    Both depend on the seed and the step alone, so a step that is replayed again, by another process
+    or another version of torch, gives the same.
 
     Attributes:
-        task: of the training.
-        portion: of a step's samples.
-        seed: of both draws.
+        task: of the training; it samples the labels.
+        portion: share of a step's samples, above 0 and at most 1.
+        seed: of the choice and of the labels.
     """
 
     task: Task
@@ -35,27 +39,34 @@ class Drawn:
     seed: int
 
     def count(self, slots: int) -> int:
-        """How many of so many, at least one."""
+        """Number of chosen samples among `slots`, at least one."""
         return max(1, round(self.portion * slots))
 
     def chosen(self, transition: Transition) -> "Chosen":
-        """Slots of a step."""
+        """The chosen slots of a step, a random subset of all its micro-batches' slots."""
         total = sum(transition.sizes)
-        draw = torch.Generator().manual_seed(seed_of(self.seed, transition.step.index))
-        some = torch.randperm(total, generator=draw)[: self.count(total)].sort()[0]
-        slots, first = {}, 0
+        seed = seed_of(self.seed, transition.step.index)
+        # A step without any samples has none to choose.
+        count = min(self.count(total), total)
+        chosen = sample_subset(total, count, seed)
+        slots = {}
+        first = 0
         for micro_batch, size in enumerate(transition.sizes):
-            slots[micro_batch] = some[(some >= first) & (some < first + size)] - first
+            inside = (chosen >= first) & (chosen < first + size)
+            slots[micro_batch] = chosen[inside] - first
             first += size
-        return Chosen(slots, total / max(1, len(some)))
+        return Chosen(slots, total / max(1, count))
 
     def loss(self, step: int, micro_batch: int) -> Loss:
-        """The losses with drawn labels."""
-        seed, draw = seed_of(self.seed, step, micro_batch), self.task.draw
+        """The loss function of a micro-batch with sampled labels."""
+        seed = seed_of(self.seed, step, micro_batch)
+        draw = self.task.draw
         assert draw is not None
 
         def losses(outputs: Any, batch: Batch) -> Tensor:
-            return draw(outputs, batch, torch.Generator(self.task.device).manual_seed(seed))
+            # Seeded anew at every call: a pass that is repeated has the same labels.
+            generator = torch.Generator(self.task.device).manual_seed(seed)
+            return draw(outputs, batch, generator)
 
         return losses
 
@@ -66,8 +77,8 @@ class Chosen:
     """Some slots of a step.
 
     Attributes:
-        slots: by micro-batch.
-        times: how many slots each of them stands for.
+        slots: their places in each micro-batch, by its index.
+        times: the number of slots that each of them represents.
     """
 
     slots: Mapping[int, Tensor]
@@ -86,22 +97,25 @@ class Chosen:
         asked: Mapping[str, Asked],
         seen: Watched | None = None,
     ) -> dict[str, Tensor]:
-        """Their small gradients in a micro-batch.
+        """Projected gradients of the chosen slots of a micro-batch.
 
         Args:
             micro_batch: the micro-batch.
-            params: where the gradients are taken.
+            params: parameters at which the gradients are taken.
             buffers: before the forward pass.
-            asked: of losses with drawn labels, by name.
-            seen: the pass over all of it, if there was one; needed only where a batch's statistics
-                are constants.
+            asked: losses with sampled labels and their projections, by name.
+            seen: the pass over the whole micro-batch, if there was one; needed only where a batch's
+                statistics are constants.
 
         Raises:
             NotCut: its batch is not made of rows.
         """
-        slots, losses = self.slots[micro_batch.index], list(asked.values())
+        slots = self.slots[micro_batch.index]
+        losses = list(asked.values())
         if not len(slots):
             return {}
+        # Where BatchNorm's statistics are constants, those of the whole micro-batch count, and a
+        # pass over some of its rows would compute others.
         if seen is not None and seen.froze_statistics:
             found: Rows = tuple(rows[slots] for rows in seen.rows(losses))
         else:
