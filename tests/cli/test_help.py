@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import backtrail
 from backtrail import cli
 from backtrail.cli import show
 
@@ -72,6 +73,13 @@ def test_every_command_explains_itself(verb: Verb, capsys: Captured) -> None:
         assert f"\n        {word.strip('-').lower().replace('-', '_')}: " in (verb.__doc__ or "")
 
 
+def test_descriptions_are_wrapped_once(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line breaks of the docstring are not in the help, which has the terminal's width."""
+    monkeypatch.setenv("COLUMNS", "300")
+    said = helped(capsys, "verify", "--help")
+    assert "the name of the task in it, or of a function that returns it. (required)" in said
+
+
 def test_examples_name_real_flags() -> None:
     """Every flag in an example is one of the command's."""
     for verb in cli.VERBS:
@@ -88,6 +96,12 @@ def test_help_lists_all_commands(capsys: Captured) -> None:
     assert all(f"• {name} " in told for name in FLAGS)
     assert "Example" not in told
     assert helped(capsys) == told
+
+
+def test_the_version_is_printed(capsys: Captured) -> None:
+    """`backtrail --version` prints the version of the package."""
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"backtrail {backtrail.__version__}\n"
 
 
 def test_help_loads_nothing_heavy() -> None:

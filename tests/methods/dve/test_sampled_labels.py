@@ -91,7 +91,7 @@ def test_a_seed_chooses_these_samples_and_labels(tmp_path: Path) -> None:
     """The same on every version of torch, and again by another process."""
     batches = [[0, 1, 2], [3, 4], [5, 6, 7], [8, 0]]
     case = Case("two", one_group(SGD, lr=0.1), accumulate=2, batches=batches)
-    run = run_of(case, tmp_path)
+    run = recorded_case(case, tmp_path)
     chosen = [Drawn(run.task, 0.6, 6).chosen(run.transition(step)).slots for step in range(2)]
     assert [slots[0].tolist() for slots in chosen] == [[1, 2], [1, 2]]
     assert [slots[1].tolist() for slots in chosen] == [[1], [0]]
