@@ -192,7 +192,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
     run = recorded_run("adamw", tmp_path)
     truth = small(segments=2).embed(run, out=tmp_path / "whole").values()
     np.testing.assert_array_equal(small(segments=2).embed(run).values(), truth)
-    monkeypatch.setattr("backtrail.methods.dve.store.SHORTEST", 2)
+    monkeypatch.setattr("backtrail.methods.dve.store.SHORTEST_SHARD", 2)
     real, writes = EmbeddingStore.write, 0
 
     def failing(self: EmbeddingStore, name: str, values: np.ndarray, start: int) -> None:
@@ -225,7 +225,7 @@ def test_between_kept_states_it_goes_on_to_the_same_bits(
         list[int](),
         (Walk.before, EmbeddingStore.mark_captured),
     )
-    monkeypatch.setattr("backtrail.methods.dve.store.SHORTEST", 3)
+    monkeypatch.setattr("backtrail.methods.dve.store.SHORTEST_SHARD", 3)
 
     def before(self: Walk, step: int) -> State:
         begun.append(step)
