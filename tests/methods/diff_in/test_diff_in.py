@@ -186,7 +186,7 @@ def test_a_few_directions_stand_for_all_curvature_between_gradients(
     close(backtrail.DiffIn(1, form, rank=11).self_influence(run), exact, within=0.03)
     assert "rank" not in caplog.text
     backtrail.DiffIn(1, form, rank=1).self_influence(run)
-    assert "at state 16, rank 1 is off by" in caplog.text
+    assert "At state 16, curvature through rank=1 directions is off by" in caplog.text
 
 
 def test_total_is_the_sum_for_a_removal_and_grows_with_the_states(
