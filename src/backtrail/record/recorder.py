@@ -29,7 +29,7 @@ from backtrail.errors import (
     RunExists,
     UnwatchedStep,
 )
-from backtrail.exclusive import exclusive, exclusive_lock
+from backtrail.exclusive import exclusive
 from backtrail.record.backward_hooks import Feeding
 from backtrail.record.listeners import Listener
 from backtrail.record.loaders import IdStream, TrackedLoader, check_data, check_loader
@@ -207,9 +207,9 @@ class Recorder:
             transition = self._transition(
                 step, cast_to(tuple(one.batch for one in heard), None, self._task.device)
             )
-            with exclusive_lock():
-                grads = self._grads()
-                beside = self._feeding.beside.stepped(transition, state, heard, consumed=grads)
+            # It replays some samples with labels drawn from the model.
+            stepped = exclusive(self._feeding.beside.stepped)
+            beside = stepped(transition, state, heard, consumed=self._grads())
         if due or beside:
             self._prove(step, state, due=due, beside=beside)
         self._pending = step
