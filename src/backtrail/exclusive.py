@@ -15,46 +15,42 @@ without calling backtrail: see docs/threads.md.
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import wraps
+from itertools import islice
 from typing import ParamSpec, TypeVar, final
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+SECONDS_BETWEEN_SIGNALS = 0.1
 
 
 @final
-class _ProcessLock:
-    """The lock of this process.
+class _Process:
+    """Which thread of this process is inside an exclusive call.
 
     Attributes:
-        current: may be entered several times by one thread.
+        lock: held by that thread. Only its owner can release such a lock.
+        owner: identity of that thread; None while there is none.
     """
 
     def __init__(self) -> None:
-        self.renew()
+        self.start_without_owner()
 
-    def renew(self) -> None:
-        """Start with a lock that no thread holds."""
-        self.current = threading.RLock()
+    def start_without_owner(self) -> None:
+        """Begin with a lock that no thread holds."""
+        self.lock = threading.RLock()
+        self.owner: int | None = None
+
+    def continue_after_fork(self) -> None:
+        """Free a lock whose owner does not exist in the forked child, where only one thread does."""
+        if self.owner != threading.get_ident():
+            self.start_without_owner()
 
 
-_process = _ProcessLock()
+_process = _Process()
 
 if hasattr(os, "register_at_fork"):
-    # The thread that held the lock does not exist in a forked child, so nobody would release it.
-    # It is a new lock, not the old one reset: the forking thread may hold the old one, and
-    # releases it in the child as well.
-    os.register_at_fork(after_in_child=_process.renew)
-
-
-def exclusive_lock() -> AbstractContextManager[bool]:
-    """Return the lock, to be entered by `with` where there is no function to decorate.
-
-    It is handed out as it is, not wrapped in a generator-based context manager, in which a
-    KeyboardInterrupt between entering and the `with` block would leave it locked.
-    """
-    return _process.current
+    os.register_at_fork(after_in_child=_process.continue_after_fork)
 
 
 def exclusive(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -69,8 +65,26 @@ def exclusive(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
     @wraps(function)
     def call_exclusively(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with exclusive_lock():
+        me = threading.get_ident()
+        if _process.owner == me:
             return function(*args, **kwargs)
+        lock = _process.lock
+        try:
+            # Python acts on a signal only between two waits: libraries (polars does) install
+            # handlers that make an interrupted wait go on.
+            while not lock.acquire(timeout=SECONDS_BETWEEN_SIGNALS):
+                pass
+            _process.owner = me
+            return function(*args, **kwargs)
+        finally:
+            # A KeyboardInterrupt may come before the lock is acquired, or after it and before the
+            # owner is noted. So the lock itself has to tell whether it is ours.
+            if _process.owner == me:
+                _process.owner = None
+            try:  # noqa: SIM105 - a call before the release is one more moment for an interrupt
+                lock.release()
+            except RuntimeError:
+                pass
 
     return call_exclusively
 
@@ -93,12 +107,13 @@ def exclusive_steps(
     @wraps(function)
     def step_exclusively(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Iterator[Result]:
         iterator = function(*args, **kwargs)
-        while True:
-            with exclusive_lock():
-                try:
-                    result = next(iterator)
-                except StopIteration:
-                    return
-            yield result
+        while taken := _take_one(iterator):
+            yield taken.pop()
 
     return step_exclusively
+
+
+@exclusive
+def _take_one(iterator: Iterator[Result]) -> list[Result]:
+    """Take the next item of an iterator; nothing at its end."""
+    return list(islice(iterator, 1))

@@ -29,7 +29,7 @@ from backtrail.errors import (
     RunExists,
     UnwatchedStep,
 )
-from backtrail.exclusive import exclusive, exclusive_lock
+from backtrail.exclusive import exclusive
 from backtrail.record.backward_hooks import BatchTracker
 from backtrail.record.listeners import CaptureMethod
 from backtrail.record.loaders import IdStream, TrackedLoader, check_data, check_loader
@@ -362,8 +362,9 @@ class Recorder:
         batches = cast_to(tuple(one.batch for one in captured), None, self._task.device)
         transition = self._transition(step, batches)
         grads = self._consumed_gradient()
-        with exclusive_lock():
-            return listener.before_step(transition, state, captured, consumed=grads)
+        # A listener may replay some samples with labels sampled from the model.
+        before_step = exclusive(listener.before_step)
+        return before_step(transition, state, captured, consumed=grads)
 
     @exclusive
     def _check_step(
