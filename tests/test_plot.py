@@ -100,7 +100,7 @@ def test_visits_are_coloured_by_sign(influence: Influence) -> None:
     assert ends == list(zip(table["step"], table["influence"], strict=True))
     signs = [plot.HELPFUL if y >= 0 else plot.HARMFUL for _, y in ends]
     np.testing.assert_array_equal(stems.get_color(), [to_rgba(c) for c in signs])
-    assert f"{table.height} visits, seen from state 7" in ax.get_title(loc="left")
+    assert f"{table.height} visits, observed at state 7" in ax.get_title(loc="left")
 
 
 def test_heatmap_is_centred_at_zero(influence: Influence) -> None:

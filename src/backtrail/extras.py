@@ -1,4 +1,4 @@
-"""Optional dependencies: imported when first needed, or refused with the cure."""
+"""Optional dependencies: imported when first needed."""
 
 from importlib import import_module
 from types import ModuleType
@@ -7,16 +7,20 @@ from backtrail.errors import MissingExtra
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency, or say how to install it.
+    """Import an optional dependency; if it is missing, the error says how to install it.
 
     >>> need("json", "demo").dumps([1])
     '[1]'
     >>> need("no_such_module", "demo")
     Traceback (most recent call last):
-    backtrail.errors.sentences.MissingExtra: This needs 'no_such_module': pip install 'backtrail[demo]'.
+    backtrail.errors.sentences.MissingExtra: This needs 'no_such_module': pip install ...
+
+    Args:
+        module: Name of the module to import.
+        extra: The extra of this package that installs it.
 
     Raises:
-        MissingExtra: If it is not installed.
+        MissingExtra: It is not installed.
     """
     try:
         return import_module(module)

@@ -1,7 +1,7 @@
-"""Pictures of influence: each function draws into `ax`, or a new figure, and gives the axes back.
+"""Plots of influence: each function draws into `ax`, or a new figure, and returns the axes.
 
 Needs matplotlib. Blue is helpful and red is harmful, as for a loss. Nothing is shown or saved, and
-no global setting is changed.
+no global setting of matplotlib is changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from backtrail.errors import BadSetting, MissingExtra
 from backtrail.influence.analysis.patterns import PATTERNS, shares
 from backtrail.influence.analysis.patterns import patterns as find_patterns
 from backtrail.influence.analysis.regimes import Regimes
-from backtrail.influence.influence import Influence, State
+from backtrail.influence.influence import Influence, ObservedState
 from backtrail.influence.tables import places
 from backtrail.stats import average_precision, mean_over_queries, pearson, spearman
 
@@ -25,34 +25,55 @@ try:
 except ImportError as error:
     raise MissingExtra("matplotlib", "plot") from error
 
-INK, FAINT, HELPFUL, HARMFUL = "#2b2b2b", "#9a9a9a", "#2166ac", "#b2182b"
-# Blue at the positive end, as HELPFUL.
-DIVERGING = "RdBu"
-HUES = {"early": "#e69f00", "late": "#56b4e9", "stable": "#009e73", "fluctuating": "#cc79a7"}
+BLACK = "#2b2b2b"
+GREY = "#9a9a9a"
+HELPFUL = "#2166ac"
+HARMFUL = "#b2182b"
+DIVERGING = "RdBu"  # blue at the positive end, as HELPFUL
+DASHED = (0, (5, 4))
+PATTERN_COLOURS = {
+    "early": "#e69f00",
+    "late": "#56b4e9",
+    "stable": "#009e73",
+    "fluctuating": "#cc79a7",
+}
+MAX_LABELS = 40  # samples of a heatmap that all get a label
+MAX_TICKS = 13  # states of a heatmap that all get a tick
 
 
 def curve(
     influence: Influence, *, sample: int, query: int | str = 0, ax: Axes | None = None
 ) -> Axes:
-    """Draw the total influence of a sample by observed state.
+    """Plot the total influence of a sample by observed state.
 
     >>> from backtrail.influence.writer import example
     >>> curve(example(), sample=0).get_xlabel()
     'observed at state'
+
+    Args:
+        influence: The influence.
+        sample: Row of the training set, or id.
+        query: Index or name of the query.
+        ax: Where to draw; None makes a new figure.
+
+    Raises:
+        UnknownSample: There is no such row.
+        UnknownId: There is no such id.
+        UnknownQuery: There is no such query.
     """
     ax = _axes(ax, (6.4, 3.6))
     table = influence.curve(sample=sample, query=query)
-    states, total = table["observed_at"].to_numpy(), table["influence"].to_numpy()
-    for side, colour in ((total >= 0, HELPFUL), (total <= 0, HARMFUL)):
+    states = table["observed_at"].to_numpy()
+    total = table["influence"].to_numpy()
+    for where, colour in ((total >= 0, HELPFUL), (total <= 0, HARMFUL)):
+        # Interpolated, so that both colours meet where the curve crosses zero.
         ax.fill_between(
-            states, total, 0.0, where=side, interpolate=True, color=colour, alpha=0.2, lw=0.0
+            states, total, 0.0, where=where, interpolate=True, color=colour, alpha=0.2, lw=0.0
         )
-    ax.plot(states, total, color=INK, lw=1.6, marker="o", markersize=4, clip_on=False, zorder=3)
+    ax.plot(states, total, color=BLACK, lw=1.6, marker="o", markersize=4, clip_on=False, zorder=3)
     ax.set(xlabel="observed at state", xlim=(0, max(states[-1], 1)))
-    ax.set_title(
-        f"Sample {sample}: influence of all its visits", loc="left", fontsize="medium", pad=8
-    )
-    _signed(ax, influence, query)
+    _set_title(ax, f"Sample {sample}: influence of all its visits")
+    _label_signed_axis(ax, influence, query)
     return ax
 
 
@@ -61,28 +82,42 @@ def visits(
     *,
     sample: int,
     query: int | str = 0,
-    observed_at: State = "end",
+    observed_at: ObservedState = "end",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the influence of each visit of a sample, by the step of the visit.
+    """Plot the influence of each visit of a sample, by the step of the visit.
 
     >>> from backtrail.influence.writer import example
     >>> visits(example(), sample=0).get_xlabel()
     'step of the visit'
+
+    Args:
+        influence: The influence.
+        sample: Row of the training set, or id.
+        query: Index or name of the query.
+        observed_at: State that the query reads; "end" is the last observed one.
+        ax: Where to draw; None makes a new figure.
+
+    Raises:
+        UnknownSample: There is no such row.
+        UnknownId: There is no such id.
+        UnknownQuery: There is no such query.
+        NotObserved: No query reads that state.
     """
     ax = _axes(ax, (6.4, 3.6))
     table = influence.visits_curve(sample=sample, query=query, observed_at=observed_at)
-    steps, values = table["step"].to_numpy(), table["influence"].to_numpy()
+    steps = table["step"].to_numpy()
+    values = table["influence"].to_numpy()
     colours = np.where(values >= 0, HELPFUL, HARMFUL).tolist()
     ax.vlines(steps, 0, values, colors=colours, lw=1.4)
     ax.scatter(steps, values, c=colours, s=18, zorder=3)
     state = influence.observed_at[-1] if observed_at == "end" else observed_at
     ax.set(xlabel="step of the visit", xlim=(-0.02 * state, 1.02 * state))
-    title = (
-        f"Sample {sample}: influence of each of its {len(table)} visits, seen from state {state}"
+    _set_title(
+        ax,
+        f"Sample {sample}: influence of each of its {len(table)} visits, observed at state {state}",
     )
-    ax.set_title(title, loc="left", fontsize="medium", pad=8)
-    _signed(ax, influence, query)
+    _label_signed_axis(ax, influence, query)
     return ax
 
 
@@ -93,35 +128,46 @@ def heatmap(
     query: int | str = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the influence of samples on each window between observed states; white is none.
+    """Plot the influence of samples on each window between observed states; white is zero.
 
-    The axis of time is true: a longer window is wider. Of more than 40 samples some labels are left
-    out.
+    The time axis is to scale: a longer window is wider. Of more than 40 samples, only some are
+    labelled.
 
     >>> from backtrail.influence.writer import example
     >>> [text.get_text() for text in heatmap(example(), samples=[2, 0]).get_yticklabels()]
     ['2', '0']
+
+    Args:
+        influence: The influence.
+        samples: Rows of the training set (or ids), from top to bottom.
+        query: Index or name of the query.
+        ax: Where to draw; None makes a new figure.
+
+    Raises:
+        UnknownSample: There is no such row.
+        UnknownId: There is no such id.
+        UnknownQuery: There is no such query.
     """
-    ax = _axes(ax, (6.8, 1.4 + 0.26 * min(len(samples), 40)))
+    ax = _axes(ax, (6.8, 1.4 + 0.26 * min(len(samples), MAX_LABELS)))
+    # State 0, if it was observed, comes first and ends no window.
     states = [state for state in influence.observed_at if state]
     edges = np.array([0, *states])
-    totals = influence.total(query=query)[0, -len(states) :][:, places(influence.ids, samples)].T
-    windows = np.diff(totals, prepend=0.0, axis=1)
-    most = float(np.abs(windows).max()) or 1.0
+    totals = influence.total(query=query)[0, -len(states) :]  # [window, sample of the run]
+    chosen = totals[:, places(influence.ids, samples)].T  # [sample, window]
+    windows = np.diff(chosen, prepend=0.0, axis=1)
+    largest = float(np.abs(windows).max()) or 1.0
     rows = np.arange(len(samples) + 1) - 0.5
-    mesh = ax.pcolormesh(edges, rows, windows, cmap=DIVERGING, vmin=-most, vmax=most)
-    every = -(-len(samples) // 40)
+    mesh = ax.pcolormesh(edges, rows, windows, cmap=DIVERGING, vmin=-largest, vmax=largest)
+    every = -(-len(samples) // MAX_LABELS)  # rounded up
     ax.set_yticks(range(0, len(samples), every), [str(sample) for sample in samples[::every]])
     ax.invert_yaxis()
-    if len(edges) <= 13:
+    if len(edges) <= MAX_TICKS:
         ax.set_xticks(edges)
     ax.vlines(edges[1:-1], -0.5, len(samples) - 0.5, color="white", lw=0.6)
     ax.set(xlabel="step", ylabel="sample")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_title(
-        f"Influence on {_name(influence, query)}, by window", loc="left", fontsize="medium", pad=8
-    )
+    _set_title(ax, f"Influence on {_query_name(influence, query)}, by window")
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.03)
     bar.outline.set_visible(False)
     bar.set_label(f"← harmful   ({influence.unit})   helpful →")
@@ -131,64 +177,79 @@ def heatmap(
 def patterns(
     found: pl.DataFrame | Influence, *, query: int | str = 0, ax: Axes | None = None
 ) -> Axes:
-    """Draw the share of each pattern, of a table of `backtrail.patterns` or of an influence.
+    """Plot the share of each pattern, of a table of `backtrail.patterns` or of an influence.
 
     >>> axes = patterns(pl.DataFrame({"pattern": ["early", "late", "late", "stable"]}))
     >>> [text.get_text() for text in axes.texts]
     ['25.0 %  (1)', '50.0 %  (2)', '25.0 %  (1)', '0.0 %  (0)']
+
+    Args:
+        found: A table that `backtrail.patterns` returned, or an influence to call it with.
+        query: Index or name of the query, for an influence.
+        ax: Where to draw; None makes a new figure.
+
+    Raises:
+        TooFewWindows: The influence has fewer than three windows.
+        NotFinite: Some influence is NaN or infinite.
+        UnknownQuery: There is no such query.
     """
     table = find_patterns(found, query=query) if isinstance(found, Influence) else found
     ax = _axes(ax, (5.6, 2.4))
-    part = shares(table)
-    ax.barh(PATTERNS, [part[name] for name in PATTERNS], color=[HUES[name] for name in PATTERNS])
+    share = shares(table)
+    colours = [PATTERN_COLOURS[name] for name in PATTERNS]
+    ax.barh(PATTERNS, [share[name] for name in PATTERNS], color=colours)
     for name in PATTERNS:
-        label = f"{100 * part[name]:.1f} %  ({part[name] * len(table):.0f})"
-        ax.annotate(label, (part[name], name), (6, 0), textcoords="offset points", va="center")
+        count = share[name] * len(table)
+        label = f"{100 * share[name]:.1f} %  ({count:.0f})"
+        ax.annotate(label, (share[name], name), (6, 0), textcoords="offset points", va="center")
     ax.invert_yaxis()
-    ax.set(xlim=(0, 1.25 * max(part.values())), xticks=[])
+    # Leaves room for the label of the longest bar.
+    ax.set(xlim=(0, 1.25 * max(share.values())), xticks=[])
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
-    title = f"When {len(table)} samples matter"
-    ax.set_title(title, loc="left", fontsize="medium", pad=8)
+    _set_title(ax, f"When {len(table)} samples matter")
     return ax
 
 
 def regimes(found: Regimes, *, ax: Axes | None = None) -> Axes:
-    """Draw influence ÷ learning rate by step, as `backtrail.regimes` found it, and the three levels.
+    """Plot influence ÷ learning rate by step and its three levels.
 
-    The band holds 80 % of all queries and slots; the learning rate is dotted, in units of its
-    largest.
+    The band contains 80 % of all queries and slots. The learning rate is dotted, divided by its
+    largest value.
 
     >>> from backtrail.influence.analysis.regimes import example
     >>> regimes(example()).get_yscale()
     'log'
+
+    Args:
+        found: What `backtrail.regimes` returned.
+        ax: Where to draw; None makes a new figure.
     """
     ax = _axes(ax, (6.8, 3.8))
-    curve = found.curve()
-    steps = curve["step"].to_numpy()
-    ax.fill_between(steps, curve["low"], curve["high"], color=HELPFUL, alpha=0.15, lw=0.0)
-    ax.plot(steps, curve["value"], color=HELPFUL, alpha=0.35, lw=0.8)
-    ax.plot(steps, curve["smooth"], color=HELPFUL, lw=1.6)
-    for name, first, stop, _, level, times in found.table().rows():
-        ax.hlines(level, first, stop, color=INK, lw=1.2, ls=(0, (5, 3)))
-        label = f"{name}\n{times:.3g} x" if name != "basin" else name
-        place = ((first + stop) / 2, 1.01)
+    by_step = found.curve()
+    steps = by_step["step"].to_numpy()
+    ax.fill_between(steps, by_step["low"], by_step["high"], color=HELPFUL, alpha=0.15, lw=0.0)
+    ax.plot(steps, by_step["value"], color=HELPFUL, alpha=0.35, lw=0.8)
+    ax.plot(steps, by_step["smooth"], color=HELPFUL, lw=1.6)
+    for name, first, stop, _, level, ratio in found.table().rows():
+        ax.hlines(level, first, stop, color=BLACK, lw=1.2, ls=(0, (5, 3)))
+        label = name if name == "basin" else f"{name}\n{ratio:.3g} x"
         ax.annotate(
             label,
-            place,
+            ((first + stop) / 2, 1.01),
             xycoords=("data", "axes fraction"),
             ha="center",
             va="bottom",
             fontsize="small",
         )
-    ax.vlines(found.boundaries, 0, 1, transform=ax.get_xaxis_transform(), color=FAINT, lw=0.8)
+    ax.vlines(found.boundaries, 0, 1, transform=ax.get_xaxis_transform(), color=GREY, lw=0.8)
     ax.set(yscale="log", xlim=(0, found.observed_at), xlabel="step")
     ax.set_ylabel(f"|influence| x slots ÷ learning rate\n({found.about})", fontsize="small")
-    beside = ax.twinx()
-    beside.plot(steps, found.rate / found.rate.max(), color=FAINT, lw=1, ls=":")
-    beside.set(ylim=(0, 1.05), ylabel="learning rate ÷ its largest")
-    for axes in (ax, beside):
-        axes.spines["top"].set_visible(False)
+    rate_axes = ax.twinx()
+    rate_axes.plot(steps, found.rate / found.rate.max(), color=GREY, lw=1, ls=":")
+    rate_axes.set(ylim=(0, 1.05), ylabel="learning rate ÷ its largest")
+    ax.spines["top"].set_visible(False)
+    rate_axes.spines["top"].set_visible(False)
     return ax
 
 
@@ -198,23 +259,23 @@ def detection(
     wrong: Sequence[int],
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw how well rankings of `backtrail.find_mislabeled` find labels known to be wrong: precision over recall.
+    """Plot precision over recall of finding known wrong labels.
 
-    The dot is at as many samples as there are wrong labels; dashed is a ranking by chance. AP is
-    the average precision.
+    The dot is at as many samples as there are wrong labels. The dashed line is the precision of a
+    random ranking. AP is the average precision.
 
     >>> table = pl.DataFrame({"sample": [4, 7, 1, 0], "score": [3.0, 2.0, 1.0, 0.0]})
     >>> detection({"loss": table}, wrong=[4, 1]).get_legend().get_texts()[0].get_text()
     'loss: AP 0.83'
 
     Args:
-        found: a table, or several by name.
-        wrong: samples whose labels are wrong.
-        ax: where to draw.
+        found: A table that `backtrail.find_mislabeled` returned, or several by name.
+        wrong: Samples whose labels are wrong.
+        ax: Where to draw; None makes a new figure.
 
     Raises:
-        BadSetting: there are no wrong labels.
-        UnknownSample: one of them is not in a table.
+        BadSetting: There are no wrong labels.
+        UnknownSample: One of them is not in a table.
     """
     if not len(wrong):
         raise BadSetting("wrong", wrong, "one or more samples")
@@ -222,16 +283,19 @@ def detection(
     tables = {"ranking": found} if isinstance(found, pl.DataFrame) else found
     for name, table in tables.items():
         samples = table["sample"].to_numpy()
-        places(np.sort(samples), wrong)
-        guilty = np.isin(samples, wrong)
-        hits, count = np.cumsum(guilty), np.arange(1, len(guilty) + 1)
-        label = f"{name}: AP {average_precision(table['score'].to_numpy(), guilty):.2f}"
-        (curve,) = ax.plot(hits / hits[-1], hits / count, lw=1.6, label=label)
-        even = hits[-1] - 1
-        ax.plot(
-            hits[even] / hits[-1], hits[even] / count[even], marker="o", color=curve.get_color()
-        )
-        ax.axhline(hits[-1] / count[-1], color=FAINT, lw=1, ls=(0, (5, 4)), zorder=0)
+        places(np.sort(samples), wrong)  # refuses unknown samples
+        is_wrong = np.isin(samples, wrong)
+        hits = np.cumsum(is_wrong)
+        count = np.arange(1, len(is_wrong) + 1)
+        total = hits[-1]
+        recall = hits / total
+        precision = hits / count
+        average = average_precision(table["score"].to_numpy(), is_wrong)
+        (line,) = ax.plot(recall, precision, lw=1.6, label=f"{name}: AP {average:.2f}")
+        # Precision equals recall where as many samples are flagged as are wrong.
+        even = total - 1
+        ax.plot(recall[even], precision[even], marker="o", color=line.get_color())
+        ax.axhline(total / count[-1], color=GREY, lw=1, ls=DASHED, zorder=0)
     ax.legend(frameon=False, fontsize="small")
     ax.set(
         xlabel="recall: share of the wrong labels found",
@@ -249,42 +313,53 @@ def scatter(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw actual effects of removals over predicted ones; on the dashed line they are equal.
+    """Plot actual effects of removals over predicted ones; on the dashed line they are equal.
 
-    The correlations are those of each query, averaged; colours tell up to ten queries apart.
+    The correlations in the title are averages over the queries. Colours distinguish up to ten
+    queries.
 
     >>> scatter(np.arange(4.0), 2 * np.arange(4.0)).get_title(loc="left")
     'Pearson 1.00, Spearman 1.00'
+
+    Args:
+        predicted: Predicted effects, in the unit of the query.
+        actual: Effects found by retraining, in the same unit.
+        ax: Where to draw; None makes a new figure.
     """
     ax = _axes(ax, (4.6, 4.4))
-    for p, a in zip(np.atleast_2d(predicted), np.atleast_2d(actual), strict=True):
-        ax.scatter(p, a, s=22, alpha=0.75, lw=0)
+    for x, y in zip(np.atleast_2d(predicted), np.atleast_2d(actual), strict=True):
+        ax.scatter(x, y, s=22, alpha=0.75, lw=0)
     ends = [min(predicted.min(), actual.min()), max(predicted.max(), actual.max())]
-    ax.plot(ends, ends, color=FAINT, lw=1, ls=(0, (5, 4)), zorder=0)
-    agreement = {"Pearson": pearson, "Spearman": spearman}
-    told = [
-        f"{name} {mean_over_queries(f(predicted, actual)):.2f}" for name, f in agreement.items()
-    ]
-    ax.set_title(", ".join(told), loc="left", fontsize="medium", pad=8)
+    ax.plot(ends, ends, color=GREY, lw=1, ls=DASHED, zorder=0)
+    r = mean_over_queries(pearson(predicted, actual))
+    rho = mean_over_queries(spearman(predicted, actual))
+    _set_title(ax, f"Pearson {r:.2f}, Spearman {rho:.2f}")
     ax.set(xlabel="predicted effect of the removal", ylabel="actual effect, by retraining")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """Take the given axes, or those of a new figure."""
-    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+    """The given axes, or those of a new figure of that size, in inches."""
+    if ax is not None:
+        return ax
+    _, new = plt.subplots(figsize=size, layout="constrained")
+    return new
 
 
-def _name(influence: Influence, query: int | str) -> str:
+def _set_title(ax: Axes, title: str) -> None:
+    ax.set_title(title, loc="left", fontsize="medium", pad=8)
+
+
+def _query_name(influence: Influence, query: int | str) -> str:
     return query if isinstance(query, str) else influence.queries[query]
 
 
-def _signed(ax: Axes, influence: Influence, query: int | str) -> None:
-    """Draw the zero line, and tell what the two directions from it mean."""
-    ax.axhline(0, color=FAINT, lw=0.8, zorder=1)
+def _label_signed_axis(ax: Axes, influence: Influence, query: int | str) -> None:
+    """Draw the zero line, and label the positive side helpful and the negative side harmful."""
+    ax.axhline(0, color=GREY, lw=0.8, zorder=1)
     ax.margins(y=0.12)
-    ax.set_ylabel(f"influence on {_name(influence, query)}\n({influence.unit})")
+    ax.set_ylabel(f"influence on {_query_name(influence, query)}\n({influence.unit})")
     for place, word, colour in ((1, "helpful →", HELPFUL), (0, "← harmful", HARMFUL)):
         text = ax.text(1.015, place, word, color=colour, rotation=90, transform=ax.transAxes)
         text.set(fontsize="small", va="top" if place else "bottom")

@@ -1,9 +1,9 @@
 r"""How well predicted effects of removals agree with those found by retraining.
 
-Arrays end in an axis of removals; what comes before, usually queries, is kept: each query is
-compared on its own, and `mean_over_queries` averages afterwards. Pooling all queries into one
-correlation would reward knowing which query moves most. Signs count: a method with its sign the
-wrong way round scores -1, not 1.
+The last axis of an array runs over removals. The axes before it, usually queries, are kept: each
+query is compared on its own, and `mean_over_queries` averages afterwards. Pooling all queries into
+one correlation would reward knowing which query changes most. Signs count: a method with the wrong
+sign scores -1, not 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def pearson(predicted: Effects, actual: Effects) -> PerQuery:
-    r"""Correlation of each query, NaN where either side is constant.
+    r"""Pearson correlation of each query, NaN where either side is constant.
 
     .. math:: r_q = \sum_k \hat p_{qk} \hat a_{qk}, \qquad
         \hat p_{qk} = (p_{qk} - \bar p_q) \Big/ \sqrt{\textstyle\sum_k (p_{qk} - \bar p_q)^2}
@@ -29,14 +29,17 @@ def pearson(predicted: Effects, actual: Effects) -> PerQuery:
     >>> pearson(predicted, np.array([[2.0, 4.0, 8.0], [4.0, 3.0, 1.0]])).round(12).tolist()
     [1.0, -1.0]
     """
-    return np.asarray((_unit(predicted) * _unit(actual)).sum(axis=-1).clip(-1.0, 1.0))
+    products = _normalise(predicted) * _normalise(actual)
+    # Rounding can leave a sum slightly outside of [-1, 1].
+    return np.asarray(products.sum(axis=-1).clip(-1.0, 1.0))
 
 
-def _unit(effects: Effects) -> Effects:
-    """Centre each row and give it length one; NaN where it is constant."""
-    largest = np.abs(effects).max(axis=-1, keepdims=True)
+def _normalise(effects: Effects) -> Effects:
+    """Centre each row and scale it to length one; NaN where it is constant."""
+    # Whether a row is constant is read off its values: a mean and a variance would round.
     varies = np.ptp(effects, axis=-1, keepdims=True) > 0
-    # In units of the largest value no square vanishes, however small the influence.
+    # In units of the largest value, so that no square underflows, however small the influence.
+    largest = np.abs(effects).max(axis=-1, keepdims=True)
     scaled = effects / np.where(varies, largest, 1.0)
     centred = scaled - scaled.mean(axis=-1, keepdims=True)
     length = np.sqrt((centred**2).sum(axis=-1, keepdims=True))
@@ -44,7 +47,7 @@ def _unit(effects: Effects) -> Effects:
 
 
 def spearman(predicted: Effects, actual: Effects) -> PerQuery:
-    """Correlation of the ranks of each query; equal values share their mean rank.
+    """Spearman correlation of each query; equal values share their mean rank.
 
     >>> spearman(np.array([1.0, 2.0, 30.0]), np.array([0.1, 0.2, 0.3])).round(12).item()
     1.0
@@ -53,18 +56,15 @@ def spearman(predicted: Effects, actual: Effects) -> PerQuery:
 
 
 def kendall(predicted: Effects, actual: Effects) -> PerQuery:
-    r"""Kendall's :math:`\tau_b` of each query: ordered alike less ordered unlike, over pairs.
+    r"""Kendall's :math:`\tau_b` of each query: concordant minus discordant pairs, over all pairs.
 
     >>> round(kendall(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])).item(), 12)
     0.333333333333
     """
-    rows = zip(_rows(predicted), _rows(actual), strict=True)
-    found = [stats.kendalltau(p, a).statistic for p, a in rows]
-    return np.array(found, dtype=np.float64).reshape(predicted.shape[:-1])
-
-
-def _rows(effects: Effects) -> Float[np.ndarray, "row removal"]:
-    return effects.reshape(-1, effects.shape[-1])
+    removals = predicted.shape[-1]
+    rows = zip(predicted.reshape(-1, removals), actual.reshape(-1, removals), strict=True)
+    taus = [stats.kendalltau(p, a).statistic for p, a in rows]
+    return np.array(taus, dtype=np.float64).reshape(predicted.shape[:-1])
 
 
 def slope(predicted: Effects, actual: Effects) -> PerQuery:
@@ -72,19 +72,22 @@ def slope(predicted: Effects, actual: Effects) -> PerQuery:
 
     .. math:: b_q = \sum_k (p_{qk} - \bar p_q)(a_{qk} - \bar a_q) \Big/ \sum_k (p_{qk} - \bar p_q)^2
 
-    1 = right size; above 1 = removals do more than predicted. NaN where the prediction is constant.
+    1 = the predicted size is right; above 1 = removals have a larger effect than predicted. NaN
+    where the prediction is constant.
 
     >>> slope(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])).item()
     2.0
     """
-    p = predicted - predicted.mean(axis=-1, keepdims=True)
+    centred = predicted - predicted.mean(axis=-1, keepdims=True)
     varies = np.ptp(predicted, axis=-1) > 0
-    square = np.where(varies, (p**2).sum(axis=-1), 1.0)
-    return np.where(varies, (p * actual).sum(axis=-1) / square, np.nan)
+    # The centred prediction sums to zero, so the mean of the actual effects drops out.
+    covariance = (centred * actual).sum(axis=-1)
+    variance = np.where(varies, (centred**2).sum(axis=-1), 1.0)
+    return np.where(varies, covariance / variance, np.nan)
 
 
 def mean_over_queries(values: PerQuery) -> float:
-    """Average over the queries that have a value; NaN if none has.
+    """Average over the queries with a finite value; NaN if there is none.
 
     >>> mean_over_queries(np.array([0.5, 1.0, np.nan]))
     0.75
@@ -125,10 +128,10 @@ def bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Give a statistic, averaged over queries, with its percentile bootstrap interval.
+    """Statistic, averaged over queries, with its percentile bootstrap interval.
 
-    Removals are drawn with replacement, the same ones for all queries: queries share the retrained
-    models, so they are no independent evidence. Draws in which the statistic is undefined for
+    Removals are resampled with replacement, the same ones for all queries: queries share the
+    retrained models, so they are not independent. Resamples in which the statistic is undefined for
     every query are left out.
 
     >>> effects = np.arange(12.0)
@@ -139,22 +142,27 @@ def bootstrap(
         statistic: `pearson`, `spearman`, `kendall`, `slope`, or one like them.
         predicted: Predicted effects.
         actual: Effects found by retraining.
-        level: Share of the draws inside the interval.
-        resamples: How many draws.
-        seed: Of the draws.
+        level: Share of the resamples inside the interval.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
     """
     removals = predicted.shape[-1]
-    draws = np.random.default_rng(seed).integers(removals, size=(resamples, removals))
-    found = [mean_over_queries(statistic(predicted[..., d], actual[..., d])) for d in draws]
-    known = [value for value in found if np.isfinite(value)] or [float("nan")]
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    generator = np.random.default_rng(seed)
+    estimates: list[float] = []
+    for chosen in generator.integers(removals, size=(resamples, removals)):
+        per_query = statistic(predicted[..., chosen], actual[..., chosen])
+        estimate = mean_over_queries(per_query)
+        if np.isfinite(estimate):
+            estimates.append(estimate)
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.quantile(estimates or [float("nan")], ends)
     return Interval(mean_over_queries(statistic(predicted, actual)), float(low), float(high))
 
 
 def group_sums(
     scores: Float[np.ndarray, "*query sample"], groups: Sequence[Int[np.ndarray, " _"]]
 ) -> Effects:
-    """Predict the effect of removing whole groups: the sum over their members.
+    """Predicted effect of removing each group of samples: the sum over its members.
 
     >>> group_sums(np.array([1.0, 2.0, 4.0]), [np.array([0, 2]), np.array([1])]).tolist()
     [5.0, 2.0]
@@ -167,11 +175,18 @@ def lds(
     groups: Sequence[Int[np.ndarray, " _"]],
     actual: Effects,
 ) -> PerQuery:
-    """Linear datamodelling score: rank correlation of group sums with the groups' actual effects.
+    """Linear datamodeling score: rank correlation of group sums with the groups' actual effects.
+
+    Source: Park et al., "TRAK: Attributing Model Behavior at Scale" (2023).
 
     >>> groups = [np.array([0, 1]), np.array([2]), np.array([1])]
     >>> lds(np.array([1.0, 2.0, 4.0]), groups, np.array([0.3, 0.5, 0.1])).round(12).item()
     1.0
+
+    Args:
+        scores: Influence of each sample on each query.
+        groups: Samples of each group.
+        actual: Effect of removing each group, found by retraining.
     """
     return spearman(group_sums(scores, groups), actual)
 
@@ -181,61 +196,77 @@ def precision_at(
     guilty: Bool[np.ndarray, " sample"],
     k: int | None = None,
 ) -> float:
-    """Share of the truly guilty among the k most suspicious samples, k = their true number if None.
+    """Share of positives among the k samples with the highest scores.
 
     >>> precision_at(np.array([0.9, 0.1, 0.8, 0.2]), np.array([True, False, False, True]))
     0.5
 
     Args:
-        suspicion: Higher = more suspicious; equals count by row. For harmful = suspicious, give
-            minus the influence on a loss.
+        suspicion: Score of each sample; higher = more suspicious, ties are ordered by row. To look
+            for harmful samples, give minus the influence on a loss.
         guilty: Which samples should be found.
-        k: How many to look at.
+        k: Number of samples to flag; None flags as many as should be found.
     """
-    first = np.argsort(-suspicion, kind="stable")[: int(guilty.sum()) if k is None else k]
-    return float(guilty[first].mean()) if len(first) else float("nan")
+    if k is None:
+        k = int(guilty.sum())
+    flagged = np.argsort(-suspicion, kind="stable")[:k]
+    return float(guilty[flagged].mean()) if len(flagged) else float("nan")
 
 
 def detection_accuracy(
     suspicion: Float[np.ndarray, " sample"], guilty: Bool[np.ndarray, " sample"]
 ) -> float:
-    r"""Share of samples put on the right side when the true number is flagged: 1 - 2 misses / N.
+    r"""Accuracy when as many samples are flagged as should be found: 1 - 2 misses / N.
 
-    Every guilty sample that is missed also accuses an innocent one. With few guilty samples this
-    is high for any ranking: read it beside `precision_at`.
+    Every sample that is missed leads to a false alarm, too. With few samples to find, this is high
+    for any ranking: compare `precision_at`.
 
     >>> detection_accuracy(np.array([0.9, 0.1, 0.8, 0.2]), np.array([True, False, False, True]))
     0.5
     """
     count = int(guilty.sum())
-    missed = count - round(precision_at(suspicion, guilty) * count) if count else 0
+    if not count:
+        return 1.0
+    missed = count - round(precision_at(suspicion, guilty) * count)
     return 1.0 - 2.0 * missed / len(guilty)
 
 
 def average_precision(
     suspicion: Float[np.ndarray, " sample"], guilty: Bool[np.ndarray, " sample"]
 ) -> float:
-    r"""Area under precision over recall, in steps; equal suspicions are flagged together.
+    r"""Area under the precision-recall curve, as a step function; ties are flagged together.
 
     .. math:: \sum_n (R_n - R_{n-1}) P_n
+
+    with recall :math:`R_n` and precision :math:`P_n` at the n-th highest distinct score.
 
     >>> round(average_precision(np.array([0.9, 0.8, 0.1]), np.array([True, False, True])), 6)
     0.833333
     """
-    levels, place = np.unique(-suspicion, return_inverse=True)
-    flagged = np.cumsum(np.bincount(place, minlength=len(levels)))
-    found = np.cumsum(np.bincount(place, weights=guilty, minlength=len(levels)))
-    gained = np.diff(found, prepend=0.0) / found[-1] if found[-1] else np.full(len(found), np.nan)
-    return float((gained * found / flagged).sum())
+    levels, level_of_sample = np.unique(-suspicion, return_inverse=True)
+    flagged = np.cumsum(np.bincount(level_of_sample, minlength=len(levels)))
+    found = np.cumsum(np.bincount(level_of_sample, weights=guilty, minlength=len(levels)))
+    total = found[-1]
+    if not total:
+        return float("nan")
+    recall_gained = np.diff(found, prepend=0.0) / total
+    # Precision is found / flagged.
+    return float((recall_gained * found / flagged).sum())
 
 
 def auc(suspicion: Float[np.ndarray, " sample"], guilty: Bool[np.ndarray, " sample"]) -> float:
-    """Chance that a guilty sample is more suspicious than an innocent one; a tie counts half.
+    """Area under the ROC curve: the chance that a sample to be found scores above another one.
+
+    A tie counts half; NaN where one of the two kinds of sample is missing.
 
     >>> auc(np.array([0.9, 0.8, 0.1]), np.array([True, False, True]))
     0.5
     """
-    ours = int(guilty.sum())
-    pairs = ours * (len(guilty) - ours)
-    above = float(stats.rankdata(suspicion)[guilty].sum()) - ours * (ours + 1) / 2
-    return above / pairs if pairs else float("nan")
+    positives = int(guilty.sum())
+    pairs = positives * (len(guilty) - positives)
+    if not pairs:
+        return float("nan")
+    # Mann-Whitney: the sum of ranks, less what the positives would have among themselves.
+    rank_sum = float(stats.rankdata(suspicion)[guilty].sum())
+    above = rank_sum - positives * (positives + 1) / 2
+    return above / pairs

@@ -43,7 +43,7 @@ def test_info_tells_what_a_run_holds(attributed: AttributedRun, capsys: Captured
         12,
         4,
     )
-    assert (told["optimizer"], told["learning_rate"], told["samples_a_step"]) == (
+    assert (told["optimizer"], told["learning_rate"], told["samples_per_step"]) == (
         "SGD",
         [0.3, 0.3],
         [4, 4],

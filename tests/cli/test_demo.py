@@ -10,7 +10,7 @@ import torch
 import backtrail
 from backtrail import cli
 from backtrail.cli import demo_task
-from backtrail.cli.demo import fresh
+from backtrail.cli.demo import unused_folder
 from backtrail.cli.demo_measure import (
     accuracy,
     early_late,
@@ -102,12 +102,12 @@ def test_windows_add_up_to_the_total(short: tuple[Run, Influence]) -> None:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     """A folder with something in it is left alone, an empty one is used."""
     out = tmp_path / "demo"
-    assert fresh(out) == out
+    assert unused_folder(out) == out
     out.mkdir()
-    assert fresh(out) == out
+    assert unused_folder(out) == out
     (out / "mine").write_text("")
     (tmp_path / "demo-2").write_text("a file in the way")
-    assert fresh(out) == tmp_path / "demo-3"
+    assert unused_folder(out) == tmp_path / "demo-3"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import backtrail
 from backtrail import cli
 from backtrail.cli import show
 
@@ -88,6 +89,12 @@ def test_help_lists_all_commands(capsys: Captured) -> None:
     assert all(f"• {name} " in told for name in FLAGS)
     assert "Example" not in told
     assert helped(capsys) == told
+
+
+def test_the_version_is_printed(capsys: Captured) -> None:
+    """`backtrail --version` prints the version of the package."""
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"backtrail {backtrail.__version__}\n"
 
 
 def test_help_loads_nothing_heavy() -> None:

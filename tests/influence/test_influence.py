@@ -217,8 +217,8 @@ def test_arrays_come_back(influence: Influence) -> None:
 def test_with_queries_remembers_the_query_object(influence: Influence) -> None:
     """The query object rides along in memory; the original knows nothing of it."""
     query = object()
-    assert influence.with_queries(query).asked is query
-    assert influence.asked is None
+    assert influence.with_queries(query).query_object is query
+    assert influence.query_object is None
 
 
 def long_rows() -> list[tuple[str, int, int, int, int, float]]:

@@ -48,7 +48,7 @@ def test_the_result_says_what_it_is(name: str, method: Method, tmp_path: Path) -
     assert (found.unit, found.run, found.denominator) == ("custom", run.id, "keep")
     assert found.method == type(method).__name__
     assert found.queries == ("row 0", "row 2", "mean")
-    assert found.asked is not None
+    assert found.query_object is not None
 
 
 @each_method

@@ -41,8 +41,8 @@ def test_a_run_under_autocast_is_replayed_to_rounding(
     assert found.difference < 1e-7
     assert 1e-4 < found.gap < 5e-2
     assert str(found).endswith(
-        f"Trained, and replayed, under autocast bfloat16; the influence is taken without it, where gradients differ "
-        f"by up to {found.gap:.1e}"
+        "Trained and replayed under autocast bfloat16; influence is computed without it, where "
+        f"gradients differ by up to {found.gap:.1e}"
     )
 
 
@@ -136,4 +136,4 @@ def test_re_runs_stay_on_the_recorded_training(tmp_path: Path) -> None:
 def test_logs_from_before_autocast_was_noted_are_read(tmp_path: Path) -> None:
     """They have no such column."""
     run: Run = recorded(Loop.of(mlp()), tmp_path / "run")
-    assert journal.steps_of(run.table().drop("autocast")) == list(run.log)
+    assert journal.from_table(run.table().drop("autocast")) == list(run.log)

@@ -133,7 +133,7 @@ def test_missing_and_damaged_batches(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[8 + int.from_bytes(content[:8], "little")] ^= 1  # the first byte after the head
     path.write_bytes(content)
-    with refused(DamagedFile, str(path), "batch 0 of it has checksum", run.log[2].fed[0].digest):
+    with refused(DamagedFile, str(path), "its batch 0 has checksum", run.log[2].fed[0].digest):
         run.verify()
     path.unlink()
     with refused(DamagedFile, str(path), "No such file"):
@@ -154,7 +154,7 @@ def test_a_damaged_journal(tmp_path: Path) -> None:
     with refused(DamagedFile, str(path), "does not parse"):
         backtrail.open_run(tmp_path, loop.task())
     path.write_bytes(b"".join(lines[:2]) + b"".join(lines[3:]))
-    with refused(DamagedFile, str(path), "step 3 stands where step 2 belongs"):
+    with refused(DamagedFile, str(path), "it has step 3 in place of step 2"):
         backtrail.open_run(tmp_path, loop.task())
 
 

@@ -1,6 +1,7 @@
 """Which states a run keeps, and that they are the ones that the loop went through."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import backtrail
 from backtrail.record.policy import CheckpointPolicy
+from backtrail.run import journal
+from backtrail.run.store import journal_file
 from backtrail.step.state import State
 from tests.loops import Augmented, Loop, backward, bits, mlp, moody, recorded
 
@@ -238,6 +241,21 @@ def test_a_long_run_turns_its_journal_into_segments(
         "00000000.parquet",
         "00000005.journal",
     ]
+
+
+def test_a_kill_while_a_journal_becomes_a_segment_loses_no_step(tmp_path: Path) -> None:
+    """Until the manifest names the segment, its journal and the next one are both read."""
+    run = recorded(Loop.of(mlp()), tmp_path / "run")
+    path = run.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["steps/00000000.parquet"]
+    path.write_text(json.dumps(manifest))
+    for step in run.log:
+        first = 0 if step.index < 5 else 5
+        journal.append(run.path / journal_file(first), step)
+    again = backtrail.open_run(run.path, run.task)
+    assert again.log == run.log
+    assert again.steps == 12
 
 
 def stop_after(loop: Loop, recorder: backtrail.Recorder, *, steps: int) -> None:

@@ -101,7 +101,9 @@ def evaluate(
         raise BadSetting("influence", influence, "an Influence, or several by name")
     named = {influence.method: influence} if isinstance(influence, Influence) else dict(influence)
     influences = [found for found in named.values() if isinstance(found, Influence)]
-    asked = queries or next((found.asked for found in influences if found.asked), None)
+    asked = queries or next(
+        (found.query_object for found in influences if found.query_object), None
+    )
     if not isinstance(asked, Query):
         raise WithoutQueries(influences[0].queries if influences else ())
     for found in influences:

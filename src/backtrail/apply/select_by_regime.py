@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float64, Int64
 
 from backtrail.errors import BadSetting, ImpossibleWindow, NoRegimes
 from backtrail.exclusive import exclusive
-from backtrail.influence.analysis.regimes import Regimes, of_rates
-from backtrail.influence.influence import Influence, State
+from backtrail.influence.analysis.regimes import Regimes, regimes_from_rates
+from backtrail.influence.influence import Influence, ObservedState
 from backtrail.methods.retrain.retrain import perturb
 from backtrail.methods.retrain.weights import Steps, keep_only
 from backtrail.queries import Query
@@ -26,7 +26,7 @@ def regimes(
     run: Run,
     influence: Influence,
     *,
-    observed_at: State = "end",
+    observed_at: ObservedState = "end",
     query: int | str | None = None,
     ratio: float = 2.0,
 ) -> Regimes:
@@ -60,7 +60,7 @@ def regimes(
     """
     influence.check_run(run)
     rates = learning_rates(run.manifest, run.log)
-    return of_rates(influence, rates, observed_at=observed_at, query=query, ratio=ratio)
+    return regimes_from_rates(influence, rates, observed_at=observed_at, query=query, ratio=ratio)
 
 
 def learning_rates(manifest: Manifest, log: Iterable[Step]) -> Float64[np.ndarray, " step"]:

@@ -265,7 +265,7 @@ def trust(
             was made from.
     """
     influence.check_run(run)
-    asked = queries or influence.asked
+    asked = queries or influence.query_object
     if not isinstance(asked, Query) or asked.names != influence.queries:
         raise WithoutQueries(influence.queries)
     try:

@@ -1,4 +1,4 @@
-"""The command line: one file per verb, each of them parse, call, show.
+"""The command line: one module per command, each of which parses, calls the library and prints.
 
 Nothing here imports torch before a command runs, so that `backtrail --help` is instant.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
+from backtrail import __version__
 from backtrail.cli import (
     attribute,
     clean,
@@ -44,23 +45,32 @@ VERBS = (
 )
 DESCRIPTION = (
     "Which training samples made a PyTorch model what it is, and when.\n\n"
-    "Begin with `backtrail demo`; `backtrail COMMAND --help` explains a command and shows an example."
+    "Start with `backtrail demo`. `backtrail COMMAND --help` describes a command and shows an "
+    "example. `backtrail --version` prints the version."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
+    Args:
+        arguments: What was typed after `backtrail`; None reads it from `sys.argv`.
+
     Returns:
-        0; 1 where a check of the trust statement failed; 2 after an error, told in one line; 130
-        after Ctrl-C.
+        The exit code: 0; 1 where a check of `backtrail trust` failed; 2 after an error, which is
+        printed in one line; 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:
+        show.say(f"backtrail {__version__}")
+        return 0
     try:
         code = app(given).cli(args=given or ["--help"], prog="backtrail", description=DESCRIPTION)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:
+        # The reader, such as `head`, has closed the pipe. Python flushes stdout once more when it
+        # exits, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (BacktrailError, OSError) as error:
@@ -70,9 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def app(given: Sequence[str]) -> SubcommandApp:
-    """All commands; where none is given, with one line of help each instead of the whole."""
-    found = SubcommandApp()
-    listing = not given or given[0].startswith("-")
+    """All commands; their help is one line each where no command is given.
+
+    Args:
+        given: What was typed after `backtrail`.
+    """
+    commands = SubcommandApp()
+    lists_commands = not given or given[0].startswith("-")
     for verb in VERBS:
-        found.command(help=(verb.__doc__ or "").partition("\n")[0] if listing else None)(verb)
-    return found
+        first_line = (verb.__doc__ or "").partition("\n")[0]
+        # With None, tyro takes the whole docstring.
+        commands.command(help=first_line if lists_commands else None)(verb)
+    return commands

@@ -1,4 +1,4 @@
-"""What several commands take, under one name and one spelling."""
+"""Arguments that several commands take."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,10 +15,14 @@ Window = Annotated[tuple[int, int] | None, arg(metavar="A B")]
 
 
 def check_file(out: Path | None, ending: str) -> None:
-    """Refuse a file that could not be written, or would not be read as what it is, before any work is done.
+    """Check the name of an output file before any work is done.
+
+    Args:
+        out: The file, if one is written.
+        ending: The ending that its format requires, such as ".csv".
 
     Raises:
-        BadSetting: it is a folder, or its name has another ending.
+        BadSetting: It is a folder, or its name has another ending.
     """
     if out is not None and (out.suffix != ending or out.is_dir()):
         raise BadSetting("out", str(out), f"a file name that ends with {ending}")

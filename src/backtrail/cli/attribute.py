@@ -21,22 +21,25 @@ def attribute(
     observed_at: States = "end",
     method: Literal["dit", "dve", "tracin", "gradient-dot"] = "dit",
 ) -> None:
-    """Compute how much every training sample moved the queries, at every step; resumes where it was interrupted.
+    """Compute the influence of every training sample on the queries, at every step.
 
     Example: backtrail attribute runs/digits --task my_file.py:task --queries my_file.py:queries
     --observed-at epochs --out runs/digits/dit
 
+    An interrupted attribution resumes when the same command is run again.
+
     Args:
         run: Folder of a recorded training.
-        task: The backtrail.Task of the training: a Python file and a name in it (the task, or a
-            function that makes it).
-        queries: What is asked, such as a backtrail.Loss: a Python file and a name in it.
+        task: The backtrail.Task of the training: a Python file and the name of the task in it, or
+            of a function that returns it.
+        queries: What to attribute, such as a backtrail.Loss: a Python file and the name of the
+            query in it.
         out: Folder for the influence.
-        observed_at: States that the queries read: the last, the end of every epoch, or numbers.
-            Windows end at them.
-        method: How it is computed: dit (exact, one sweep back through the run); dve (by projected
-            vectors of all visits); or a cheap baseline, a product of gradients: tracin (at every
-            step), gradient-dot (at the observed state).
+        observed_at: States that the queries read: the last state, the end of every epoch, or state
+            numbers. Windows begin and end at them.
+        method: How to compute it: dit (exact; one backward sweep through the run), dve (data value
+            embeddings; one vector per visit), or a cheap baseline, the product of two gradients:
+            tracin (at every step) or gradient-dot (at the observed state).
     """
     from backtrail.methods.dit.dit import DIT
     from backtrail.methods.dve.dve import DataValueEmbedding
@@ -49,8 +52,10 @@ def attribute(
         "tracin": TracIn(),
         "gradient-dot": GradientDot(),
     }
-    found = methods[method].attribute(
-        open_run(run, task_at(task)), queries_at(queries), observed_at=observed_at, out=out
+    recorded = open_run(run, task_at(task))
+    influence = methods[method].attribute(
+        recorded, queries_at(queries), observed_at=observed_at, out=out
     )
-    show.say(f"{found}\nin {out}")
+    show.say(influence)
+    show.say(f"in {out}")
     show.next_command("top", out)

@@ -1,4 +1,4 @@
-"""`backtrail coreset`: the part of the training set that stands for all of it."""
+"""`backtrail coreset`: a subset of the training set that represents all of it."""
 
 from pathlib import Path
 from typing import Literal
@@ -7,7 +7,7 @@ from backtrail.cli import show
 from backtrail.cli.arguments import Form, Reference, RunFolder, check_file
 from backtrail.cli.reference import task_at
 
-FIRST = 10  # rows of the printed table
+TABLE_ROWS = 10  # printed by --form table
 
 
 def coreset(
@@ -19,38 +19,40 @@ def coreset(
     out: Path | None = None,
     form: Form = "table",
 ) -> None:
-    """Choose the part of the training set that stands best for all of it; of every class its share.
+    """Select the subset of the training set that best represents all of it, class by class.
 
     Example: backtrail coreset runs/digits --task my_file.py:task --fraction 0.1 --out kept.csv
 
     Args:
-        run: Folder of a recorded training on everything.
-        task: The backtrail.Task of the training: a Python file and a name in it (the task, or a
-            function that makes it).
-        fraction: Share of the samples that is kept.
-        method: What stands for a sample: dve (what it did to the weights), dit, diff-in, tracin
-            (influence on losses of training rows), herding (its features); or what orders samples
-            one by one: el2n, loss, random.
-        out: File for the whole table, .csv; best first.
-        form: How to print; a table shows the first ten.
+        run: Folder of a recorded training on all data.
+        task: The backtrail.Task of the training: a Python file and the name of the task in it, or
+            of a function that returns it.
+        fraction: Share of the samples to keep.
+        method: What represents a sample: dve (its effect on the weights), dit, diff-in, tracin (its
+            influence on the losses of training rows) or herding (its features); or a score that
+            ranks samples one by one: el2n, loss or random.
+        out: File for the whole table, .csv; best samples first.
+        form: Output format; a table shows the first ten, json and csv all of them.
     """
     from backtrail.apply.coreset import select_coreset
     from backtrail.run.files import replacing
     from backtrail.run.run import open_run
 
     check_file(out, ".csv")
-    found = select_coreset(open_run(run, task_at(task)), fraction, method=method)
+    recorded = open_run(run, task_at(task))
+    kept = select_coreset(recorded, fraction, method=method)
     if out is not None:
         with replacing(out) as scratch:
-            found.write_csv(scratch)
-    told = f"{len(found)} samples kept, by {method}" + (
-        f"; the first {FIRST}" if len(found) > FIRST else ""
-    )
-    show.table(found.head(FIRST) if form == "table" else found, form, caption=told)
+            kept.write_csv(scratch)
+    caption = f"{len(kept)} samples kept, by {method}"
+    if len(kept) > TABLE_ROWS:
+        caption += f"; the first {TABLE_ROWS}"
+    shown = kept.head(TABLE_ROWS) if form == "table" else kept
+    show.table(shown, form, caption=caption)
     if out is None:
         words = ("--task", task, "--fraction", fraction, "--method", method, "--out", "kept.csv")
         show.next_command("coreset", run, *words, form=form)
         return
     if form == "table":
-        show.say(f"\nall of them in {out}")
+        show.say(f"\nthe whole table is in {out}")
     show.next_command("info", run, form=form)

@@ -1,6 +1,5 @@
-"""The pictures of `backtrail demo`."""
+"""The plots of `backtrail demo`."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -12,34 +11,45 @@ from backtrail.influence.influence import Influence
 
 
 def draw(folder: Path, influence: Influence, removal: RemovalCheck) -> None:
-    """Draw the most harmful sample over time, ten of them by epoch, the patterns, and prediction against truth."""
+    """Draw and save four plots.
+
+    The most harmful sample over time, the ten most harmful by epoch, the patterns, and predicted
+    against actual changes after a removal.
+
+    Args:
+        folder: Where to save them; created if needed.
+        influence: Influence on one query, observed at the end of every epoch.
+        removal: The removal check of `backtrail.trust`.
+    """
+    folder.mkdir(exist_ok=True)
     harmful = influence.top(10)["sample"].to_list()
-    _save(folder / "curve.png", (7.4, 3.6), lambda figure: _curve(influence, harmful[0], figure))
-    _save(
-        folder / "heatmap.png",
-        (6.8, 4.0),
-        lambda f: plot.heatmap(influence, samples=harmful, ax=f.subplots()),
-    )
-    _save(folder / "patterns.png", (5.6, 2.4), lambda f: plot.patterns(influence, ax=f.subplots()))
-    _save(
-        folder / "removals.png",
-        (4.8, 4.6),
-        lambda f: plot.scatter(removal.predicted, removal.actual, ax=f.subplots()),
-    )
+
+    figure = _figure(7.4, 3.6)
+    _draw_curve(influence, harmful[0], figure)
+    figure.savefig(folder / "curve.png", dpi=150)
+
+    figure = _figure(6.8, 4.0)
+    plot.heatmap(influence, samples=harmful, ax=figure.subplots())
+    figure.savefig(folder / "heatmap.png", dpi=150)
+
+    figure = _figure(5.6, 2.4)
+    plot.patterns(influence, ax=figure.subplots())
+    figure.savefig(folder / "patterns.png", dpi=150)
+
+    figure = _figure(4.8, 4.6)
+    plot.scatter(removal.predicted, removal.actual, ax=figure.subplots())
+    figure.savefig(folder / "removals.png", dpi=150)
 
 
-def _curve(influence: Influence, sample: int, figure: Figure) -> None:
-    """The curve of a sample, and the digit itself beside it."""
+def _figure(width: float, height: float) -> Figure:
+    # Without pyplot: no window, and no global state of matplotlib is changed.
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_curve(influence: Influence, sample: int, figure: Figure) -> None:
+    """Draw the curve of a sample, and the digit itself next to it."""
     over_time, digit = figure.subplots(1, 2, width_ratios=(5, 1))
     plot.curve(influence, sample=sample, ax=over_time)
     pixels, label = digits().training[sample]
     digit.imshow(pixels.view(8, 8).numpy(), cmap="gray_r")
     digit.set(xticks=[], yticks=[], xlabel=f"labelled {label}\nis a {digits().truth[sample]}")
-
-
-def _save(path: Path, size: tuple[float, float], onto: Callable[[Figure], object]) -> None:
-    """Draw onto a figure of its own: no window, no global state of matplotlib."""
-    figure = Figure(figsize=size, layout="constrained")
-    onto(figure)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)

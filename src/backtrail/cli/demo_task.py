@@ -1,8 +1,7 @@
-"""The training of `backtrail demo`: handwritten digits, a tenth of the labels wrong on purpose.
+"""The training of `backtrail demo`: handwritten digits, a tenth of them mislabelled on purpose.
 
-`backtrail demo` runs this file and leaves a copy of it beside what it writes, as task.py, so that
-other commands find the `task` and the `queries` there. Change the copy, and it is a first
-experiment of your own.
+`backtrail demo` runs this file and copies it next to its results as task.py, where other commands
+find the `task` and the `queries`. Edit the copy for experiments of your own.
 """
 
 from dataclasses import dataclass
@@ -18,30 +17,30 @@ from torch.utils.data import DataLoader, TensorDataset
 import backtrail
 from backtrail.extras import need
 from backtrail.queries import Query
-from backtrail.record.recorder import Watched
+from backtrail.record.recorder import WatchedLoader
 
-TRAINING, VALIDATION, WRONG = (
-    1000,
-    400,
-    100,
-)  # digits to learn, to ask about, and learned with a wrong label
-EPOCHS, BATCH, RATE = 10, 50, 2e-3
+TRAINING = 1000  # digits to train on
+VALIDATION = 400  # digits whose mean loss is the query
+WRONG = 100  # training digits that get a wrong label
+EPOCHS = 10
+BATCH = 50
+RATE = 2e-3
 SEED = 1
 
-Batches = Watched | DataLoader[tuple[Tensor, ...]]
+Batches = WatchedLoader | DataLoader[tuple[Tensor, ...]]
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """Real handwriting, 8 x 8 grey pixels, cut in three.
+    """Real handwritten digits, 8 x 8 grey pixels, in three parts.
 
     Attributes:
-        training: what the model learns, wrong labels among it.
-        validation: what the query asks about; no wrong labels.
-        test: what neither training nor query has seen.
-        truth: the right labels of the training digits, `[sample]`.
-        wrong: whether a training digit got a wrong label, `[sample]`.
+        training: What the model is trained on; some labels are wrong.
+        validation: What the query is about; no wrong labels.
+        test: What neither the training nor the query has seen.
+        truth: The right labels of the training digits, `[sample]`.
+        wrong: Whether a training digit has a wrong label, `[sample]`.
     """
 
     training: TensorDataset
@@ -53,35 +52,42 @@ class Digits:
 
 @cache
 def digits() -> Digits:
-    """Shuffle the digits, cut them, and make some labels wrong; the same ones every time."""
-    pixels, labels = need("sklearn.datasets", "demo").load_digits(return_X_y=True)
-    draw = torch.Generator().manual_seed(SEED)
-    order = torch.randperm(len(labels), generator=draw)
-    inputs, truth = (
-        torch.tensor(pixels, dtype=torch.float32)[order] / 16,
-        torch.tensor(labels)[order],
-    )
+    """Shuffle the digits, split them, and make some labels wrong; the same ones every time."""
+    pixels, classes = need("sklearn.datasets", "demo").load_digits(return_X_y=True)
+    generator = torch.Generator().manual_seed(SEED)
+    order = torch.randperm(len(classes), generator=generator)
+    inputs = torch.tensor(pixels, dtype=torch.float32)[order] / 16
+    truth = torch.tensor(classes)[order]
+
     wrong = torch.zeros(TRAINING, dtype=torch.bool)
-    wrong[torch.randperm(TRAINING, generator=draw)[:WRONG]] = True
-    given = truth.clone()
-    given[:TRAINING] += wrong * torch.randint(1, 10, (TRAINING,), generator=draw)
-    given %= 10
-    learned, asked, kept = (
-        slice(TRAINING),
-        slice(TRAINING, TRAINING + VALIDATION),
-        slice(TRAINING + VALIDATION, None),
+    wrong[torch.randperm(TRAINING, generator=generator)[:WRONG]] = True
+    # A shift by 1 to 9 (modulo 10) gives any class but the right one.
+    shift = torch.randint(1, 10, (TRAINING,), generator=generator)
+    labels = truth.clone()
+    labels[:TRAINING] += wrong * shift
+    labels %= 10
+
+    test_start = TRAINING + VALIDATION
+    return Digits(
+        training=TensorDataset(inputs[:TRAINING], labels[:TRAINING]),
+        validation=TensorDataset(inputs[TRAINING:test_start], labels[TRAINING:test_start]),
+        test=TensorDataset(inputs[test_start:], labels[test_start:]),
+        truth=truth[:TRAINING],
+        wrong=wrong,
     )
-    training, validation, test = (
-        TensorDataset(inputs[cut], given[cut]) for cut in (learned, asked, kept)
-    )
-    return Digits(training, validation, test, truth[learned], wrong)
 
 
 def task() -> backtrail.Task:
-    """A small network with fresh weights, the same ones every time, on the training digits."""
+    """A small network with new weights, the same ones every time, on the training digits."""
     torch.manual_seed(SEED)
-    layers = (nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 10))
-    return backtrail.classification(nn.Sequential(*layers), digits().training)
+    model = nn.Sequential(
+        nn.Linear(64, 128),
+        nn.GELU(),
+        nn.Linear(128, 128),
+        nn.GELU(),
+        nn.Linear(128, 10),
+    )
+    return backtrail.classification(model, digits().training)
 
 
 def queries() -> Query:
@@ -90,26 +96,28 @@ def queries() -> Query:
 
 
 def fit(learner: backtrail.Task, folder: Path | None = None) -> float:
-    """Train the model of a task, recording it where a folder is given; the seconds that it took."""
-    # Adam's first update is g / (|g| + eps): below about 1e-6 a float32 gradient's size and sign
-    # are mostly rounding.
+    """Train the model of a task, and record the training if a folder is given.
+
+    Returns:
+        The time it took, in seconds.
+    """
+    # Adam's first update is g / (|g| + eps). Where |g| is below about 1e-6, size and sign of a
+    # float32 gradient are mostly rounding.
     optimizer = torch.optim.AdamW(learner.model.parameters(), lr=RATE, eps=1e-6)
-    loader = DataLoader(
-        learner.data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(SEED)
-    )
+    generator = torch.Generator().manual_seed(SEED)
+    loader = DataLoader(learner.data, BATCH, shuffle=True, generator=generator)
     start = perf_counter()
     if folder is None:
-        _learn(learner.model, loader, optimizer)
+        _train(learner.model, loader, optimizer)
     else:
-        # The loop is the same with and without a recorder, but for what it loops over.
-        with backtrail.Recorder(
-            folder, learner, optimizer, checkpoints=backtrail.Epochs()
-        ) as recorder:
-            _learn(learner.model, recorder.watch(loader), optimizer)
+        # With a recorder, the loop differs only in what it loops over.
+        every_epoch = backtrail.Epochs()
+        with backtrail.Recorder(folder, learner, optimizer, checkpoints=every_epoch) as recorder:
+            _train(learner.model, recorder.watch(loader), optimizer)
     return perf_counter() - start
 
 
-def _learn(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
+def _train(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
     """An ordinary training loop; the learning rate falls to a tenth."""
     steps = EPOCHS * len(batches)
     schedule = torch.optim.lr_scheduler.LinearLR(

@@ -1,4 +1,4 @@
-"""`backtrail evaluate`: influences side by side."""
+"""`backtrail evaluate`: several influences of one run, compared with retraining."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,32 +19,27 @@ def evaluate(
     bank: Path | None = None,
     form: Form = "table",
 ) -> None:
-    """Judge influences of one run side by side: training again without 32 samples, and 32 groups.
+    """Compare influences of one run with retraining: without 32 samples, and without 32 groups.
 
     Example: backtrail evaluate runs/digits my-dit my-dve --task my_file.py:task --queries
     my_file.py:queries
 
     Args:
         run: Folder of a recorded training.
-        influence: Folders written by `backtrail attribute` from this run, all of the same queries.
-        task: The backtrail.Task of the training: a Python file and a name in it (the task, or a
-            function that makes it).
-        queries: The queries of the influences: a Python file and a name in it.
-        bank: Folder in which the re-runs are kept, and found again by the next call.
-        form: How to print.
+        influence: Folders written by `backtrail attribute` from this run, all for the same queries.
+        task: The backtrail.Task of the training: a Python file and the name of the task in it, or
+            of a function that returns it.
+        queries: The queries of the influences: a Python file and the name of the query in it.
+        bank: Folder that stores the re-runs, for later calls to use again.
+        form: Output format.
     """
-    from backtrail.apply.evaluation import evaluate as judge
+    from backtrail.apply.evaluation import evaluate as evaluate_influences
     from backtrail.influence.influence import open_influence
     from backtrail.run.run import open_run
 
-    recorded, found = (
-        open_run(run, task_at(task)),
-        {str(path): open_influence(path) for path in influence},
-    )
-    table = judge(recorded, found, queries_at(queries), bank=bank)
-    show.table(
-        table,
-        form,
-        caption="Predicted against actual changes, with 95 % bootstrap intervals over removals.",
-    )
+    recorded = open_run(run, task_at(task))
+    opened = {str(path): open_influence(path) for path in influence}
+    table = evaluate_influences(recorded, opened, queries_at(queries), bank=bank)
+    caption = "Predicted and actual changes, with 95 % bootstrap intervals over removals."
+    show.table(table, form, caption=caption)
     show.next_command("trust", run, influence[0], "--task", task, "--queries", queries, form=form)

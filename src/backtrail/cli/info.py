@@ -1,5 +1,6 @@
-"""`backtrail info`: what a run folder holds."""
+"""`backtrail info`: what a run contains."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def info(run: RunFolder, *, form: Form = "table") -> None:
-    """Tell what a run holds: steps, epochs, optimizer, learning rate, batches, kept states, size on disk.
+    """Show what a run contains: steps, optimizer, learning rate, batches, states, size on disk.
 
     Example: backtrail info runs/digits
 
-    Needs no task: it reads the manifest and the step log alone.
+    Needs no task: only the manifest and the step log are read.
 
     Args:
         run: Folder of a recorded training.
-        form: How to print.
+        form: Output format.
 
     Raises:
-        EmptyRun: no step was completed.
+        EmptyRun: No step was completed.
     """
     from backtrail.errors import EmptyRun
     from backtrail.run.manifest import read_manifest
@@ -35,22 +36,23 @@ def info(run: RunFolder, *, form: Form = "table") -> None:
     steps = list(store.log())
     if not steps:
         raise EmptyRun(run)
-    kept = [state for state in store.states() if state <= len(steps)]
-    captured = (
-        {"mebibytes_of_captured_rows": mebibytes(run / "rows")} if (run / "rows").is_dir() else {}
-    )
-    on_disk = {"states_kept": len(kept), "mebibytes_on_disk": mebibytes(run)} | captured
-    show.record(about(manifest) | over(steps) | on_disk, form)
+    fields = run_fields(manifest) | step_fields(steps)
+    fields["states_kept"] = len([state for state in store.states() if state <= len(steps)])
+    fields["mebibytes_on_disk"] = mebibytes(run)
+    captured = run / "rows"
+    if captured.is_dir():
+        fields["mebibytes_of_captured_rows"] = mebibytes(captured)
+    show.record(fields, form)
     show.next_command("verify", run, "--task", "FILE.py:task", form=form)
 
 
-def about(manifest: "Manifest") -> dict[str, object]:
-    """What holds for the run as a whole."""
+def run_fields(manifest: "Manifest") -> dict[str, object]:
+    """Fields that describe the run as a whole."""
     return {
         "run": manifest.id,
         "finished": manifest.finished,
         "optimizer": manifest.optimizer,
-        "parameters": sum(_entries(layout.shape) for layout in manifest.params.values()),
+        "parameters": sum(math.prod(layout.shape) for layout in manifest.params.values()),
         "training_samples": "with ids" if manifest.samples is None else manifest.samples,
         "checkpoints": manifest.policy,
         "device": manifest.device,
@@ -58,27 +60,24 @@ def about(manifest: "Manifest") -> dict[str, object]:
     }
 
 
-def _entries(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
-
-
-def over(steps: Sequence["Step"]) -> dict[str, object]:
-    """What changes from step to step, as its range."""
-    rates = [
-        rate
-        for step in steps
-        for group in step.settings
-        if isinstance(rate := group.get("lr"), int | float)
-    ]
+def step_fields(steps: Sequence["Step"]) -> dict[str, object]:
+    """Fields that describe the steps; what changes from step to step is a range."""
+    epochs: set[int] = set()
+    rates: list[float | int] = []
+    batches_per_step: list[int] = []
+    for step in steps:
+        epochs.update(batch.epoch for batch in step.fed)
+        batches_per_step.append(sum(batch.contributes for batch in step.fed))
+        for group in step.settings:
+            rate = group.get("lr")
+            if isinstance(rate, int | float):
+                rates.append(rate)
     return {
         "steps": len(steps),
-        "epochs": len({fed.epoch for step in steps for fed in step.fed}),
+        "epochs": len(epochs),
         "learning_rate": _range(rates),
-        "samples_a_step": _range([len(step.samples) for step in steps]),
-        "batches_a_step": _range([sum(fed.contributes for fed in step.fed) for step in steps]),
+        "samples_per_step": _range([len(step.samples) for step in steps]),
+        "batches_per_step": _range(batches_per_step),
         "gradient_norm": _range([step.norm for step in steps]),
     }
 
@@ -88,5 +87,5 @@ def _range(values: Sequence[float | int]) -> tuple[float | int, float | int] | N
 
 
 def mebibytes(folder: Path) -> float:
-    """Size of all files below a folder, in MiB."""
+    """Size of all files in a folder and its subfolders, in MiB."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20

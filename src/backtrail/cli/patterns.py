@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def patterns(influence: InfluenceFolder, *, query: int | str = 0, form: Form = "table") -> None:
-    """Count the samples that matter early, late, all along (stable), or now one way and now the other (fluctuating).
+    """Count the samples whose influence is early, late, stable or fluctuating over the training.
 
     Example: backtrail patterns runs/digits/dit --form csv
 
@@ -18,30 +18,35 @@ def patterns(influence: InfluenceFolder, *, query: int | str = 0, form: Form = "
 
     Args:
         influence: Folder written by `backtrail attribute`.
-        query: Which query, by number or name.
-        form: How to print.
+        query: Index or name of the query.
+        form: Output format.
     """
-    from backtrail.influence.analysis import patterns as rule
+    from backtrail.influence.analysis.patterns import patterns as find_patterns
     from backtrail.influence.influence import open_influence
 
-    found = open_influence(influence)
-    show.table(counts(rule.patterns(found, query=query)), form)
-    files = ("--task", "FILE.py:task", "--queries", "FILE.py:queries")
-    show.next_command("trust", "RUN", influence, *files, form=form)
+    table = find_patterns(open_influence(influence), query=query)
+    show.table(counts(table), form)
+    references = ("--task", "FILE.py:task", "--queries", "FILE.py:queries")
+    show.next_command("trust", "RUN", influence, *references, form=form)
 
 
 def counts(table: "pl.DataFrame") -> "pl.DataFrame":
-    """Number and share of the samples of each pattern, and the sample with the largest total influence in it."""
+    """One row per pattern: pattern, samples, share, largest.
+
+    `largest` is the sample with the largest absolute total influence among those of the pattern.
+
+    Args:
+        table: A table of `backtrail.patterns`.
+    """
     import polars as pl
 
     from backtrail.influence.analysis.patterns import PATTERNS
 
     largest = pl.col("sample").sort_by(pl.col("total").abs()).last().alias("largest")
-    found = table.group_by("pattern").agg(pl.len().alias("samples"), largest)
-    every = pl.DataFrame({"pattern": PATTERNS}).join(
-        found, on="pattern", how="left", maintain_order="left"
-    )
+    per_pattern = table.group_by("pattern").agg(pl.len().alias("samples"), largest)
+    # A pattern that no sample has gets a row, too.
+    every_pattern = pl.DataFrame({"pattern": PATTERNS})
+    joined = every_pattern.join(per_pattern, on="pattern", how="left", maintain_order="left")
     samples = pl.col("samples").fill_null(0)
-    return every.select(
-        "pattern", samples, (samples / max(len(table), 1)).alias("share"), "largest"
-    )
+    share = (samples / max(len(table), 1)).alias("share")
+    return joined.select("pattern", samples, share, "largest")

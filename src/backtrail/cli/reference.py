@@ -1,4 +1,7 @@
-"""Objects named on the command line as `my_file.py:name`: the file is run, and the name looked up in it."""
+"""Objects that are named on the command line as `my_file.py:name`.
+
+The file is run as a module, and the name is looked up in it.
+"""
 
 import sys
 from collections.abc import Callable
@@ -27,7 +30,7 @@ def task_at(reference: str) -> "Task":
 
 
 def queries_at(reference: str) -> "Query":
-    """The queries that a reference names."""
+    """The query that a reference names."""
     from backtrail.queries import Query
 
     return _find(reference, Query)  # type: ignore[type-abstract]
@@ -40,77 +43,107 @@ def rows_at(reference: str) -> "Rows":
     return _find(reference, Rows, called="data set")  # type: ignore[type-abstract]
 
 
-def beside(reference: str, name: str) -> str:
-    """Another name in the same file.
+def in_same_file(reference: str, name: str) -> str:
+    """A reference to another name in the same file.
 
-    >>> beside("my_file.py:task", "queries")
+    >>> in_same_file("my_file.py:task", "queries")
     'my_file.py:queries'
     """
-    return f"{reference.rpartition(':')[0]}:{name}"
+    path, _, _ = reference.rpartition(":")
+    return f"{path}:{name}"
 
 
 def _find(reference: str, kind: type[Kind], *, called: str | None = None) -> Kind:
-    place, _, name = reference.rpartition(":")
-    if not place or not name:
+    """Load the file of a reference and return the named object, or what the named function returns.
+
+    Args:
+        reference: File and name, as FILE.py:NAME.
+        kind: What the object must be an instance of.
+        called: Name of that kind in error messages; by default its class name.
+
+    Raises:
+        BadReference: It is not FILE.py:NAME, or there is no such file.
+        NotInFile: The file has no such name, or another kind of object under it.
+    """
+    file, _, name = reference.rpartition(":")
+    if not file or not name:
         raise BadReference(reference)
-    path = Path(place)
+    path = Path(file)
     if not path.is_file():
         raise BadReference(reference, path)
     module = _load(path.resolve())
-    found = getattr(module, name, None)
-    # A function that makes the object is as good as the object.
-    if callable(found) and not _is(found, kind):
-        found = _running(path, found)
-    if not _is(found, kind):
-        wanted = called or kind.__name__
-        raise NotInFile(reference, wanted, found=type(found).__name__, there=_there(module, kind))
-    return found
+    value = getattr(module, name, None)
+    if callable(value) and not _is_instance(value, kind):
+        value = _call_user_code(path, value)
+    if not _is_instance(value, kind):
+        raise NotInFile(
+            reference,
+            called or kind.__name__,
+            found=type(value).__name__,
+            there=_names_of_kind(module, kind),
+        )
+    return value
 
 
-@cache  # the task and the queries of one file are made from one run of it
+# Cached, so that the task and the queries of one file come from one run of it.
+@cache
 def _load(path: Path) -> ModuleType:
     name = f"backtrail_file_{path.stem}"
     spec = spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look their module up by name
+    # Dataclasses and pickles look their module up by name.
+    sys.modules[name] = module
+    # The file may import its neighbours, as a script does.
     sys.path.insert(0, str(path.parent))
-    _running(path, spec.loader.exec_module, module)
+    _call_user_code(path, spec.loader.exec_module, module)
     return module
 
 
-def _running(path: Path, function: Callable[..., object], *arguments: object) -> object:
-    """Call something of the user's file; what goes wrong in it is told with its line.
+def _call_user_code(path: Path, function: Callable[..., object], *arguments: object) -> object:
+    """Call a function of the user's file, and report its errors with the line in that file.
 
     Raises:
-        BacktrailError: as it is.
-        BrokenFile: for anything else.
+        BacktrailError: As the function raised it.
+        BrokenFile: In place of any other error.
     """
     try:
         return function(*arguments)
     except BacktrailError:
         raise
     except Exception as error:
-        lines = [
-            frame.lineno
-            for frame in extract_tb(error.__traceback__)
-            if Path(frame.filename).name == path.name
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        raise BrokenFile(path, line, error) from error
+        raise BrokenFile(path, _failing_line(path, error), error) from error
 
 
-def _there(module: ModuleType, kind: type) -> list[str]:
-    """Names of a file that hold what is wanted, or a function that says that it makes it."""
-    own = {name: value for name, value in vars(module).items() if not name.startswith("__")}
-    return [name for name, value in own.items() if _is(value, kind) or _makes(value, kind)]
+def _failing_line(path: Path, error: Exception) -> int | None:
+    """The innermost line of the user's file that an error came from; None if it has none."""
+    # A syntax error is raised before the file runs, so it is in no frame.
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    line: int | None = None
+    for frame in extract_tb(error.__traceback__):
+        if Path(frame.filename).name == path.name:
+            line = frame.lineno
+    return line
 
 
-def _is(value: object, kind: type[Kind]) -> TypeGuard[Kind]:
-    """A class or a string has the methods of a data set without being one."""
+def _names_of_kind(module: ModuleType, kind: type) -> list[str]:
+    """Names in a file that hold such an object, or a function annotated to return one."""
+    names: list[str] = []
+    for name, value in vars(module).items():
+        if name.startswith("__"):
+            continue
+        if _is_instance(value, kind) or _returns(value, kind):
+            names.append(name)
+    return names
+
+
+def _is_instance(value: object, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether a value is of a kind; classes and strings are not data sets, though they look it."""
+    # `Rows` is a protocol of __len__ and __getitem__, which strings and generic classes have.
     return isinstance(value, kind) and not isinstance(value, type | str)
 
 
-def _makes(value: object, kind: type) -> bool:
+def _returns(value: object, kind: type) -> bool:
     return isfunction(value) and kind.__name__ in str(value.__annotations__.get("return"))

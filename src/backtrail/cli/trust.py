@@ -1,4 +1,4 @@
-"""`backtrail trust`: whether to believe an influence."""
+"""`backtrail trust`: checks of an influence against its own run."""
 
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ def trust(
     removals: int = 32,
     seed: int = 0,
 ) -> int:
-    """Check an influence against its own run: replay, derivative, and training again without some samples.
+    """Check an influence: replay the run, test the derivative, and retrain without some samples.
 
     Example: backtrail trust runs/digits runs/digits/dit --task my_file.py:task --queries
     my_file.py:queries
@@ -29,24 +29,29 @@ def trust(
     Args:
         run: Folder of a recorded training.
         influence: Folder written by `backtrail attribute` from this run.
-        task: The backtrail.Task of the training: a Python file and a name in it (the task, or a
-            function that makes it).
-        queries: The queries of the influence: a Python file and a name in it.
-        removals: How many samples are left out, one at a time.
-        seed: Of their draw.
+        task: The backtrail.Task of the training: a Python file and the name of the task in it, or
+            of a function that returns it.
+        queries: The queries of the influence: a Python file and the name of the query in it.
+        removals: Number of samples to leave out, one at a time.
+        seed: Seed of the random choice of these samples.
     """
     from backtrail.apply.trust import trust as check
     from backtrail.influence.influence import open_influence
     from backtrail.run.run import open_run
 
-    recorded, found = open_run(run, task_at(task)), open_influence(influence)
-    statement = check(recorded, found, queries=queries_at(queries), removals=removals, seed=seed)
+    recorded = open_run(run, task_at(task))
+    opened = open_influence(influence)
+    statement = check(recorded, opened, queries=queries_at(queries), removals=removals, seed=seed)
     show.say(statement)
     show.next_command("top", influence)
     return 0 if all_passed(statement) else 1
 
 
 def all_passed(statement: "Trust") -> bool:
-    """Whether no check failed."""
-    derivative = statement.derivative is None or statement.derivative.passed
-    return not isinstance(statement.replay, str) and derivative and statement.removal.passed
+    """Whether no check failed; a check that could not be made counts as passed."""
+    # A replay that failed is described by a string.
+    if isinstance(statement.replay, str):
+        return False
+    if statement.derivative is not None and not statement.derivative.passed:
+        return False
+    return statement.removal.passed

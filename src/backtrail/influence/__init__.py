@@ -1,5 +1,5 @@
-"""The result of every method: which sample, at which step, moved which query, seen from which state.
+"""Influence, the result of every method: an array [query, observed_at, step, slot].
 
-An `Influence` is read from a folder (`open_influence`) or held in memory; methods write it, shard
-by shard, with an `InfluenceWriter`.
+Methods write an `Influence` shard by shard with an `InfluenceWriter`. It is opened from a folder
+with `open_influence`, or held in memory.
 """

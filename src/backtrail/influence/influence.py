@@ -1,6 +1,6 @@
-"""The result of every method, read-only: an array on disk or in memory, and the questions it answers.
+"""`Influence`, the read-only result of every method, on disk or in memory.
 
-Nothing here holds the whole array: sums and tables walk over it shard by shard.
+Nothing here holds the whole array: sums and tables are computed shard by shard.
 """
 
 import os
@@ -17,43 +17,51 @@ from backtrail import errors
 from backtrail.extras import need
 from backtrail.influence import layout, tables
 from backtrail.influence.layout import Description
-from backtrail.influence.reader import Stored
+from backtrail.influence.reader import InfluenceReader
 from backtrail.influence.tables import Order
 
 if TYPE_CHECKING:
     import xarray
 
-State = int | Literal["end"]
+ObservedState = int | Literal["end"]  # a state number, or the last observed state
 
 
 @runtime_checkable
 class RecordedRun(Protocol):
-    """What an influence must know of a run to tell whether it is about that run."""
+    """What `Influence.check_run` needs of a recorded run; `backtrail.Run` has it."""
 
     @property
     def id(self) -> str:
-        """Identifier that was drawn when the recording began."""
+        """Random identifier of the run."""
         ...
 
     @property
     def path(self) -> Path:
-        """Folder of the recording."""
+        """Folder of the run."""
         ...
 
 
 def open_influence(path: str | os.PathLike[str]) -> "Influence":
     """Open the folder of a finished attribution.
 
+    The files are opened, not read: each question to the influence reads the shards that it needs.
+
+    Args:
+        path: The folder that `attribute(out=...)` wrote.
+
     Raises:
-        UnfinishedInfluence: If it was interrupted.
+        NotAnInfluence: The folder holds no influence, or one of another format.
+        UnfinishedInfluence: The attribution was interrupted.
+        DamagedInfluence: A file is missing or has another size than when it was written.
     """
     folder = Path(path)
     group, description = layout.load(folder)
-    done, shards = len(layout.done_shards(folder)), len(description.shards)
+    done = len(layout.done_shards(folder))
+    shards = len(description.shards)
     if done < shards:
         raise errors.UnfinishedInfluence(folder, done, shards)
     layout.check_files(folder)
-    return Influence(Stored(group, description))
+    return Influence(InfluenceReader(group, description))
 
 
 @final
@@ -64,8 +72,9 @@ class Influence:
     .. math:: I[q, \tau, t, b] = -\partial q(\theta_\tau) / \partial w_{t,b}
 
     for a query q that reads the state τ (`observed_at`) and the weight w of the sample in slot b of
-    step t; zero at the steps t >= τ. For a loss: positive = helpful, negative = harmful. Wherever a
-    query is asked for, its index or its name will do.
+    step t; zero at the steps t >= τ. Unit: that of the query (nats for a cross-entropy loss). Sign:
+    for a loss, positive = helpful, negative = harmful. Methods that take a `query` accept its
+    index or its name.
 
     >>> from backtrail.influence.writer import example
     >>> example()
@@ -74,32 +83,33 @@ class Influence:
       for a loss, positive = helpful, negative = harmful
 
     Attributes:
-        asked: The query object that it answers, where that is at hand.
+        query_object: The query object that was attributed, such as a `backtrail.Loss`; None in an
+            influence that was opened from a folder.
     """
 
-    _stored: Stored
-    asked: object | None = None
+    _reader: InfluenceReader
+    query_object: object | None = None
 
     def check_run(self, run: RecordedRun) -> None:
-        """Refuse to be used with another run than the one that this influence is about.
+        """Check that this influence was computed from a run.
 
         Args:
             run: A recorded run.
 
         Raises:
-            OtherRun: The influence is of another run.
+            OtherRun: The influence was computed from another run.
         """
         if self.run != run.id:
             raise errors.OtherRun(self.path, self.run, run=run.path, given=run.id)
 
     @property
     def description(self) -> Description:
-        """Everything about it but the numbers."""
-        return self._stored.description
+        """Everything about the influence except its arrays."""
+        return self._reader.description
 
     def with_queries(self, query: object) -> "Influence":
-        """Give the same influence, knowing the query object that it answers."""
-        return replace(self, asked=query)
+        """Return the same influence with its query object, so that checks can evaluate it again."""
+        return replace(self, query_object=query)
 
     @property
     def queries(self) -> tuple[str, ...]:
@@ -113,28 +123,28 @@ class Influence:
 
     @property
     def steps(self) -> int:
-        """How many steps the run has."""
+        """Number of steps of the run."""
         return self.description.steps
 
     @property
     def slots(self) -> int:
-        """How many places its largest batch has."""
+        """Number of slots of the largest batch."""
         return self.description.slots
 
     @property
     def samples(self) -> int:
-        """How many rows the training set has, or how many ids were seen."""
+        """Number of rows of the training set, or of distinct ids where batches carry ids."""
         return self.description.samples
 
     @property
     def ids(self) -> Int64[np.ndarray, " sample"]:
-        """The samples on the axis `sample` of totals, in order: row numbers, or ids where samples have their own."""
-        return self._stored.ids()
+        """The samples on the axis `sample` of totals, ascending: row numbers, or ids."""
+        return self._reader.ids()
 
     @property
     def sign(self) -> str:
         """What a positive number means, as a sentence."""
-        return str(self._stored.group.attrs["sign"])
+        return str(self._reader.group.attrs["sign"])
 
     @property
     def unit(self) -> str:
@@ -143,7 +153,7 @@ class Influence:
 
     @property
     def method(self) -> str:
-        """What computed it."""
+        """Name of the method that computed it."""
         return self.description.method
 
     @property
@@ -153,50 +163,51 @@ class Influence:
 
     @property
     def run(self) -> str:
-        """Identity of the recorded run."""
+        """Identifier of the recorded run."""
         return self.description.run
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """What else the numbers depend on."""
+        """The settings of the method that the numbers depend on."""
         return self.description.settings
 
     @property
     def path(self) -> Path | None:
-        """The folder it lies in; None in memory."""
-        return layout.folder(self._stored.group)
+        """Folder of the influence; None in memory."""
+        return layout.folder(self._reader.group)
 
     @property
     def sample(self) -> Int64[np.ndarray, "step slot"]:
         """Row of the training set (or id) in every slot; -1 pads a short batch."""
-        return layout.read(self._stored.group, "sample", slice(None))
+        return layout.read(self._reader.group, "sample", slice(None))
 
     @property
     def loss(self) -> Float64[np.ndarray, "step slot"]:
-        """Training loss of every slot as the method saw it, NaN where unknown."""
-        return layout.read(self._stored.group, "loss", slice(None))
+        """Training loss of every slot as the method computed it, NaN where unknown."""
+        return layout.read(self._reader.group, "loss", slice(None))
 
     @property
     def growth(self) -> Float64[np.ndarray, "query observed_at"]:
-        """How much the query's derivative by the state grew on the way back to the start, at its largest.
+        """How much the derivative of a query by the state grows on the way back to step 0.
 
-        Rounding, and whatever else a sweep gets slightly wrong, grows with it. NaN where the method
-        keeps no norms.
+        The largest norm of the derivative, divided by its norm at the observed state. Rounding, and
+        every other error of a backward sweep, grows by up to the same factor. NaN where the method
+        stores no norms.
         """
-        return self._stored.growth()
+        return self._reader.growth()
 
     def values(
         self, start: int = 0, stop: int | None = None
     ) -> Float[np.ndarray, "query observed_at step slot"]:
-        """Read the array itself, for the steps [start, stop)."""
-        return layout.read(
-            self._stored.group,
-            "influence",
-            slice(None),
-            slice(None),
-            slice(start, stop),
-            slice(None),
-        )
+        """Read the array itself.
+
+        Args:
+            start: First step.
+            stop: The step after the last; None reads to the end.
+        """
+        every = slice(None)
+        steps = slice(start, stop)
+        return layout.read(self._reader.group, "influence", every, every, steps, every)
 
     def total(
         self, *, query: int | str | None = None, out: str | os.PathLike[str] | None = None
@@ -205,47 +216,55 @@ class Influence:
 
         .. math:: A_{q,\tau,j} = \sum_{t < \tau} \sum_{b:\, S_t[b]=j} I_{q,\tau,t,b}
 
-        A sample never visited has exactly zero.
+        A sample that was never visited has exactly zero.
 
         >>> from backtrail.influence.writer import example
         >>> example().total()[0].tolist()
         [[-2.0, -2.0, 4.0, 0.0], [3.0, 2.0, -1.0, 0.0]]
 
         Args:
-            query: Sum for this one only, which leaves an axis of length one.
-            out: A .npy file to sum into, where the result is too large for memory; it is then
-                mapped, not loaded.
+            query: Sum for this query alone; the axis then has length one. None sums for all.
+            out: A .npy file to sum into, where the result is too large for memory. The result is
+                then a read-only memory map.
+
+        Raises:
+            UnknownQuery: There is no such query.
         """
-        queries = slice(None) if query is None else self._one(query)
-        shape = len(self.queries[queries]), len(self.observed_at), self.samples
+        queries = slice(None) if query is None else self._query_slice(query)
+        shape = (len(self.queries[queries]), len(self.observed_at), self.samples)
         if out is not None:
-            return self._stored.add_up_in_file(Path(out), queries, shape)
-        into = np.zeros(shape)
-        self._stored.add_up(into, queries=queries)
-        return into
+            return self._reader.add_up_in_file(Path(out), queries, shape)
+        totals = np.zeros(shape)
+        self._reader.add_up(totals, queries=queries)
+        return totals
 
     def window(self, a: int, b: int) -> Float64[np.ndarray, "query sample"]:
-        r"""Influence on the change of each query between two states, of never having seen a sample.
+        r"""Influence of each sample on the change of each query between two states.
 
         .. math:: A_{q,b,j} - A_{q,a,j}
 
-        Each term is seen from its own state. Not to be confused with `visits(a, b)`, which asks for
-        a removal during these steps only, seen from one state.
+        The sample is removed from the whole training, and each term is read at its own state. Not
+        to be confused with `visits(a, b)`, the influence of a removal during these steps only, read
+        at one state.
 
         >>> from backtrail.influence.writer import example
         >>> example().window(2, 4)[0].tolist()
         [5.0, 4.0, -5.0, 0.0]
 
         Args:
-            a: State at which the window begins; 0 or observed.
-            b: State at which it ends; 0 or observed.
+            a: State at which the window begins; 0 or an observed state.
+            b: State at which it ends; 0 or an observed state.
+
+        Raises:
+            ImpossibleWindow: It is not 0 <= a <= b <= steps.
+            NotObserved: No query reads one of these states.
         """
         return self._window(slice(None), a, b)
 
     def visits(
-        self, a: int, b: int, *, observed_at: State = "end"
+        self, a: int, b: int, *, observed_at: ObservedState = "end"
     ) -> Float64[np.ndarray, "query sample"]:
-        r"""Influence of the visits in the steps [a, b) alone, seen from one state.
+        r"""Influence of the visits in the steps [a, b) alone, read at one state.
 
         .. math:: \sum_{a \le t < b} \sum_{b':\, S_t[b']=j} I_{q,\tau,t,b'}
 
@@ -257,35 +276,62 @@ class Influence:
             a: First step.
             b: The step after the last.
             observed_at: State τ that the query reads; "end" is the last observed one.
+
+        Raises:
+            ImpossibleWindow: It is not 0 <= a <= b <= steps.
+            NotObserved: No query reads that state.
         """
-        self._check_stretch(a, b)
-        return self._seen_from(self._state(observed_at), slice(None), between=(a, b))
+        self._check_step_range(a, b)
+        return self._total_at(self._state(observed_at), slice(None), between=(a, b))
 
     def curve(self, *, sample: int, query: int | str = 0) -> pl.DataFrame:
-        """Total influence of one sample by observed state: observed_at, influence; 0 at state 0.
+        """Table of one sample's total influence by observed state: observed_at, influence.
+
+        It begins with state 0, where the influence is 0.
 
         >>> from backtrail.influence.writer import example
         >>> example().curve(sample=0).rows()
         [(0, 0.0), (2, -2.0), (4, 3.0)]
+
+        Args:
+            sample: Row of the training set, or id.
+            query: Index or name of the query.
+
+        Raises:
+            UnknownSample: There is no such row.
+            UnknownId: There is no such id.
+            UnknownQuery: There is no such query.
         """
-        tables.places(self.ids, [sample])
-        into = np.zeros((1, len(self.observed_at), 1))
-        self._stored.add_up(into, queries=self._one(query), only=sample)
-        return tables.curve_table(self.observed_at, into[0, :, 0])
+        tables.places(self.ids, [sample])  # refuses unknown samples
+        totals = np.zeros((1, len(self.observed_at), 1))
+        self._reader.add_up(totals, queries=self._query_slice(query), only=sample)
+        return tables.curve_table(self.observed_at, totals[0, :, 0])
 
     def visits_curve(
-        self, *, sample: int, query: int | str = 0, observed_at: State = "end"
+        self, *, sample: int, query: int | str = 0, observed_at: ObservedState = "end"
     ) -> pl.DataFrame:
-        """Each visit of one sample before the observed state: step, slot, influence, loss.
+        """Table of each visit of one sample before the observed state: step, slot, influence, loss.
 
         >>> from backtrail.influence.writer import example
         >>> example().visits_curve(sample=0).rows()
         [(0, 0, 1.0, 1.0), (1, 1, -2.0, 2.0), (3, 0, 4.0, 4.0)]
+
+        Args:
+            sample: Row of the training set, or id.
+            query: Index or name of the query.
+            observed_at: State that the query reads; "end" is the last observed one.
+
+        Raises:
+            UnknownSample: There is no such row.
+            UnknownId: There is no such id.
+            UnknownQuery: There is no such query.
+            NotObserved: No query reads that state.
         """
-        tables.places(self.ids, [sample])
+        tables.places(self.ids, [sample])  # refuses unknown samples
         state = self._state(observed_at)
-        found = self._stored.visits(sample, query=self._one(query), state=state)
-        return pl.concat([tables.NO_VISITS, *found], how="vertical_relaxed")
+        visits = self._reader.visits(sample, query=self._query_slice(query), state=state)
+        # The empty table has the columns of a sample that was never visited.
+        return pl.concat([tables.NO_VISITS, *visits], how="vertical_relaxed")
 
     def top(
         self,
@@ -294,9 +340,9 @@ class Influence:
         query: int | str = 0,
         order: Order = "harmful",
         window: tuple[int, int] | None = None,
-        observed_at: State = "end",
+        observed_at: ObservedState = "end",
     ) -> pl.DataFrame:
-        """List the most influential samples: rank, sample, influence.
+        """Table of the most influential samples: rank, sample, influence.
 
         >>> from backtrail.influence.writer import example
         >>> example().top(2).rows()
@@ -305,34 +351,44 @@ class Influence:
         [(1, 0, 5.0)]
 
         Args:
-            k: How many.
-            query: Which query.
+            k: Number of samples.
+            query: Index or name of the query.
             order: "harmful" (most negative first), "helpful" (most positive first) or "absolute".
             window: Rank by `window(a, b)` instead of the total.
-            observed_at: State that the total is seen from; "end" is the last observed one.
+            observed_at: State at which the total is read; "end" is the last observed one.
 
         Raises:
-            TwoViewpoints: If both a window and a state are given.
+            TwoViewpoints: Both a window and a state are given.
+            UnknownQuery: There is no such query.
+            ImpossibleWindow: The window is not 0 <= a <= b <= steps.
+            NotObserved: No query reads one of the states.
         """
         if window is not None and observed_at != "end":
             raise errors.TwoViewpoints(window, observed_at)
+        # At state 0 all influence is zero, so a total is the window that begins there.
         a, b = (0, self._state(observed_at)) if window is None else window
-        return tables.top_table(self._window(self._one(query), a, b)[0], self.ids, k=k, order=order)
+        scores = self._window(self._query_slice(query), a, b)[0]
+        return tables.top_table(scores, self.ids, k=k, order=order)
 
     def to_xarray(self) -> "xarray.Dataset":
-        """Open it in xarray: variables influence, sample, loss, read when used; needs xarray.
+        """Open the influence in xarray: variables influence, sample and loss, read when used.
+
+        Needs `pip install 'backtrail[xarray]'`.
 
         >>> from backtrail.influence.writer import example
         >>> example().to_xarray()["influence"].sel(query="test loss", observed_at=4).sum().item()
         4.0
+
+        Raises:
+            MissingExtra: xarray is not installed.
         """
         dataset: xarray.Dataset = need("xarray", "xarray").open_dataset(
-            self._stored.group.store, engine="zarr", chunks=None
+            self._reader.group.store, engine="zarr", chunks=None
         )
         return dataset
 
     def to_polars(self) -> pl.DataFrame:
-        """List every number: query, observed_at, step, slot, sample, influence.
+        """Table with one row per number: query, observed_at, step, slot, sample, influence.
 
         Padding and the steps from the observed state on, which are zero, are left out.
 
@@ -340,55 +396,69 @@ class Influence:
         >>> example().to_polars().filter(query="test loss", observed_at=2)["influence"].to_list()
         [2.0, -2.0, 4.0, -4.0]
         """
-        return pl.concat(self._stored.long_tables())
+        return pl.concat(self._reader.long_tables())
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Write the table of `to_polars` to a Parquet file, never holding more than a shard of it."""
-        self._stored.write_long_table(Path(path))
+        """Write the table of `to_polars` to a Parquet file, one shard at a time.
+
+        Args:
+            path: The file; an existing one is replaced.
+        """
+        self._reader.write_long_table(Path(path))
 
     def __repr__(self) -> str:
-        """Tell method, sizes, unit and sign in three lines."""
-        states = f"{len(self.observed_at)} states ({errors.join_items(self.observed_at, most=6)})"
-        plain = self.settings.get("exact", True) and "chosen" not in self.settings
-        how = "" if plain else layout.told(self.settings)
+        """Three lines: method, unit and sizes; the meaning of a positive number; the sign."""
+        states = errors.join_items(self.observed_at, most=6)
+        # The settings distinguish results only where they are not the default, exact sweep.
+        is_default = self.settings.get("exact", True) and "chosen" not in self.settings
+        settings = "" if is_default else layout.describe_settings(self.settings)
+        meaning = self.sign.replace("; ", "\n  ")
         return (
-            f"Influence by {self.method}{how} ({self.unit}): {len(self.queries)} queries, {states}, "
-            f"{self.steps} steps x {self.slots} slots, {self.samples} samples\n= "
-            + self.sign.replace("; ", "\n  ")
+            f"Influence by {self.method}{settings} ({self.unit}): "
+            f"{len(self.queries)} queries, {len(self.observed_at)} states ({states}), "
+            f"{self.steps} steps x {self.slots} slots, {self.samples} samples\n"
+            f"= {meaning}"
         )
 
     def _window(self, queries: slice, a: int, b: int) -> Float64[np.ndarray, "query sample"]:
-        self._check_stretch(a, b)
+        self._check_step_range(a, b)
         for state in {a, b} - {0, *self.observed_at}:
             raise errors.NotObserved(state, self.observed_at)
-        gained: np.ndarray = self._seen_from(b, queries) - self._seen_from(a, queries)
-        return gained
+        difference: np.ndarray = self._total_at(b, queries) - self._total_at(a, queries)
+        return difference
 
-    def _seen_from(
+    def _total_at(
         self, state: int, queries: slice, between: tuple[int, int] | None = None
     ) -> Float64[np.ndarray, "query sample"]:
-        into = np.zeros((len(self.queries[queries]), 1, self.samples))
+        """Total influence at one state, of all steps or of the steps [start, stop) in `between`."""
+        totals = np.zeros((len(self.queries[queries]), 1, self.samples))
         # State 0 is before all influence, whether it was observed or not.
-        if state:
-            place = self.observed_at.index(state)
-            self._stored.add_up(
-                into, queries=queries, states=slice(place, place + 1), between=between
-            )
-        return into[:, 0]
+        if state == 0:
+            return totals[:, 0]
+        column = self.observed_at.index(state)
+        states = slice(column, column + 1)
+        self._reader.add_up(totals, queries=queries, states=states, between=between)
+        return totals[:, 0]
 
-    def _one(self, query: int | str) -> slice:
-        place = self.queries.index(query) if query in self.queries else query
-        if isinstance(place, str) or not 0 <= place < len(self.queries):
+    def _query_slice(self, query: int | str) -> slice:
+        """The position of one query, as a slice that keeps its axis.
+
+        Raises:
+            UnknownQuery: There is no such query.
+        """
+        # A name first; anything that is no name is taken for an index.
+        index = self.queries.index(query) if query in self.queries else query
+        if isinstance(index, str) or not 0 <= index < len(self.queries):
             raise errors.UnknownQuery(query, self.queries)
-        return slice(place, place + 1)
+        return slice(index, index + 1)
 
-    def _state(self, observed_at: State) -> int:
+    def _state(self, observed_at: ObservedState) -> int:
         if observed_at == "end":
             return self.observed_at[-1]
         if observed_at not in self.observed_at:
             raise errors.NotObserved(observed_at, self.observed_at)
         return observed_at
 
-    def _check_stretch(self, a: int, b: int) -> None:
+    def _check_step_range(self, a: int, b: int) -> None:
         if not 0 <= a <= b <= self.steps:
             raise errors.ImpossibleWindow(a, b, self.steps)

@@ -1,12 +1,13 @@
-"""How an influence lies on disk: one zarr 3 group, and a done-mark per shard beside it.
+"""How an influence is stored: one zarr 3 group, and a file that marks each finished shard.
 
-    influence  [query, observed_at, step, slot]   one zarr shard per `shard` steps
-    sample     [step, slot]                       row of the training set (or id), -1 pads a short batch
-    id         [id]                               all samples in order, where they have ids of their own
-    loss       [step, slot]                       training loss of each slot, NaN where unknown
-    cotangent  [query, observed_at, step]         norm of the query's derivative by the state before the step, if known
-    query, observed_at, step                      coordinates, so that xarray shows names
-    done/000000.json                              the files of a finished shard and their sizes
+    influence    [query, observed_at, step, slot]   one zarr shard per `shard` steps
+    sample       [step, slot]                       row of the training set (or id), -1 is padding
+    id           [id]                               all samples, where batches carry ids
+    loss         [step, slot]                       training loss of each slot, NaN where unknown
+    cotangent    [query, observed_at, step]         norm of the query's derivative by the state
+                                                    before the step, NaN where unknown
+    query, observed_at, step                        coordinates, so that xarray shows names
+    done/000000.json                                sizes of the files of a finished shard
 
 Every chunk carries a checksum. In memory it is the same group without the marks.
 """
@@ -29,8 +30,12 @@ from zarr.storage import LocalStore, MemoryStore
 
 from backtrail.errors import DamagedInfluence, IllFormedInfluence, NotAnInfluence, join_items
 
-FORMAT, VERSION = "backtrail influence", 1
-SIGN = "what the query gains when the sample is removed; for a loss, positive = helpful, negative = harmful"
+FORMAT = "backtrail influence"
+VERSION = 1
+SIGN = (
+    "what the query gains when the sample is removed; "
+    "for a loss, positive = helpful, negative = harmful"
+)
 AXES = ("query", "observed_at", "step", "slot")
 # Reading one query or one state should not unpack the others; a chunk costs about a millisecond.
 CHUNK_BYTES = 2**20
@@ -39,19 +44,19 @@ CHUNK_BYTES = 2**20
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """Everything about an influence but its numbers.
+    """Everything about an influence except its arrays.
 
     Attributes:
-        method: What computed it, for example "DIT".
-        unit: Unit of the query, for example "nats".
-        denominator: "keep" or "renormalize", what a removal does to the divisor of its batch.
-        run: Identity of the recorded run.
-        queries: Name of each query, no two alike.
+        method: Name of the method, for example "DIT".
+        unit: Unit of the queries, for example "nats".
+        denominator: What a removal does to the divisor of its batch: "keep" or "renormalize".
+        run: Identifier of the recorded run.
+        queries: Name of each query; names are unique.
         observed_at: States that the queries read, ascending; state t is the one before update t.
-        steps: How many steps the run has.
-        slots: How many places its largest batch has.
-        samples: How many rows the training set has, or how many ids were seen.
-        shard: How many consecutive steps are written, and marked done, together.
+        steps: Number of steps of the run.
+        slots: Number of slots of its largest batch.
+        samples: Number of rows of the training set, or of distinct ids.
+        shard: Number of consecutive steps that are written, and marked done, together.
         settings: What else the numbers depend on; JSON values only.
     """
 
@@ -79,36 +84,46 @@ class Description:
         return [(start, min(start + self.shard, self.steps)) for start in starts]
 
     def differences(self, other: "Description") -> dict[str, tuple[object, object]]:
-        """Map each field or setting in which the two differ to its value here and there."""
-        here, there = _flat(self), _flat(other)
-        return {
-            name: (here.get(name), there.get(name))
-            for name in {**here, **there}
-            if here.get(name) != there.get(name)
-        }
+        """Fields and settings in which the two differ, with both values (this one's first)."""
+        ours = _flatten(self)
+        theirs = _flatten(other)
+        found: dict[str, tuple[object, object]] = {}
+        for name in {**ours, **theirs}:
+            if ours.get(name) != theirs.get(name):
+                found[name] = (ours.get(name), theirs.get(name))
+        return found
 
 
-def _flat(description: Description) -> dict[str, object]:
-    """Lay the settings beside the fields, all as JSON would give them back."""
+def _flatten(description: Description) -> dict[str, object]:
+    """Fields and settings in one dict.
+
+    All values are as JSON gives them back, so that a description just made equals one that was read
+    from a folder.
+    """
     fields: dict[str, object] = json.loads(msgspec.json.encode(description))
     settings = cast("dict[str, object]", fields.pop("settings"))
-    return {**fields, **{f"settings[{name!r}]": value for name, value in settings.items()}}
+    for name, value in settings.items():
+        fields[f"settings[{name!r}]"] = value
+    return fields
 
 
-def told(settings: Mapping[str, object]) -> str:
-    """Tell the settings that make one method's answers differ; policies speak for themselves.
+def describe_settings(settings: Mapping[str, object]) -> str:
+    """Describe the settings that distinguish results of one method, for `repr`.
 
-    >>> told({"curvature": "Zero()", "states": "kept", "chunk": 8, "exact": False})
+    >>> describe_settings({"curvature": "Zero()", "states": "kept", "chunk": 8, "exact": False})
     " with Zero(), states='kept'"
-    >>> told({"chunk": 8, "exact": False})
+    >>> describe_settings({"chunk": 8, "exact": False})
     ''
     """
-    shown = {name: value for name, value in settings.items() if name not in {"chunk", "exact"}}
-    words = [
-        str(value) if name in {"curvature", "slope"} else f"{name}={value!r}"
-        for name, value in shown.items()
-    ]
-    return f" with {', '.join(words)}" if words else ""
+    parts: list[str] = []
+    for name, value in settings.items():
+        # How many queries were computed at once changes no number; `exact` follows from the others.
+        if name in {"chunk", "exact"}:
+            continue
+        # The text of a policy names its kind: Zero(), Secant(...).
+        is_policy = name in {"curvature", "slope"}
+        parts.append(str(value) if is_policy else f"{name}={value!r}")
+    return f" with {', '.join(parts)}" if parts else ""
 
 
 def validate(
@@ -116,10 +131,10 @@ def validate(
     sample: Int[np.ndarray, "step slot"],
     ids: Int[np.ndarray, " sample"] | None = None,
 ) -> None:
-    """Refuse a description that does not fit itself or its samples.
+    """Check a description against itself and its samples.
 
     Raises:
-        IllFormedInfluence: With every problem, not only the first.
+        IllFormedInfluence: They do not fit; the message names every problem.
     """
     problems = [*_size_problems(description), *_sample_problems(description, sample, ids)]
     if problems:
@@ -132,8 +147,8 @@ def _size_problems(about: Description) -> list[str]:
     if not about.queries or len(set(about.queries)) < len(about.queries):
         problems.append(f"queries need names, no two alike: {about.queries}")
     observed = about.observed_at
-    ascending = bool(observed) and list(observed) == sorted(set(observed))
-    if not ascending or observed[0] < 0 or observed[-1] > about.steps:
+    is_ascending = bool(observed) and list(observed) == sorted(set(observed))
+    if not is_ascending or observed[0] < 0 or observed[-1] > about.steps:
         problems.append(f"observed_at must ascend within 0 ... {about.steps}: {observed}")
     return problems
 
@@ -144,9 +159,10 @@ def _sample_problems(
     if sample.shape != about.shape[2:]:
         return [f"sample has shape {sample.shape}, steps and slots say {about.shape[2:]}"]
     if ids is not None:
-        known = len(ids) == about.samples and np.isin(sample, [-1, *ids]).all()
-        wanted = f"sample must be -1 (padding) or one of {about.samples} ids: {join_items(ids.tolist(), most=6)}"
-        return [] if known else [wanted]
+        if len(ids) == about.samples and np.isin(sample, [-1, *ids]).all():
+            return []
+        allowed = join_items(ids.tolist(), most=6)
+        return [f"sample must be -1 (padding) or one of {about.samples} ids: {allowed}"]
     if sample.size and not -1 <= sample.min() <= sample.max() < about.samples:
         found = f"{sample.min()} ... {sample.max()}"
         return [f"sample must lie within -1 (padding) ... {about.samples - 1}: {found}"]
@@ -161,34 +177,69 @@ def create(
     dtype: str,
     ids: Int[np.ndarray, " sample"] | None = None,
 ) -> zarr.Group:
-    """Lay out an influence of zeros, with the samples of every slot."""
+    """Create an influence of zeros, with the samples of every slot.
+
+    Args:
+        store: An empty folder, or memory.
+        about: Everything except the arrays.
+        sample: The sample in every slot; -1 is padding.
+        dtype: Precision of the influence.
+        ids: All samples, ascending, where batches carry ids.
+    """
+    queries, states, steps, slots = about.shape
+    shard_steps = min(about.shard, steps)
+    shard = (queries, states, shard_steps, slots)
     group = zarr.create_group(store, zarr_format=3, attributes=_attributes(about))
-    steps = min(about.shard, about.steps)
-    shard = (*about.shape[:2], steps, about.slots)
-    chunk = chunk_shape(shard, np.dtype(dtype).itemsize)
-    _array(group, AXES, "influence", shape=about.shape, dtype=dtype, shards=shard, chunks=chunk)
-    for name, kind, empty in (("sample", "int64", -1), ("loss", "float64", math.nan)):
-        matrix = {"shape": sample.shape, "dtype": kind, "chunks": shard[2:], "fill_value": empty}
-        _array(group, AXES[2:], name, **matrix)
-    norms = {
-        "shape": about.shape[:3],
-        "dtype": "float64",
-        "chunks": shard[:3],
-        "fill_value": math.nan,
-    }
-    _array(group, AXES[:3], "cotangent", **norms)
+    _create_array(
+        group,
+        "influence",
+        AXES,
+        shape=about.shape,
+        dtype=dtype,
+        shards=shard,
+        chunks=chunk_shape(shard, np.dtype(dtype).itemsize),
+    )
+    _create_array(
+        group,
+        "sample",
+        AXES[2:],
+        shape=sample.shape,
+        dtype="int64",
+        chunks=(shard_steps, slots),
+        fill_value=-1,
+    )
+    _create_array(
+        group,
+        "loss",
+        AXES[2:],
+        shape=sample.shape,
+        dtype="float64",
+        chunks=(shard_steps, slots),
+        fill_value=math.nan,
+    )
+    _create_array(
+        group,
+        "cotangent",
+        AXES[:3],
+        shape=(queries, states, steps),
+        dtype="float64",
+        chunks=(queries, states, shard_steps),
+        fill_value=math.nan,
+    )
     write(group, "sample", sample)
     if ids is not None:
-        _array(group, ("id",), "id", shape=ids.shape, dtype="int64")
+        _create_array(group, "id", ("id",), shape=ids.shape, dtype="int64")
         write(group, "id", ids)
-    _coordinates(group, about)
+    _create_coordinates(group, about)
+    # Opened again, because the group in hand does not know the consolidated metadata yet.
     return zarr.open_group(group.store, mode="r+")
 
 
-def _coordinates(group: zarr.Group, about: Description) -> None:
-    _array(group, AXES[:1], "query", shape=about.shape[:1], dtype="str")
-    _array(group, AXES[1:2], "observed_at", shape=about.shape[1:2], dtype="int64")
-    _array(group, AXES[2:3], "step", shape=about.shape[2:3], dtype="int64")
+def _create_coordinates(group: zarr.Group, about: Description) -> None:
+    queries, states, steps, _ = about.shape
+    _create_array(group, "query", ("query",), shape=(queries,), dtype="str")
+    _create_array(group, "observed_at", ("observed_at",), shape=(states,), dtype="int64")
+    _create_array(group, "step", ("step",), shape=(steps,), dtype="int64")
     write(group, "query", np.array(about.queries, dtype=object))
     write(group, "observed_at", np.array(about.observed_at))
     write(group, "step", np.arange(about.steps))
@@ -205,9 +256,10 @@ def _attributes(about: Description) -> dict[str, object]:
     return {"format": FORMAT, "format_version": VERSION, "sign": SIGN, **fields}
 
 
-def _array(group: zarr.Group, axes: tuple[str, ...], name: str, **options: Any) -> None:
-    checked = (ZstdCodec(), Crc32cCodec())
-    group.create_array(name, dimension_names=axes, compressors=checked, **options)
+def _create_array(group: zarr.Group, name: str, axes: tuple[str, ...], **options: Any) -> None:
+    # The checksum comes last, so that it covers the compressed bytes.
+    compressors = (ZstdCodec(), Crc32cCodec())
+    group.create_array(name, dimension_names=axes, compressors=compressors, **options)
 
 
 def chunk_shape(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -217,32 +269,38 @@ def chunk_shape(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     (1, 10, 100, 256)
     >>> chunk_shape((4, 10, 100, 8192), 4)
     (1, 1, 25, 8192)
+
+    Args:
+        shard: Sizes of the axes of the shard.
+        itemsize: Bytes of one number.
     """
     room = CHUNK_BYTES // itemsize
     chunk: list[int] = []
     for extent in reversed(shard):
-        chunk.insert(
-            0, max(n for n in range(1, extent + 1) if extent % n == 0 and n <= max(room, 1))
-        )
-        room //= chunk[0]
+        # The largest divisor of the axis that fits into what the later axes have left.
+        divisors = [n for n in range(1, extent + 1) if extent % n == 0]
+        length = max(n for n in divisors if n <= max(room, 1))
+        chunk.insert(0, length)
+        room //= length
     return tuple(chunk)
 
 
 def folder(group: zarr.Group) -> Path | None:
-    """Tell the folder that a group lies in; None for one in memory."""
+    """The folder of a group; None for one in memory."""
     return group.store.root if isinstance(group.store, LocalStore) else None
 
 
 def write(group: zarr.Group, name: str, values: np.ndarray, *at: slice) -> None:
-    """Write into an array of the group, at some places of each axis."""
-    cast("zarr.Array[Any]", group[name])[at or ...] = values
+    """Write into an array of a group, with one slice per leading axis."""
+    array = cast("zarr.Array[Any]", group[name])
+    array[at or ...] = values
 
 
 def read(group: zarr.Group, name: str, *at: slice) -> np.ndarray:
-    """Read from an array of the group, at some places of each axis.
+    """Read from an array of a group, with one slice per leading axis.
 
     Raises:
-        DamagedInfluence: If a chunk does not agree with its checksum.
+        DamagedInfluence: A chunk does not agree with its checksum, or cannot be read.
     """
     array = cast("zarr.Array[Any]", group[name])
     try:
@@ -255,41 +313,44 @@ def load(path: Path, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Group, Descri
     """Open the group in a folder, and read its description.
 
     Raises:
-        NotAnInfluence: If there is none, or one of a later format.
-        DamagedInfluence: If its metadata cannot be read.
+        NotAnInfluence: There is none, or it has another format or a later version of ours.
+        DamagedInfluence: Its metadata cannot be read.
     """
     if not (path / "zarr.json").is_file():
         raise NotAnInfluence(path, "no zarr.json there" if path.is_dir() else "no such folder")
     try:
         group = zarr.open_group(path, mode=mode, zarr_format=3)
-        told = dict(group.attrs)
-        if told.get("format") == FORMAT and told.get("format_version") == VERSION:
-            return group, msgspec.convert(told, Description)
+        attributes = dict(group.attrs)
+        if attributes.get("format") == FORMAT and attributes.get("format_version") == VERSION:
+            return group, msgspec.convert(attributes, Description)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedInfluence(path, f"zarr.json cannot be read ({error})") from error
-    found = f"{told.get('format', 'unknown')} {told.get('format_version', '')}".strip()
+    name = attributes.get("format", "unknown")
+    version = attributes.get("format_version", "")
+    found = f"{name} {version}".strip()
     raise NotAnInfluence(path, f"its format is {found!r}, not '{FORMAT} {VERSION}'")
 
 
 def mark_done(path: Path, shard: int) -> None:
-    """Note that a shard is whole, with the sizes of its files."""
-    # Zarr writes no file where all is zero, NaN or padding; that too must stay so.
+    """Mark a shard as finished, with the sizes of its files."""
+    # Zarr writes no file where all is zero, NaN or padding. The mark notes its absence as well, so
+    # that a file which appears later counts as damage.
     sizes = {name: _size(path / name) for name in shard_files(shard)}
     mark = path / "done" / f"{shard:06d}.json"
     mark.parent.mkdir(exist_ok=True)
-    # A kill leaves either no mark or a whole one.
+    # Renamed when it is complete: a kill leaves either no mark or a complete one.
     scratch = mark.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(sizes), encoding="utf-8")
     scratch.replace(mark)
 
 
 def done_shards(path: Path) -> frozenset[int]:
-    """List the shards that are marked done."""
+    """Numbers of the shards that are marked as finished."""
     return frozenset(int(mark.stem) for mark in path.glob("done/*.json"))
 
 
 def shard_files(shard: int) -> list[str]:
-    """Name the files that the numbers of one shard lie in, the first three rewritten on resume."""
+    """Names of the files of one shard; resuming rewrites the first three."""
     return [
         f"influence/c/0/0/{shard}/0",
         f"loss/c/{shard}/0",
@@ -299,10 +360,10 @@ def shard_files(shard: int) -> list[str]:
 
 
 def check_files(path: Path) -> None:
-    """Look whether every file of every finished shard is as large as when it was marked.
+    """Check that every file of every finished shard is as large as when it was marked.
 
     Raises:
-        DamagedInfluence: With the names of those that are not.
+        DamagedInfluence: Some are not; the message names them.
     """
     damaged: list[str] = []
     for mark in sorted(path.glob("done/*.json")):

@@ -1,4 +1,4 @@
-"""From blocks of influence to sums per sample and tables; pure functions on arrays."""
+"""Sums over samples, rankings and tables of influence: pure functions on arrays."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -32,17 +32,21 @@ def add_by_sample(
     >>> into.tolist()
     [[[1.0, 0.0, 6.0]]]
     """
-    flat = sample.ravel()
-    real = np.flatnonzero(flat >= 0)
-    seen, row = np.unique(flat[real], return_inverse=True)
-    # Only the samples of this block get a row: what is held is never larger than the block.
-    one_hot = csr_matrix((np.ones(len(real)), (row, real)), shape=(len(seen), len(flat)))
-    for scores, values in zip(into, block, strict=True):
-        scores[:, seen] += (one_hot @ values.reshape(len(values), -1).T).T
+    samples = sample.ravel()
+    columns = np.flatnonzero(samples >= 0)
+    seen, rows = np.unique(samples[columns], return_inverse=True)
+    # Only the samples of this block get a row, so the matrix is never larger than the block.
+    ones = np.ones(len(columns))
+    one_hot = csr_matrix((ones, (rows, columns)), shape=(len(seen), len(samples)))
+    for totals, values in zip(into, block, strict=True):
+        flat = values.reshape(len(values), -1)  # [observed_at, step x slot]
+        totals[:, seen] += (one_hot @ flat.T).T
 
 
 def ranking(scores: Float[np.ndarray, " sample"], order: Order) -> Int[np.ndarray, " rank"]:
-    """Order samples, the most harmful, helpful or influential first; of equals the first row first.
+    """Positions of the samples, the most harmful, helpful or influential first.
+
+    Equal samples are ordered by position; NaN comes last.
 
     >>> ranking(np.array([1.0, -3.0, 2.0, -3.0]), "harmful").tolist()
     [1, 3, 0, 2]
@@ -54,34 +58,41 @@ def ranking(scores: Float[np.ndarray, " sample"], order: Order) -> Int[np.ndarra
 
 
 def places(ids: Int[np.ndarray, " sample"], samples: Sequence[int]) -> list[int]:
-    """Where samples stand among all samples in order.
+    """Positions of some samples among all.
 
     >>> places(np.array([3, 10, 500]), [500, 3])
     [2, 0]
+
+    Args:
+        ids: All samples, ascending.
+        samples: The samples to look up.
 
     Raises:
         UnknownSample: There is no such row.
         UnknownId: There is no such id.
     """
-    found = np.searchsorted(ids, np.asarray(samples, dtype=np.int64))
-    for sample, place in zip(samples, found, strict=True):
-        if place == len(ids) or ids[place] != sample:
-            numbered = len(ids) == 0 or ids[-1] == len(ids) - 1
-            raise UnknownSample(sample, len(ids)) if numbered else UnknownId(sample, ids.tolist())
-    return [int(place) for place in found]
+    positions = np.searchsorted(ids, np.asarray(samples, dtype=np.int64))
+    for sample, position in zip(samples, positions, strict=True):
+        if position == len(ids) or ids[position] != sample:
+            # Row numbers are 0 … N-1; anything else is an id.
+            are_rows = len(ids) == 0 or ids[-1] == len(ids) - 1
+            if are_rows:
+                raise UnknownSample(sample, len(ids))
+            raise UnknownId(sample, ids.tolist())
+    return [int(position) for position in positions]
 
 
 def top_table(
     scores: Float[np.ndarray, " sample"], ids: Int[np.ndarray, " sample"], *, k: int, order: Order
 ) -> pl.DataFrame:
-    """List the first k samples of a ranking: rank (from 1), sample, influence."""
+    """Table of the first k samples of a ranking: rank (from 1), sample, influence."""
     first = ranking(scores, order)[: max(k, 0)]
     ranks = np.arange(1, len(first) + 1)
     return pl.DataFrame({"rank": ranks, "sample": ids[first], "influence": scores[first]})
 
 
 def curve_table(observed_at: Sequence[int], totals: Float[np.ndarray, " state"]) -> pl.DataFrame:
-    """List a sample's total influence by observed state, from state 0, where it is zero.
+    """Table of a sample's total influence by observed state, from state 0, where it is zero.
 
     >>> curve_table([10, 20], np.array([0.5, -0.25])).rows()
     [(0, 0.0), (10, 0.5), (20, -0.25)]
@@ -89,7 +100,8 @@ def curve_table(observed_at: Sequence[int], totals: Float[np.ndarray, " state"])
     table = pl.DataFrame({"observed_at": list(observed_at), "influence": totals})
     if observed_at[0] == 0:
         return table
-    return pl.concat([pl.DataFrame({"observed_at": [0], "influence": [0.0]}), table])
+    start = pl.DataFrame({"observed_at": [0], "influence": [0.0]})
+    return pl.concat([start, table])
 
 
 def long_table(
@@ -100,14 +112,22 @@ def long_table(
     queries: Sequence[str],
     observed_at: Sequence[int],
 ) -> pl.DataFrame:
-    """List every number of a block that a sample stands behind: no padding, no step after the state.
+    """Table of a block with one row per number: query, observed_at, step, slot, sample, influence.
 
-    Columns: query, observed_at, step, slot, sample, influence.
+    Padding, and the steps from an observed state on, have no rows.
+
+    Args:
+        block: Influence at some steps.
+        sample: The sample in every slot of these steps; -1 is padding.
+        start: The first of these steps.
+        queries: Name of each query.
+        observed_at: Each observed state.
     """
     states = np.array(observed_at)
     steps = np.arange(start, start + len(sample))
-    real = (sample >= 0) & (steps[:, None] < states[:, None, None])
-    query, state, step, slot = np.nonzero(np.broadcast_to(real, block.shape))
+    is_before_state = steps[:, None] < states[:, None, None]  # [observed_at, step, 1]
+    is_real = (sample >= 0) & is_before_state
+    query, state, step, slot = np.nonzero(np.broadcast_to(is_real, block.shape))
     return pl.DataFrame(
         {
             "query": pl.Series(queries, dtype=pl.String).gather(query),

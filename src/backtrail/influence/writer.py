@@ -1,4 +1,4 @@
-"""Writing an influence shard by shard, so that a killed attribution resumes where it was."""
+"""Writes an influence shard by shard, so that an attribution that was killed can resume."""
 
 import shutil
 from pathlib import Path
@@ -18,15 +18,15 @@ from backtrail.errors import (
 from backtrail.influence import layout
 from backtrail.influence.influence import Influence
 from backtrail.influence.layout import Description
-from backtrail.influence.reader import Stored
+from backtrail.influence.reader import InfluenceReader
 
 
 @final
 class InfluenceWriter:
-    """An influence in the making; what methods write to.
+    """Writes an influence; methods use it.
 
-    Write each shard of steps, in any order, and mark it done once everything that belongs to it is
-    safe; then `finish`. Without a path it is held in memory.
+    Write the shards of steps in any order, and mark each done once everything that belongs to it is
+    on disk. Then call `finish`. Without a path the influence is held in memory.
 
     >>> about = Description(
     ...     method="none",
@@ -66,17 +66,18 @@ class InfluenceWriter:
         dtype: str,
         ids: Int[np.ndarray, " sample"] | None = None,
     ) -> "InfluenceWriter":
-        """Begin an influence of zeros.
+        """Create an influence of zeros.
 
         Args:
-            path: Where; a new or empty folder. None keeps it in memory.
-            description: Everything but the numbers.
+            path: A new or empty folder; None keeps the influence in memory.
+            description: Everything except the arrays.
             sample: Row of the training set in every slot; -1 pads a short batch.
             dtype: "float32" or "float64".
-            ids: All samples in order, where they have ids of their own.
+            ids: All samples, ascending, where batches carry ids.
 
         Raises:
-            FolderTaken: If there is something at `path` already.
+            FolderTaken: The folder is not empty, or is a file.
+            IllFormedInfluence: Description and samples do not fit together.
         """
         layout.validate(description, sample, ids)
         if path is None:
@@ -84,23 +85,28 @@ class InfluenceWriter:
             return cls(group, description)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FolderTaken(path)
-        # Laid out beside its place and moved there whole: a kill leaves no half-made influence.
+        # Created in a scratch folder and then renamed: a kill leaves no incomplete influence.
         scratch = path.with_name(f".{path.name}.new")
         shutil.rmtree(scratch, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         layout.create(scratch, description, sample=sample, dtype=dtype, ids=ids)
         scratch.replace(path)
-        return cls(layout.load(path, "r+")[0], description)
+        group, _ = layout.load(path, "r+")
+        return cls(group, description)
 
     @classmethod
     def resume(cls, path: Path, description: Description) -> "InfluenceWriter":
-        """Go on with an influence that was begun with the same description.
+        """Resume an influence that was started with the same description.
+
+        Args:
+            path: Its folder.
+            description: Everything except the arrays.
 
         Raises:
-            DifferentInfluence: With what differs.
+            DifferentInfluence: The folder holds another influence; the message names what differs.
         """
-        group, there = layout.load(path, "r+")
-        differences = there.differences(description)
+        group, stored = layout.load(path, "r+")
+        differences = stored.differences(description)
         if differences:
             raise DifferentInfluence(path, differences)
         return cls(group, description)
@@ -115,7 +121,10 @@ class InfluenceWriter:
         dtype: str,
         ids: Int[np.ndarray, " sample"] | None = None,
     ) -> "InfluenceWriter":
-        """Resume the influence in a folder, or create it where there is none."""
+        """Resume the influence in a folder, or create it where there is none.
+
+        Takes the arguments of `create`.
+        """
         if path is not None and (path / "zarr.json").is_file():
             return cls.resume(path, description)
         return cls.create(path, description, sample=sample, dtype=dtype, ids=ids)
@@ -140,55 +149,64 @@ class InfluenceWriter:
         *,
         cotangent: Float[np.ndarray, "query observed_at step"] | None = None,
     ) -> None:
-        """Write one whole shard; again, if an earlier attempt was cut short.
+        """Write one shard, replacing what an earlier attempt may have left of it.
 
         Args:
-            start: Its first step.
+            start: First step of the shard.
             block: Influence at its steps.
             loss: Training loss of each slot, NaN where unknown.
             cotangent: Norm of each query's derivative by the state before each step, where the
-                method knows it.
+                method computes it.
 
         Raises:
-            IllFormedInfluence: If this is not exactly a shard.
+            IllFormedInfluence: The arrays do not make up exactly one shard.
         """
         about = self.description
         shard, offset = divmod(start, about.shard)
         size = min(about.shard, about.steps - start)
         expected = (*about.shape[:2], size, about.slots)
         if offset or size < 1 or block.shape != expected or loss.shape != expected[2:]:
-            wanted = f"a block must be one whole shard: {about.shape} in steps of {about.shard}"
-            given = f"not {block.shape} with losses {loss.shape} from step {start}"
-            raise IllFormedInfluence([f"{wanted}, {given}"])
-        self._forget_attempt(shard)
+            raise IllFormedInfluence(
+                [
+                    f"a block must be one whole shard: {about.shape} in steps of {about.shard}, "
+                    f"not {block.shape} with losses {loss.shape} from step {start}"
+                ]
+            )
+        self._delete_earlier_attempt(shard)
         steps = slice(start, start + size)
         layout.write(self._group, "influence", block, slice(None), slice(None), steps)
         layout.write(self._group, "loss", loss, steps)
         if cotangent is not None:
             layout.write(self._group, "cotangent", cotangent, slice(None), slice(None), steps)
 
-    def _forget_attempt(self, shard: int) -> None:
-        # Zarr would read the old file first, and stop at the checksum of one that was cut short.
-        if self.path is not None:
-            for name in layout.shard_files(shard)[:3]:
-                (self.path / name).unlink(missing_ok=True)
+    def _delete_earlier_attempt(self, shard: int) -> None:
+        if self.path is None:
+            return
+        # Zarr reads the old file before it writes the new one, and an incomplete file fails its
+        # checksum. The file of `sample`, the last of the list, is written when the influence is
+        # created.
+        for name in layout.shard_files(shard)[:3]:
+            (self.path / name).unlink(missing_ok=True)
 
     def mark_done(self, shard: int) -> None:
-        """Note that a shard, and all that is needed to go on behind it, is written."""
+        """Mark a shard as finished.
+
+        Call it last: when the shard is written, and everything that is needed to resume after it.
+        """
         if self.path is None:
             self._marked_in_memory.add(shard)
         else:
             layout.mark_done(self.path, shard)
 
     def finish(self) -> Influence:
-        """Hand out the influence.
+        """Return the finished influence.
 
         Raises:
-            UnfinishedInfluence: If a shard is not marked done.
+            UnfinishedInfluence: A shard is not marked done.
         """
         if len(self.done) < len(self.shards):
             raise UnfinishedInfluence(self.path, len(self.done), len(self.shards))
-        return Influence(Stored(self._group, self.description))
+        return Influence(InfluenceReader(self._group, self.description))
 
 
 def from_arrays(
@@ -199,19 +217,27 @@ def from_arrays(
     loss: Float[np.ndarray, "step slot"] | None = None,
     path: Path | None = None,
 ) -> Influence:
-    """Make an influence of numbers that are all there already, in memory or in a folder."""
-    known = np.full(sample.shape, np.nan) if loss is None else loss
+    """Make an influence from complete arrays.
+
+    Args:
+        description: Everything except the arrays.
+        values: The influence.
+        sample: Row of the training set in every slot; -1 is padding.
+        loss: Training loss of each slot; None where unknown.
+        path: A new or empty folder; None keeps the influence in memory.
+    """
+    losses = np.full(sample.shape, np.nan) if loss is None else loss
     writer = InfluenceWriter.create(path, description, sample=sample, dtype=str(values.dtype))
     for shard, (start, stop) in enumerate(writer.shards):
-        writer.write(start, values[:, :, start:stop], known[start:stop])
+        writer.write(start, values[:, :, start:stop], losses[start:stop])
         writer.mark_done(shard)
     return writer.finish()
 
 
 def example() -> Influence:
-    """Make a tiny influence to try things on: 2 queries, 2 states, 4 steps, 2 slots, 4 samples.
+    """Tiny influence for examples: 2 queries, 2 states, 4 steps, 2 slots, 4 samples.
 
-    Sample 0 is visited at the steps 0, 1 and 3; sample 3 never.
+    Sample 0 is visited at the steps 0, 1 and 3, sample 3 never.
 
     >>> example().sample.tolist()
     [[0, 1], [2, 0], [1, 2], [0, -1]]
@@ -219,10 +245,11 @@ def example() -> Influence:
     [3.0, 2.0, -1.0, 0.0]
     """
     sample = np.array([[0, 1], [2, 0], [1, 2], [0, -1]])
-    sizes = np.array([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [4.0, 0.0]])
-    before = np.arange(4)[:, None] < np.array([2, 4])[:, None, None]
-    fading = np.where(before, sizes, 0.0) * np.array([2.0, 1.0])[:, None, None]
-    values = np.array([1.0, 10.0])[:, None, None, None] * fading
+    by_visit = np.array([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [4.0, 0.0]])  # [step, slot]
+    # Zero at the steps from the observed state on, and twice as large at state 2 as at state 4.
+    is_before_state = np.arange(4)[:, None] < np.array([2, 4])[:, None, None]
+    by_state = np.where(is_before_state, by_visit, 0.0) * np.array([2.0, 1.0])[:, None, None]
+    values = np.array([1.0, 10.0])[:, None, None, None] * by_state
     about = Description(
         method="example",
         unit="nats",
@@ -235,4 +262,4 @@ def example() -> Influence:
         samples=4,
         shard=2,
     )
-    return from_arrays(about, values, sample=sample, loss=np.abs(sizes))
+    return from_arrays(about, values, sample=sample, loss=np.abs(by_visit))

@@ -1,1 +1,1 @@
-"""Beside the training loop; write-only."""
+"""Recording a training while it runs; this folder only writes runs and never reads them."""

@@ -1,7 +1,8 @@
-"""Which watched batches the coming step consumes: a hook on every parameter sees each backward pass.
+"""Which watched batches the coming step consumes, found by a gradient hook on every parameter.
 
-Decisions: a backward pass on fresh gradients opens a new list of batches, any other joins it; so
-accumulation, `zero_grad` before or after, and steps that a GradScaler skips all come out right.
+A backward pass that meets no gradients starts a new list of batches; any other pass adds its batch
+to the list. So gradient accumulation, `zero_grad()` before or after the step, and steps that a
+GradScaler skips are all recorded correctly.
 """
 
 from collections.abc import Mapping
@@ -14,31 +15,34 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from backtrail.errors import OtherSlots, SparseGradient, StaleGradient, UnwatchedStep
-from backtrail.record.listeners import Listening
-from backtrail.record.randomness import generators
-from backtrail.run.tensors import copied, digest
+from backtrail.record.listeners import BatchListener
+from backtrail.record.randomness import generator_states
+from backtrail.run.tensors import cpu_copy, digest
 from backtrail.step.state import BatchRecord
 from backtrail.task.task import Batch, Task, size_of
 from backtrail.task.torch_compile import buffers, modules
 from backtrail.tree import Tree, plain
 
-SMALL = 2**16  # entries up to which a buffer is copied whether it changed or not
+ALWAYS_COPIED = 2**16  # entries; buffers up to this size are cpu_copy whether they changed or not
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class LiveBatch:
-    """A batch as it left the loader, and the world at that moment.
+    """A batch as the loader yielded it, and the state of the training at that moment.
 
     Attributes:
-        samples: row numbers, in slot order.
+        samples: row numbers or ids, in slot order.
         epoch: which pass over the loader it came from.
         digest: content hash.
-        content: a copy, where the rows cannot be read again.
-        random: states of the generators; none once it is known that the forward pass drew nothing.
+        content: a copy of the batch, where its rows cannot be read again.
+        random: states of the random generators; empty once it is known that the forward pass drew
+            no random numbers.
         buffers: the model's buffers.
-        passes: how often batch norm had moved its statistics.
-        contributes: whether the step consumes its gradient; if not, it only moved those statistics.
-        heard: what else listens to the passes on it.
+        statistics_updates: how often the running statistics of batch norm had been updated.
+        contributes: whether the step consumes its gradient; if not, its forward pass only updated
+            those statistics.
+        captured: what the listener captures of the passes on it, if there is a listener.
     """
 
     samples: tuple[int, ...]
@@ -47,179 +51,258 @@ class LiveBatch:
     content: Batch | None
     random: dict[str, bytes]
     buffers: Tree
-    passes: int
+    statistics_updates: int
     contributes: bool = True
-    heard: Any = None
+    captured: Any = None
 
-    def noted(self) -> BatchRecord:
-        """What the log says of it."""
+    def as_record(self) -> BatchRecord:
+        """Return the entry of the step log."""
         return BatchRecord(
-            self.samples,
-            self.epoch,
-            self.digest,
-            self.random or None,
-            self.content is not None,
-            self.contributes,
+            samples=self.samples,
+            epoch=self.epoch,
+            digest=self.digest,
+            random=self.random or None,
+            stored=self.content is not None,
+            contributes=self.contributes,
         )
 
 
 @final
-class Feeding:
-    """Listens to the backward passes of a training.
+class BatchTracker:
+    """Follows the backward passes of a training.
 
     Attributes:
         step: number of the coming step.
-        consumed: batches whose gradients the coming step consumes, in order.
+        consumed: the batches of the coming step, in order: those whose gradients it consumes, and
+            those that only updated batch norm's statistics since the last step.
         evaluating: modules that were in eval mode at the last backward pass.
         autocast: the precision that the model was last called under; empty without autocast.
-        beside: what else listens.
+        listener: captures the passes of every batch, if there is one.
     """
 
     def __init__(self, task: Task, trained: Mapping[str, nn.Parameter]) -> None:
-        self._task, self._trained = task, trained
-        self.beside: Listening | None = None
+        self._task = task
+        self._trained = trained
         self._hooks: dict[str, RemovableHandle] = {}
-        self._copies: dict[str, tuple[Tensor, int, Tensor]] = {}
-        self._now: LiveBatch | None = None
+        # For every large buffer: the tensor, the version that was cpu_copy, and the copy.
+        self._buffer_copies: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._current: LiveBatch | None = None
+        self.listener: BatchListener | None = None
         self.step = 0
         self.consumed: list[LiveBatch] = []
         self.evaluating: tuple[str, ...] = ()
         self.autocast = ""
 
-    def listen(self) -> None:
-        """Hook every parameter that receives gradients by now, and every module that has parameters of its own."""
+    def install_hooks(self) -> None:
+        """Hook the parameters that require gradients by now, and the calls of the modules.
+
+        Called again before every batch, because a loop may unfreeze parameters as it goes.
+        """
         if not self._hooks:
-            self._listen_to_calls()
+            self._hook_forward_calls()
         for name, parameter in self._trained.items():
             if parameter.requires_grad and name not in self._hooks:
                 hook = partial(self._on_gradient, name)
                 self._hooks[name] = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _listen_to_calls(self) -> None:
-        kind = self._task.device.type
-        self._task.binding  # noqa: B018 - the skeleton is copied before there are hooks that it would copy
+    def _hook_forward_calls(self) -> None:
+        device_type = self._task.device.type
+        # The task copies the model on first use. Do it now: a later copy would contain our hooks.
+        self._task.binding  # noqa: B018
 
-        def note(module: nn.Module, args: object) -> None:
+        def note_autocast(module: nn.Module, args: object) -> None:
             del module, args
-            self.autocast = (
-                str(torch.get_autocast_dtype(kind))[6:] if torch.is_autocast_enabled(kind) else ""
-            )
+            if torch.is_autocast_enabled(device_type):
+                dtype = torch.get_autocast_dtype(device_type)
+                self.autocast = str(dtype).removeprefix("torch.")
+            else:
+                self.autocast = ""
 
         for name, module in modules(self._task.model).items():
-            if any(True for _ in module.parameters(recurse=False)):
-                self._hooks[f"call:{name}"] = module.register_forward_pre_hook(note)
+            # Only modules with parameters of their own compute something that autocast changes.
+            has_parameters = any(True for _ in module.parameters(recurse=False))
+            if has_parameters:
+                self._hooks[f"call:{name}"] = module.register_forward_pre_hook(note_autocast)
 
-    def stop(self) -> None:
-        """Take the hooks away."""
+    def remove_hooks(self) -> None:
+        """Remove every hook from the model."""
         for hook in self._hooks.values():
             hook.remove()
 
-    def yielded(self, samples: tuple[int, ...], batch: Batch, *, epoch: int, keep: bool) -> None:
-        """Note the batch that is about to be handed to the loop."""
-        self.listen()
-        self.let_pass()
+    def batch_yielded(
+        self, samples: tuple[int, ...], batch: Batch, *, epoch: int, keep: bool
+    ) -> None:
+        """Note the batch that is about to be handed to the loop.
+
+        Args:
+            samples: row numbers or ids, in slot order.
+            batch: its content.
+            epoch: which pass over the loader it comes from.
+            keep: whether its content is to be stored in the run.
+        """
+        self.install_hooks()
+        self.finish_current_batch()
         batch = plain(batch)
-        world = generators(self._task.device), self.buffers(), self._passes()
-        content = copied(batch) if keep else None
-        self._now = LiveBatch(
-            samples, epoch, digest(batch), content, *world, heard=self._hear(batch)
+        self._current = LiveBatch(
+            samples=samples,
+            epoch=epoch,
+            digest=digest(batch),
+            content=cpu_copy(batch) if keep else None,
+            random=generator_states(self._task.device),
+            buffers=self.current_buffers(),
+            statistics_updates=self._count_statistics_updates(),
+            captured=self._capture(batch),
         )
 
-    def let_pass(self) -> None:
-        """A batch that moved batch norm and led to no gradient still belongs to the history of the statistics."""
-        now = self._now
-        if (
-            now is None
-            or self._passes() == now.passes
-            or (self.consumed and self.consumed[-1] is now)
-        ):
-            return
-        self.consumed.append(replace(now, contributes=False))
+    def finish_current_batch(self) -> None:
+        """List the current batch if it updated batch norm and no backward pass followed.
 
-    def replaced(self, batch: Batch) -> None:
-        """Note that the model is fed this in place of the batch last yielded.
+        Such a batch has no gradient, but a replay must repeat it to reach the same statistics.
+        """
+        current = self._current
+        if current is None:
+            return
+        already_listed = bool(self.consumed) and self.consumed[-1] is current
+        if already_listed or self._count_statistics_updates() == current.statistics_updates:
+            return
+        self.consumed.append(replace(current, contributes=False))
+
+    def batch_replaced(self, batch: Batch) -> None:
+        """Note that the model is fed `batch` instead of the batch last yielded.
 
         Raises:
             UnwatchedStep: no batch was yielded yet.
             OtherSlots: it has another number of rows.
         """
-        if self._now is None:
+        if self._current is None:
             raise UnwatchedStep(self.step)
         batch = plain(batch)
-        if size_of(batch) != len(self._now.samples):
-            raise OtherSlots(size_of(batch), len(self._now.samples))
-        random = generators(self._task.device)
-        fed = {"content": copied(batch), "digest": digest(batch), "random": random}
-        self._now = replace(self._now, **fed, heard=self._hear(batch))
+        rows = size_of(batch)
+        if rows != len(self._current.samples):
+            raise OtherSlots(rows, len(self._current.samples))
+        # The loop may have drawn random numbers to make the batch (mixup), so the forward pass
+        # starts from the generators as they are now.
+        self._current = replace(
+            self._current,
+            content=cpu_copy(batch),
+            digest=digest(batch),
+            random=generator_states(self._task.device),
+            captured=self._capture(batch),
+        )
 
-    def stepped(self) -> None:
-        """Go on to the next step; another one on the same batch has a forward pass of its own, from here."""
-        random, last = generators(self._task.device), self.consumed[-1]
+    def step_taken(self) -> None:
+        """Start the list of the next step.
+
+        The loop may go on with the same batch (several losses, or several steps, on one batch). Its
+        next forward pass then starts from the generators and buffers as they are now.
+        """
+        last = self.consumed[-1]
         self.consumed = []
         self.step += 1
-        heard = last.heard and self._hear(last.heard.batch)
-        self._now = replace(
-            last, random=random, buffers=self.buffers(), passes=self._passes(), heard=heard
+        captured = None if last.captured is None else self._capture(last.captured.batch)
+        self._current = replace(
+            last,
+            random=generator_states(self._task.device),
+            buffers=self.current_buffers(),
+            statistics_updates=self._count_statistics_updates(),
+            captured=captured,
         )
-        self.listen()
+        self.install_hooks()
 
-    def _hear(self, batch: Batch) -> Any:
-        return self.beside and self.beside.listen(batch, self.step, len(self.consumed))
+    def _capture(self, batch: Batch) -> Any:
+        if self.listener is None:
+            return None
+        return self.listener.on_batch(batch, self.step, len(self.consumed))
 
-    def left(self) -> Tree:
-        """The model's buffers as the last step left them, whatever was fed since and led to no step."""
-        self.let_pass()
-        return self.consumed[0].buffers if self.consumed else self.buffers()
+    def buffers_after_last_step(self) -> Tree:
+        """Copies of the model's buffers as the last step left them.
 
-    def buffers(self) -> Tree:
-        """The model's buffers as they are now, copied; large ones only where they changed."""
-        return {
-            name: self._copy(name, buffer) for name, buffer in buffers(self._task.model).items()
-        }
+        Batches that were fed since and led to no step may have changed the live ones.
+        """
+        self.finish_current_batch()
+        return self.consumed[0].buffers if self.consumed else self.current_buffers()
 
-    def _copy(self, name: str, buffer: Tensor) -> Tensor:
-        # torch's batch norm moves its statistics without counting a version, but they are small.
-        if buffer.numel() <= SMALL:
+    def current_buffers(self) -> Tree:
+        """Copies of the model's buffers; large ones are cpu_copy again only after a change."""
+        copies: Tree = {}
+        for name, buffer in buffers(self._task.model).items():
+            copies[name] = self._copy_of_buffer(name, buffer)
+        return copies
+
+    def _copy_of_buffer(self, name: str, buffer: Tensor) -> Tensor:
+        # Native batch norm kernels write running statistics without incrementing `_version`, so the
+        # version tells nothing about them. They are small: copy such buffers always.
+        if buffer.numel() <= ALWAYS_COPIED:
             return buffer.detach().clone()
-        seen, version, copy = self._copies.get(name, (None, -1, buffer))
-        if seen is not buffer or version != buffer._version:
-            copy = buffer.detach().clone()
-            self._copies[name] = (buffer, buffer._version, copy)
+        known = self._buffer_copies.get(name)
+        if known is not None:
+            tensor, version, copy = known
+            if tensor is buffer and version == buffer._version:
+                return copy
+        copy = buffer.detach().clone()
+        self._buffer_copies[name] = (buffer, buffer._version, copy)
         return copy
 
     def _on_gradient(self, name: str, grad: Tensor) -> None:
-        """The first gradient of a backward pass: its batch joins the step, or opens one if gradients are fresh.
+        """Add the current batch to the coming step, at the first gradient of its backward pass.
 
         Raises:
-            SparseGradient: it is not a dense tensor.
+            SparseGradient: the gradient is not a dense tensor.
             StaleGradient: gradients of the step before are still there.
         """
         if grad.layout != torch.strided:
             raise SparseGradient(name, self.step)
-        now = self._now
-        if now is None or (self.consumed and self.consumed[-1] is now):
+        current = self._current
+        if current is None:
             return
-        if generators(self._task.device) == now.random:
-            now = self._now = replace(now, random={})
-        self.evaluating = tuple(
-            name for name, module in modules(self._task.model).items() if not module.training
-        )
-        fresh = not any(p.grad is not None and bool(p.grad.any()) for p in self._trained.values())
-        if not fresh and not any(y.contributes for y in self.consumed):
+        if self.consumed and self.consumed[-1] is current:
+            return  # another parameter of the same pass, or a second loss on the same batch
+        if generator_states(self._task.device) == current.random:
+            # The forward pass drew nothing. Storing no states keeps the log small, and a replay
+            # need not restore them.
+            current = replace(current, random={})
+            self._current = current
+        names = [
+            module_name
+            for module_name, module in modules(self._task.model).items()
+            if not module.training
+        ]
+        self.evaluating = tuple(names)
+        if self._gradients_are_clear():
+            self.consumed = [*self._batches_with_statistics_only(current), current]
+            return
+        if not any(batch.contributes for batch in self.consumed):
+            # There are gradients, but no batch of this step made them.
             raise StaleGradient(self.step)
-        self.consumed = [*(self._passed(now) if fresh else self.consumed), now]
+        self.consumed = [*self.consumed, current]
 
-    def _passed(self, now: LiveBatch) -> list[LiveBatch]:
-        """Batches whose gradients were thrown away, as far as their forward passes moved batch norm's statistics."""
-        following = [*self.consumed[1:], now]
-        moved = (a for a, b in zip(self.consumed, following, strict=False) if a.passes != b.passes)
-        return [replace(y, contributes=False) for y in moved]
+    def _gradients_are_clear(self) -> bool:
+        """Whether every gradient is None or zero: `zero_grad(set_to_none=False)` leaves zeros."""
+        for parameter in self._trained.values():
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                return False
+        return True
 
-    def _passes(self) -> int:
-        """Layers that keep running statistics count their passes in a buffer, whose version is read without waiting."""
-        counters = (
-            b
-            for name, b in buffers(self._task.model).items()
-            if name.endswith("num_batches_tracked")
-        )
-        return sum(counter._version for counter in counters)
+    def _batches_with_statistics_only(self, current: LiveBatch) -> list[LiveBatch]:
+        """Listed batches that updated batch norm and whose gradients were discarded.
+
+        A batch updated the statistics if the count has grown when the batch after it is fed.
+        """
+        kept: list[LiveBatch] = []
+        following = [*self.consumed[1:], current]
+        for batch, after in zip(self.consumed, following, strict=False):
+            if batch.statistics_updates != after.statistics_updates:
+                kept.append(replace(batch, contributes=False))
+        return kept
+
+    def _count_statistics_updates(self) -> int:
+        """How often any layer has updated its running statistics.
+
+        Batch norm layers count in the buffer `num_batches_tracked`. The version of that tensor
+        grows with every count and is read without waiting for the device.
+        """
+        count = 0
+        for name, buffer in buffers(self._task.model).items():
+            if name.endswith("num_batches_tracked"):
+                count += buffer._version
+        return count

@@ -1,6 +1,7 @@
-"""Which samples made each batch: the batch sampler is overheard; loader, data set and collate stay untouched.
+"""Which samples are in each batch; loader, data set and collate function are left alone.
 
-Where the task says how, the batch itself is asked instead.
+A loader's batch sampler is wrapped, and the row numbers that it yields are kept until their batch
+arrives. With `Task(ids=...)` the ids are read from the batch itself instead.
 """
 
 import copy
@@ -18,7 +19,7 @@ from backtrail.task.task import Batch, Rows, Task
 @final
 @dataclass(frozen=True, slots=True)
 class IdStream:
-    """Any iterable of batches that tell the ids of their samples."""
+    """Any iterable of batches that carry the ids of their samples; used with `Task(ids=...)`."""
 
     batches: Any
     task: Task
@@ -28,43 +29,51 @@ class IdStream:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[tuple[int, ...], Batch]]:
-        """Ids and content of every batch, in order."""
+        """Yield the sample ids and the content of every batch, in order."""
         for batch in self.batches:
-            yield self.task.ids_of(batch), batch
+            ids = self.task.ids_of(batch)
+            yield ids, batch
 
 
 @final
 class TrackedLoader:
-    """A loader's double that shares everything with it and notes the row numbers of every batch it hands out."""
+    """A shallow copy of a loader that also yields the row numbers of every batch."""
 
     def __init__(self, loader: "DataLoader[Any]") -> None:
-        self._noted = _Noting(loader.batch_sampler)
-        # A shallow copy draws from the same generators in the same order; DataLoader forbids
-        # replacing its sampler.
-        self._double = copy.copy(loader)
-        self._double.__dict__["batch_sampler"] = self._noted
+        self._sampler = _RememberingSampler(loader.batch_sampler)
+        # The copy shares generators, workers and data set with the original, so it draws the same
+        # batches. `DataLoader.__setattr__` forbids replacing a sampler: write past it.
+        self._loader = copy.copy(loader)
+        self._loader.__dict__["batch_sampler"] = self._sampler
 
     def __len__(self) -> int:
         """Number of batches."""
-        return len(self._double)
+        return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[tuple[int, ...], Batch]]:
-        """Row numbers and content of every batch, in order."""
-        for batch in self._double:
-            yield self._noted.waiting.popleft(), batch
+        """Yield the row numbers and the content of every batch, in order."""
+        for batch in self._loader:
+            samples = self._sampler.pending.popleft()
+            yield samples, batch
 
 
-class _Noting:
-    """A batch sampler that remembers what it gave; workers fetch ahead, so the notes form a queue."""
+class _RememberingSampler:
+    """A batch sampler that remembers what it yielded.
+
+    Workers prefetch, so the sampler runs ahead of the batches that arrive: the row numbers wait in
+    a queue.
+    """
 
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
-        self.waiting: deque[tuple[int, ...]] = deque()
+        self.pending: deque[tuple[int, ...]] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.waiting.clear()
+        # An epoch that was left early (`break`) leaves row numbers whose batches never arrived.
+        self.pending.clear()
         for rows in self._sampler:
-            self.waiting.append(tuple(int(row) for row in rows))
+            samples = tuple(int(row) for row in rows)
+            self.pending.append(samples)
             yield rows
 
     def __len__(self) -> int:
@@ -72,10 +81,10 @@ class _Noting:
 
 
 def check_loader(loader: object, task: Task) -> None:
-    """Refuse loaders whose batches could not be read again.
+    """Check that every batch of a loader can be read again by row number.
 
     Raises:
-        UnwatchableLoader: says what differs and what to do.
+        UnwatchableLoader: it cannot; the message names the setting to change.
     """
     if not isinstance(loader, DataLoader):
         raise UnwatchableLoader(
@@ -86,17 +95,23 @@ def check_loader(loader: object, task: Task) -> None:
             "it has no batch sampler (an iterable data set, or batch_size=None)",
             "use a map-style data set with a batch_size or a batch_sampler, or Task(ids=...)",
         )
+    # Older versions of torch have no such setting and always keep the order.
     if not getattr(loader, "in_order", True):
         raise UnwatchableLoader(
             "in_order=False lets batches overtake each other", "create it with in_order=True"
         )
-    if loader.dataset is not task.data and len(loader.dataset) != len(task.data):  # type: ignore[arg-type]
-        there, ours = len(loader.dataset), len(task.data)  # type: ignore[arg-type]
-        raise UnwatchableLoader(
-            f"it reads another data set ({there} rows) than the task ({ours} rows)",
-            "give the task the loader's data set; validation loaders need no watch()",
-        )
-    if loader.collate_fn != task.collate:  # a bound method is a new object each time it is named
+    # Another data set of the same length is accepted here (a wrapper with transforms, say); the
+    # recorder's self-check compares the rows themselves.
+    if loader.dataset is not task.data:
+        loader_rows = len(loader.dataset)  # type: ignore[arg-type]
+        task_rows = len(task.data)
+        if loader_rows != task_rows:
+            raise UnwatchableLoader(
+                f"it reads another data set ({loader_rows} rows) than the task ({task_rows} rows)",
+                "give the task the loader's data set; validation loaders need no watch()",
+            )
+    # Compared with `!=`: every access to a bound method makes a new object.
+    if loader.collate_fn != task.collate:
         raise UnwatchableLoader(
             "its collate_fn is not the task's",
             "create the task with Task(..., collate=loader.collate_fn)",
@@ -104,12 +119,12 @@ def check_loader(loader: object, task: Task) -> None:
 
 
 def check_data(task: Task) -> None:
-    """Refuse data sets that have no rows to read again.
+    """Check that the task's data set can be read by row number, unless batches carry ids.
 
     Raises:
-        UnreadableData: names its type.
+        UnreadableData: it cannot; the message names its type.
     """
-    if task.ids is None and (
-        isinstance(task.data, IterableDataset) or not isinstance(task.data, Rows)
-    ):
+    if task.ids is not None:
+        return
+    if isinstance(task.data, IterableDataset) or not isinstance(task.data, Rows):
         raise UnreadableData(type(task.data).__name__)

@@ -1,4 +1,4 @@
-"""Which steps keep a checkpoint, and which checkpoints are dropped again."""
+"""Checkpoint policies: which states of a training are stored, and which are deleted again."""
 
 import abc
 from collections.abc import Sequence
@@ -9,39 +9,59 @@ from backtrail.errors import BadPolicy
 
 
 class CheckpointPolicy(abc.ABC):
-    """Says before which steps a run keeps its state. State 0 and the final state are kept whatever the policy."""
+    """Decides before which steps a run stores its state.
+
+    State 0 and the final state are stored whatever the policy says. To write a policy of your own,
+    derive from this class.
+    """
 
     @abc.abstractmethod
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
-        """Whether the state before `step` is kept; `opens_epoch` is the epoch that the step opens, if it opens one."""
+        """Whether to store the state before a step.
+
+        Args:
+            step: number of the step, from 0.
+            opens_epoch: the epoch that begins with this step, from 0; None if none does.
+        """
 
     @abc.abstractmethod
     def drops(self, kept: Sequence[int], step: int) -> list[int]:
-        """States to forget once the state before `step` is kept."""
+        """States to delete after the state before `step` was stored.
+
+        Args:
+            kept: numbers of all stored states, ascending; the last is `step`.
+            step: number of the state that was just stored.
+        """
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Every(CheckpointPolicy):
-    """Keeps one state per `period` steps.
+    """Stores the state before every `period`-th step.
 
     >>> [step for step in range(9) if Every(4).keeps(step, opens_epoch=None)]
     [0, 4, 8]
+
+    Args:
+        period: number of steps between two stored states, at least 1.
+
+    Raises:
+        BadPolicy: the period is less than 1.
     """
 
     period: int
 
     def __post_init__(self) -> None:
-        """Refuse a period that never comes round."""
+        """Check the period."""
         _require(self, self.period >= 1)
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
-        """Whether the step's number is a multiple of the period."""
+        """Whether the number of the step is a multiple of the period."""
         del opens_epoch
         return step % self.period == 0
 
     def drops(self, kept: Sequence[int], step: int) -> list[int]:
-        """Nothing is dropped."""
+        """No state is deleted."""
         del kept, step
         return []
 
@@ -49,25 +69,31 @@ class Every(CheckpointPolicy):
 @final
 @dataclass(frozen=True, slots=True)
 class Epochs(CheckpointPolicy):
-    """Keeps the state at the start of every `period`-th epoch.
+    """Stores the state at the start of every `period`-th epoch.
 
     >>> Epochs().keeps(30, opens_epoch=3), Epochs().keeps(31, opens_epoch=None)
     (True, False)
+
+    Args:
+        period: number of epochs between two stored states, at least 1.
+
+    Raises:
+        BadPolicy: the period is less than 1.
     """
 
     period: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse a period that never comes round."""
+        """Check the period."""
         _require(self, self.period >= 1)
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
-        """Whether the step opens an epoch whose number is a multiple of the period."""
+        """Whether the step begins an epoch whose number is a multiple of the period."""
         del step
         return opens_epoch is not None and opens_epoch % self.period == 0
 
     def drops(self, kept: Sequence[int], step: int) -> list[int]:
-        """Nothing is dropped."""
+        """No state is deleted."""
         del kept, step
         return []
 
@@ -75,28 +101,36 @@ class Epochs(CheckpointPolicy):
 @final
 @dataclass(frozen=True, slots=True)
 class Geometric(CheckpointPolicy):
-    """Keeps states at the rounded powers of `ratio`: dense early, where a model changes fastest.
+    """Stores states at the rounded powers of `ratio`: dense early, where a model changes fastest.
 
     >>> [step for step in range(40) if Geometric(2.0).keeps(step, opens_epoch=None)]
     [0, 1, 2, 4, 8, 16, 32]
+
+    Args:
+        ratio: factor between two stored steps, more than 1.
+
+    Raises:
+        BadPolicy: the ratio is 1 or less.
     """
 
     ratio: float = 1.2
 
     def __post_init__(self) -> None:
-        """Refuse powers that do not grow."""
+        """Check the ratio."""
         _require(self, self.ratio > 1)
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
-        """Whether some power of the ratio rounds to the step's number."""
+        """Whether some power of the ratio rounds to the number of the step."""
         del opens_epoch
+        if step == 0:
+            return True
         power = 1.0
         while round(power) < step:
             power *= self.ratio
-        return step == 0 or round(power) == step
+        return round(power) == step
 
     def drops(self, kept: Sequence[int], step: int) -> list[int]:
-        """Nothing is dropped."""
+        """No state is deleted."""
         del kept, step
         return []
 
@@ -104,21 +138,24 @@ class Geometric(CheckpointPolicy):
 @final
 @dataclass(frozen=True, slots=True)
 class Only(CheckpointPolicy):
-    """Keeps the states before the given steps.
+    """Stores the states before the given steps.
 
     >>> [step for step in range(9) if Only((2, 5)).keeps(step, opens_epoch=None)]
     [2, 5]
+
+    Args:
+        steps: numbers of the steps.
     """
 
     steps: Sequence[int]
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
-        """Whether the step was named."""
+        """Whether the step is one of the given ones."""
         del opens_epoch
         return step in self.steps
 
     def drops(self, kept: Sequence[int], step: int) -> list[int]:
-        """Nothing is dropped."""
+        """No state is deleted."""
         del kept, step
         return []
 
@@ -126,28 +163,34 @@ class Only(CheckpointPolicy):
 @final
 @dataclass(frozen=True, slots=True)
 class Last(CheckpointPolicy):
-    """Keeps the states of the last `window` steps and state 0: a sliding window of constant size on disk.
+    """Stores the states of the last `window` steps, and state 0: constant size on disk.
 
     >>> Last(2).drops([0, 5, 6, 7], 7)
     [5]
+
+    Args:
+        window: number of states, at least 1.
+
+    Raises:
+        BadPolicy: the window is less than 1.
     """
 
     window: int
 
     def __post_init__(self) -> None:
-        """Refuse an empty window."""
+        """Check the window."""
         _require(self, self.window >= 1)
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
-        """Every state is kept for a while."""
+        """Every state is stored, and deleted once it leaves the window."""
         del step, opens_epoch
         return True
 
     def drops(self, kept: Sequence[int], step: int) -> list[int]:
-        """What has left the window."""
+        """Stored states that have left the window, except state 0."""
         return [state for state in kept if 0 < state <= step - self.window]
 
 
-def _require(policy: CheckpointPolicy, possible: bool) -> None:  # noqa: FBT001
-    if not possible:
+def _require(policy: CheckpointPolicy, valid: bool) -> None:  # noqa: FBT001
+    if not valid:
         raise BadPolicy(str(policy))

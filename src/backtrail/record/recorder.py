@@ -1,8 +1,8 @@
-"""Records a training beside its loop.
+"""Records a training from inside its loop.
 
-Decisions: the optimizer's pre-hook notes the update as it is about to be made, the post-hook writes
-it down; a step that a GradScaler skips is none. Nothing here draws from a generator or writes to a
-tensor of the training.
+The optimizer's pre-hook describes the update that is about to be made; its post-hook appends it to
+the step log. A step that a GradScaler skips is not a step of the run. Nothing in this module draws
+random numbers or writes to a tensor of the training.
 """
 
 import logging
@@ -30,14 +30,14 @@ from backtrail.errors import (
     UnwatchedStep,
 )
 from backtrail.exclusive import exclusive, exclusive_lock
-from backtrail.record.backward_hooks import Feeding
-from backtrail.record.listeners import Listener
+from backtrail.record.backward_hooks import BatchTracker
+from backtrail.record.listeners import CaptureMethod
 from backtrail.record.loaders import IdStream, TrackedLoader, check_data, check_loader
 from backtrail.record.policy import CheckpointPolicy, Every
-from backtrail.record.randomness import preserved
-from backtrail.record.self_check import Proof, read_again
+from backtrail.record.randomness import preserved_generators
+from backtrail.record.self_check import GradientCheck, reread_batch
 from backtrail.run.check import layouts
-from backtrail.run.manifest import NAME, Manifest
+from backtrail.run.manifest import MANIFEST_NAME, Manifest
 from backtrail.run.store import Writer
 from backtrail.step.optimizers import find_rule
 from backtrail.step.state import Setting, State, Step, settings_of
@@ -53,24 +53,48 @@ log = logging.getLogger(__name__)
 
 @final
 class Recorder:
-    """Records a training: loop over `recorder.watch(loader)` instead of the loader, and change nothing else.
+    """Context manager that records a training.
+
+    Loop over `recorder.watch(loader)` instead of the loader, and change nothing else.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from backtrail.task.presets import regression
+    >>> data = torch.utils.data.TensorDataset(torch.ones(4, 2), torch.zeros(4, 1))
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> scratch = TemporaryDirectory()
+    >>> folder = Path(scratch.name) / "run"
+    >>> with Recorder(folder, regression(model, data), optimizer) as recorder:
+    ...     for inputs, targets in recorder.watch(DataLoader(data, batch_size=2)):
+    ...         nn.functional.mse_loss(model(inputs), targets).backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> sorted(path.name for path in folder.iterdir())
+    ['manifest.json', 'states', 'steps']
+    >>> scratch.cleanup()
+
+    Every step is written when it is made, so a training that is killed leaves a run that is
+    complete up to its last step. At steps 0, 1, 4, 16, 64, ... the recorder computes the gradient
+    itself. Where it differs from the loop's, the task does not describe the training, and
+    `UnexplainedGradient` is raised.
 
     Args:
-        path: folder of the run; it must not hold one yet.
-        task: model, data and loss; the model is the live one.
-        optimizer: the one optimizer of the training.
-        checkpoints: which states are kept.
-        keep_batches: store what was fed, for rows that cannot be read again (random augmentation).
-        tolerance: relative difference up to which a replayed gradient counts as the loop's; default
-            1e-9 in float64, 5e-2 under autocast, else 1e-3.
-        capture: a `DataValueEmbedding` whose pass over the training is to be made by the training
-            itself.
+        path: Folder of the run; it must not hold a run yet.
+        task: Model, data and loss; its model is the live one.
+        optimizer: The only optimizer of the training.
+        checkpoints: Which states are stored; by default `Every(50)`.
+        keep_batches: Store the batches themselves, for rows that cannot be read again (random
+            augmentation).
+        tolerance: Relative difference up to which the replayed gradient counts as equal to the
+            loop's; by default 1e-9 in float64, 5e-2 under autocast, else 1e-3.
+        capture: A `DataValueEmbedding` that is to capture its per-sample gradients from the passes
+            of the training itself.
 
     Raises:
-        UnsupportedOptimizer: the optimizer has no derivative.
-        BadOptimizer: several optimizers, or one that holds tensors that are not the model's.
-        BadSetting: something else than an embedding is to be captured.
-        UnreadableData: the task's data set cannot be read by row number.
+        UnsupportedOptimizer: The optimizer's update has no derivative.
+        BadOptimizer: There are several optimizers, or one that holds tensors outside of the model.
+        BadSetting: `capture` is not an embedding.
+        UnreadableData: The task's data set cannot be read by row number.
     """
 
     def __init__(
@@ -82,48 +106,61 @@ class Recorder:
         checkpoints: CheckpointPolicy | None = None,
         keep_batches: bool = False,
         tolerance: float | None = None,
-        capture: Listener | None = None,
+        capture: CaptureMethod | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise BadOptimizer(
                 f"got a {type(optimizer).__name__}; a run has one torch.optim optimizer"
             )
-        if capture is not None and not isinstance(capture, Listener):
+        if capture is not None and not isinstance(capture, CaptureMethod):
             raise BadSetting("capture", capture, "a backtrail.DataValueEmbedding")
         check_data(task)
-        self._kind = find_rule(type(optimizer)).name
-        self._folder, self._task, self._optimizer = Path(path), task, optimizer
+        self._folder = Path(path)
+        self._task = task
+        self._optimizer = optimizer
+        self._optimizer_name = find_rule(type(optimizer)).name
         self._policy = checkpoints or Every(50)
-        self._keep_batches = keep_batches or task.ids is not None  # their rows cannot be read again
+        # Where batches carry ids, nothing can be read by row number.
+        self._keep_batches = keep_batches or task.ids is not None
         self._params = parameters(task.model)
         self._groups = _group_names(self._params, optimizer)
         self._trained = {name: self._params[name] for group in self._groups for name in group}
-        self._proof, self._capture = Proof(tolerance), capture
-        self._feeding = Feeding(task, self._trained)
-        self._overheard: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._epoch = self._last_epoch = -1
-        self._pending: Step | None = None
-        self._ahead: State | None = None  # before the coming step, where somebody asked
-        self._versions: dict[str, int] = {}
+        self._self_check = GradientCheck(tolerance)
+        self._capture = capture
+        self._tracker = BatchTracker(task, self._trained)
+        # One wrapper per loader, so that a loader with persistent workers starts them only once.
+        self._tracked_loaders: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._kept: list[int] = []
+        self._epoch = -1
+        self._last_epoch = -1  # of the last step
+        self._pending: Step | None = None  # described by the pre-hook, not made yet
+        self._upcoming_state: State | None = None  # before the coming step, if a listener needed it
+        self._versions: dict[str, int] = {}  # of the parameters after the last step
 
     def __enter__(self) -> "Recorder":
-        """Create the run's folder and start listening.
+        """Create the folder of the run and install the hooks.
 
         Raises:
-            RunExists: the folder holds a run already.
+            RunExists: The folder holds a run already.
         """
-        if (self._folder / NAME).exists():
+        if (self._folder / MANIFEST_NAME).exists():
             raise RunExists(self._folder)
-        manifest, self._kept = self._manifest(), list[int]()
+        manifest = self._manifest()
+        self._kept = []
         self._writer = Writer(self._folder, manifest)
         if self._capture is not None:
-            of = self._task, manifest, self._trained
-            self._feeding.beside = self._capture.beside(*of, keep=self._writer.add, now=self._now)
+            self._tracker.listener = self._capture.start_capture(
+                self._task,
+                manifest,
+                self._trained,
+                write_file=self._writer.add_file,
+                upcoming_update=self._upcoming_update,
+            )
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         ]
-        self._feeding.listen()
+        self._tracker.install_hooks()
         return self
 
     def __exit__(
@@ -132,103 +169,134 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop listening; keep the final state unless the loop failed."""
-        self._feeding.stop()
+        """Remove the hooks; store the final state, unless the loop raised an error."""
+        self._tracker.remove_hooks()
         for hook in self._hooks:
             hook.remove()
-        if self._feeding.beside is not None:
-            self._feeding.beside.finish()
+        if self._tracker.listener is not None:
+            self._tracker.listener.close()
         if error is not None:
-            self._writer.leave()
+            # The manifest keeps `finished: false`; the run is complete up to its last step.
+            self._writer.close()
             return
         changed = self._changed_outside()
         if changed:
-            # The run itself is whole, so a long training must not fail at its very end.
+            # The run itself is complete, so a long training must not fail at its very end.
             log.warning(
-                "%r changed after the last step; the run ends with the state that the step left",
+                "parameter %r changed after the last step: "
+                "the run ends with the state that the last step left",
                 changed[0],
             )
         else:
-            self._keep(State(self._live(), self._feeding.left(), self._moments()))
+            buffers = self._tracker.buffers_after_last_step()
+            self._keep_state(State(self._live_params(), buffers, self._moments()))
         self._writer.finish()
 
-    def watch(self, loader: Iterable[Batch]) -> "Watched":
-        """The loader's batches, unchanged; the recorder notes which samples made each.
+    def watch(self, loader: Iterable[Batch]) -> "WatchedLoader":
+        """Iterate over a loader's batches, unchanged, and record which samples are in each.
 
-        With `Task(ids=...)` it may be any iterable of batches.
+        Args:
+            loader: A `DataLoader` over the task's data set; with `Task(ids=...)` any iterable of
+                batches. Each pass over the result is one epoch.
 
         Raises:
-            UnwatchableLoader: the loader's batches could not be read again.
+            UnwatchableLoader: The loader's batches could not be read again.
         """
         if self._task.ids is not None:
-            return Watched(self, IdStream(loader, self._task))
+            return WatchedLoader(self, IdStream(loader, self._task))
         check_loader(loader, self._task)
-        if loader not in self._overheard:
-            self._overheard[loader] = TrackedLoader(cast("DataLoader[Any]", loader))
-        return Watched(self, self._overheard[loader])
+        if loader not in self._tracked_loaders:
+            self._tracked_loaders[loader] = TrackedLoader(cast("DataLoader[Any]", loader))
+        return WatchedLoader(self, self._tracked_loaders[loader])
 
     def fed(self, batch: Batch) -> None:
-        """Say that the model is fed this instead of the batch last yielded (mixup, augmentation on the GPU).
+        """Declare that the model is fed `batch` instead of the batch last yielded.
 
-        It must have the same slots in the same order, and is stored in the run.
+        For transformations inside the loop, such as mixup or augmentation on the GPU. Call it right
+        before the forward pass. The batch is stored in the run.
+
+        Args:
+            batch: What the model is fed: the same samples in the same slots.
 
         Raises:
-            UnwatchedStep: no batch was yielded yet.
-            OtherSlots: it has another number of rows.
+            UnwatchedStep: No batch was yielded yet.
+            OtherSlots: It has another number of rows.
         """
-        self._feeding.replaced(batch)
+        self._tracker.batch_replaced(batch)
 
     def yielded(self, samples: tuple[int, ...], batch: Batch, *, opens_epoch: bool) -> None:
-        """Note the batch that is about to be handed to the loop."""
-        self._epoch += opens_epoch
-        self._feeding.yielded(samples, batch, epoch=self._epoch, keep=self._keep_batches)
+        """Record the batch that is about to be handed to the loop; `watch` calls this.
+
+        Args:
+            samples: Row numbers or ids, in slot order.
+            batch: Its content.
+            opens_epoch: Whether it is the first of its epoch.
+        """
+        if opens_epoch:
+            self._epoch += 1
+        self._tracker.batch_yielded(samples, batch, epoch=self._epoch, keep=self._keep_batches)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        # Wrappers of an optimizer, such as Accelerate's, pass `closure=None` by position.
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is not None:
+        """Describe the step that the optimizer is about to make, and check it where that is due.
+
+        The step is logged afterwards, by `_after_step`. Its batches are on disk before the log
+        entry that refers to them, so a process killed at any instant leaves no entry without its
+        batches. A state may reach the disk later: a run is complete without it, except for state 0,
+        which the writer waits for.
+
+        Raises:
+            BadOptimizer: step() was given a closure.
+        """
+        if args[1:] or kwargs.get("closure") is not None:
             raise BadOptimizer(
                 "step(closure) evaluates the loss inside the step; call step() without one"
             )
+        # A GradScaler calls a fused optimizer even where the step is skipped, and says so here.
         if bool(getattr(optimizer, "found_inf", None)):
-            return  # a fused optimizer is called even where its GradScaler skips the step
-        self._refuse_surprises()
-        step, consumed = self._noted(), self._feeding.consumed
-        state = State(self._live(), consumed[0].buffers, self._moments())
-        if self._keeps(step):
-            self._keep(state)
-        if any(fed.stored for fed in step.fed):
-            self._writer.keep_batches(step.index, tuple(y.content for y in consumed))
-        due, beside = self._proof.due(step), False
-        if self._feeding.beside is not None:
-            heard = [y.heard for y in consumed]
-            transition = self._transition(
-                step, cast_to(tuple(one.batch for one in heard), None, self._task.device)
+            return
+        self._check_loop()
+        step = self._describe_step()
+        consumed = self._tracker.consumed
+        # The buffers are those before the first forward pass of the step: where a replay starts.
+        state = State(self._live_params(), consumed[0].buffers, self._moments())
+        if self._is_checkpoint(step):
+            self._keep_state(state)
+        if any(record.stored for record in step.fed):
+            self._writer.keep_batches(step.index, tuple(live.content for live in consumed))
+        check_gradient = self._self_check.is_due(step)
+        check_capture = self._notify_listener(step, state)
+        if check_gradient or check_capture:
+            self._check_step(
+                step, state, check_gradient=check_gradient, check_capture=check_capture
             )
-            with exclusive_lock():
-                grads = self._grads()
-                beside = self._feeding.beside.stepped(transition, state, heard, consumed=grads)
-        if due or beside:
-            self._prove(step, state, due=due, beside=beside)
         self._pending = step
 
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        """Log the step once the optimizer has made it; a skipped step has no description."""
         del optimizer, args, kwargs
         if self._pending is None:
             return
         self._writer.log(self._pending)
         self._last_epoch = self._pending.fed[-1].epoch
-        self._pending = self._ahead = None
-        self._feeding.stepped()
+        self._pending = None
+        self._upcoming_state = None
+        self._tracker.step_taken()
         self._versions = {name: p._version for name, p in self._params.items()}
 
-    def _refuse_surprises(self) -> None:
-        step = self._feeding.step
-        if not any(y.contributes for y in self._feeding.consumed):
+    def _check_loop(self) -> None:
+        """Raise where the loop does something that a run cannot represent.
+
+        Raises:
+            UnwatchedStep: No watched batch led to the gradients.
+            ChangedOutside: Something else than the optimizer wrote to a parameter.
+            BadOptimizer: The parameter groups are not those of the start.
+        """
+        step = self._tracker.step
+        if not any(live.contributes for live in self._tracker.consumed):
             raise UnwatchedStep(step)
         changed = self._changed_outside()
         if changed:
@@ -246,82 +314,127 @@ class Recorder:
             if self._params[name]._version != version
         ]
 
-    def _noted(self) -> Step:
-        feeding, grads = self._feeding, self._grads()
+    def _describe_step(self) -> Step:
+        """Return the log entry of the coming step.
+
+        Raises:
+            Diverged: The gradient is NaN or infinite.
+        """
+        tracker = self._tracker
+        grads = self._consumed_gradient()
         size = norm(grads)
         if not math.isfinite(size):
-            raise Diverged(feeding.step, size)
+            raise Diverged(tracker.step, size)
         return Step(
-            index=feeding.step,
-            fed=tuple(y.noted() for y in feeding.consumed),
+            index=tracker.step,
+            fed=tuple(live.as_record() for live in tracker.consumed),
             settings=self._settings(),
             norm=size,
             unused=tuple(name for name in self._trained if name not in grads),
-            evaluating=feeding.evaluating,
-            autocast=feeding.autocast,
+            evaluating=tracker.evaluating,
+            autocast=tracker.autocast,
         )
 
-    def _keeps(self, step: Step) -> bool:
+    def _is_checkpoint(self, step: Step) -> bool:
+        if step.index == 0:
+            return True
         epoch = step.fed[-1].epoch
         opens_epoch = epoch if epoch != self._last_epoch else None
-        return step.index == 0 or self._policy.keeps(step.index, opens_epoch=opens_epoch)
+        return self._policy.keeps(step.index, opens_epoch=opens_epoch)
 
-    def _keep(self, state: State) -> None:
-        number = self._feeding.step
+    def _keep_state(self, state: State) -> None:
+        """Store the state before the coming step, then delete those that the policy drops."""
+        number = self._tracker.step
         self._writer.keep_state(number, state)
         self._kept.append(number)
         dropped = self._policy.drops(self._kept, number)
         self._writer.drop_states(dropped)
         self._kept = [kept for kept in self._kept if kept not in dropped]
 
+    def _notify_listener(self, step: Step, state: State) -> bool:
+        """Hand the step to the listener, if there is one; return whether it wants a check."""
+        listener = self._tracker.listener
+        if listener is None:
+            return False
+        captured = [live.captured for live in self._tracker.consumed]
+        batches = cast_to(tuple(one.batch for one in captured), None, self._task.device)
+        transition = self._transition(step, batches)
+        grads = self._consumed_gradient()
+        with exclusive_lock():
+            return listener.before_step(transition, state, captured, consumed=grads)
+
     @exclusive
-    def _prove(self, step: Step, state: State, *, due: bool, beside: bool) -> None:
-        task, grads, fed = self._task, self._grads(), self._feeding.consumed
-        trim()  # a pass of our own would not fit into the holes that the loop's left
-        with preserved((task.model, task.predict, task.loss, task.collate, task.data)):
-            transition = self._transition(step, tuple(read_again(task, step.index, y) for y in fed))
-            if due:
-                self._proof.check(transition, state, grads)
-            if beside and self._feeding.beside is not None:
-                self._feeding.beside.prove(
-                    transition, state, tolerance=self._proof.tolerance(step, grads)
-                )
+    def _check_step(
+        self, step: Step, state: State, *, check_gradient: bool, check_capture: bool
+    ) -> None:
+        """Replay the step from what was recorded, and compare it with what the loop did.
+
+        It happens before the update, while the live parameters are still those of the state.
+        """
+        task = self._task
+        grads = self._consumed_gradient()
+        # The loop's own pass left holes in the heap that a second pass would not fit into.
+        trim()
+        # Reading rows and running the model draws random numbers, which the loop must not notice.
+        holders = (task.model, task.predict, task.loss, task.collate, task.data)
+        with preserved_generators(holders):
+            batches = tuple(reread_batch(task, step.index, live) for live in self._tracker.consumed)
+            transition = self._transition(step, batches)
+            if check_gradient:
+                self._self_check.check(transition, state, grads)
+            if check_capture and self._tracker.listener is not None:
+                tolerance = self._self_check.tolerance(step, grads)
+                self._tracker.listener.check(transition, state, tolerance=tolerance)
         trim()
 
     def _transition(self, step: Step, batches: tuple[Batch, ...]) -> Transition:
         return Transition(self._task, self._update(step.settings), step, batches)
 
     def _update(self, settings: tuple[dict[str, Setting], ...]) -> Update:
-        return Update(self._kind, self._groups, settings)
+        return Update(self._optimizer_name, self._groups, settings)
 
-    def _now(self) -> tuple[Update, State]:
-        """What an update would be at this moment, and the state before it, but for buffers."""
-        if self._ahead is None:
-            self._ahead = State(self._live(), {}, self._moments())
-        return self._update(self._settings()), self._ahead
+    def _upcoming_update(self) -> tuple[Update, State]:
+        """Update as the optimizer would make it now, and the state before it, without buffers."""
+        if self._upcoming_state is None:
+            self._upcoming_state = State(self._live_params(), {}, self._moments())
+        return self._update(self._settings()), self._upcoming_state
 
     def _settings(self) -> tuple[dict[str, Setting], ...]:
-        return tuple(map(settings_of, _plain_groups(self._optimizer)))
+        """Every hyperparameter of every parameter group."""
+        settings: list[dict[str, Setting]] = []
+        for group in self._optimizer.param_groups:
+            # torch stores names of its own here; the manifest has ours.
+            options = {key: value for key, value in group.items() if key != "param_names"}
+            settings.append(settings_of(options))
+        return tuple(settings)
 
-    def _live(self) -> Tree:
+    def _live_params(self) -> Tree:
         return {name: parameter.detach() for name, parameter in self._params.items()}
 
-    def _grads(self) -> Tree:
-        """What the optimizer is about to consume; a fused one divides by the loss's scale itself."""
-        found = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+    def _consumed_gradient(self) -> Tree:
+        """Gradient that the optimizer is about to consume, without the scale of a GradScaler."""
+        grads = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+        # Only a fused optimizer has this attribute: it divides by the scale inside its own kernel.
         scale: Tensor | None = getattr(self._optimizer, "grad_scale", None)
-        return found if scale is None else {name: grad / scale for name, grad in found.items()}
+        if scale is None:
+            return grads
+        return {name: grad / scale for name, grad in grads.items()}
 
     def _moments(self) -> dict[str, Tree]:
-        states = {name: self._optimizer.state.get(p) for name, p in self._trained.items()}
-        return {
-            name: tree for name, state in states.items() if state and (tree := tensors_of(state))
-        }
+        """The tensors of the optimizer's state, of the parameters that have any."""
+        moments: dict[str, Tree] = {}
+        for name, parameter in self._trained.items():
+            # `get`, because indexing would create an entry in the live optimizer's state.
+            state = self._optimizer.state.get(parameter)
+            tensors = tensors_of(state) if state else {}
+            if tensors:
+                moments[name] = tensors
+        return moments
 
     def _manifest(self) -> Manifest:
         return Manifest(
             id=uuid.uuid4().hex,
-            optimizer=self._kind,
+            optimizer=self._optimizer_name,
             groups=self._groups,
             params=layouts(self._task.parameters()),
             buffers=layouts(self._task.buffers()),
@@ -334,44 +447,48 @@ class Recorder:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Watched:
-    """The batches of a loader while the recorder notes them; one pass over it is one epoch."""
+class WatchedLoader:
+    """The batches of a loader, unchanged, while a recorder notes their samples."""
 
     recorder: Recorder
-    overheard: TrackedLoader | IdStream
+    batches: TrackedLoader | IdStream
 
     def __len__(self) -> int:
         """Number of batches."""
-        return len(self.overheard)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The loader's batches, unchanged."""
-        opens = True
-        for samples, batch in self.overheard:
-            self.recorder.yielded(samples, batch, opens_epoch=opens)
-            opens = False
+        """Yield the batches of one epoch."""
+        opens_epoch = True
+        for samples, batch in self.batches:
+            self.recorder.yielded(samples, batch, opens_epoch=opens_epoch)
+            opens_epoch = False
             yield batch
 
 
 def _group_names(
     params: dict[str, nn.Parameter], optimizer: Optimizer
 ) -> tuple[tuple[str, ...], ...]:
+    """Names of the parameters in every group of the optimizer.
+
+    Raises:
+        BadOptimizer: it holds tensors that are not the model's.
+    """
     names = {id(parameter): name for name, parameter in params.items()}
-    groups = [
-        [(id(p), tuple(p.shape)) for p in group["params"]] for group in optimizer.param_groups
-    ]
-    foreign = [shape for group in groups for key, shape in group if key not in names]
+    groups: list[tuple[str, ...]] = []
+    foreign: list[tuple[int, ...]] = []
+    for group in optimizer.param_groups:
+        members: list[str] = []
+        for parameter in group["params"]:
+            if id(parameter) in names:
+                members.append(names[id(parameter)])
+            else:
+                foreign.append(tuple(parameter.shape))
+        groups.append(tuple(members))
     if foreign:
         raise BadOptimizer(
-            f"it holds {len(foreign)} tensors that are not the task model's (shapes {foreign[:3]}); "
-            "give the task the model whose parameters the optimizer was made of"
+            f"it holds {len(foreign)} tensors that are not the task model's "
+            f"(shapes {foreign[:3]}); give the task the model whose parameters the optimizer was "
+            "made of"
         )
-    return tuple(tuple(names[key] for key, _ in group) for group in groups)
-
-
-def _plain_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The parameter groups without the names that torch keeps of their parameters; the manifest has our own."""
-    return [
-        {key: value for key, value in group.items() if key != "param_names"}
-        for group in optimizer.param_groups
-    ]
+    return tuple(groups)

@@ -1,4 +1,6 @@
-"""The recorder's proof: what it notes explains the gradient that the loop handed to the optimizer."""
+"""The recorder's self-check: the recorded step reproduces the gradient that the loop computed."""
+
+from typing import final
 
 import torch
 
@@ -11,77 +13,103 @@ from backtrail.step.step import Transition
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree, cast, norm
 
-MOST_NEW = 8  # shapes of step that are proved when first met
+MAX_NEW_SHAPES = 8  # kinds of step that are checked when they first occur
 
 
-class Proof:
-    """Decides when to prove a step, and proves it."""
+@final
+class GradientCheck:
+    """Decides which steps to check, and checks them.
+
+    Args:
+        tolerance: allowed relative difference of the gradients; None chooses it by precision.
+    """
 
     def __init__(self, tolerance: float | None) -> None:
         self._tolerance = tolerance
-        self._met: set[object] = set()
+        self._seen_shapes: set[object] = set()
 
-    def due(self, step: Step) -> bool:
-        """The first two steps, then at powers of four, and steps of a shape not met before (sizes, modes, idle)."""
-        shape = (
-            tuple((len(fed.samples), fed.contributes) for fed in step.fed),
-            step.unused,
-            step.evaluating,
-            step.autocast,
-        )
-        new = shape not in self._met and len(self._met) < MOST_NEW
-        if new:
-            self._met.add(shape)
-        return new or due(step.index)
+    def is_due(self, step: Step) -> bool:
+        """Whether to check this step: 0, 1, powers of four, and steps of a new shape.
+
+        The shape of a step is made of the sizes of its micro-batches, its unused parameters, its
+        modules in eval mode and its autocast. Each selects other code in the user's loop.
+        """
+        sizes = tuple((len(fed.samples), fed.contributes) for fed in step.fed)
+        shape = (sizes, step.unused, step.evaluating, step.autocast)
+        # Where every step has a new shape (ragged batches), checking them all would double the time
+        # of the training.
+        is_new = shape not in self._seen_shapes and len(self._seen_shapes) < MAX_NEW_SHAPES
+        if is_new:
+            self._seen_shapes.add(shape)
+        return is_new or due(step.index)
 
     def tolerance(self, step: Step, consumed: Tree) -> float:
-        """The relative difference that is allowed."""
-        return self._tolerance or default_tolerance(step, consumed)
+        """Allowed relative difference of the gradients of a step."""
+        return self._tolerance or default_gradient_tolerance(step, consumed)
 
     def check(self, transition: Transition, state: State, consumed: Tree) -> None:
-        """Compute the step's gradient as a replay will, and compare it with the one that the optimizer consumes.
+        """Compute the gradient of a step as a replay will, and compare it with the consumed one.
+
+        Args:
+            transition: the step.
+            state: the state before it.
+            consumed: the gradient that the loop gave the optimizer.
 
         Raises:
             UnexplainedGradient: they differ.
+            BadLoss: the task's loss does not return one value per slot.
         """
         if transition.step.index == 0:
             _check_losses(transition, state)
-        grads, _, _ = transition.raw_gradient(state)
-        ours = transition.clipped(grads)
-        gap = norm({name: ours[name] - consumed[name] for name in ours})
-        off = gap / max(norm(consumed), norm(ours), 1e-30)
+        raw_gradient, _, _ = transition.raw_gradient(state)
+        replayed = transition.clipped(raw_gradient)
+        gap = norm({name: replayed[name] - consumed[name] for name in replayed})
+        largest = max(norm(consumed), norm(replayed), 1e-30)  # both may be zero
+        off = gap / largest
         allowed = self.tolerance(transition.step, consumed)
+        # Written as `not <=`, so that NaN fails too.
         if not off <= allowed:
-            norms = {"ours": norm(ours), "theirs": norm(consumed)}
-            raise UnexplainedGradient(transition.step.index, off, allowed, **norms)
+            raise UnexplainedGradient(
+                transition.step.index,
+                off,
+                allowed,
+                ours=norm(replayed),
+                theirs=norm(consumed),
+            )
 
 
-def default_tolerance(step: Step, consumed: Tree) -> float:
-    """How far a gradient may be off: an eager model's is met to the bit, and other kernels round in other places."""
+def default_gradient_tolerance(step: Step, consumed: Tree) -> float:
+    """Allowed relative difference of a gradient, by precision.
+
+    An eager model is reproduced bit for bit. A compiled one uses other kernels, which round
+    differently.
+    """
     if all(gradient.dtype == torch.float64 for gradient in consumed.values()):
         return 1e-9
     return AUTOCAST if step.autocast else 1e-3
 
 
-def read_again(task: Task, step: int, fed: LiveBatch) -> Batch:
-    """What a replay will read where the loop was fed this batch.
+def reread_batch(task: Task, step: int, live: LiveBatch) -> Batch:
+    """Return the batch as a replay will get it, on the task's device.
 
     Raises:
-        UnrepeatableRows: the rows do not read the same again.
+        UnrepeatableRows: its rows read differently the second time.
     """
-    if fed.content is not None:
-        return cast(fed.content, None, task.device)
-    batch = task.batch(fed.samples)
-    if digest(batch) != fed.digest:
-        raise UnrepeatableRows(step, fed.samples)
+    if live.content is not None:
+        return cast(live.content, None, task.device)
+    batch = task.batch(live.samples)
+    if digest(batch) != live.digest:
+        raise UnrepeatableRows(step, live.samples)
     return cast(batch, None, task.device)
 
 
 def _check_losses(transition: Transition, state: State) -> None:
-    """One value per slot: said once, before the shapes of the user's tensors clash somewhere deep.
+    """Check that the loss gives one value per slot.
+
+    Otherwise the first error would be a mismatch of shapes deep inside the replay.
 
     Raises:
-        BadLoss: another number of values.
+        BadLoss: it gives another number of values.
     """
     with transition.replaying():
         losses, _ = transition.task.losses(state.params, state.buffers, transition.batches[0])

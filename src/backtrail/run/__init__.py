@@ -1,1 +1,1 @@
-"""A finished recording; read-only."""
+"""Runs on disk: the files of a recording, and `Run`, which reads them."""

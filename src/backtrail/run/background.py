@@ -1,4 +1,4 @@
-"""Work that is done in order beside a training, which goes on meanwhile."""
+"""A background thread that does disk work in order while the training goes on."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,33 +6,39 @@ from typing import final
 
 
 @final
-class Aside:
-    """One thread for what the disk and checksums take; both leave the interpreter to others.
+class BackgroundThread:
+    """One thread for disk writes and checksums, both of which release the GIL.
 
-    >>> aside, done = Aside(), []
-    >>> aside(lambda: done.append(1))
-    >>> aside.wait()
-    >>> done
+    Work is done in the order in which it was submitted.
+
+    >>> thread = BackgroundThread()
+    >>> results = []
+    >>> thread.submit(lambda: results.append(1))
+    >>> thread.wait()
+    >>> results
     [1]
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="backtrail")
-        self._going: list[Future[object]] = []
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="backtrail")
+        self._pending: list[Future[object]] = []
 
-    def __call__(self, work: Callable[[], object]) -> None:
-        """Do this when all that was asked before is done."""
-        self._going.append(self._thread.submit(work))
+    def submit(self, work: Callable[[], object]) -> None:
+        """Call `work` after everything that was submitted before."""
+        future = self._executor.submit(work)
+        self._pending.append(future)
 
     def wait(self) -> None:
-        """Return when all is done, and raise what it raised."""
-        going, self._going = self._going, []
-        for one in going:
-            one.result()
+        """Wait until all work is done, and raise the first error of it."""
+        # Cleared first: an error is raised once, not again by every later call.
+        pending = self._pending
+        self._pending = []
+        for future in pending:
+            future.result()
 
     def close(self) -> None:
-        """The same, and nothing more will be asked."""
+        """Wait until all work is done, raise the first error of it, and end the thread."""
         try:
             self.wait()
         finally:
-            self._thread.shutdown()
+            self._executor.shutdown()

@@ -1,4 +1,4 @@
-"""Whether a task is the one that was recorded: all problems at once, each with its values."""
+"""Checks that a task is the one that was recorded; every problem is reported with its values."""
 
 from backtrail.errors import WrongData, WrongModel
 from backtrail.run.manifest import Layout, Manifest
@@ -9,55 +9,66 @@ from backtrail.tree import Tree
 
 
 def layouts(tree: Tree) -> dict[str, Layout]:
-    """Shape and precision of every tensor."""
-    return {
-        name: Layout(tuple(t.shape), str(t.dtype).removeprefix("torch."))
-        for name, t in tree.items()
-    }
+    """Shape and dtype of every tensor."""
+    found: dict[str, Layout] = {}
+    for name, tensor in tree.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found[name] = Layout(tuple(tensor.shape), dtype)
+    return found
 
 
 def check_model(manifest: Manifest, task: Task) -> None:
-    """Compare the model's tensors with the recorded ones.
+    """Compare the shapes and dtypes of the task's model with the recorded ones.
 
     Raises:
-        WrongModel: names every tensor that differs, with both shapes.
+        WrongModel: some differ; the message names every such tensor with both shapes.
     """
     recorded = manifest.params | manifest.buffers
     present = layouts(task.parameters() | task.buffers())
-    problems = [
-        _problem(name, recorded.get(name), present.get(name)) for name in sorted(recorded | present)
-    ]
-    found = [problem for problem in problems if problem]
-    if found:
-        raise WrongModel(found)
+    problems: list[str] = []
+    for name in sorted(recorded | present):
+        problem = _describe_mismatch(name, recorded.get(name), present.get(name))
+        if problem is not None:
+            problems.append(problem)
+    if problems:
+        raise WrongModel(problems)
 
 
-def _problem(name: str, recorded: Layout | None, present: Layout | None) -> str:
+def _describe_mismatch(name: str, recorded: Layout | None, present: Layout | None) -> str | None:
     if recorded is None:
         return f"{name!r} was not recorded"
     if present is None:
         return f"{name!r} {list(recorded.shape)} was recorded and is not in the model"
     if present.shape != recorded.shape:
-        return f"{name!r} has shape {list(present.shape)}, and was recorded with {list(recorded.shape)}"
+        shape = list(present.shape)
+        return f"{name!r} has shape {shape}, and was recorded with {list(recorded.shape)}"
     if present.dtype != recorded.dtype:
         return f"{name!r} is {present.dtype}, and was recorded as {recorded.dtype}"
-    return ""
+    return None
 
 
 def check_data(manifest: Manifest, task: Task, first: Step) -> None:
-    """Compare the data set's length, and the first recorded batch, with the recording.
+    """Compare the length of the task's data set, and the rows of step 0, with the recording.
+
+    Args:
+        manifest: of the run.
+        task: the task that the run is opened with.
+        first: step 0 of the run.
 
     Raises:
-        WrongData: says both lengths, or that the rows differ, or that there are no rows but ids.
+        WrongData: they differ, or the run has sample ids and the task has no `ids=`.
     """
     if manifest.samples is None:
+        # Samples are ids that came with the batches; there are no rows to compare.
         if task.ids is None:
-            raise WrongData("its batches told the ids of their samples, and this task has no ids=")
+            raise WrongData("its batches carried the ids of their samples; this task has no ids=")
         return
     if len(task.data) != manifest.samples:
         raise WrongData(f"it has {len(task.data)} rows, and had {manifest.samples}")
-    for fed in first.fed:
-        if not fed.stored and (found := digest(task.batch(fed.samples))) != fed.digest:
-            raise WrongData(
-                f"rows {list(fed.samples)[:5]}... of step 0 read {found}, and were {fed.digest}"
-            )
+    for record in first.fed:
+        if record.stored:
+            continue
+        found = digest(task.batch(record.samples))
+        if found != record.digest:
+            rows = list(record.samples)[:5]
+            raise WrongData(f"rows {rows}... of step 0 read {found}, and were {record.digest}")

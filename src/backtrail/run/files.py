@@ -1,4 +1,4 @@
-"""Files that are either the old or the new one, whenever the process dies, and their checksums."""
+"""Atomic file writes, and checksums."""
 
 import hashlib
 import os
@@ -11,8 +11,13 @@ from backtrail.errors import DamagedFile
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Hand out a scratch path that becomes `path` only if the block succeeds."""
+    """Yield a scratch path that replaces `path` when the block succeeds.
+
+    A process killed at any instant leaves either the old file or the new one, never a part of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system. The process id
+    # keeps two processes that write the same file apart.
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield scratch
@@ -22,16 +27,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def checksum(content: bytes) -> str:
-    """Short content hash.
+    """First 16 hexadecimal digits of the SHA-256 of some bytes.
 
     >>> checksum(b"backtrail")
     'f109f448a636f197'
     """
-    return hashlib.sha256(content).hexdigest()[:16]  # processors have instructions for it
+    # SHA-256 rather than a shorter hash: processors have instructions for it.
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def read_checked(folder: Path, name: str, expected: str) -> bytes:
-    """Read a file and compare its content with the checksum noted when it was written.
+    """Read a file and compare its checksum with the one noted when it was written.
 
     Raises:
         DamagedFile: it is missing, or its content changed.

@@ -1,7 +1,7 @@
-"""The step log: finished segments as Parquet, and the steps since the last of them as lines of JSON.
+"""The step log: finished segments are Parquet files, the steps since the last are lines of JSON.
 
-A line is appended after every update, so a process that is killed loses no whole step; a torn last
-line is ignored.
+A line is appended after every update, so a process that is killed loses no completed step. It may
+leave an incomplete last line, which is ignored.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,8 @@ import polars as pl
 
 from backtrail.step.state import BatchRecord, Setting, Step
 
+# One row per step. Lists run over the micro-batches of the step, `lr` over its parameter groups,
+# `unused` and `evaluating` over names.
 SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "step": pl.Int64,
     "epoch": pl.List(pl.Int64),
@@ -30,22 +32,23 @@ SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
 }
 
 
-def table(steps: Sequence[Step]) -> pl.DataFrame:
-    """Steps as a table, one row each; lists run over the batches of a step (over the groups for `lr`)."""
-    return pl.DataFrame([_row(step) for step in steps], schema=SCHEMA, orient="row")
+def to_table(steps: Sequence[Step]) -> pl.DataFrame:
+    """Convert steps to a table with one row each; see `SCHEMA`."""
+    return pl.DataFrame([_to_row(step) for step in steps], schema=SCHEMA, orient="row")
 
 
-def _row(step: Step) -> dict[str, object]:
+def _to_row(step: Step) -> dict[str, object]:
     return {
         "step": step.index,
-        "epoch": [fed.epoch for fed in step.fed],
+        "epoch": [record.epoch for record in step.fed],
+        # Repeated from `settings`, so that a table can be plotted without decoding them.
         "lr": [group.get("lr") for group in step.settings],
         "norm": step.norm,
-        "samples": [list(fed.samples) for fed in step.fed],
-        "digest": [fed.digest for fed in step.fed],
-        "random": [fed.random and msgspec.msgpack.encode(fed.random) for fed in step.fed],
-        "stored": [fed.stored for fed in step.fed],
-        "contributes": [fed.contributes for fed in step.fed],
+        "samples": [list(record.samples) for record in step.fed],
+        "digest": [record.digest for record in step.fed],
+        "random": [_encode_random(record.random) for record in step.fed],
+        "stored": [record.stored for record in step.fed],
+        "contributes": [record.contributes for record in step.fed],
         "settings": msgspec.json.encode(step.settings).decode(),
         "unused": list(step.unused),
         "evaluating": list(step.evaluating),
@@ -53,47 +56,50 @@ def _row(step: Step) -> dict[str, object]:
     }
 
 
-def steps_of(frame: pl.DataFrame) -> list[Step]:
-    """The steps that `table` wrote."""
-    return [_step(row) for row in frame.iter_rows(named=True)]
+def _encode_random(random: dict[str, bytes] | None) -> bytes | None:
+    return msgspec.msgpack.encode(random) if random else None
 
 
-def _step(row: dict[str, Any]) -> Step:
-    columns = (
-        row["samples"],
-        row["epoch"],
-        row["digest"],
-        row["random"],
-        row["stored"],
-        row["contributes"],
-    )
-    fed = tuple(
-        BatchRecord(
-            tuple(samples),
-            epoch,
-            digest,
-            msgspec.msgpack.decode(random) if random else None,
-            stored,
-            contributes,
+def from_table(frame: pl.DataFrame) -> list[Step]:
+    """Convert a table that `to_table` made back to steps."""
+    return [_from_row(row) for row in frame.iter_rows(named=True)]
+
+
+def _from_row(row: dict[str, Any]) -> Step:
+    records: list[BatchRecord] = []
+    for place, samples in enumerate(row["samples"]):
+        random = row["random"][place]
+        record = BatchRecord(
+            samples=tuple(samples),
+            epoch=row["epoch"][place],
+            digest=row["digest"][place],
+            random=msgspec.msgpack.decode(random) if random else None,
+            stored=row["stored"][place],
+            contributes=row["contributes"][place],
         )
-        for samples, epoch, digest, random, stored, contributes in zip(*columns, strict=True)
+        records.append(record)
+    return Step(
+        index=row["step"],
+        fed=tuple(records),
+        settings=msgspec.json.decode(row["settings"], type=tuple[dict[str, Setting], ...]),
+        norm=row["norm"],
+        unused=tuple(row["unused"]),
+        evaluating=tuple(row["evaluating"]),
+        # The first runs have no such column.
+        autocast=row.get("autocast") or "",
     )
-    settings = msgspec.json.decode(row["settings"], type=tuple[dict[str, Setting], ...])
-    modes = (
-        tuple(row["unused"]),
-        tuple(row["evaluating"]),
-        row.get("autocast") or "",
-    )  # younger than the format
-    return Step(row["step"], fed, settings, row["norm"], *modes)
 
 
 def append(path: Path, step: Step) -> None:
-    """Add one step to a journal."""
+    """Append one step to a journal."""
+    # Unbuffered: the line is handed to the operating system in one write, which survives the
+    # process.
     with path.open("ab", buffering=0) as file:
         file.write(msgspec.json.encode(step) + b"\n")
 
 
 def read(path: Path) -> list[Step]:
-    """All whole lines of a journal."""
+    """Read the steps of a journal, without an incomplete last line."""
+    # What follows the last newline is empty, or a line that was being written.
     lines = path.read_bytes().split(b"\n")
     return [msgspec.json.decode(line, type=Step) for line in lines[:-1]]

@@ -1,4 +1,4 @@
-"""What a run folder says about itself: frozen records, checked when they are read."""
+"""The manifest of a run folder: which model, optimizer and data, and a checksum of every file."""
 
 from pathlib import Path
 
@@ -8,33 +8,35 @@ from backtrail.errors import DamagedFile, NotARun, WrongFormat
 from backtrail.run.files import replacing
 
 FORMAT = 1
-NAME = "manifest.json"
+MANIFEST_NAME = "manifest.json"
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """Shape and precision of one tensor of the state."""
+    """Shape and dtype of one tensor of the state."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The head of a run folder; it is written after every file that it names.
+    """Describes a run folder. It is written after every file that it names.
+
+    So a process killed at any instant leaves a manifest whose files are all complete.
 
     Attributes:
-        id: random name of the run; influences carry it.
+        id: random identifier of the run; influences carry it.
         optimizer: class name in torch.optim.
         groups: parameter names of every parameter group.
         params: layout of every parameter.
         buffers: layout of every buffer.
-        samples: number of rows of the training set; None where samples have ids of their own.
-        policy: which steps kept a checkpoint, in words.
+        samples: number of rows of the training set; None where batches carry sample ids.
+        policy: the checkpoint policy, as Python prints it.
         device: where the training ran.
-        torch: version that recorded.
+        torch: version of torch that recorded the run.
         files: checksum of every finished file, by name relative to the folder.
-        finished: whether the recorder was closed; a run that was killed has False and is complete
-            up to its last step.
-        format: version of this layout.
+        finished: whether the recorder was closed without an error; a run that was killed has False
+            and is complete up to its last step.
+        format: version of the folder's layout.
     """
 
     id: str
@@ -51,18 +53,17 @@ class Manifest(msgspec.Struct, frozen=True):
     format: int = FORMAT
 
     def with_file(self, name: str, checksum: str) -> "Manifest":
-        """The manifest after one more file."""
+        """Return the manifest with one more file."""
         return msgspec.structs.replace(self, files=self.files | {name: checksum})
 
     def closed(self) -> "Manifest":
-        """The manifest of a recording that ended in order."""
+        """Return the manifest of a recording that ended without an error."""
         return msgspec.structs.replace(self, finished=True)
 
     def without_files(self, names: frozenset[str]) -> "Manifest":
-        """The manifest after files were dropped."""
-        return msgspec.structs.replace(
-            self, files={n: c for n, c in self.files.items() if n not in names}
-        )
+        """Return the manifest without some of its files."""
+        files = {name: value for name, value in self.files.items() if name not in names}
+        return msgspec.structs.replace(self, files=files)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -70,13 +71,14 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         NotARun: there is no manifest.
-        WrongFormat: another version of the program wrote it.
-        DamagedFile: it does not parse; the message names the field.
+        WrongFormat: a version of backtrail with another layout wrote it.
+        DamagedFile: it cannot be parsed; the message names the field.
     """
-    path = folder / NAME
+    path = folder / MANIFEST_NAME
     if not path.is_file():
         raise NotARun(folder)
     try:
+        # The version first: another layout would fail to parse with a misleading message.
         version = msgspec.json.decode(path.read_bytes())["format"]
         if version != FORMAT:
             raise WrongFormat(path, version, FORMAT)
@@ -86,6 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Put a manifest in place of the old one at once."""
-    with replacing(folder / NAME) as scratch:
-        scratch.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    """Replace the manifest of a run folder atomically."""
+    with replacing(folder / MANIFEST_NAME) as scratch:
+        text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        scratch.write_bytes(text)

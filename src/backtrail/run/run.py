@@ -1,4 +1,4 @@
-"""A recorded training, joined with the task that explains it."""
+"""A recorded training, joined with the task that replays it."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -28,15 +28,22 @@ from backtrail.tree import cast, norm
 
 Precision = torch.dtype | None
 AUTOCAST = 5e-2  # relative rounding of a gradient in bfloat16
+TOLERANCE_STEPS = 50  # steps that a tolerance of `verify` is meant for
+TINY = 1e-30  # in place of a norm that is zero
 
 
 @final
 @dataclass(frozen=True)
 class Run:
-    """A finished recording; read-only.
+    """A recorded training, read-only; `open_run` opens one.
 
-    States are numbered 0 … T (`run.steps`): state t is what step t started from, state T is the
-    result.
+    States are numbered 0 … T, with T = `run.steps`: state t is what step t started from, and
+    state T is the result.
+
+    Attributes:
+        store: The files of the run.
+        task: Model, data and loss of the training.
+        log: One entry per completed step, in order.
     """
 
     store: Store
@@ -45,158 +52,195 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """Folder of the run."""
         return self.store.folder
 
     @property
     def manifest(self) -> Manifest:
-        """The head of the recording."""
+        """Model, optimizer, data and files of the run, as they were recorded."""
         return self.store.manifest
 
     @property
     def id(self) -> str:
-        """Random name of the run."""
+        """Random identifier of the run; its influences carry it."""
         return self.manifest.id
 
     @property
     def steps(self) -> int:
-        """T, the number of whole steps."""
+        """T, the number of completed steps."""
         return len(self.log)
 
     @property
     def samples(self) -> int:
-        """Number of rows of the training set; of those seen, where samples have ids of their own."""
+        """Number of rows of the training set, or of distinct ids where batches carry ids."""
         return len(self.ids) if self.manifest.samples is None else self.manifest.samples
 
     @cached_property
     def ids(self) -> Int64[np.ndarray, " sample"]:
-        """Every sample in order: row numbers of the training set, or the ids that were seen."""
+        """Every sample, ascending: row numbers of the training set, or the ids that occurred."""
         return self.seen if self.manifest.samples is None else np.arange(self.manifest.samples)
 
     @cached_property
     def seen(self) -> Int64[np.ndarray, " seen"]:
-        """The samples that were in some batch, in order."""
-        return np.unique(
-            np.concatenate([np.asarray(step.samples, dtype=np.int64) for step in self.log])
-        )
+        """The samples that occurred in some batch, ascending."""
+        per_step = [np.asarray(step.samples, dtype=np.int64) for step in self.log]
+        return np.unique(np.concatenate(per_step))
 
     @property
     def has_ids(self) -> bool:
-        """Whether samples have ids of their own."""
+        """Whether samples are ids that batches carry, rather than row numbers."""
         return self.manifest.samples is None
 
     @cached_property
     def kept(self) -> tuple[int, ...]:
-        """States that are on disk."""
+        """Numbers of the states on disk, ascending."""
+        # A process that was killed may have stored the state after a step whose log entry is
+        # incomplete, and so is not part of the run.
         return tuple(number for number in self.store.states() if number <= self.steps)
 
     @cached_property
     def epochs(self) -> tuple[int, ...]:
-        """States at the end of every epoch."""
-        numbers = [step.fed[-1].epoch for step in self.log]
-        ends = [t for t in range(1, self.steps) if numbers[t] != numbers[t - 1]]
+        """Numbers of the states at the end of every epoch; the last is T."""
+        ends: list[int] = []
+        for state in range(1, self.steps):
+            epoch_before = self.log[state - 1].fed[-1].epoch
+            epoch_after = self.log[state].fed[-1].epoch
+            if epoch_after != epoch_before:
+                ends.append(state)
         return (*ends, self.steps)
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Parameters that the optimizer holds."""
+        """Names of the parameters that the optimizer holds."""
         return tuple(name for group in self.manifest.groups for name in group)
 
     def table(self) -> pl.DataFrame:
-        """The step log, one row per step."""
-        return journal.table(self.log)
+        """The step log as a table, one row per step.
+
+        Columns that are lists run over the micro-batches of a step; `lr` runs over the parameter
+        groups.
+        """
+        return journal.to_table(self.log)
 
     def step(self, index: int) -> Step:
-        """What is known of one step.
+        """The log entry of one step.
 
         Raises:
-            NoSuchState: the run has no such step.
+            NoSuchState: The run has no such step.
         """
         if not 0 <= index < self.steps:
             raise NoSuchState(index, self.steps - 1, "step")
         return self.log[index]
 
     def batches(self, index: int) -> tuple[Batch, ...]:
-        """What the loop fed to the model in one step, as it was stored, or read again from the data set."""
+        """The micro-batches of one step: as they were stored, or read again from the data set.
+
+        Raises:
+            NoSuchState: The run has no such step.
+            DamagedFile: The stored batches are missing or changed.
+        """
         fed = self.step(index).fed
-        stored = (
-            self.store.batches(index, fed) if any(one.stored for one in fed) else [None] * len(fed)
-        )
-        return tuple(
-            content if one.stored else self.task.batch(one.samples)
-            for one, content in zip(fed, stored, strict=True)
-        )
+        stored: tuple[Batch, ...] = (None,) * len(fed)
+        if any(record.stored for record in fed):
+            stored = self.store.batches(index, fed)
+        batches: list[Batch] = []
+        for record, content in zip(fed, stored, strict=True):
+            batches.append(content if record.stored else self.task.batch(record.samples))
+        return tuple(batches)
 
     def transition(self, index: int, dtype: Precision = None) -> Transition:
-        """One step as a function from state to state, in the recorded precision or another."""
+        """One step as a function from state to state.
+
+        Args:
+            index: Number of the step.
+            dtype: Precision of the batches; None keeps the recorded one.
+
+        Raises:
+            NoSuchState: The run has no such step.
+        """
         step = self.step(index)
         update = Update(self.manifest.optimizer, self.manifest.groups, step.settings)
-        return Transition(
-            self.task, update, step, cast(self.batches(index), dtype, self.task.device)
-        )
+        batches = cast(self.batches(index), dtype, self.task.device)
+        return Transition(self.task, update, step, batches)
 
     @exclusive
     def state(self, number: int, *, replay: bool = False, dtype: Precision = None) -> State:
-        """One state, from disk; with `replay`, re-run from the nearest kept state before it where needed.
+        """One state, read from disk or replayed.
+
+        Args:
+            number: Number of the state, 0 … T.
+            replay: Replay a state that is not on disk, from the nearest one before it.
+            dtype: Precision of the tensors; None keeps the recorded one.
 
         Raises:
-            NoSuchState: the run has no such state.
-            MissingState: it was not kept, and `replay` is off.
+            NoSuchState: The run has no such state.
+            MissingState: The state is not on disk, and `replay` is False.
         """
         if not 0 <= number <= self.steps:
             raise NoSuchState(number, self.steps, "state")
         if number not in self.kept and not replay:
             raise MissingState(number, self.kept)
-        nearest = self.kept[bisect_right(self.kept, number) - 1]
+        nearest = self._nearest_kept(number)
         state = self.store.state(nearest).cast(dtype, self.task.device)
         for index in range(nearest, number):
             state = self.transition(index, dtype).advance(state)
         return state
 
+    def _nearest_kept(self, number: int) -> int:
+        """The last state on disk that is not after the given one; state 0 always is on disk."""
+        place = bisect_right(self.kept, number) - 1
+        return self.kept[place]
+
     @exclusive_steps
     def walk(self, first: int, last: int, dtype: Precision = None) -> Iterator[tuple[int, State]]:
-        """The states first ... last with their numbers, in order: from disk where they were kept, else replayed.
+        """Yield the states first … last with their numbers, in order.
+
+        States on disk are read, which keeps replays from drifting; the others are replayed.
+
+        Args:
+            first: Number of the first state.
+            last: Number of the last state.
+            dtype: Precision of the tensors; None keeps the recorded one.
 
         Raises:
-            NoSuchState: the run has no such state.
+            NoSuchState: The run has no such state.
         """
         state = self.state(first, replay=True, dtype=dtype)
         yield first, state
         for number in range(first + 1, last + 1):
-            kept = number in self.kept
-            state = (
-                self.state(number, dtype=dtype)
-                if kept
-                else self.transition(number - 1, dtype).advance(state)
-            )
+            if number in self.kept:
+                state = self.state(number, dtype=dtype)
+            else:
+                state = self.transition(number - 1, dtype).advance(state)
             yield number, state
 
     @exclusive
     def verify(self, *, tolerance: float | None = None) -> "Verification":
-        """Replay every segment between kept states and compare it with what was recorded.
+        """Replay the whole run and compare it with what was recorded.
+
+        Compared are the content of every batch, the norm of every gradient, and the state at the
+        end of every segment. A segment is a range of steps between two states on disk.
 
         Args:
-            tolerance: relative difference allowed at the end of a segment of up to 50 steps (more
-                in proportion); default 1e-9 in float64, 5e-2 for a training under autocast, else
-                1e-4.
+            tolerance: Relative difference allowed in a segment of up to 50 steps (more in
+                proportion for longer ones); by default 1e-9 in float64, 5e-2 for a training under
+                autocast, else 1e-4.
 
         Raises:
-            ReplayMismatch: the first step that differs, or the segment that does not meet the next
-                kept state.
-            WrongData: a batch whose content is not what was fed.
+            ReplayMismatch: A step differs, or a segment does not end in the recorded state; the
+                message names the first such step.
+            WrongData: A batch does not read as it was recorded.
         """
-        segments = list(zip(self.kept, (*self.kept[1:], self.steps), strict=True))
-        worst = Verification(self.steps, len([1 for a, b in segments if b > a]), 0.0)
-        with tqdm(
-            total=self.steps - self.kept[0],
-            desc="replaying",
-            unit="step",
-            disable=None,
-            leave=False,
-        ) as bar:
+        ends = (*self.kept[1:], self.steps)
+        # The last segment is empty where the final state is on disk.
+        segments = [(start, stop) for start, stop in zip(self.kept, ends, strict=True)]
+        count = sum(stop > start for start, stop in segments)
+        found = Verification(steps=self.steps, segments=count, difference=0.0)
+        total = self.steps - self.kept[0]
+        with tqdm(total=total, desc="replaying", unit="step", disable=None, leave=False) as bar:
             for start, stop in segments:
-                worst = self._verify_segment(start, stop, tolerance=tolerance, worst=worst, bar=bar)
-        return worst
+                found = self._verify_segment(start, stop, tolerance=tolerance, found=found, bar=bar)
+        return found
 
     def _verify_segment(
         self,
@@ -204,57 +248,73 @@ class Run:
         stop: int,
         *,
         tolerance: float | None,
-        worst: "Verification",
+        found: "Verification",
         bar: "tqdm[object]",
     ) -> "Verification":
-        state, autocast = self.state(start), any(step.autocast for step in self.log[start:stop])
-        allowed = (tolerance or default_tolerance(state, autocast=autocast)) * max(
-            1.0, (stop - start) / 50
-        )
+        """Replay one segment, and return what was found so far, including it.
+
+        Raises:
+            ReplayMismatch: the segment does not end in the recorded state.
+        """
+        state = self.state(start)
+        autocast = any(step.autocast for step in self.log[start:stop])
+        per_tolerance_steps = tolerance or default_replay_tolerance(state, autocast=autocast)
+        allowed = per_tolerance_steps * max(1.0, (stop - start) / TOLERANCE_STEPS)
         for index in range(start, stop):
-            worst = worst.under(self.step(index).autocast, self._gap(index, state))
+            gap = self._autocast_gap(index, state)
+            found = found.with_step(autocast=self.step(index).autocast, gap=gap)
             state = self._verify_step(index, state, allowed)
             bar.update()
         if stop not in self.kept:
-            return worst
-        found = difference(state, self.state(stop))
-        if not found <= allowed:
-            raise ReplayMismatch(
-                stop - 1, f"the state after it (replayed from state {start})", (found, allowed)
-            )
-        return replace(worst, difference=max(worst.difference, found))
+            return found
+        off = relative_difference(state, self.state(stop))
+        # Written as `not <=`, so that NaN fails too.
+        if not off <= allowed:
+            what = f"the state after it (replayed from state {start})"
+            raise ReplayMismatch(stop - 1, what, (off, allowed))
+        return replace(found, difference=max(found.difference, off))
 
-    def _gap(self, index: int, state: State) -> float:
-        """How far the gradient under autocast, which trained the model, is from the one that the influence is of."""
+    def _autocast_gap(self, index: int, state: State) -> float:
+        """Relative difference between a step's gradient under autocast and without it.
+
+        The training followed the first; influence is a derivative of the second.
+        """
         if not self.step(index).autocast:
             return 0.0
         transition = self.transition(index)
-        trained, plain = (
-            transition.raw_gradient(state, autocast=autocast)[0] for autocast in (True, False)
-        )
-        return norm({name: plain[name] - trained[name] for name in plain}) / max(norm(plain), 1e-30)
+        trained, _, _ = transition.raw_gradient(state, autocast=True)
+        full, _, _ = transition.raw_gradient(state, autocast=False)
+        gap = norm({name: full[name] - trained[name] for name in full})
+        return gap / max(norm(full), TINY)
 
     def _verify_step(self, index: int, state: State, allowed: float) -> State:
+        """Compare one step with its log entry, and return the state after it.
+
+        Raises:
+            WrongData: a batch does not read as it was recorded.
+            ReplayMismatch: the norm of the gradient differs.
+        """
         step = self.step(index)
-        for place, (fed, batch) in enumerate(zip(step.fed, self.batches(index), strict=True)):
-            if digest(batch) != fed.digest:
+        for place, (record, batch) in enumerate(zip(step.fed, self.batches(index), strict=True)):
+            found = digest(batch)
+            if found != record.digest:
                 raise WrongData(
-                    f"batch {place} of step {index} reads {digest(batch)}, and was {fed.digest}"
+                    f"batch {place} of step {index} reads {found}, and was {record.digest}"
                 )
         transition = self.transition(index)
-        grads, buffers, _ = transition.raw_gradient(state)
-        consumed = transition.clipped(grads)
-        off = abs(norm(consumed) - step.norm) / max(step.norm, 1e-30)
+        raw_gradient, buffers, _ = transition.raw_gradient(state)
+        consumed = transition.clipped(raw_gradient)
+        off = abs(norm(consumed) - step.norm) / max(step.norm, TINY)
         if not off <= allowed:
             raise ReplayMismatch(index, "the norm of its gradient", (off, allowed))
         return transition.moved(state, consumed, buffers)
 
     def __repr__(self) -> str:
-        """One line: steps, samples, kept states, optimizer."""
+        """One line: path, steps, optimizer, samples and stored states."""
         end = "" if self.manifest.finished else ", stopped before its end"
         return (
-            f"Run({str(self.path)!r}: {self.steps} steps of {self.manifest.optimizer} on {self.samples} samples, "
-            f"{len(self.kept)} states kept{end})"
+            f"Run({str(self.path)!r}: {self.steps} steps of {self.manifest.optimizer} on "
+            f"{self.samples} samples, {len(self.kept)} states kept{end})"
         )
 
 
@@ -281,33 +341,50 @@ class Verification:
     autocast: str = ""
     gap: float = 0.0
 
-    def under(self, autocast: str, gap: float) -> "Verification":
-        """The same, after a step under autocast."""
+    def with_step(self, *, autocast: str, gap: float) -> "Verification":
+        """Return the result with one more step.
+
+        Args:
+            autocast: The precision that the step was under; empty without autocast.
+            gap: Relative difference of the step's gradient under autocast.
+        """
         return replace(self, autocast=autocast or self.autocast, gap=max(self.gap, gap))
 
     def __str__(self) -> str:
-        """One sentence, or two."""
-        replayed = f"{self.steps} steps replayed in {self.segments} segments"
-        found = f"{replayed}; largest relative difference {self.difference:.1e}"
+        """Return the result in one sentence, or two for a training under autocast."""
+        replayed = (
+            f"{self.steps} steps replayed in {self.segments} segments; "
+            f"largest relative difference {self.difference:.1e}"
+        )
         if not self.autocast:
-            return found
+            return replayed
         if not self.gap:
-            return f"{found}. Trained under autocast {self.autocast}; replayed and attributed without it"
+            return (
+                f"{replayed}. Trained under autocast {self.autocast}; "
+                "replayed and attributed without it"
+            )
         return (
-            f"{found}. Trained, and replayed, under autocast {self.autocast}; the influence is taken without it, where "
-            f"gradients differ by up to {self.gap:.1e}"
+            f"{replayed}. Trained and replayed under autocast {self.autocast}; influence is "
+            f"computed without it, where gradients differ by up to {self.gap:.1e}"
         )
 
 
 def open_run(path: str | Path, task: Task) -> Run:
-    """Open a recording, also one that was killed: it then ends at its last whole step.
+    """Open a recorded run.
+
+    A run whose process was killed can be opened as well: it ends at its last completed step.
+
+    Args:
+        path: Folder of the run.
+        task: Model, data and loss of the training. The weights of its model are not read.
 
     Raises:
-        NotARun: the folder holds no recording.
-        EmptyRun: no step was completed.
-        WrongModel: the task's model has other tensors.
-        WrongData: the task's data set has another length or other rows.
-        DamagedFile: a file is missing or changed; the message names it.
+        NotARun: The folder holds no run.
+        WrongFormat: The run was written by a version of backtrail with another layout.
+        EmptyRun: No step was completed.
+        WrongModel: The task's model has other tensors than the recorded one.
+        WrongData: The task's data set has another length or other rows.
+        DamagedFile: A file is missing or changed; the message names it.
     """
     folder = Path(path)
     store = Store(folder, read_manifest(folder))
@@ -319,15 +396,20 @@ def open_run(path: str | Path, task: Task) -> Run:
     return run
 
 
-def default_tolerance(state: State, *, autocast: bool = False) -> float:
-    """How far a replay may be off after 50 steps, by precision: under autocast, other kernels round much coarser."""
+def default_replay_tolerance(state: State, *, autocast: bool = False) -> float:
+    """Allowed relative difference after 50 replayed steps, by precision.
+
+    Other kernels than the training's round differently, and much more coarsely under autocast.
+    """
     if all(tensor.dtype == torch.float64 for tensor in state.params.values()):
         return 1e-9
     return AUTOCAST if autocast else 1e-4
 
 
-def difference(left: State, right: State) -> float:
-    """Norm of the difference of all parameters and buffers, relative to the norm of the second."""
-    ours, theirs = (cast(s.params | s.buffers, torch.float64) for s in (left, right))
-    gap = norm({name: tensor.double() - theirs[name].double() for name, tensor in ours.items()})
-    return gap / max(norm({name: tensor.double() for name, tensor in theirs.items()}), 1e-30)
+def relative_difference(left: State, right: State) -> float:
+    """Norm of the difference of all parameters and buffers, relative to the norm of `right`."""
+    # In float64, where the sum over all entries rounds less than the replay.
+    left_tensors = left.params | left.buffers
+    right_tensors = {name: t.double() for name, t in (right.params | right.buffers).items()}
+    gaps = {name: tensor.double() - right_tensors[name] for name, tensor in left_tensors.items()}
+    return norm(gaps) / max(norm(right_tensors), TINY)

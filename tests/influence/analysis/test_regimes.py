@@ -7,7 +7,7 @@ import pytest
 
 from backtrail import errors
 from backtrail.influence.analysis import regimes
-from backtrail.influence.analysis.regimes import of_rates, pieces, smoothed
+from backtrail.influence.analysis.regimes import best_boundaries, regimes_from_rates, smooth
 from backtrail.influence.influence import Influence
 from backtrail.influence.layout import Description
 from backtrail.influence.writer import from_arrays
@@ -56,7 +56,7 @@ def brute(series: np.ndarray) -> tuple[int, int]:
 def test_the_fit_is_the_best_of_all(seed: int) -> None:
     """Dynamic programming finds what trying every pair of boundaries finds."""
     series = np.random.default_rng(seed).normal(size=40).cumsum()
-    assert pieces(series) == brute(series)
+    assert best_boundaries(series) == brute(series)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
@@ -64,7 +64,7 @@ def test_the_fit_is_the_best_of_all(seed: int) -> None:
 def test_planted_regimes_are_found(slots: int, noise: float) -> None:
     """With their boundaries and levels, whatever the schedule of the learning rate and the size of the batch."""
     rates = 1e-3 * np.linspace(1.0, 0.01, 100)
-    found = of_rates(made(PLANTED, rates, slots=slots, noise=noise), rates)
+    found = regimes_from_rates(made(PLANTED, rates, slots=slots, noise=noise), rates)
     assert found.found
     assert found.boundaries == (5, 75)
     assert found.edges == (0, 5, 75, 100)
@@ -78,7 +78,7 @@ def test_planted_regimes_are_found(slots: int, noise: float) -> None:
 def test_the_table_and_the_curve_say_what_was_found() -> None:
     """A row per regime, whose steps add up, and a row per step, with the step's regime."""
     rates = np.full(100, 0.1)
-    found = of_rates(made(PLANTED, rates), rates)
+    found = regimes_from_rates(made(PLANTED, rates), rates)
     table, curve = found.table(), found.curve()
     assert table["regime"].to_list() == ["start", "basin", "end"]
     assert table["share"].to_list() == [0.05, 0.7, 0.25]
@@ -86,7 +86,7 @@ def test_the_table_and_the_curve_say_what_was_found() -> None:
     assert curve["regime"].value_counts().sort("regime")["count"].to_list() == [70, 25, 5]
     np.testing.assert_allclose(curve["value"], PLANTED)
     np.testing.assert_allclose(curve["low"], PLANTED)
-    np.testing.assert_allclose(curve["smooth"], smoothed(PLANTED))
+    np.testing.assert_allclose(curve["smooth"], smooth(PLANTED))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_other_curves_have_no_three_regimes(level: np.ndarray) -> None:
     """Neither a constant, nor noise, nor a curve that goes one way; and the sentence says so."""
     rates = np.full(100, 1e-2)
     for noise in (0.0, 0.3):
-        found = of_rates(made(level, rates, noise=noise), rates)
+        found = regimes_from_rates(made(level, rates, noise=noise), rates)
         assert not found.found
         assert str(found).startswith("No three regimes")
 
@@ -111,14 +111,14 @@ def test_other_curves_have_no_three_regimes(level: np.ndarray) -> None:
 def test_a_constant_explains_nothing() -> None:
     """What rounding leaves of a constant is not explained by three levels."""
     rates = np.geomspace(1e-4, 1e-2, 100)
-    assert of_rates(made(np.ones(100), rates), rates).explained == 0.0
+    assert regimes_from_rates(made(np.ones(100), rates), rates).explained == 0.0
 
 
 def test_steps_without_a_learning_rate_are_left_out_and_counted() -> None:
     """A warm-up from 0 divides nothing by zero, and boundaries stay numbers of steps."""
     rates = np.full(100, 0.1)
     rates[[0, 1, 40]] = 0.0
-    found = of_rates(made(PLANTED, rates), rates)
+    found = regimes_from_rates(made(PLANTED, rates), rates)
     assert found.left_out == 3
     assert found.boundaries == (5, 75)
     assert len(found.curve()) == 97
@@ -144,7 +144,7 @@ def test_a_short_batch_counts_like_a_whole_one() -> None:
         shard=8,
     )
     np.testing.assert_array_equal(
-        of_rates(from_arrays(about, values, sample=sample), np.ones(8)).value, np.ones(8)
+        regimes_from_rates(from_arrays(about, values, sample=sample), np.ones(8)).value, np.ones(8)
     )
 
 
@@ -152,27 +152,29 @@ def test_one_query_can_be_asked_for() -> None:
     """By number or name; another is refused, as is a state that was not observed."""
     rates = np.full(100, 0.1)
     influence = made(PLANTED, rates, noise=0.2)
-    by_name, by_number = (of_rates(influence, rates, query=query) for query in ("loss 1", 1))
+    by_name, by_number = (
+        regimes_from_rates(influence, rates, query=query) for query in ("loss 1", 1)
+    )
     np.testing.assert_array_equal(by_name.value, by_number.value)
-    both = (of_rates(influence, rates, query=0).value + by_name.value) / 2
-    np.testing.assert_allclose(of_rates(influence, rates).value, both)
+    both = (regimes_from_rates(influence, rates, query=0).value + by_name.value) / 2
+    np.testing.assert_allclose(regimes_from_rates(influence, rates).value, both)
     with pytest.raises(errors.UnknownQuery, match="loss 7"):
-        of_rates(influence, rates, query="loss 7")
+        regimes_from_rates(influence, rates, query="loss 7")
     with pytest.raises(errors.NotObserved):
-        of_rates(influence, rates, observed_at=3)
+        regimes_from_rates(influence, rates, observed_at=3)
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     """Too few steps, and influence that overflowed."""
     with pytest.raises(errors.TooFewSteps, match=r"at least 5 steps .* there are 4"):
-        of_rates(made(np.ones(4), np.ones(4)), np.ones(4))
+        regimes_from_rates(made(np.ones(4), np.ones(4)), np.ones(4))
     level = np.ones(9)
     level[4] = np.inf
     with pytest.raises(errors.NotFinite):
-        of_rates(made(level, np.ones(9)), np.ones(9))
+        regimes_from_rates(made(level, np.ones(9)), np.ones(9))
 
 
 def test_long_trainings_are_fitted_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Boundaries are then right to the length of a stretch."""
-    monkeypatch.setattr(regimes, "POINTS", 30)
-    assert pieces(np.log(PLANTED)) == (4, 76)
+    monkeypatch.setattr(regimes, "MAX_POINTS", 30)
+    assert best_boundaries(np.log(PLANTED)) == (4, 76)

@@ -1,7 +1,8 @@
-"""When a sample matters: early, late, all along, or now one way and now the other.
+"""When a sample matters: early, late, throughout, or fluctuating.
 
-The four patterns are those of Xu & Wu, "Dynamic Influence Tracker" (2025). Their rule is not
-printed; ours is below, free of scale and of chance.
+The four patterns are those of Xu & Wu, "Dynamic Influence Tracker" (2025). The paper does not
+state the rule by which it assigns them. The rule below is ours; it does not depend on the scale of
+the influence, and draws no random numbers.
 """
 
 import numpy as np
@@ -12,13 +13,13 @@ from backtrail.errors import NotFinite, TooFewWindows
 from backtrail.influence.influence import Influence
 
 PATTERNS = ("early", "late", "stable", "fluctuating")
-NEEDED = 3
+MIN_WINDOWS = 3
 
 
 def patterns(
     influence: Influence, *, query: int | str = 0, ratio: float = 2.0, spread: float = 1.0
 ) -> pl.DataFrame:
-    r"""Classify every sample by how its influence per window runs over the training.
+    r"""Classify every sample by how its influence changes over the training.
 
     With the observed states :math:`0 = e_0 < e_1 < \dots < e_W` (state 0 counts as observed) and
     A the total influence, the series of a sample is its windowed influence per step,
@@ -31,18 +32,19 @@ def patterns(
     * **early** if early > ratio * late,
     * **late** if late > ratio * early,
     * else **fluctuating** if std(x) >= spread * mean(abs(x)), with the standard deviation of a
-      sample of size W: the influence strays from its mean by at least its own size, so it changes
-      sign, or comes in bursts. A series that alternates between -1 and 1 is above 1, noise around
-      zero at 1.25, a positive one that varies by a half at 0.5,
+      sample of size W: the influence deviates from its mean by at least its own size, so it changes
+      sign, or comes in bursts. For orientation, std / mean(abs) is above 1 for a series that
+      alternates between -1 and 1, 1.25 for noise around zero, and 0.5 for a positive series that
+      varies by half of its mean,
     * else **stable**.
 
     Samples whose whole series is zero, such as those never visited, are left out.
 
     Args:
-        influence: With at least three windows.
-        query: Which query, by index or name.
-        ratio: How many times larger one end must be to call a sample early or late; above 1.
-        spread: From which relative spread on a sample fluctuates.
+        influence: An influence with at least three windows.
+        query: Index or name of the query.
+        ratio: Factor by which one end must exceed the other to call a sample early or late; > 1.
+        spread: Relative spread from which on a sample fluctuates.
 
     Returns:
         One row per sample: sample, pattern, early, late (means of abs(x), in the unit of the query
@@ -50,23 +52,26 @@ def patterns(
         divided by its mean), spread (std(x) / mean(abs(x))), total (at the last state).
 
     Raises:
-        TooFewWindows: If there are fewer than three.
-        NotFinite: If some influence is NaN or infinite.
+        TooFewWindows: There are fewer than three windows.
+        NotFinite: Some influence is NaN or infinite.
+        UnknownQuery: There is no such query.
     """
-    edges = np.array([0, *(state for state in influence.observed_at if state)])
-    if len(edges) <= NEEDED:
-        raise TooFewWindows(len(edges) - 1, NEEDED)
-    totals = influence.total(query=query)[0, -(len(edges) - 1) :]
-    unknown = np.flatnonzero(~np.isfinite(totals).all(axis=0))
-    if len(unknown):
-        raise NotFinite(influence.ids[unknown].tolist())
-    series = np.diff(totals, prepend=0.0, axis=0).T / np.diff(edges)
-    moved = np.flatnonzero((series != 0).any(axis=1))
-    table = classify(series[moved], ratio=ratio, spread=spread)
-    known = {"sample": influence.ids[moved], "total": totals[-1, moved]}
-    return table.with_columns(**{name: pl.Series(column) for name, column in known.items()}).select(
-        "sample", *table.columns, "total"
-    )
+    states = [state for state in influence.observed_at if state]
+    edges = np.array([0, *states])
+    windows = len(states)
+    if windows < MIN_WINDOWS:
+        raise TooFewWindows(windows, MIN_WINDOWS)
+    # State 0 may have been observed; its totals, all zero, come first and are no window.
+    totals = influence.total(query=query)[0, -windows:]  # [window, sample]
+    not_finite = np.flatnonzero(~np.isfinite(totals).all(axis=0))
+    if len(not_finite):
+        raise NotFinite(influence.ids[not_finite].tolist())
+    series = np.diff(totals, prepend=0.0, axis=0).T / np.diff(edges)  # [sample, window]
+    nonzero = np.flatnonzero((series != 0).any(axis=1))
+    table = classify(series[nonzero], ratio=ratio, spread=spread)
+    sample = pl.Series("sample", influence.ids[nonzero])
+    total = pl.Series("total", totals[-1, nonzero])
+    return table.select(sample, *table.columns, total)
 
 
 def classify(
@@ -76,37 +81,51 @@ def classify(
 
     >>> classify(np.array([[4.0, 1, 1], [1, 1, 3], [1, 1, 1], [1, -1, 1]]))["pattern"].to_list()
     ['early', 'late', 'stable', 'fluctuating']
+
+    Args:
+        series: Influence per step, of each window.
+        ratio: As in `patterns`.
+        spread: As in `patterns`.
+
+    Returns:
+        One row per series: pattern, early, late, slope, spread.
     """
-    # In units of each series' largest value, no square overflows and none vanishes.
+    # In units of each series' largest value, so that no square overflows or underflows.
     largest = np.abs(series).max(axis=1, keepdims=True)
-    sizes = np.abs(series) / largest
+    scaled = series / largest
+    sizes = np.abs(scaled)
     third = series.shape[1] // 3
-    early, late = sizes[:, :third].mean(axis=1), sizes[:, -third:].mean(axis=1)
+    early = sizes[:, :third].mean(axis=1)
+    late = sizes[:, -third:].mean(axis=1)
     mean = sizes.mean(axis=1)
-    strays = (series / largest).std(axis=1, ddof=1) / mean
-    cases = [early > ratio * late, late > ratio * early, strays >= spread]
+    relative_spread = scaled.std(axis=1, ddof=1) / mean
+    # The first condition that holds decides.
+    conditions = [early > ratio * late, late > ratio * early, relative_spread >= spread]
+    pattern = np.select(conditions, ["early", "late", "fluctuating"], "stable")
     return pl.DataFrame(
         {
-            "pattern": np.select(cases, ["early", "late", "fluctuating"], "stable"),
+            "pattern": pattern,
             "early": early * largest[:, 0],
             "late": late * largest[:, 0],
-            "slope": _slope(sizes) / mean,
-            "spread": strays,
+            "slope": _fit_slope(sizes) / mean,
+            "spread": relative_spread,
         }
     )
 
 
-def _slope(sizes: Float64[np.ndarray, "sample window"]) -> Float64[np.ndarray, " sample"]:
-    """Fit a line over the windows, from 0 at the first to 1 at the last."""
+def _fit_slope(sizes: Float64[np.ndarray, "sample window"]) -> Float64[np.ndarray, " sample"]:
+    """Least-squares slope over the windows, from 0 at the first to 1 at the last."""
+    # Centred, so that the intercept drops out.
     time = np.linspace(-0.5, 0.5, sizes.shape[1])
     return (sizes @ time) / (time @ time)
 
 
 def shares(table: pl.DataFrame) -> dict[str, float]:
-    """Give the share of each pattern among the samples of a table of `patterns`.
+    """Share of each pattern among the samples of a table that `patterns` returned.
 
     >>> shares(pl.DataFrame({"pattern": ["late", "late", "stable", "early"]}))
     {'early': 0.25, 'late': 0.5, 'stable': 0.25, 'fluctuating': 0.0}
     """
     found = table["pattern"].to_list()
-    return {name: found.count(name) / max(len(found), 1) for name in PATTERNS}
+    samples = max(len(found), 1)  # of an empty table every share is 0
+    return {name: found.count(name) / samples for name in PATTERNS}

@@ -1,11 +1,12 @@
-"""When data matters at all: the influence of every step ÷ its learning rate, and the three regimes of it.
+"""When data matters: influence divided by the learning rate, by step, and its three regimes.
 
-Wang et al., "Capturing the Temporal Dependence of Training Data Influence" (2024), see a very short
-start, in which data counts much, a long basin, and an end in which it counts more and more. Their
-regimes are read off a picture; the rule below is ours, and it says when there is nothing of the
-kind.
+Wang et al., "Capturing the Temporal Dependence of Training Data Influence" (2024), describe a very
+short start in which data matters much, a long basin, and an end in which it matters more and more.
+They read these regimes off a plot. The rule below is ours; it also detects that a training has no
+such regimes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -14,37 +15,37 @@ import polars as pl
 from jaxtyping import Float, Float64, Int64
 
 from backtrail.errors import NotFinite, NotObserved, TooFewSteps, UnknownQuery
-from backtrail.influence.influence import Influence, State
+from backtrail.influence.influence import Influence, ObservedState
 from backtrail.influence.layout import Description
 from backtrail.influence.writer import from_arrays
 
-NAMES = ("start", "basin", "end")
-NEEDED = 5  # steps
-POINTS = (
-    4096  # longer trainings are cut in so many stretches at most: the fit takes the square of it
-)
-EXPLAINED = 0.5  # share of the variance of log values that three levels must explain
-BAND = (0.1, 0.9)  # quantiles
+REGIMES = ("start", "basin", "end")
+MIN_STEPS = 5
+# The fit takes time and memory with the square of the number of points. A longer training is cut
+# into this many ranges of steps.
+MAX_POINTS = 4096
+MIN_EXPLAINED = 0.5  # share of the variance of the log values that three levels must explain
+QUANTILES = (0.1, 0.9)
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Regimes:
-    r"""Influence ÷ learning rate by step, and the three constant levels that fit its logarithm best.
+    r"""Influence divided by the learning rate, by step, and the three levels that fit its log best.
 
     Attributes:
-        step: the steps that have a value, in order.
-        rate: learning rate of each.
+        step: The steps that have a value, ascending.
+        rate: Learning rate of each.
         value: :math:`|S_t| \cdot \operatorname{mean}_{q,b} |I[q, \tau, t, b]| \, / \, \eta_t`.
-        low: its 10 % quantile over queries and slots.
-        high: its 90 % quantile.
-        boundaries: first step of the basin, and first step of the end.
-        levels: geometric mean of the value in start, basin and end.
-        explained: share of the variance of the log value that the three levels explain.
-        ratio: how many times the basin's level the other two had to be.
-        left_out: how many steps have no value: learning rate 0, or no influence at all.
-        observed_at: the state that the queries read.
-        about: method, number of queries and unit, in words.
+        low: Its 10 % quantile over queries and slots.
+        high: Its 90 % quantile.
+        boundaries: First step of the basin, and first step of the end.
+        levels: Geometric mean of the value in start, basin and end.
+        explained: Share of the variance of the log value that the three levels explain.
+        ratio: Factor by which start and end must exceed the basin.
+        left_out: Number of steps without a value: their learning rate or influence is 0.
+        observed_at: The state that the queries read.
+        about: Method, number of queries and unit, as text.
     """
 
     step: Int64[np.ndarray, " point"]
@@ -62,139 +63,169 @@ class Regimes:
 
     @property
     def ratios(self) -> tuple[float, float]:
-        """Levels of start and end in units of the basin's."""
+        """Levels of start and end, divided by the basin's."""
         start, basin, end = self.levels
         return start / basin, end / basin
 
     @property
     def found(self) -> bool:
-        """Whether there are three regimes: a basin well below both ends, and levels that explain most of the curve."""
-        return min(self.ratios) >= self.ratio and self.explained >= EXPLAINED
+        """Whether there are three regimes.
+
+        The basin must be well below both ends, and the levels must explain most of the curve.
+        """
+        return min(self.ratios) >= self.ratio and self.explained >= MIN_EXPLAINED
 
     @property
     def edges(self) -> tuple[int, int, int, int]:
         """First step of each regime, and the state at which the last one ends."""
-        return 0, *self.boundaries, self.observed_at
+        basin, end = self.boundaries
+        return 0, basin, end, self.observed_at
 
     def table(self) -> pl.DataFrame:
-        """One row per regime: regime, first (step), stop (the step after the last), share (of steps), level, ratio."""
-        first, stop = self.edges[:-1], self.edges[1:]
-        share = np.diff(self.edges) / self.observed_at
-        ratio = np.array(self.levels) / self.levels[1]
-        columns = {
-            "first": first,
-            "stop": stop,
-            "share": share,
-            "level": self.levels,
-            "ratio": ratio,
-        }
-        return pl.DataFrame({"regime": NAMES, **columns})
+        """One row per regime: regime, first, stop, share, level, ratio.
+
+        `first` is its first step, `stop` the step after its last, `share` its share of all steps,
+        and `ratio` its level divided by the basin's.
+        """
+        levels = np.array(self.levels)
+        return pl.DataFrame(
+            {
+                "regime": REGIMES,
+                "first": self.edges[:-1],
+                "stop": self.edges[1:],
+                "share": np.diff(self.edges) / self.observed_at,
+                "level": self.levels,
+                "ratio": levels / levels[1],
+            }
+        )
 
     def curve(self) -> pl.DataFrame:
         """One row per step that has a value: step, rate, value, low, high, smooth, regime.
 
         `smooth` is the geometric mean over a fiftieth of the training around the step.
         """
-        columns = {name: getattr(self, name) for name in ("step", "rate", "value", "low", "high")}
-        which = np.searchsorted(self.boundaries, self.step, side="right")
-        named = pl.Series(NAMES, dtype=pl.String).gather(which)
-        return pl.DataFrame({**columns, "smooth": smoothed(self.value), "regime": named})
+        number = np.searchsorted(self.boundaries, self.step, side="right")
+        return pl.DataFrame(
+            {
+                "step": self.step,
+                "rate": self.rate,
+                "value": self.value,
+                "low": self.low,
+                "high": self.high,
+                "smooth": smooth(self.value),
+                "regime": pl.Series(REGIMES, dtype=pl.String).gather(number),
+            }
+        )
 
     @property
     def summary(self) -> str:
-        """Whether there are three regimes, by how much, and what was left out."""
+        """Whether there are three regimes, their ratios, and what was left out."""
         start, end = self.ratios
         verdict = "Three regimes" if self.found else "No three regimes"
-        ends = f"start {start:.3g} x and end {end:.3g} x the basin"
         lines = [
-            f"{verdict} of influence ÷ learning rate ({self.about}): {ends}.",
+            f"{verdict} of influence ÷ learning rate ({self.about}): "
+            f"start {start:.3g} x and end {end:.3g} x the basin.",
             f"Three levels explain {self.explained:.0%} of the variance of its logarithm.",
         ]
+        if self.left_out:
+            lines.append(
+                f"{self.left_out} steps with learning rate 0, or without any influence, "
+                "are left out."
+            )
         if not self.found:
             lines.append(
-                f"Needed: ends {self.ratio:g} x the basin, and {EXPLAINED:.0%}. The best three levels:"
-            )
-        if self.left_out:
-            lines.insert(
-                2,
-                f"{self.left_out} steps with learning rate 0, or without any influence, are left out.",
+                f"Required: both ends at least {self.ratio:g} x the basin, and at least "
+                f"{MIN_EXPLAINED:.0%} explained. The best three levels:"
             )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        """Tell whether there are three regimes, and their levels."""
-        rows = self.table().rows()
-        told = (
-            f"  {n:5}  steps {a} to {b - 1} ({part:.1%}), level {level:.3g}"
-            for n, a, b, part, level, _ in rows
-        )
-        return "\n".join([self.summary, *told])
+        """Summary, and one line per regime."""
+        lines = [self.summary]
+        for name, first, stop, share, level, _ in self.table().rows():
+            lines.append(
+                f"  {name:5}  steps {first} to {stop - 1} ({share:.1%}), level {level:.3g}"
+            )
+        return "\n".join(lines)
 
 
-def of_rates(
+def regimes_from_rates(
     influence: Influence,
     rates: Float64[np.ndarray, " step"],
     *,
-    observed_at: State = "end",
+    observed_at: ObservedState = "end",
     query: int | str | None = None,
     ratio: float = 2.0,
 ) -> Regimes:
-    """Find the regimes where the learning rate of every step is known; see `backtrail.regimes`.
+    """Find the regimes, given the learning rate of every step; see `backtrail.regimes`.
 
-    >>> print(example())
-    Three regimes of influence ÷ learning rate (made, 1 query, nats): start 9 x and end 4 x the basin.
+    >>> print(example())  # doctest: +NORMALIZE_WHITESPACE
+    Three regimes of influence ÷ learning rate (made, 1 query, nats):
+    start 9 x and end 4 x the basin.
     Three levels explain 100% of the variance of its logarithm.
       start  steps 0 to 1 (16.7%), level 9
       basin  steps 2 to 8 (58.3%), level 1
       end    steps 9 to 11 (25.0%), level 4
 
+    Args:
+        influence: The influence of every step.
+        rates: Learning rate of every step.
+        observed_at: State that the queries read; "end" is the last observed one.
+        query: Index or name of one query; None averages over all.
+        ratio: Factor by which start and end must exceed the basin.
+
     Raises:
-        NotObserved: no query reads that state.
-        UnknownQuery: there is no such query.
-        TooFewSteps: fewer than five steps have a value.
-        NotFinite: some influence is NaN or infinite.
+        NotObserved: No query reads that state.
+        UnknownQuery: There is no such query.
+        TooFewSteps: Fewer than five steps have a value.
+        NotFinite: Some influence is NaN or infinite.
     """
     state = influence.observed_at[-1] if observed_at == "end" else observed_at
     if state not in influence.observed_at:
         raise NotObserved(state, influence.observed_at)
-    asked = list(range(len(influence.queries))) if query is None else [_place(influence, query)]
-    column, sample = influence.observed_at.index(state), influence.sample
-    blocks = [
-        _sizes(influence.values(start, stop)[asked, column], sample[start:stop])
-        for start, stop in influence.description.shards
-    ]
+    column = influence.observed_at.index(state)
+    queries = list(range(len(influence.queries)))
+    if query is not None:
+        queries = [_query_index(influence, query)]
+    sample = influence.sample
+    blocks: list[np.ndarray] = []
+    for start, stop in influence.description.shards:
+        block = influence.values(start, stop)[queries, column]
+        blocks.append(_mean_and_quantiles(block, sample[start:stop]))
+    # A step with learning rate 0 gives infinity or NaN, and is left out below.
     with np.errstate(divide="ignore", invalid="ignore"):
         curves = np.concatenate(blocks, axis=1)[:, :state] / rates[:state]
-    known = np.flatnonzero(np.isfinite(curves[0]) & (curves[0] > 0))
-    if len(known) < NEEDED:
-        raise TooFewSteps(len(known), NEEDED)
-    fit = fitted(np.log(curves[0, known]))
-    many = "1 query" if len(asked) == 1 else f"{len(asked)} queries"
+    mean = curves[0]
+    known = np.flatnonzero(np.isfinite(mean) & (mean > 0))
+    if len(known) < MIN_STEPS:
+        raise TooFewSteps(len(known), MIN_STEPS)
+    fit = fit_levels(np.log(mean[known]))
     value, low, high = curves[:, known]
+    count = "1 query" if len(queries) == 1 else f"{len(queries)} queries"
     return Regimes(
-        known,
-        rates[known],
-        value,
-        low,
-        high,
+        step=known,
+        rate=rates[known],
+        value=value,
+        low=low,
+        high=high,
         boundaries=(int(known[fit.first]), int(known[fit.second])),
         levels=fit.levels,
         explained=fit.explained,
         ratio=ratio,
         left_out=state - len(known),
         observed_at=state,
-        about=f"{influence.method}, {many}, {influence.unit}",
+        about=f"{influence.method}, {count}, {influence.unit}",
     )
 
 
-def _place(influence: Influence, query: int | str) -> int:
-    place = influence.queries.index(query) if query in influence.queries else query
-    if isinstance(place, str) or not 0 <= place < len(influence.queries):
+def _query_index(influence: Influence, query: int | str) -> int:
+    index = influence.queries.index(query) if query in influence.queries else query
+    if isinstance(index, str) or not 0 <= index < len(influence.queries):
         raise UnknownQuery(query, influence.queries)
-    return place
+    return index
 
 
-def _sizes(
+def _mean_and_quantiles(
     values: Float[np.ndarray, "query step slot"], sample: Int64[np.ndarray, "step slot"]
 ) -> Float64[np.ndarray, "curve step"]:
     """Mean and quantiles of slots x |influence| over queries and slots, step by step.
@@ -203,22 +234,32 @@ def _sizes(
         NotFinite: some influence is NaN or infinite.
     """
     size = np.abs(values.astype(np.float64))
-    unknown = ~np.isfinite(size).all(axis=0)
-    if unknown.any():
-        raise NotFinite(np.unique(sample[unknown]).tolist())
-    found = np.zeros((3, len(sample)))
-    for step, real in enumerate(sample >= 0):
-        if real.any():
-            # A mean loss has divided every slot by their number.
-            row = size[:, step, real] * real.sum()
-            found[:, step] = row.mean(), *np.quantile(row, BAND)
-    return found
+    not_finite = ~np.isfinite(size).all(axis=0)
+    if not_finite.any():
+        raise NotFinite(np.unique(sample[not_finite]).tolist())
+    curves = np.zeros((3, len(sample)))
+    for step, is_real in enumerate(sample >= 0):
+        if not is_real.any():
+            continue
+        # A mean loss has divided every slot by their number; this takes that back, so that steps
+        # with batches of different sizes compare.
+        row = size[:, step, is_real] * is_real.sum()
+        curves[0, step] = row.mean()
+        curves[1:, step] = np.quantile(row, QUANTILES)
+    return curves
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """The three constant levels that fit a series best: where the second and third begin, and how well they do."""
+class LevelFit:
+    """The three constant levels that fit a series best.
+
+    Attributes:
+        first: Position at which the second level begins.
+        second: Position at which the third level begins.
+        levels: Geometric mean of the values at each level.
+        explained: Share of the variance of the log values that the levels explain.
+    """
 
     first: int
     second: int
@@ -226,63 +267,76 @@ class Fit:
     explained: float
 
 
-def fitted(logs: Float64[np.ndarray, " point"]) -> Fit:
-    """Fit three constant levels to log values; the levels come back as values."""
-    first, second = pieces(logs)
+def fit_levels(logs: Float64[np.ndarray, " point"]) -> LevelFit:
+    """Fit three constant levels to log values; the levels are returned as values."""
+    first, second = best_boundaries(logs)
     parts = np.split(logs, (first, second))
     start, basin, end = (float(np.exp(part.mean())) for part in parts)
-    whole = float(((logs - logs.mean()) ** 2).sum())
-    left = sum(float(((part - part.mean()) ** 2).sum()) for part in parts)
-    # What rounding leaves of a constant is no variance.
-    flat = whole <= 1e-20 * max(1.0, float((logs**2).sum()))
-    return Fit(first, second, (start, basin, end), 0.0 if flat else 1 - left / whole)
+    total = float(((logs - logs.mean()) ** 2).sum())
+    residual = 0.0
+    for part in parts:
+        residual += float(((part - part.mean()) ** 2).sum())
+    # The rounding of a constant series is not variance that could be explained.
+    is_constant = total <= 1e-20 * max(1.0, float((logs**2).sum()))
+    explained = 0.0 if is_constant else 1 - residual / total
+    return LevelFit(first, second, (start, basin, end), explained)
 
 
-def pieces(series: Float64[np.ndarray, " point"]) -> tuple[int, int]:
-    r"""Where the second and the third of three constant pieces begin that fit a series best, by dynamic programming.
+def best_boundaries(series: Float64[np.ndarray, " point"]) -> tuple[int, int]:
+    r"""Positions at which the second and third of the three best constant pieces begin.
 
-    .. math:: \min_{0 < i < j < n} \operatorname{SSE}(0, i) + \operatorname{SSE}(i, j) + \operatorname{SSE}(j, n)
+    .. math:: \min_{0 < i < j < n}
+        \operatorname{SSE}(0, i) + \operatorname{SSE}(i, j) + \operatorname{SSE}(j, n)
 
-    SSE is the sum of squares around the mean of a piece; of equal fits the earliest boundaries. A
-    series of more than 4096 points is cut into that many stretches at most, and boundaries lie
-    between them.
+    SSE is the sum of squares around the mean of a piece. Of equal fits, the earliest boundaries are
+    taken. A series of more than 4096 points is cut into that many ranges at most, and boundaries
+    lie between them.
 
-    >>> pieces(np.array([5.0, 5.0, 0.0, 0.0, 0.0, 2.0]))
+    >>> best_boundaries(np.array([5.0, 5.0, 0.0, 0.0, 0.0, 2.0]))
     (2, 5)
     """
-    width = -(-len(series) // POINTS)
-    starts = np.arange(0, len(series), width)
-    ends = np.append(starts[1:], len(series))
-    centred = series - series.mean()
-    sums, squares = (
-        np.concatenate([[0.0], np.cumsum(one)[ends - 1]]) for one in (centred, centred**2)
-    )
-    at = np.append(0, ends)
-
-    def error(start: Any, stop: Any) -> Any:
-        """Sum of squares around the mean of the stretches [start, stop)."""
-        return (
-            squares[stop]
-            - squares[start]
-            - (sums[stop] - sums[start]) ** 2 / (at[stop] - at[start])
-        )
-
+    n = len(series)
+    width = -(-n // MAX_POINTS)  # rounded up
+    starts = np.arange(0, n, width)
+    ends = np.append(starts[1:], n)
+    squared_error = _squared_error_of_ranges(series, ends)
     last = len(starts)
-    thirds, seconds = np.arange(2, last), np.arange(last)
-    firsts = np.array(
-        [
-            1 + (error(0, seconds[1:third]) + error(seconds[1:third], third)).argmin()
-            for third in thirds
-        ]
-    )
-    best = int((error(0, firsts) + error(firsts, thirds) + error(thirds, last)).argmin())
-    return int(starts[firsts[best]]), int(starts[thirds[best]])
+    # Dynamic programming: for every j the best i before it, then the best j. Range 0 belongs to the
+    # first piece and each piece has at least one, so i >= 1 and j >= 2.
+    all_j = np.arange(2, last)
+    best_i: list[int] = []
+    for j in all_j:
+        all_i = np.arange(1, j)
+        sse = squared_error(0, all_i) + squared_error(all_i, j)
+        best_i.append(1 + int(sse.argmin()))
+    i_of_j = np.array(best_i)
+    sse = squared_error(0, i_of_j) + squared_error(i_of_j, all_j) + squared_error(all_j, last)
+    best = int(sse.argmin())
+    return int(starts[i_of_j[best]]), int(starts[all_j[best]])
 
 
-def smoothed(values: Float64[np.ndarray, " point"]) -> Float64[np.ndarray, " point"]:
+def _squared_error_of_ranges(
+    series: Float64[np.ndarray, " point"], ends: Int64[np.ndarray, " range"]
+) -> Callable[[Any, Any], Any]:
+    """Function of (start, stop): sum of squares around the mean of the ranges [start, stop)."""
+    # Centred first: the difference of two large sums below would lose digits.
+    centred = series - series.mean()
+    counts = np.append(0, ends)
+    sums = np.append(0.0, np.cumsum(centred)[ends - 1])
+    squares = np.append(0.0, np.cumsum(centred**2)[ends - 1])
+
+    def squared_error(start: Any, stop: Any) -> Any:
+        square = squares[stop] - squares[start]
+        mean_part = (sums[stop] - sums[start]) ** 2 / (counts[stop] - counts[start])
+        return square - mean_part
+
+    return squared_error
+
+
+def smooth(values: Float64[np.ndarray, " point"]) -> Float64[np.ndarray, " point"]:
     """Geometric mean over a fiftieth of all points around each, fewer at the two ends.
 
-    >>> smoothed(np.array([1.0, 1.0, 8.0]))
+    >>> smooth(np.array([1.0, 1.0, 8.0]))
     array([1., 2., 8.])
     """
     reach = len(values) // 100 + 1
@@ -290,12 +344,12 @@ def smoothed(values: Float64[np.ndarray, " point"]) -> Float64[np.ndarray, " poi
     place = np.arange(len(values))
     # As far to the left as to the right, so that a slope is not bent at the ends.
     near = np.minimum(np.minimum(place, place[::-1]), reach)
-    smooth: np.ndarray = np.exp((sums[place + near + 1] - sums[place - near]) / (2 * near + 1))
-    return smooth
+    log_mean = (sums[place + near + 1] - sums[place - near]) / (2 * near + 1)
+    return np.asarray(np.exp(log_mean))
 
 
 def example() -> Regimes:
-    """Make three tiny regimes to try things on: 2, 7 and 3 steps, levels 9, 1 and 4.
+    """Tiny example of three regimes: 2, 7 and 3 steps at levels 9, 1 and 4.
 
     >>> example().table()["level"].round(6).to_list()
     [9.0, 1.0, 4.0]
@@ -312,7 +366,8 @@ def example() -> Regimes:
         samples=1,
         shard=12,
     )
-    values = 0.1 * np.repeat([9.0, 1.0, 4.0], [2, 7, 3]).reshape(1, 1, 12, 1)
-    return of_rates(
-        from_arrays(about, values, sample=np.zeros((12, 1), np.int64)), np.full(12, 0.1)
-    )
+    rate = 0.1
+    levels = np.repeat([9.0, 1.0, 4.0], [2, 7, 3])
+    values = (rate * levels).reshape(1, 1, 12, 1)
+    influence = from_arrays(about, values, sample=np.zeros((12, 1), np.int64))
+    return regimes_from_rates(influence, np.full(12, rate))

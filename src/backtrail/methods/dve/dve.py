@@ -208,14 +208,14 @@ class DataValueEmbedding:
             draws=Drawn(task, self.drawn, self.seed),
         )
 
-    def beside(
+    def start_capture(
         self,
         task: Task,
         manifest: Manifest,
         trained: Mapping[str, nn.Parameter],
         *,
-        keep: Callable[[str, bytes], None],
-        now: Now,
+        write_file: Callable[[str, bytes], None],
+        upcoming_update: Now,
     ) -> LiveCapture:
         """Capture a training while it runs: `Recorder(..., capture=DataValueEmbedding(...))`.
 
@@ -225,14 +225,15 @@ class DataValueEmbedding:
             task: Of the training, with the live model.
             manifest: Of its recording.
             trained: The live parameters that the optimizer holds.
-            keep: Adds a file to the recording.
-            now: Returns the update and the state as they are.
+            write_file: Adds a file to the recording.
+            upcoming_update: Returns the update and the state as they are now.
 
         Raises:
             NoDraw: The task does not say how labels are sampled from the model.
         """
-        writer = RowsWriter(keep, self._settings_of_rows)
-        return LiveCapture(self._features(task, manifest), trained, writer, now=now)
+        writer = RowsWriter(write_file, self._settings_of_rows)
+        features = self._features(task, manifest)
+        return LiveCapture(features, trained, writer, now=upcoming_update)
 
     @exclusive
     def attribute(

@@ -78,7 +78,7 @@ class LiveCapture:
         self._hooks = self._register(what.task.model)
         self._gradient_hooks: dict[str, RemovableHandle] = {}
 
-    def listen(self, batch: Batch, step: int, micro_batch: int) -> BatchHooks:
+    def on_batch(self, batch: Batch, step: int, micro_batch: int) -> BatchHooks:
         """Record the passes over the batch that is about to be fed."""
         trained = {
             name: parameter for name, parameter in self._trained.items() if parameter.requires_grad
@@ -96,35 +96,40 @@ class LiveCapture:
         )
         return self._current
 
-    def stepped(
-        self, transition: Transition, state: State, heard: Sequence[BatchHooks], *, consumed: Tree
+    def before_step(
+        self,
+        transition: Transition,
+        state: State,
+        captured: Sequence[BatchHooks],
+        *,
+        consumed: Tree,
     ) -> bool:
         """Write down a step that the optimizer is about to make, and release its passes.
 
         Args:
             transition: The step.
             state: The state before it.
-            heard: What was recorded, by micro-batch.
+            captured: What was recorded, by micro-batch.
             consumed: The gradient that the optimizer is given.
 
         Returns:
-            Whether the step is to be checked by `prove`.
+            Whether `check` is to be called for the step.
 
         Raises:
             NotCaptured: The passes were not seen.
         """
         gradient = {name: self._raw.get(name, tensor) for name, tensor in consumed.items()}
-        response = self._response(transition, state, gradient, hooks=heard)
+        response = self._response(transition, state, gradient, hooks=captured)
         self._proof = None
         if response is not None:
-            rows = self._rows(transition.micro_batches(), state, heard)
+            rows = self._rows(transition.micro_batches(), state, captured)
             self._write(transition, rows, gradient, response=response)
         self._scaled = {}
-        for hooks in heard:
+        for hooks in captured:
             hooks.forget()
         return self._proof is not None
 
-    def prove(self, transition: Transition, state: State, *, tolerance: float) -> None:
+    def check(self, transition: Transition, state: State, *, tolerance: float) -> None:
         """Check the rows of a step against a replay of it.
 
         If they disagree, everything since the last check is taken back.
@@ -158,7 +163,7 @@ class LiveCapture:
             raise NotCaptured(step, f"they do not add up to the gradient of {names}")
         self._writer.verified()
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Remove the hooks, and write what waits."""
         for hook in (*self._hooks, *self._gradient_hooks.values()):
             hook.remove()
@@ -167,13 +172,13 @@ class LiveCapture:
         self._writer.flush()
 
     def _rows(
-        self, micro_batches: Sequence[MicroBatch], state: State, heard: Sequence[BatchHooks]
+        self, micro_batches: Sequence[MicroBatch], state: State, captured: Sequence[BatchHooks]
     ) -> list[Arrays]:
         """Rows by micro-batch, from the recorded passes and, if partly, of the chosen samples."""
         what = self._what
         scaled = None if what.plain else what.projection.sides | self._scaled
         rows = []
-        for micro_batch, hooks in zip(micro_batches, heard, strict=True):
+        for micro_batch, hooks in zip(micro_batches, captured, strict=True):
             if not micro_batch.contributes:
                 continue
             arrays = hooks.rows(micro_batch)
