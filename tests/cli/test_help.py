@@ -73,6 +73,13 @@ def test_every_command_explains_itself(verb: Verb, capsys: Captured) -> None:
         assert f"\n        {word.strip('-').lower().replace('-', '_')}: " in (verb.__doc__ or "")
 
 
+def test_descriptions_are_wrapped_once(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line breaks of the docstring are not in the help, which has the terminal's width."""
+    monkeypatch.setenv("COLUMNS", "300")
+    said = helped(capsys, "verify", "--help")
+    assert "the name of the task in it, or of a function that returns it. (required)" in said
+
+
 def test_examples_name_real_flags() -> None:
     """Every flag in an example is one of the command's."""
     for verb in cli.VERBS:

@@ -4,8 +4,11 @@ Nothing here imports torch before a command runs, so that `backtrail --help` is 
 """
 
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import signature
 
 from tyro.extras import SubcommandApp
 
@@ -90,5 +93,23 @@ def app(given: Sequence[str]) -> SubcommandApp:
     for verb in VERBS:
         first_line = (verb.__doc__ or "").partition("\n")[0]
         # With None, tyro takes the whole docstring.
-        commands.command(help=first_line if lists_commands else None)(verb)
+        commands.command(help=first_line if lists_commands else None)(_with_joined_lines(verb))
     return commands
+
+
+def _with_joined_lines(verb: Callable[..., object]) -> Callable[..., object]:
+    """The same command, with every argument described on one line of its docstring.
+
+    tyro wraps the descriptions to the width of the terminal, but keeps the line breaks that they
+    have already.
+    """
+
+    @wraps(verb)
+    def command(*args: object, **kwargs: object) -> object:
+        return verb(*args, **kwargs)
+
+    command.__doc__ = re.sub(r"\n {12}(?=\S)", " ", verb.__doc__ or "")
+    # tyro would follow `__wrapped__` to the original and its docstring.
+    del command.__wrapped__
+    command.__signature__ = signature(verb)  # type: ignore[attr-defined]
+    return command

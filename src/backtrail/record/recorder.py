@@ -249,7 +249,9 @@ class Recorder:
         Raises:
             BadOptimizer: step() was given a closure.
         """
-        if args[1:] or kwargs.get("closure") is not None:
+        # Wrappers of an optimizer, such as Accelerate's, pass `closure=None` by position.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
             raise BadOptimizer(
                 "step(closure) evaluates the loss inside the step; call step() without one"
             )
