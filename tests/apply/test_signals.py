@@ -85,7 +85,7 @@ def test_a_task_without_classes_has_losses_only(tmp_path: Path) -> None:
     assert scores.losses(run, run.steps).shape == (6,)
     for ask in (lambda: scores.outputs(run, run.steps), lambda: scores.labels(run)):
         with pytest.raises(
-            NoClasses, match=r"labels are torch.float32 of shape \[6, 1\], and no class numbers"
+            NoClasses, match=r"labels are torch.float32 of shape \[6, 1\], not class numbers"
         ):
             ask()
 
@@ -118,7 +118,7 @@ def test_a_single_score_is_that_of_class_one(shape: tuple[int, ...]) -> None:
         (
             torch.zeros(2, 3),
             [torch.zeros(2), torch.rand(2)],
-            r"float32 of shape \[2\], and no class numbers",
+            r"float32 of shape \[2\], not class numbers",
         ),
         (
             torch.zeros(2, 3),

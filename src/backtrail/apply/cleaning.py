@@ -65,44 +65,44 @@ def find_mislabeled(
     """Rank the training samples by how likely their label is wrong.
 
     * "mean-loss": loss, averaged over checkpoints;
-    * "held-out": the same distance as "el2n" (the loss, where there are no classes) in re-runs of
-      the training, half of it from those that left the sample out: 20 re-runs, stacked;
-    * "margin": best other class less the label's, averaged over checkpoints;
-    * "el2n": distance of the probabilities from the label, averaged over checkpoints;
+    * "held-out": the same distance as "el2n" (the loss, where there are no classes) in 20 re-runs of
+      the training, half of it from those without the sample;
+    * "margin": logit of the best other class minus that of the label, averaged over checkpoints;
+    * "el2n": distance of the probabilities from the label (Paul et al., 2021, arXiv 2107.07075),
+      averaged over checkpoints;
     * "loss": loss at the end;
-    * "tracin": learning rate times squared gradient of the own loss, summed over checkpoints;
+    * "tracin": learning rate times squared gradient of the sample's own loss, summed over checkpoints
+      (Pruthi et al., 2020, arXiv 2002.08484);
     * "self-influence": size of the published self-influence of `DiffIn`, over the checkpoints;
-    * "dit": harm to the mean loss of the validation rows, else of the training set, by one exact
-      sweep;
+    * "dit": harm to the mean loss of the validation rows, or else of the training set, by `DIT`;
     * "dve": the same by `DataValueEmbedding`;
-    * an influence that was computed before: the same, in the mean over its queries. Harm is
-      negative influence.
+    * an `Influence`: its harm, averaged over its queries. Harm is negative influence.
 
-    Those that read classes need a task of classes; the others read losses and gradients alone.
+    "margin" and "el2n" need a classification; the others read losses and gradients alone.
 
     Args:
-        run: the recorded training.
-        method: what to rank by.
-        validation: rows with right labels; for "dit" and "dve".
-        window: count only what samples did to the loss between two states; for "dit", "dve" and an
-            influence that was observed at both.
-        checkpoints: how many states, spread over the training (those that were kept, where there
-            are some), or which.
-        out: a file for the list, `.csv` or `.parquet`; it is written anew.
+        run: The recorded training.
+        method: What to rank by.
+        validation: Rows with correct labels; for "dit" and "dve".
+        window: (a, b): Count only what samples did to the loss between these two states; for "dit",
+            "dve" and an influence that was observed at both.
+        checkpoints: How many states to average over, evenly spaced (among the stored ones, where
+            there are some), or their numbers.
+        out: File for the table, `.csv` or `.parquet`; an existing one is overwritten.
 
     Returns:
-        All samples, the most suspicious first: rank, sample (a row number, or an id where samples
-        have their own),
-        score, label, and suggested: the most probable of the other classes, by the average of the
-        checkpoints, or by the re-runs that left the sample out. It says what the label may be if it
-        is wrong, not that it is. Label and suggested are null where the task has no classes.
+        All samples, the most suspicious first, with the columns rank, sample (a row number, or an id
+        where samples have ids of their own), score, label, and suggested: the most probable of the
+        other classes, averaged over the checkpoints, or over the re-runs without the sample. It is
+        what the label may be if it is wrong, not a claim that it is. Label and suggested are null
+        where the task is not a classification.
 
     Raises:
-        BadSetting: an option has a value that it cannot take.
-        UnusedOption: an option that the method does not use.
-        NoClasses: the method compares classes, and the task has none.
-        OtherRun: the influence is of another run.
-        NotFinite: some score is not.
+        BadSetting: An option has a value that it cannot take.
+        UnusedOption: An option that the method does not use.
+        NoClasses: The method compares classes, and the task has none.
+        OtherRun: The influence belongs to another run.
+        NotFinite: Some score is NaN or infinite.
     """
     _check(method, validation=validation, window=window, out=out)
     asked = _Asked(run, tuple(chosen_states(run, checkpoints)), validation, window)

@@ -52,32 +52,34 @@ def select_coreset(
     among: Samples | None = None,
     seed: int = 0,
 ) -> pl.DataFrame:
-    r"""Keep the part of the training set that stands best for all of it.
+    r"""Select the part of the training set that represents all of it best.
 
-    Every sample j has a vector :math:`a_j`, and k of N samples are taken one by one so that the sum
-    of the chosen follows the sum of all (herding):
+    Every sample j has a vector :math:`a_j`, and k of N samples are taken one by one so that their sum
+    follows the sum of all (herding; Welling, 2009):
 
-    .. math:: j_{i+1} = \arg\min_{j} \Big\lVert \frac{i + 1}{N} \sum_{l} a_l - \sum_{l \le i} a_{j_l} - a_j \Big\rVert_2
+    .. math:: j_{i+1} = \arg\min_{j} \Big\lVert
+        \frac{i + 1}{N} \sum_{l} a_l - \sum_{l \le i} a_{j_l} - a_j \Big\rVert_2
 
-    For "dve" :math:`a_j` is the sample's embedding, summed over its visits: what it did to the
-    final weights. For the other influences it is the influence on every query, so that to first
-    order no query's loss differs between training on all and on the chosen. Those with the largest
-    influence would be near-duplicates of one another, and are no good coreset.
+    For "dve" :math:`a_j` is the sample's embedding, summed over its visits: what it did to the final
+    weights. For the other influences it is the influence on every query, so that to first order no
+    query's loss differs between training on all samples and on the selected ones. The samples with
+    the largest influence would be near-duplicates of one another, and a poor coreset.
 
     Args:
-        run: the recorded training on everything.
-        fraction: share that is kept, above 0 and at most 1, of all samples that the training saw.
-        queries: losses of validation rows, best one by one; by default those of at most 256 rows of
-            the training set, the influence of a row on its own loss left out. Embeddings need none.
-        method: "dve", "dit" (a sweep per query: ask few), "diff-in", "tracin", or an `Influence` or
-            `Embeddings` at hand. For comparison: "herding" in the inputs of the model's last layer;
-            "el2n", the samples that the first epochs got most wrong; "loss", those with the least
-            loss at the end; "random".
-        balanced: every class keeps its share of samples; by default, where the task has classes.
-        among: samples to choose from, as numbers or as a table with a column `sample`; all by
+        run: The recorded training on all samples.
+        fraction: Share of the samples seen in training that is kept, above 0 and at most 1.
+        queries: Losses of validation rows, best one query per row. By default those of at most 256
+            rows of the training set, without the influence of a row on its own loss. "dve" and
+            `Embeddings` do without queries.
+        method: "dve", "dit" (a sweep per query: use few), "diff-in", "tracin", or an existing
+            `Influence` or `Embeddings`. For comparison: "herding" in the inputs of the model's last
+            layer; "el2n", the samples that the first epochs got most wrong; "loss", those with the
+            least loss at the end; "random".
+        balanced: Keep every class's share of samples; by default where the task has classes.
+        among: Samples to select from, as numbers or as a table with a column `sample`; all by
             default. If they are fewer than are to be kept, all of them are.
-        seed: of the random choices: that of "random", and that of the training rows where influence
-            is computed without `queries`.
+        seed: Of "random", and of the choice of training rows where influence is computed without
+            `queries`.
 
     Returns:
         One row per kept sample, the best first: sample, score, rank (from 1), and label where there
@@ -85,13 +87,13 @@ def select_coreset(
         where the method has none.
 
     Raises:
-        BadSetting: a fraction out of range, or a method that there is not.
-        UnusedOption: queries or a seed for a method that does not use them.
-        OtherRun: the influence is of another run.
-        EmbeddedElsewhere: the embeddings are of another run.
-        NoClasses: classes are to be balanced, and the task has none.
-        RowsNotReadable: training losses cannot be asked about, since samples have ids of their own.
-        UnknownSample: a sample to choose from that the training set does not have.
+        BadSetting: A fraction out of range, or an unknown method.
+        UnusedOption: Queries or a seed for a method that does not use them.
+        OtherRun: The influence belongs to another run.
+        EmbeddedElsewhere: The embeddings belong to another run.
+        NoClasses: Classes are to be balanced, and the task has none.
+        RowsNotReadable: Queries are needed, since the samples are ids and their losses cannot be read.
+        UnknownSample: A sample in `among` that the training set does not have.
     """
     if not 0 < fraction <= 1:
         raise BadSetting("fraction", fraction, "0 < fraction <= 1")

@@ -38,37 +38,39 @@ def compare_coresets(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> pl.DataFrame:
-    r"""Train again on each of several parts of the training set, and on as many samples drawn at random.
+    r"""Train again on each of several parts of the training set, and on random parts of equal size.
 
-    The recorded training is run again from its recorded start through its recorded batches, in
-    which all other samples have weight 0 and those kept share it:
+    The recorded training is run again from its recorded start through its recorded batches, in which
+    all other samples have weight 0 and the kept ones share it:
 
     .. math:: w_{t,b} = |S_t| / k_t \;\text{ if kept (of } k_t \text{), else } 0.
 
-    So a part is trained on for as many **steps** as everything was: a tenth of the data is then
-    seen ten times as often as in a training of its own with as many epochs, in batches a tenth as
-    large; a step with no kept sample at all has no gradient. In BatchNorm's statistics the others
-    stay. All parts are trained at once, in one stack.
+    So a part is trained on for as many **steps** as all samples were: a tenth of the data is seen ten
+    times as often as in a training of its own with as many epochs, in batches a tenth as large; a
+    step with no kept sample has no gradient. BatchNorm's statistics still include the others. All
+    parts are trained at once, in one stack.
 
-    Give queries on rows that chose nothing: a score that chose the data is no judge of it.
+    Give queries on rows that the selection did not use: a score that selected the data cannot judge
+    it.
 
     Args:
-        run: the recorded training.
-        coresets: names, and the samples kept, as :func:`backtrail.select_coreset` tells them.
-        queries: what to compare, such as the losses of test rows; the mean of them is told.
-        draws: how many times as many samples are drawn at random; the mean of them is told.
-        seed: of the draws.
-        dtype: precision of the trainings; by default the recorded one.
+        run: The recorded training.
+        coresets: The kept samples of each part, by name, for example from
+            :func:`backtrail.select_coreset`.
+        queries: What to compare, such as the losses of test rows; the table has their mean.
+        draws: How many random parts of each size; the table has their mean.
+        seed: Of the random parts.
+        dtype: Precision of the trainings; by default the recorded one.
 
     Returns:
-        A row for everything, one for each part, and one for random samples of each of their sizes:
-        name, kept (of the samples that the training saw), loss (the mean of the queries after the
-        training), change (against everything), and, where the queries are scores of rows with
-        classes, accuracy on these rows.
+        A row for all samples, one for each part, and one for random parts of each of their sizes:
+        name, kept (of the samples seen in training), loss (mean of the queries after the training),
+        change (from training on all samples), and, where the queries are scores of rows with classes,
+        accuracy on these rows.
 
     Raises:
-        BadSetting: there is no part, one is empty, or the number of draws is below 0.
-        UnknownSample: a sample that the training set does not have.
+        BadSetting: There is no part, one is empty, or `draws` is negative.
+        UnknownSample: A sample that the training set does not have.
     """
     if not coresets:
         raise BadSetting(

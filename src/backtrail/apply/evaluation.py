@@ -57,45 +57,46 @@ def evaluate(
     seed: int = 0,
     bank: str | Path | None = None,
 ) -> pl.DataFrame:
-    r"""How good influence is, or several side by side: against retraining, and in finding samples known to be wrong.
+    r"""Measure how good influence is: against retraining, and in finding samples known to be wrong.
 
-    Removed one at a time: Pearson, Spearman and slope of the actual over the predicted change of
-    each query at the end of training. Removed in random groups: the linear datamodelling score
-    (LDS), Spearman of the actual change with the sum of the group's scores. Each is the mean over
-    queries, with its 95 % bootstrap interval over removals. All of them are judged on the same
-    removals, so that what differs is the method.
+    Samples removed one at a time: Pearson correlation, Spearman correlation and slope of the actual
+    over the predicted change of each query at the end of training. Samples removed in random groups:
+    the linear datamodelling score (LDS; Park et al., 2023, arXiv 2303.14186), the Spearman
+    correlation of the actual change with the sum of the group's scores. Each is the mean over
+    queries, with its 95 % bootstrap interval over removals. All methods are judged on the same
+    removals.
 
-    Samples known to be wrong: how well the most harmful ones are those. AUC, average precision, and
-    precision at their true number, of the mean over queries; with bootstrap intervals over samples.
+    Samples known to be wrong: how well the most harmful samples are those. AUC, average precision,
+    and precision at their true number, of the mean over queries, with bootstrap intervals over
+    samples.
 
-    A bank makes the re-runs once: later calls, with other methods or other queries, read them.
-    Ground truth is run by the replay engine, in float64, with the denominator of the influence.
+    Ground truth is computed by the replay engine, in float64, with the denominator of the influence.
+    With a bank the re-runs are made once: later calls, with other methods or other queries, read them.
 
     Args:
-        run: the recorded training.
-        influence: the result to judge, or several by name; or arrays of scores, `[query, sample]`,
-            in backtrail's sign: what the query gains when the sample is removed. Samples in the
-            order of `run.ids`.
-        queries: what was asked; needed where no influence knows it.
-        wrong: samples known to be wrong, as by mislabelling them on purpose.
-        removals: how many samples are removed one at a time; 0 for none.
-        shares: shares of the samples seen in training that are removed together, each above 0 and
+        run: The recorded training.
+        influence: The result to judge, or several by name; or arrays of scores `[query, sample]` in
+            backtrail's sign (what the query gains when the sample is removed), samples in the order
+            of `run.ids`.
+        queries: The queries of the influence; needed where it was opened from disk, or is an array.
+        wrong: Samples known to be wrong, for example mislabelled on purpose.
+        removals: Number of samples that are removed one at a time; 0 for none.
+        shares: Shares of the samples seen in training that are removed together, each above 0 and
             below 1.
-        groups: how many random groups of each share are removed; 0 for none.
-        seed: of all random choices.
-        bank: folder in which the re-runs are stored and found again; see `backtrail.retrain`.
+        groups: Number of random groups of each share; 0 for none.
+        seed: Of all random choices.
+        bank: Folder in which re-runs are stored and found again; see :func:`backtrail.retrain`.
 
     Returns:
-        One row per method and measure: method, measure, removed (samples at a time), reruns (how
-        many trainings the measure rests on), estimate, low, high.
+        One row per method and measure: method, measure, removed (samples at a time), reruns (number
+        of trainings behind the measure), estimate, low, high.
 
     Raises:
-        OtherRun: an influence is of another run.
-        WithoutQueries: the queries are not known, or not those of an influence.
-        NotObserved: an influence does not see the end of training.
-        BadSetting: an option, a share or a number of removals that is none; scores of another
-            shape, or not finite; influences of two kinds of denominator, which no removal can judge
-            together.
+        OtherRun: An influence belongs to another run.
+        WithoutQueries: The queries are not known, or are not those of an influence.
+        NotObserved: An influence was not observed at the end of training.
+        BadSetting: An option has a value that it cannot take; scores have another shape, or are not
+            finite; or influences have different denominators, which one removal cannot judge.
     """
     if not isinstance(influence, Influence) and not influence:
         raise BadSetting("influence", influence, "an Influence, or several by name")

@@ -30,33 +30,33 @@ def regimes(
     query: int | str | None = None,
     ratio: float = 2.0,
 ) -> Regimes:
-    r"""How much data matters at every step, whatever the learning rate, and the three regimes of it.
+    r"""Size of the influence of every step, divided by its learning rate, and its three regimes.
 
     .. math:: v_t = \frac{|S_t|}{\eta_t} \operatorname{mean}_{q,b} |I[q, \tau, t, b]|
 
     The learning rate η is divided out because a step is proportional to it, and :math:`|S_t|` is
-    multiplied because a mean loss has divided by it: then v is that of a sample which is a batch by
+    multiplied because a mean loss has divided by it: v is then that of a sample which is a batch by
     itself, whatever the size of its batch. (Where the task's loss is a sum, v is that of the whole
     batch.) Of several parameter groups, η is the mean over all entries of the parameters.
 
-    The regimes are the three constant levels that fit :math:`\log v` best by least squares, over
-    all pairs of boundaries. There are three regimes, `found`, where the first and the last level
-    are both at least `ratio` times the one between, and the three explain at least half of the
-    variance. The rule knows no chance and no unit; what it calls start and end may be of any
-    length, so look at the picture, :func:`backtrail.plot.regimes`.
+    The regimes are the three constant levels that fit :math:`\log v` best by least squares, over all
+    pairs of boundaries. There are three regimes, `found`, where the first and the last level are both
+    at least `ratio` times the one between, and the three explain at least half of the variance. The
+    rule uses no significance test; what it calls start and end may be of any length, so look at the
+    plot, :func:`backtrail.plot.regimes`.
 
-    Steps with learning rate 0, as a warm-up may begin with, have no v; they are left out and
+    Steps with learning rate 0, as at the start of a warm-up, have no v; they are left out and
     counted, as are steps without any influence.
 
     Args:
-        run: the recorded training.
-        influence: made from it, by any method.
-        observed_at: state that the queries read; "end" is the last observed one.
-        query: for this one only; by default the mean is over all.
-        ratio: how many times the basin's level the other two must be.
+        run: The recorded training.
+        influence: Computed from it, by any method.
+        observed_at: State at which the queries are read; "end" is the last observed one.
+        query: Index or name of a single query; by default the mean is over all.
+        ratio: Factor by which the other two levels must exceed the basin's.
 
     Raises:
-        OtherRun: the influence is of another run.
+        OtherRun: The influence belongs to another run.
     """
     influence.check_run(run)
     rates = learning_rates(run.manifest, run.log)
@@ -83,42 +83,42 @@ def worth_selecting(
     drop: float = 0.1,
     seed: int = 0,
 ) -> pl.DataFrame:
-    r"""In which part of training it is worth to select data: trained again with the harmful slots left out there.
+    r"""Train again with the harmful slots left out in parts of the training, to see where it helps.
 
-    In each step of a range, the k slots with the most negative influence (the mean over the
-    influence's queries) are left out: a share `drop` of the batch, and never one that did good. The
-    others share their weight, so that a step is as long as it was:
+    In each step of a range, the k slots with the most negative influence (mean over the influence's
+    queries) are left out: a share `drop` of the batch, and never a slot with positive influence. The
+    others share their weight, so that a step stays as long as it was:
 
     .. math:: w_{t,b} = 0 \;\text{ if left out, else }\; |S_t| / (|S_t| - k_t).
 
-    Every range is trained again beside the training as it was, in float64, and compared with as
-    many slots of the same steps drawn at random.
+    Every range is trained again next to the training as it was, in float64, and compared with leaving
+    out as many random slots of the same steps.
 
-    Three limits. The influence is that of the training as it was: it does not know what was left
+    Three limits. The influence is that of the training as it was: it does not include what was left
     out before. It is a derivative: leaving out half of every batch is no small change, and can do
-    harm where leaving out little helps. And a score that chose the data is no judge of it: give
+    harm where leaving out little helps. And a score that selected the data cannot judge it: give
     `queries` on other rows than those of the influence.
 
     Args:
-        run: the recorded training.
-        influence: what to select by, on losses of validation rows.
-        queries: what to compare, on losses of other rows; the mean of them is told.
-        ranges: name of each range, and the stretches [first, stop) that it consists of. By default
+        run: The recorded training.
+        influence: What to select by: influence on losses of validation rows.
+        queries: What to compare: losses of other rows; the table has their mean.
+        ranges: Name of each range, and the stretches [first, stop) that it consists of. By default
             those of the regimes: always, start + end, and each alone.
-        drop: largest share of a step's slots that is left out, rounded down: of 8 slots, a tenth is
+        drop: Largest share of a step's slots that is left out, rounded down: of 8 slots, a tenth is
             none.
-        seed: of the random choice.
+        seed: Of the random slots.
 
     Returns:
         One row per range, after that of selecting never: range, share (of all steps), dropped
-        (slots), loss (mean of the queries after the training), change (against never), and random
-        (the change with as many slots drawn at random).
+        (slots), loss (mean of the queries after the training), change (from never), and random (the
+        change with as many random slots left out).
 
     Raises:
-        OtherRun: the influence is of another run.
-        BadSetting: `drop` is not between 0 and 1, or there is no range.
-        NoRegimes: no ranges are given, and the run has no three regimes.
-        ImpossibleWindow: a stretch does not lie within the training.
+        OtherRun: The influence belongs to another run.
+        BadSetting: `drop` is not between 0 and 1, or `ranges` is empty.
+        NoRegimes: No ranges are given, and the run does not have three regimes.
+        ImpossibleWindow: A stretch does not lie within the training.
     """
     influence.check_run(run)
     if not 0 < drop < 1:

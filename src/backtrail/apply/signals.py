@@ -154,9 +154,7 @@ def class_labels(batch: Batch) -> Int64[Tensor, " slot"]:
         raise NoClasses(f"a batch is a {type(batch).__name__} without labels") from None
     flat = found.flatten() if found.shape[1:] == (1,) else found
     if flat.dim() != 1 or not torch.equal(flat, flat.round()):
-        raise NoClasses(
-            f"labels are {found.dtype} of shape {list(found.shape)}, and no class numbers"
-        )
+        raise NoClasses(f"labels are {found.dtype} of shape {list(found.shape)}, not class numbers")
     return flat.long()
 
 

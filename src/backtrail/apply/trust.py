@@ -252,17 +252,24 @@ def trust(
 ) -> Trust:
     """Check an influence against its own run.
 
+    Three checks: the recording replays; the influence is the derivative of the retrained query (for
+    `DIT` with its defaults); and the influence predicts what happens when samples are removed.
+
     Args:
-        run: the run that was attributed.
-        influence: the result to check.
-        queries: what was asked; needed where the influence was read from disk.
-        removals: how many samples are left out, drawn among those that the training visited.
-        seed: of the draw and of the nudge.
+        run: The run that the influence was computed from.
+        influence: The result to check.
+        queries: The queries of the influence; needed where it was opened from disk.
+        removals: Number of samples that are removed one at a time, a random choice of those that the
+            training visited.
+        seed: Of this choice, and of the direction of the derivative check.
+
+    Returns:
+        The three checks; `print` shows them with what to make of them.
 
     Raises:
-        OtherRun: the influence is of another run.
-        WithoutQueries: the influence came from disk and no queries were given, or others than it
-            was made from.
+        OtherRun: The influence belongs to another run.
+        WithoutQueries: The influence was opened from disk and no queries were given, or other ones
+            than it was computed for.
     """
     influence.check_run(run)
     asked = queries or influence.query_object

@@ -41,42 +41,47 @@ def forget(
     replay: int = 0,
     dtype: Precision = None,
 ) -> dict[str, Tensor]:
-    r"""The state_dict of the trained model without the influence of some samples.
+    r"""Compute the state_dict of the trained model without the influence of some samples.
 
-    To first order in the weights of the group's slots, all removed together, at the state :math:`s
-    = T - k`; then the last k steps run again, truly without the group:
+    First comes the first-order effect of removing all the samples together, on the state
+    :math:`s = T - k`; then the last k steps run again without them:
 
-    .. math:: \theta_s - \sum_{t < s,\, b \in \mathrm{group}} \frac{\partial \theta_s}{\partial w_{t,b}}
+    .. math:: \theta_s
+        - \sum_{t < s,\, b \in \mathrm{group}} \frac{\partial \theta_s}{\partial w_{t,b}}
         \;\longrightarrow\; \theta_T
 
     With k = 0 that is the first-order effect alone; with k = T it is the training without the
-    group. BatchNorm's running statistics and the optimizer's moments are part of the state.
+    samples. BatchNorm's running statistics and the optimizer's moments are part of the state. Nothing
+    is written, and nothing is guaranteed for law or privacy; :func:`backtrail.judge_forgetting`
+    measures how close the result is to a training without the samples.
 
-    The sweep takes about three times as long as a replay of the training up to s, whatever the size
-    of the group. So `method=None, replay=run.steps` is both cheaper and exact: train again where
-    you can, and use the first order to study a training. Estimates by `DiffIn` take a few
-    gradients, and the replay of k steps alone takes k steps.
+    The sweep takes about three times as long as a replay of the training up to s, whatever the number
+    of samples. So `method=None, replay=run.steps` is both cheaper and exact: train again where you
+    can, and use the first order to study a training. Estimates by `DiffIn` take a few gradients, and
+    the replay of k steps alone takes k steps.
 
-    On the way, 16 steps are made for real from the estimated states. Where they are off from what
-    first order says of them by more than 30 % of what they change (all together), the log warns.
+    At 16 steps of the sweep, the actual step without the samples is computed too. Where these differ
+    from the first-order prediction by more than 30 % of what they change (all together), the log
+    warns.
 
     Args:
-        run: the recorded training; or, with a `DiffIn`, checkpoints of one that was not.
-        samples: which; one that was never visited changes nothing.
-        method: what is done before the replay. `DIT()`: the exact derivative of the training, with
-            its `curvature`, `slope` and `denominator`. `DiffIn(form="corrected")`: an estimate from
-            a few states, without replay. None: nothing; the replay starts at the recorded state.
-        replay: k, how many of the last steps run again without the samples.
-        dtype: precision of sweep and replay; by default that of the recording.
+        run: The recorded training; or, with a `DiffIn`, checkpoints of a training that was not
+            recorded.
+        samples: The samples to forget; one that was never visited changes nothing.
+        method: What comes before the replay. `DIT()`: the exact derivative of the training, with its
+            `curvature`, `slope` and `denominator`. `DiffIn(form="corrected")`: an estimate from a few
+            states, without replay. None: nothing; the replay starts at the recorded state.
+        replay: k, the number of last steps that run again without the samples.
+        dtype: Precision of sweep and replay; by default the recorded one.
 
     Returns:
         Parameters and buffers, for `model.load_state_dict`.
 
     Raises:
-        BadSetting: a `replay` out of range, or a method that is not possible with checkpoints.
+        BadSetting: `replay` out of range, or a method that is not possible with checkpoints.
         UnusedOption: `replay` or `dtype` with a `DiffIn`, which does not use them.
-        UnknownSample: a sample that the training set does not have.
-        UnknownId: a sample that the training did not see, where samples have ids of their own.
+        UnknownSample: A sample that the training set does not have.
+        UnknownId: A sample that the training did not see, where samples have ids of their own.
     """
     if isinstance(method, DiffIn):
         # It estimates the final parameters alone: there is no state to replay from, and no sweep.

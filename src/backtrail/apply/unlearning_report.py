@@ -86,30 +86,29 @@ def judge_forgetting(
     test: Rows,
     denominator: Denominator = "keep",
 ) -> Forgotten:
-    r"""Compare a model that was to forget samples with the training without them, which is run for that.
+    r"""Compare a model that was to forget samples with the training without them.
 
-    With trained :math:`\theta`, forgotten :math:`\hat\theta` and retrained :math:`\theta'`
+    That training is run for the comparison, over the recorded batches in float64, with weight 0 for
+    the samples. With the trained parameters :math:`\theta`, those to judge :math:`\hat\theta`, and
+    the retrained ones :math:`\theta'`:
 
     .. math:: \frac{\|\hat\theta - \theta'\|}{\|\theta - \theta'\|}
         \qquad
         \frac{\operatorname{mean}_x \mathrm{KL}(p_{\theta'}(x) \,\|\, p_{\hat\theta}(x))}
         {\operatorname{mean}_x \mathrm{KL}(p_{\theta'}(x) \,\|\, p_{\theta}(x))}
 
-    Retraining goes over the recorded batches in float64, with weight 0 for the samples, and costs
-    one training.
-
     Args:
-        run: the recorded training.
-        samples: which were to be forgotten.
-        state: the state_dict to judge, as `forget` returns it, or by any other means.
-        test: rows that were not trained on, of the same kind.
-        denominator: what a removal does to its batch's mean.
+        run: The recorded training.
+        samples: The samples that were to be forgotten.
+        state: The state_dict to judge, from :func:`backtrail.forget` or any other method.
+        test: Rows of the same kind that were not trained on.
+        denominator: What a removal does to its batch's mean: "keep" or "renormalize".
 
     Raises:
-        UnknownSample: a sample that the training set does not have.
-        UnknownId: a sample that the training did not see, where samples have ids of their own.
-        BadCheckpoint: the state is not of this model; the message names the tensor.
-        BadSetting: there are no test rows, or the denominator is none.
+        UnknownSample: A sample that the training set does not have.
+        UnknownId: A sample that the training did not see, where samples have ids of their own.
+        BadCheckpoint: The state is not of this model; the message names the tensor.
+        BadSetting: There are no test rows, or the denominator is unknown.
     """
     if not len(test):
         raise BadSetting("test", test, "one or more rows that were not trained on")

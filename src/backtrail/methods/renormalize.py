@@ -40,7 +40,7 @@ def check_renormalizable(run: Run) -> None:
         raise CannotRenormalize(f"the loss is reduced by {run.task.reduce!r}, not by a mean")
     if run.has_ids:
         raise CannotRenormalize(
-            "whether losses depend on one another cannot be tried: rows cannot be read again"
+            "its rows cannot be read again, to test whether losses depend on one another"
         )
     for step in run.log:
         if len(step.samples) == 1:

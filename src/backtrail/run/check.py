@@ -61,7 +61,9 @@ def check_data(manifest: Manifest, task: Task, first: Step) -> None:
     if manifest.samples is None:
         # Samples are ids that came with the batches; there are no rows to compare.
         if task.ids is None:
-            raise WrongData("its batches carried the ids of their samples; this task has no ids=")
+            raise WrongData(
+                "its batches contained the ids of their samples, and this task has no ids="
+            )
         return
     if len(task.data) != manifest.samples:
         raise WrongData(f"it has {len(task.data)} rows, and had {manifest.samples}")

@@ -188,12 +188,12 @@ class Task:
                 else {"things"}
             )
             raise BadIds(
-                self.ids, f"this batch tells a {type(told).__name__} of {', '.join(sorted(kinds))}"
+                self.ids, f"this batch gives a {type(told).__name__} of {', '.join(sorted(kinds))}"
             ) from error
         whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
         if not whole or found.dim() != 1 or len(found) != size_of(batch) or bool((found < 0).any()):
             told = f"{found.dtype} of shape {list(found.shape)}, {found.flatten()[:4].tolist()}..."
-            raise BadIds(self.ids, f"this batch has {size_of(batch)} rows and tells {told}")
+            raise BadIds(self.ids, f"this batch has {size_of(batch)} rows and gives {told}")
         return tuple(found.tolist())
 
     @exclusive
