@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from backtrail.accel.onednn import fast_products
+from backtrail.accel.context import accelerated
 from backtrail.persample.check import grads, slopes_of, unverified
 from backtrail.persample.rules import (
     Asked,
@@ -209,7 +209,7 @@ class Watched:
         with (
             torch.enable_grad(),
             torch.autocast(self.losses.device.type, enabled=False),
-            fast_products(),
+            accelerated(),
         ):
             outputs, batch = self.seen.outputs, self.micro_batch.batch
             read = {
