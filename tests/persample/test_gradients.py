@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from backtrail.errors import CoupledLoss
 from backtrail.methods.dve.projection import Projection, projection
-from backtrail.persample import check as explained
-from backtrail.persample.gradients import watched
+from backtrail.persample import check
+from backtrail.persample.gradients import trace_gradient
 from backtrail.persample.rules import Loss, Reductions, Rows
 from backtrail.persample.sketch import KroneckerSketch
 from backtrail.run.run import open_run
@@ -75,7 +75,7 @@ def captured(
     losses: Sequence[Loss] = (),
 ) -> Captured:
     """Rows of the task's loss and of further ones."""
-    found = watched(micro_batch, params, buffers)
+    found = trace_gradient(micro_batch, params, buffers)
     rows = [found.rows([(loss, one) for one in sides]) for loss in (None, *losses)]
     return Captured(rows, found.losses, found.gradient, found.buffers)
 
@@ -161,7 +161,7 @@ def gap(found: Tensor, wanted: Tensor) -> float:
 def unverified(micro_batch: MicroBatch) -> set[str]:
     """Parameters that were differentiated sample by sample."""
     return set().union(
-        *(names for _, names in explained._FOUND[micro_batch.transition.task.binding].values())
+        *(names for _, names in check._RESULTS[micro_batch.transition.task.binding].values())
     )
 
 
@@ -256,10 +256,10 @@ def test_nothing_of_a_pass_outlives_it(layer: Layer) -> None:
     gc.collect()
     gc.disable()
     try:
-        found = watched(micro_batch, params, buffers)
+        found = trace_gradient(micro_batch, params, buffers)
         found.rows([(None, own.sides)])
-        assert found.seen is not None
-        kept = [weakref.ref(held) for held in (found.seen.losses, *found.seen.uses)]
+        assert found.graph is not None
+        kept = [weakref.ref(held) for held in (found.graph.losses, *found.graph.uses)]
         del found
         assert [ref() for ref in kept if ref() is not None] == []
     finally:
@@ -283,7 +283,7 @@ def test_reductions_may_depend_on_the_gradient() -> None:
     """Rows are asked for afterwards, loss by loss, and are those of a capture at once."""
     (micro_batch,) = piece_of(LAYERS[1])
     params, own = micro_batch.transition.task.parameters(), drawn(micro_batch)
-    found = watched(micro_batch, params, {})
+    found = trace_gradient(micro_batch, params, {})
     factors = {
         name: (g.abs().sum(-1),) if g.dim() > 1 else (g.abs(),)
         for name, g in found.gradient.items()
@@ -295,7 +295,9 @@ def test_reductions_may_depend_on_the_gradient() -> None:
         (None, own.sides),
         (other_loss, scaled.sides),
     ]
-    for together, one in zip(watched(micro_batch, params, {}).rows(asked), asked, strict=True):
+    for together, one in zip(
+        trace_gradient(micro_batch, params, {}).rows(asked), asked, strict=True
+    ):
         torch.testing.assert_close(found.rows([one])[0], together, rtol=1e-12, atol=1e-12)
 
 

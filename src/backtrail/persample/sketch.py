@@ -1,9 +1,9 @@
-r"""How the gradient of one parameter is made small: each of its two sides is reduced on its own.
+r"""Kronecker-factored sketches: each of the two sides of a gradient is reduced on its own.
 
-A parameter is seen as a matrix, its first axis by all others. With A and B the two reductions,
-`[size, rank]`, the small form of a gradient G is :math:`A^\top G B`. Where G is a sum of outer
-products :math:`\sum b a^\top`, as a linear layer's is, that equals :math:`\sum (A^\top b)(B^\top
-a)^\top`, and G need not exist.
+A parameter is taken as a matrix, its first axis by all others. With A and B the two reductions,
+`[size, rank]`, the sketch of a gradient G is :math:`A^\top G B`. Where G is a sum of outer products
+:math:`\sum b a^\top`, as a linear layer's is, that equals :math:`\sum (A^\top b)(B^\top a)^\top`,
+and G is never formed.
 """
 
 import abc
@@ -25,7 +25,7 @@ class Side(abc.ABC):
     @property
     @abc.abstractmethod
     def rank(self) -> int:
-        """How many entries are left."""
+        """Number of entries after the map."""
 
     @abc.abstractmethod
     def reduce(self, x: Float[Tensor, "*rest size"]) -> Float[Tensor, "*rest rank"]:
@@ -33,7 +33,7 @@ class Side(abc.ABC):
 
     @abc.abstractmethod
     def unit(self, index: Int[Tensor, "*rest"]) -> Float[Tensor, "*rest rank"]:
-        """What unit vectors become, given the place of their one."""
+        """Map unit vectors, given the index of their one."""
 
     @abc.abstractmethod
     def scaled(self, factors: Float[Tensor, " size"]) -> "Side":
@@ -53,12 +53,12 @@ class Dense(Side):
 
     @property
     def size(self) -> int:  # type: ignore[override]
-        """Entries before."""
+        """Number of entries before the map."""
         return len(self.basis)
 
     @property
     def rank(self) -> int:
-        """Entries after."""
+        """Number of entries after the map."""
         return self.basis.shape[1]
 
     def reduce(self, x: Float[Tensor, "*rest size"]) -> Float[Tensor, "*rest rank"]:
@@ -70,14 +70,14 @@ class Dense(Side):
         return self.basis[index]
 
     def scaled(self, factors: Float[Tensor, " size"]) -> "Dense":
-        """Rows times their factors."""
+        """Multiply each row by its factor."""
         return Dense(self.basis * factors[:, None])
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Picked(Side):
-    """A choice of entries, each with a weight.
+    """A selection of entries, each with a weight.
 
     >>> Picked(3, torch.tensor([2]), torch.tensor([10.0])).reduce(
     ...     torch.tensor([1.0, 2.0, 3.0])
@@ -91,7 +91,7 @@ class Picked(Side):
 
     @property
     def rank(self) -> int:
-        """Entries after."""
+        """Number of entries after the map."""
         return len(self.index)
 
     def reduce(self, x: Float[Tensor, "*rest size"]) -> Float[Tensor, "*rest rank"]:
@@ -99,69 +99,72 @@ class Picked(Side):
         return x[..., self.index] * self.weight
 
     def unit(self, index: Int[Tensor, "*rest"]) -> Float[Tensor, "*rest rank"]:
-        """Zero but where the one was picked."""
+        """The weight where the one was picked, zero elsewhere."""
         return (index[..., None] == self.index) * self.weight
 
     def scaled(self, factors: Float[Tensor, " size"]) -> "Picked":
-        """Weights times the factors of what was picked."""
+        """Multiply each weight by the factor of its entry."""
         return Picked(self.size, self.index, self.weight * factors[self.index])
 
 
-def reduced(sides: Sequence[Side], x: Tensor) -> list[Tensor]:
-    """What each of several maps makes of the same entries; x is read once where they are matrices.
+def reduce_all(sides: Sequence[Side], x: Tensor) -> list[Tensor]:
+    """Apply several maps to the same entries; x is read only once if all of them are matrices.
 
-    >>> [
-    ...     found.tolist()
-    ...     for found in reduced(
-    ...         [Dense(torch.ones(2, 1)), Dense(2 * torch.ones(2, 1))], torch.ones(1, 2)
-    ...     )
-    ... ]
+    >>> sides = [Dense(torch.ones(2, 1)), Dense(2 * torch.ones(2, 1))]
+    >>> [found.tolist() for found in reduce_all(sides, torch.ones(1, 2))]
     [[[2.0]], [[4.0]]]
     """
     bases = [side.basis for side in sides if isinstance(side, Dense)]
     if len(bases) < 2 or len(bases) < len(sides):
         return [side.reduce(x) for side in sides]
-    return list(
-        torch.split(x.to(bases[0].dtype) @ torch.cat(bases, 1), [side.rank for side in sides], -1)
-    )
+    products = x.to(bases[0].dtype) @ torch.cat(bases, 1)
+    return list(torch.split(products, [side.rank for side in sides], -1))
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class KroneckerSketch:
-    """The reductions of a parameter: of its first axis, and of all others taken as one (None: there are none)."""
+    r"""The sketch :math:`A^\top G B` of a parameter's gradient G.
+
+    Attributes:
+        left: A, which reduces the parameter's first axis.
+        right: B, which reduces all other axes taken as one; None for a vector, which has none.
+    """
 
     left: Side
     right: Side | None = None
 
     @property
     def rank(self) -> int:
-        """Entries of the small form."""
+        """Number of entries of the sketch."""
         return self.left.rank * (1 if self.right is None else self.right.rank)
 
     def reduce(self, gradient: Float[Tensor, "row ..."]) -> Float[Tensor, "row rank"]:
-        """The small form of whole gradients."""
+        """Sketch whole gradients, one per row."""
         if self.right is None:
             return self.left.reduce(gradient.reshape(len(gradient), self.left.size))
-        matrix = self.right.reduce(gradient.reshape(len(gradient), self.left.size, self.right.size))
-        return self.left.reduce(matrix.mT).mT.flatten(1)
+        matrices = gradient.reshape(len(gradient), self.left.size, self.right.size)  # G
+        reduced = self.right.reduce(matrices)  # G B
+        return self.left.reduce(reduced.mT).mT.flatten(1)  # A' G B
 
     def scaled(
         self, left: Float[Tensor, " left"], right: Float[Tensor, " right"] | None = None
     ) -> "KroneckerSketch":
-        r"""The reductions after :math:`G \to d_\text{left} d_\text{right}^\top \odot G`; without a right one, ones."""
-        columns = self.right if self.right is None or right is None else self.right.scaled(right)
-        return KroneckerSketch(self.left.scaled(left), columns)
+        r"""The sketch of :math:`d_\text{left} d_\text{right}^\top \odot G`; None stands for ones."""
+        scaled_right = self.right
+        if self.right is not None and right is not None:
+            scaled_right = self.right.scaled(right)
+        return KroneckerSketch(self.left.scaled(left), scaled_right)
 
     @staticmethod
     def sizes(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes of a parameter's one or two sides.
+        """Sizes of a parameter's one or two sides.
 
-        >>> (
-        ...     KroneckerSketch.sizes((8, 3, 5, 5)),
-        ...     KroneckerSketch.sizes((7,)),
-        ...     KroneckerSketch.sizes(()),
-        ... )
-        ((8, 75), (7,), (1,))
+        >>> KroneckerSketch.sizes((8, 3, 5, 5)), KroneckerSketch.sizes((7,))
+        ((8, 75), (7,))
+        >>> KroneckerSketch.sizes(())
+        (1,)
         """
-        return (prod(shape),) if len(shape) < 2 else (shape[0], prod(shape[1:]))
+        if len(shape) < 2:
+            return (prod(shape),)
+        return (shape[0], prod(shape[1:]))

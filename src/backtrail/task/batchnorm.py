@@ -8,23 +8,28 @@ ignores them is wrong.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import final
+from typing import TypeGuard, final
 
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from backtrail.task.torch_compile import modules
 from backtrail.tree import Tree
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+# What all of them are derived from has no public name; users' own layers may be derived from it.
+(_BASE,) = nn.BatchNorm1d.__bases__
 STATISTICS = ("running_mean", "running_var")
 
 
-def tracking(model: nn.Module) -> dict[str, _BatchNorm]:
+def is_batchnorm(module: nn.Module) -> TypeGuard[BatchNorm]:
+    """Whether a module is a BatchNorm layer, of any number of axes, or derived from one."""
+    return isinstance(module, _BASE)
+
+
+def tracking(model: nn.Module) -> dict[str, BatchNorm]:
     """The layers that keep running statistics, by name."""
-    layers = {
-        name: module for name, module in modules(model).items() if isinstance(module, _BatchNorm)
-    }
+    layers = {name: module for name, module in modules(model).items() if is_batchnorm(module)}
     return {name: layer for name, layer in layers.items() if layer.track_running_stats}
 
 
@@ -46,7 +51,7 @@ class RunningStatistics:
         finally:
             self._updates = None
 
-    def _forward(self, prefix: str, layer: _BatchNorm, inputs: Tensor) -> Tensor:
+    def _forward(self, prefix: str, layer: BatchNorm, inputs: Tensor) -> Tensor:
         mean, variance, seen = (
             self._current(prefix, layer, key) for key in (*STATISTICS, "num_batches_tracked")
         )
@@ -68,13 +73,13 @@ class RunningStatistics:
             inputs, None, None, layer.weight, layer.bias, training=True, eps=layer.eps
         )
 
-    def _current(self, prefix: str, layer: _BatchNorm, key: str) -> Tensor:
+    def _current(self, prefix: str, layer: BatchNorm, key: str) -> Tensor:
         """A layer that is called twice in one pass goes on from its own update."""
         stored: Tensor = getattr(layer, key)
         return (self._updates or {}).get(prefix + key, stored)
 
 
-def _normalise(inputs: Tensor, layer: _BatchNorm, *, mean: Tensor, variance: Tensor) -> Tensor:
+def _normalise(inputs: Tensor, layer: BatchNorm, *, mean: Tensor, variance: Tensor) -> Tensor:
     shape = [1, -1] + [1] * (inputs.dim() - 2)
     scale = (variance + layer.eps).rsqrt() * (1.0 if layer.weight is None else layer.weight)
     shift = -mean * scale + (0.0 if layer.bias is None else layer.bias)

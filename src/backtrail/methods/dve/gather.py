@@ -14,7 +14,7 @@ from backtrail.accel.context import accelerated
 from backtrail.methods.dve.live.files import KeptRows
 from backtrail.methods.dve.step_features import Arrays, StepFeatures
 from backtrail.methods.dve.store import EmbeddingStore
-from backtrail.persample.gradients import watched
+from backtrail.persample.gradients import trace_gradient
 from backtrail.run.run import Run
 from backtrail.step.state import State
 from backtrail.step.step import Transition
@@ -138,7 +138,7 @@ class Walk:
         total: Tree = {}
         buffers = state.buffers
         for micro_batch in transition.micro_batches():
-            traced = watched(micro_batch, state.params, buffers)
+            traced = trace_gradient(micro_batch, state.params, buffers)
             total = add(total, traced.gradient)
             buffers = traced.buffers
         return total, buffers
@@ -159,7 +159,7 @@ class Walk:
         losses = []
         buffers = state.buffers
         for micro_batch in micro_batches:
-            traced = watched(micro_batch, state.params, buffers)
+            traced = trace_gradient(micro_batch, state.params, buffers)
             if not gradient_comes_first:
                 total = add(total, traced.gradient)
                 after = traced.buffers

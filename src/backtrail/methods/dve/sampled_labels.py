@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from backtrail.methods.dve.projection import seed_of
-from backtrail.persample.gradients import Watched, watched_alone
-from backtrail.persample.rules import Asked, Loss, Rows
+from backtrail.persample.gradients import TracedPass, trace_forward
+from backtrail.persample.rules import Loss, Request, Rows
 from backtrail.sampling import sample_subset
 from backtrail.step.step import MicroBatch, Transition
 from backtrail.task.task import Batch, Task
@@ -94,8 +94,8 @@ class Chosen:
         params: Tree,
         buffers: Tree,
         *,
-        asked: Mapping[str, Asked],
-        seen: Watched | None = None,
+        asked: Mapping[str, Request],
+        seen: TracedPass | None = None,
     ) -> dict[str, Tensor]:
         """Projected gradients of the chosen slots of a micro-batch.
 
@@ -119,5 +119,5 @@ class Chosen:
         if seen is not None and seen.froze_statistics:
             found: Rows = tuple(rows[slots] for rows in seen.rows(losses))
         else:
-            found = watched_alone(micro_batch.cut(slots), params, buffers).rows(losses)
+            found = trace_forward(micro_batch.cut(slots), params, buffers).rows(losses)
         return dict(zip(asked, found, strict=True))

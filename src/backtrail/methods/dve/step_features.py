@@ -19,8 +19,8 @@ from backtrail.methods.dve.projection import Projection
 from backtrail.methods.dve.sampled_labels import Drawn
 from backtrail.methods.step_factors import rates
 from backtrail.optim.steady_state import SteadyState, steady_state
-from backtrail.persample.gradients import Watched
-from backtrail.persample.rules import Asked, Loss, Reductions
+from backtrail.persample.gradients import TracedPass
+from backtrail.persample.rules import Loss, Reductions, Request
 from backtrail.persample.sketch import KroneckerSketch, Picked
 from backtrail.step.optimizers import rule_named
 from backtrail.step.state import State
@@ -104,7 +104,7 @@ class StepFeatures:
             return self.draws.loss(step, micro_batch)
         return None
 
-    def requested(self, sampled: Loss | None, scaled: Reductions | None) -> dict[str, Asked]:
+    def requested(self, sampled: Loss | None, scaled: Reductions | None) -> dict[str, Request]:
         """The arrays that a micro-batch's rows are kept in, each with its loss and reductions.
 
         Args:
@@ -113,7 +113,7 @@ class StepFeatures:
                 per coordinate.
         """
         sides = self.projection.sides
-        own: dict[str, Asked] = {}
+        own: dict[str, Request] = {}
         if scaled is None:
             own["gradient"] = (None, sides)
         else:
@@ -123,12 +123,12 @@ class StepFeatures:
         if sampled is not None:
             return self.requested_of_sampled(sampled, scaled) | own
         # With the empirical Fisher matrix the curvature consists of the samples' own gradients.
-        fisher: dict[str, Asked] = {"fisher": (None, sides)}
+        fisher: dict[str, Request] = {"fisher": (None, sides)}
         return fisher if scaled is None else fisher | own
 
-    def requested_of_sampled(self, sampled: Loss, scaled: Reductions | None) -> dict[str, Asked]:
+    def requested_of_sampled(self, sampled: Loss, scaled: Reductions | None) -> dict[str, Request]:
         """The arrays of rows that the curvature consists of."""
-        requested: dict[str, Asked] = {"fisher": (sampled, self.projection.sides)}
+        requested: dict[str, Request] = {"fisher": (sampled, self.projection.sides)}
         if scaled is not None:
             requested["fisher_moved"] = (sampled, scaled)
         return requested
@@ -140,7 +140,7 @@ class StepFeatures:
         buffers: Tree,
         *,
         scaled: Reductions | None,
-        seen: Watched | None = None,
+        seen: TracedPass | None = None,
     ) -> Arrays:
         """Rows with sampled labels of the chosen samples of a micro-batch; see `Chosen.rows`."""
         step = micro_batch.transition.step.index

@@ -17,7 +17,7 @@ from torch import Tensor
 from backtrail.accel.context import accelerated
 from backtrail.curvature.policies import Zero
 from backtrail.errors import CoupledLoss
-from backtrail.persample.gradients import watched
+from backtrail.persample.gradients import trace_gradient
 from backtrail.persample.sketch import KroneckerSketch, Picked
 from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
@@ -95,7 +95,7 @@ def _by_gradients(micro_batch: MicroBatch, state: State, directions: Tree) -> _P
     size = len(micro_batch.share) * entries * like.element_size()
     if len(like) < MANY or size > ROOM or not micro_batch.contributes:
         return None
-    seen = watched(micro_batch, state.params, state.buffers)
+    seen = trace_gradient(micro_batch, state.params, state.buffers)
     if seen.froze_statistics:
         return None
     whole = {name: _all_entries(tensor) for name, tensor in updated.items()}

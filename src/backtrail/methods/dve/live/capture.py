@@ -26,7 +26,7 @@ from backtrail.methods.dve.live.files import RowsWriter
 from backtrail.methods.dve.live.hooks import LOSS, PROOF, BatchHooks
 from backtrail.methods.dve.step_features import Arrays, StepFeatures
 from backtrail.optim.steady_state import SteadyState
-from backtrail.persample.check import Weighted, weights
+from backtrail.persample.check import WeightedSum, random_weights
 from backtrail.persample.sketch import KroneckerSketch
 from backtrail.step.state import State, due
 from backtrail.step.step import MicroBatch, Transition
@@ -142,7 +142,7 @@ class LiveCapture:
         self._proof = None
         step = transition.step.index
         sizes = list(transition.sizes)
-        random = weights(sum(sizes), step)
+        random = random_weights(sum(sizes), step)
         replayed, _, _ = transition.raw_gradient(state, weights=random)
         # The rows, weighted by omega - 1, must add up to the difference of the two gradients, in
         # which the gradient of a penalty cancels.
@@ -153,10 +153,10 @@ class LiveCapture:
             if micro_batch.contributes:
                 parts.append(micro_batch.share.to(rows) * (part.to(rows) - 1))
         expected = {name: replayed[name] - gradient[name] for name in replayed}
-        truth = Weighted(torch.cat(parts), expected, tolerance)
+        truth = WeightedSum(torch.cat(parts), expected, tolerance)
         projection = self._what.projection
         by_parameter = {name: rows[:, place] for name, place in projection.layout.items()}
-        unlike = truth.unlike(by_parameter, projection.sides)
+        unlike = truth.disagreeing(by_parameter, projection.sides)
         if unlike:
             self._writer.take_back()
             names = join_items(sorted(unlike), most=3)

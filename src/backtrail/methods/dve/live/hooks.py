@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from backtrail.accel.context import accelerated
 from backtrail.errors import NotCaptured
 from backtrail.methods.dve.step_features import Arrays, StepFeatures
-from backtrail.persample.check import grads
-from backtrail.persample.rules import Asked, Gathered, Loss, Reductions, row_of
+from backtrail.persample.check import maybe_gradients
+from backtrail.persample.rules import Loss, Reductions, Request, RowSums, concatenate_rows
 from backtrail.persample.trace import OpTracer
 from backtrail.step.step import MicroBatch
 from backtrail.task.task import Batch, size_of
@@ -60,12 +60,12 @@ class BatchHooks:
         self.proving = False
         self._what = what
         self._proves = proves
-        self._tracer = OpTracer(leaves, size_of(batch), batch, aside=True)
+        self._tracer = OpTracer(leaves, size_of(batch), batch, observing=True)
         # What the model returned, call by call.
         self._outputs: list[Any] = []
         self._losses: Tensor | None = None
         self._sampled_loss = sampled_loss
-        self._gathered = Gathered([])
+        self._gathered = RowSums([])
         # Numbers of the uses whose cotangents arrive at each edge of the graph.
         self._by_edge: list[list[int]] = []
         # Condensed cotangents that wait for their reductions, by number of the use.
@@ -112,7 +112,7 @@ class BatchHooks:
         parts = self._gathered.parts(micro_batch.share.to(self._losses))
         arrays = {}
         for name, part in zip(self._requested({}), parts, strict=True):
-            arrays[name] = row_of(part, sides, like=self._losses)
+            arrays[name] = concatenate_rows(part, sides, like=self._losses)
         arrays[LOSS] = self._losses
         return arrays
 
@@ -123,7 +123,7 @@ class BatchHooks:
         self._outputs = []
         self._by_edge = []
 
-    def _requested(self, scaled: Reductions) -> dict[str, Asked]:
+    def _requested(self, scaled: Reductions) -> dict[str, Request]:
         what = self._what
         requested = what.requested(self._sampled_loss, None if what.plain else scaled)
         if self.proving:
@@ -152,11 +152,11 @@ class BatchHooks:
         for number, use in enumerate(uses):
             by_edge.setdefault(use.edge, []).append(number)
         self._by_edge = list(by_edge.values())
-        self._gathered = Gathered([loss for loss, _ in self._requested({}).values()])
+        self._gathered = RowSums([loss for loss, _ in self._requested({}).values()])
         if self._sampled_loss is not None:
             with torch.autocast(task.device.type, enabled=False), accelerated():
                 total = self._sampled_loss(outputs, self.batch).sum()
-                cotangents = grads(total, list(by_edge))
+                cotangents = maybe_gradients(total, list(by_edge))
             for place in range(len(cotangents)):
                 self._arrived(self._sampled_loss, place, cotangents[place])
                 # It was condensed, so that its memory can be freed.
@@ -171,7 +171,7 @@ class BatchHooks:
         if loss is None:
             self.fresh += cotangent.nbytes
         for number in self._by_edge[place]:
-            condensed = self._tracer.uses[number].condensed(cotangent.detach())
+            condensed = self._tracer.uses[number].condense(cotangent.detach())
             if self._what.plain:
                 with self._reducing():
                     self._add(number, {loss: condensed}, self._requested({}))
@@ -186,7 +186,7 @@ class BatchHooks:
             yield
 
     def _add(
-        self, number: int, condensed: dict[Loss | None, Tensor], requested: dict[str, Asked]
+        self, number: int, condensed: dict[Loss | None, Tensor], requested: dict[str, Request]
     ) -> None:
         use = self._tracer.uses[number]
         sides = [reductions[use.name] for _, reductions in requested.values()]
