@@ -17,7 +17,7 @@ COMPAT = .venv-compat-$(TORCH)-$(PYTHON_TAG)
 .PHONY: help demo test check compat release-check bench bench-env bench-table docs clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## the whole story on real data, in about a minute
 	@$(BIN)/backtrail demo
@@ -36,6 +36,9 @@ compat:  ## the tests on another torch and Python: make compat TORCH=2.14.1 PYTH
 	@$(MAKE) --no-print-directory $(COMPAT)/.ready
 	@$(COMPAT)/bin/python -c 'import sys, torch; print("torch", torch.__version__, "on Python", sys.version.split()[0])'
 	@$(COMPAT)/bin/python -m pytest -q -n $(JOBS) $(ARGS)
+
+release-check:  ## build sdist and wheel, install them clean, and use them from elsewhere
+	@PYTHON=$(PYTHON) .ci/release-check
 
 bench: $(READY)  ## measure exactness, cost, memory and fidelity, then the table (about an hour)
 	@for part in exactness gate sweep embedding memory fidelity policies; do echo "== $$part"; $(BIN)/python -m bench.$$part || exit 1; done

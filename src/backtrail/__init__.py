@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # `import backtrail` takes no time: a name imports its module, and torch with it, when first used.
 _HOME = {
