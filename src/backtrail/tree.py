@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 
 def each(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
-    """Apply a function to every tensor.
+    """Apply a function to every tensor of a tree.
 
     >>> each(torch.neg, {"w": torch.ones(1)})
     {'w': tensor([-1.])}
@@ -29,15 +29,15 @@ def each(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
 
 
 def add(left: Tree, right: Tree) -> Tree:
-    """Sum of two trees; a name that only one of them has counts as zero in the other.
+    """Sum of two trees; a name that is in one of them only counts as zero in the other.
 
     >>> add({"w": torch.ones(1)}, {"w": torch.ones(1), "b": torch.ones(1)})
     {'w': tensor([2.]), 'b': tensor([1.])}
     """
-    both = {
-        name: tensor + right[name] if name in right else tensor for name, tensor in left.items()
-    }
-    return both | {name: tensor for name, tensor in right.items() if name not in left}
+    total = dict(left)
+    for name, tensor in right.items():
+        total[name] = total[name] + tensor if name in total else tensor
+    return total
 
 
 def norm(tree: Tree) -> float:
@@ -48,26 +48,35 @@ def norm(tree: Tree) -> float:
     """
     if not tree:
         return 0.0
+    # One call for all tensors: on a device, hundreds of small kernels would take longer.
     norms = torch._foreach_norm(list(tree.values()))
-    return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
+    # The tensors may be on several devices.
+    device = norms[0].device
+    stacked = torch.stack([one.to(device) for one in norms])
+    return float(torch.linalg.vector_norm(stacked))
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
-    """Stack equal trees along a new first axis."""
+    """Stack trees with the same names and shapes along a new first axis."""
     return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
-def joined(trees: Sequence[Tree]) -> Tree:
-    """One stack of several, one behind the other."""
+def concatenate(trees: Sequence[Tree]) -> Tree:
+    """Concatenate trees with the same names along their first axis."""
     return {name: torch.cat([tree[name] for tree in trees]) for name in trees[0]}
 
 
 def cast(
     value: Value, dtype: torch.dtype | None, device: torch.device | str | None = None
 ) -> Value:
-    """Move every tensor of a nested value to a device, and every floating one to a precision.
+    """Move every tensor of a nested value to a device, and floating-point ones to a precision.
 
-    Complex and integer tensors keep their type; `None` leaves precision or device alone.
+    Complex and integer tensors keep their type.
+
+    Args:
+        value: Tensors in nested containers.
+        dtype: The precision; None keeps it.
+        device: The device; None keeps it.
     """
 
     def move(leaf: object) -> object:
@@ -79,6 +88,9 @@ def cast(
     return moved
 
 
-def plain(batch: Any) -> Any:
-    """A mapping of any kind (a tokenizer's, say) as a dict, in which torch finds the tensors; all else as it is."""
+def mapping_to_dict(batch: Any) -> Any:
+    """Convert a mapping of another class, such as a tokenizer's output, to a dict.
+
+    torch finds tensors only in containers that it knows. Any other value is returned as it is.
+    """
     return dict(batch) if isinstance(batch, Mapping) else batch

@@ -67,7 +67,7 @@ def test_the_optimizer_of_another_model(tmp_path: Path) -> None:
     """Its tensors are counted, their shapes shown."""
     loop = Loop(mlp(), Loop.of(mlp()).optimizer)
     with refused(
-        BadOptimizer, "4 tensors that are not the task model's", "(8, 3)", "give the task the model"
+        BadOptimizer, "4 tensors that are not the task model's", "(8, 3)", "pass the model"
     ):
         record(loop, tmp_path)
 

@@ -22,7 +22,7 @@ from backtrail.queries.rows import RowQuery
 from backtrail.queries.selection import RowSelection
 from backtrail.run.run import Run
 from backtrail.task.task import Batch, Task, evaluating
-from backtrail.tree import cast, plain
+from backtrail.tree import cast, mapping_to_dict
 
 Samples = Sequence[int] | Int[np.ndarray, " kept"] | pl.Series | pl.DataFrame
 COLUMNS = "name", "kept", "loss", "change", "accuracy"
@@ -183,7 +183,7 @@ def _has_classes(run: Run, selection: RowSelection) -> bool:
     state = run.state(run.kept[-1])
     like = next(iter(state.params.values()))
     collate = selection.collate or run.task.collate
-    read = plain(collate([selection.data[selection.rows[0]]]))
+    read = mapping_to_dict(collate([selection.data[selection.rows[0]]]))
     batch = cast(read, like.dtype, like.device)
     with evaluating(run.task):
         outputs, _ = run.task.outputs(state.params, state.buffers, batch)

@@ -18,7 +18,7 @@ from backtrail.run.run import Run
 from backtrail.stats import auc
 from backtrail.step.state import State
 from backtrail.task.task import Batch, Rows, Task, evaluating, labels_of, logits_of
-from backtrail.tree import Tree, cast, norm, plain
+from backtrail.tree import Tree, cast, mapping_to_dict, norm
 
 ROWS = 256  # that go through the model at once
 Pair = tuple[float, float]
@@ -228,4 +228,4 @@ def _batches(task: Task, rows: Rows) -> Iterator[Batch]:
     """Rows in float64 on the task's device."""
     for first in range(0, len(rows), ROWS):
         some = [rows[row] for row in range(first, min(first + ROWS, len(rows)))]
-        yield cast(plain(task.collate(some)), torch.float64, task.device)
+        yield cast(mapping_to_dict(task.collate(some)), torch.float64, task.device)

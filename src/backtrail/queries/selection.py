@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backtrail.errors import BadQuery, BadSetting, join_items
 from backtrail.queries.query import Mode, Part
 from backtrail.task.task import Batch, Rows, Task
-from backtrail.tree import cast, plain
+from backtrail.tree import cast, mapping_to_dict
 
 Aggregate = Literal["mean", "sum"] | None
 Collate = Callable[[list[Any]], Batch]
@@ -82,7 +82,7 @@ class RowSelection:
 
         for first in range(0, len(self.rows), size):
             rows = self.rows[first : first + size]
-            batch = plain(collate([self.data[row] for row in rows]))
+            batch = mapping_to_dict(collate([self.data[row] for row in rows]))
             identity = torch.eye(len(rows) * width, dtype=torch.float64)
             if self.aggregate is None:
                 queries = range(first * width, (first + len(rows)) * width)

@@ -21,7 +21,7 @@ from backtrail.run.tensors import cpu_copy, digest
 from backtrail.step.state import BatchRecord
 from backtrail.task.task import Batch, Task, size_of
 from backtrail.task.torch_compile import buffers, modules
-from backtrail.tree import Tree, plain
+from backtrail.tree import Tree, mapping_to_dict
 
 ALWAYS_COPIED = 2**16  # entries; buffers up to this size are cpu_copy whether they changed or not
 
@@ -142,7 +142,7 @@ class BatchTracker:
         """
         self.install_hooks()
         self.finish_current_batch()
-        batch = plain(batch)
+        batch = mapping_to_dict(batch)
         self._current = LiveBatch(
             samples=samples,
             epoch=epoch,
@@ -176,7 +176,7 @@ class BatchTracker:
         """
         if self._current is None:
             raise UnwatchedStep(self.step)
-        batch = plain(batch)
+        batch = mapping_to_dict(batch)
         rows = size_of(batch)
         if rows != len(self._current.samples):
             raise OtherSlots(rows, len(self._current.samples))

@@ -88,7 +88,7 @@ def check_loader(loader: object, task: Task) -> None:
     """
     if not isinstance(loader, DataLoader):
         raise UnwatchableLoader(
-            f"it is a {type(loader).__name__}", "give watch() a torch.utils.data.DataLoader"
+            f"it is a {type(loader).__name__}", "pass a torch.utils.data.DataLoader to watch()"
         )
     if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         raise UnwatchableLoader(
@@ -98,7 +98,8 @@ def check_loader(loader: object, task: Task) -> None:
     # Older versions of torch have no such setting and always keep the order.
     if not getattr(loader, "in_order", True):
         raise UnwatchableLoader(
-            "in_order=False lets batches overtake each other", "create it with in_order=True"
+            "with in_order=False, batches may arrive in another order than they were sampled in",
+            "pass in_order=True",
         )
     # Another data set of the same length is accepted here (a wrapper with transforms, say); the
     # recorder's self-check compares the rows themselves.
@@ -108,13 +109,13 @@ def check_loader(loader: object, task: Task) -> None:
         if loader_rows != task_rows:
             raise UnwatchableLoader(
                 f"it reads another data set ({loader_rows} rows) than the task ({task_rows} rows)",
-                "give the task the loader's data set; validation loaders need no watch()",
+                "pass the loader's data set to the task; validation loaders need no watch()",
             )
     # Compared with `!=`: every access to a bound method makes a new object.
     if loader.collate_fn != task.collate:
         raise UnwatchableLoader(
             "its collate_fn is not the task's",
-            "create the task with Task(..., collate=loader.collate_fn)",
+            "pass collate=loader.collate_fn to the task",
         )
 
 

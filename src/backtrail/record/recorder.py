@@ -491,7 +491,7 @@ def _group_names(
     if foreign:
         raise BadOptimizer(
             f"it holds {len(foreign)} tensors that are not the task model's "
-            f"(shapes {foreign[:3]}); give the task the model whose parameters the optimizer was "
-            "made of"
+            f"(shapes {foreign[:3]}); pass the model whose parameters the optimizer holds to the "
+            "task"
         )
     return tuple(groups)

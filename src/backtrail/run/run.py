@@ -374,6 +374,12 @@ def open_run(path: str | Path, task: Task) -> Run:
 
     A run whose process was killed can be opened as well: it ends at its last completed step.
 
+    Example::
+
+        run = backtrail.open_run("runs/digits", task)
+        run.verify()
+        state = run.state(100, replay=True)
+
     Args:
         path: Folder of the run.
         task: Model, data and loss of the training. The weights of its model are not read.

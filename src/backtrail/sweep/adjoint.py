@@ -28,7 +28,7 @@ from backtrail.step.state import State, elementwise
 from backtrail.step.step import Transition, gathered
 from backtrail.sweep.rules import Rules
 from backtrail.sweep.schedule import Action, Advance, Restore, Reverse
-from backtrail.tree import Tree, each, joined
+from backtrail.tree import Tree, concatenate, each
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ class Cotangent:
     def join(self, other: "Cotangent") -> "Cotangent":
         """Both, one after the other along the query axis."""
         return Cotangent(
-            joined([self.params, other.params]),
-            joined([self.buffers, other.buffers]),
+            concatenate([self.params, other.params]),
+            concatenate([self.buffers, other.buffers]),
             {
-                name: joined([tree, other.moments[name]])
+                name: concatenate([tree, other.moments[name]])
                 for name, tree in self.moments.items()
                 if tree
             },
@@ -176,7 +176,11 @@ def _halved(linear: GradientVJP, grads: Tree, buffers: Tree) -> tuple[Tree, Tree
     first, last = (
         pull_rows(linear, rows_of(grads, part), rows_of(buffers, part)) for part in parts
     )
-    return joined([first[0], last[0]]), joined([first[1], last[1]]), torch.cat([first[2], last[2]])
+    return (
+        concatenate([first[0], last[0]]),
+        concatenate([first[1], last[1]]),
+        torch.cat([first[2], last[2]]),
+    )
 
 
 def rows_of(tree: Tree, rows: slice) -> Tree:

@@ -27,7 +27,7 @@ from backtrail.task import torch_compile
 from backtrail.task.activation_checkpointing import computed_once
 from backtrail.task.batchnorm import STATISTICS, RunningStatistics, tracking
 from backtrail.task.clipping import ClipNorm, ClipValue
-from backtrail.tree import Tree, cast, plain, tree_leaves, tree_map
+from backtrail.tree import Tree, cast, mapping_to_dict, tree_leaves, tree_map
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +161,8 @@ class Task:
     def batch(self, samples: Sequence[int]) -> Batch:
         """Read rows from the data set and collate them, as a loader would."""
         if hasattr(self.data, "__getitems__"):
-            return plain(self.collate(self.data.__getitems__(list(samples))))
-        return plain(self.collate([self.data[int(i)] for i in samples]))
+            return mapping_to_dict(self.collate(self.data.__getitems__(list(samples))))
+        return mapping_to_dict(self.collate([self.data[int(i)] for i in samples]))
 
     def ids_of(self, batch: Batch) -> tuple[int, ...]:
         """The ids of a batch's samples, as the batch tells them.

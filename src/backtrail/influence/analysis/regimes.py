@@ -33,6 +33,9 @@ QUANTILES = (0.1, 0.9)
 class Regimes:
     r"""Influence divided by the learning rate, by step, and the three levels that fit its log best.
 
+    :func:`backtrail.regimes` returns it; `print(result)` shows the levels and their steps. The
+    three regimes are those of Wang et al., arXiv 2412.09538; the rule that finds them is ours.
+
     Attributes:
         step: The steps that have a value, ascending.
         rate: Learning rate of each.
@@ -160,7 +163,7 @@ def regimes_from_rates(
     """Find the regimes, given the learning rate of every step; see `backtrail.regimes`.
 
     >>> print(example())  # doctest: +NORMALIZE_WHITESPACE
-    Three regimes of influence ÷ learning rate (made, 1 query, nats):
+    Three regimes of influence ÷ learning rate (example, 1 query, nats):
     start 9 x and end 4 x the basin.
     Three levels explain 100% of the variance of its logarithm.
       start  steps 0 to 1 (16.7%), level 9
@@ -355,10 +358,10 @@ def example() -> Regimes:
     [9.0, 1.0, 4.0]
     """
     about = Description(
-        method="made",
+        method="example",
         unit="nats",
         denominator="keep",
-        run="made",
+        run="example",
         queries=("loss",),
         observed_at=(12,),
         steps=12,

@@ -22,7 +22,7 @@ from backtrail.methods.diff_in.local_model import LocalModel
 from backtrail.methods.diff_in.row_gradients import inner_products
 from backtrail.methods.diff_in.trajectory import Point
 from backtrail.task.task import Batch
-from backtrail.tree import Tree, add, each, joined
+from backtrail.tree import Tree, add, concatenate, each
 
 Scores = Callable[[Batch], Float[Tensor, "direction row"]]
 
@@ -74,7 +74,7 @@ class Corrected(Form):
 
     def scores(self, model: LocalModel, gradients: Sequence[Tree]) -> Scores:
         """By symmetry one product serves all rows: <q, G - t H D G> = <q - t H D q, G>."""
-        directions = joined([self._direction(model, stack) for stack in gradients])
+        directions = concatenate([self._direction(model, stack) for stack in gradients])
         return lambda batch: inner_products(directions, model.gradients(batch))
 
     def _direction(self, model: LocalModel, gradients: Tree) -> Tree:
@@ -117,7 +117,7 @@ class Published(Form):
     def scores(self, model: LocalModel, gradients: Sequence[Tree]) -> Scores:
         """By symmetry one product serves all rows; each row adds one difference of its own."""
         t = model.point.state
-        stack = joined(gradients)
+        stack = concatenate(gradients)
         scaled = model.point.scaled(stack)
         curved = model.scaled_curvature_product(stack)
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backtrail.methods.diff_in.row_gradients import inner_products
-from backtrail.tree import Tree, add, joined
+from backtrail.tree import Tree, add, concatenate
 
 
 @final
@@ -42,7 +42,7 @@ class Subspace:
         zero = torch.zeros_like(one)
         top = torch.cat([-within, one], dim=1)
         bottom = torch.cat([one, zero], dim=1)
-        return Subspace(joined([basis, curved]), torch.cat([top, bottom]))
+        return Subspace(concatenate([basis, curved]), torch.cat([top, bottom]))
 
     def bilinear(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:
         """Products of two stacks through the curvature, row by row."""
