@@ -1,7 +1,7 @@
-"""Small trainings in float64, each with one peculiarity that a derivative has to get right.
+"""Small trainings in float64, each with one property that a derivative has to get right.
 
-The loop below is plain PyTorch. It serves the recorder and the oracle alike: the oracle calls it
-again with the weight of one slot nudged, and never touches a line of backtrail.
+The loop in `steps` is plain PyTorch. The recorder and the oracles share it: an oracle runs it again
+with other weights of the samples, and calls nothing of backtrail.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,134 +16,161 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
 
-FEATURES, CLASSES, ROWS, STEPS, SLOTS = 4, 3, 9, 5, 3
+FEATURES = 4
+CLASSES = 3
+ROWS = 9
+# Five steps: some rows come twice, and row 0 three steps after its first visit.
 BATCHES = [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 3, 6], [2, 4, 8]]
-Weights = Callable[[int], Tensor]  # the weights of a step's slots
+SGD = torch.optim.SGD
+ADAMW = torch.optim.AdamW
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+Weights = Callable[[int], Tensor]  # from a step to the weights of its slots, [slot]
 
 
 def rows(seed: int = 0, count: int = ROWS) -> TensorDataset:
-    """Inputs of which the last feature is always zero, and labels."""
+    """Draw inputs `[row, feature]`, whose last feature is always zero, and labels `[row]`."""
     draw = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, FEATURES, generator=draw, dtype=torch.float64)
+    # The weights of a feature that is always zero get no gradient: Adam divides zero by zero there.
     inputs[:, -1] = 0.0
-    return TensorDataset(inputs, torch.randint(0, CLASSES, (count,), generator=draw))
+    labels = torch.randint(0, CLASSES, (count,), generator=draw)
+    return TensorDataset(inputs, labels)
 
 
 class Tied(nn.Module):
-    """An embedding whose matrix is also the head's."""
+    """Three layers of which the first and the last have the same weight."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.inward = nn.Linear(FEATURES, CLASSES, bias=False)
+        self.first = nn.Linear(FEATURES, CLASSES, bias=False)
         self.middle = nn.Linear(CLASSES, FEATURES)
         self.head = nn.Linear(FEATURES, CLASSES)
-        self.head.weight = self.inward.weight
+        self.head.weight = self.first.weight
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Down, across, and down again."""
-        found: Tensor = self.head(torch.tanh(self.middle(torch.tanh(self.inward(inputs)))))
-        return found
+        """Map inputs `[row, feature]` to logits `[row, class]`."""
+        hidden = torch.tanh(self.first(inputs))
+        features = torch.tanh(self.middle(hidden))
+        logits: Tensor = self.head(features)
+        return logits
 
 
-class Partly(nn.Module):
+class PartlyUsed(nn.Module):
     """A network with a layer that no forward pass uses."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.body, self.unused = mlp(), nn.Linear(2, 2)
+        self.body = mlp()
+        self.unused = nn.Linear(2, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Only the body."""
-        found: Tensor = self.body(inputs)
-        return found
+        """Map inputs `[row, feature]` to logits `[row, class]`."""
+        logits: Tensor = self.body(inputs)
+        return logits
 
 
 def mlp() -> nn.Module:
-    """Two smooth layers."""
+    """Make a network of two linear layers that is smooth."""
     return nn.Sequential(nn.Linear(FEATURES, 5), nn.GELU(), nn.Linear(5, CLASSES))
 
 
 def normed() -> nn.Module:
-    """Two layers with BatchNorm between (no bias before it: its gradient would be pure rounding)."""
+    """Make the same network with BatchNorm between its layers."""
+    # BatchNorm subtracts the mean: the gradient of a bias before it would be rounding alone.
     return nn.Sequential(
-        nn.Linear(FEATURES, 5, bias=False), nn.BatchNorm1d(5), nn.GELU(), nn.Linear(5, CLASSES)
+        nn.Linear(FEATURES, 5, bias=False),
+        nn.BatchNorm1d(5),
+        nn.GELU(),
+        nn.Linear(5, CLASSES),
     )
 
 
 def with_dropout() -> nn.Module:
-    """Two layers with dropout between, whose mask a replay draws again."""
+    """Make the same network with dropout between its layers, whose masks a replay draws again."""
     return nn.Sequential(nn.Linear(FEATURES, 5), nn.GELU(), nn.Dropout(0.4), nn.Linear(5, CLASSES))
 
 
 def frozen() -> nn.Module:
-    """The first layer does not learn."""
+    """Make the same network with a first layer that does not learn."""
     model = mlp()
     model[0].requires_grad_(False)
     return model
 
 
-def one_group(
-    kind: type[torch.optim.Optimizer], **settings: Any
-) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """An optimizer over all parameters."""
+def one_group(kind: type[torch.optim.Optimizer], **settings: Any) -> MakeOptimizer:
+    """Return what makes an optimizer with all parameters in one group."""
     return lambda model: kind(model.parameters(), **settings)
 
 
 def two_groups(model: nn.Module) -> torch.optim.Optimizer:
-    """Weights and biases with other rates and decays."""
+    """Make an AdamW whose rate, betas and decay differ between weights and biases."""
     weights = [p for p in model.parameters() if p.dim() > 1]
     biases = [p for p in model.parameters() if p.dim() == 1]
     groups = [
         {"params": weights, "weight_decay": 0.1},
         {"params": biases, "lr": 0.02, "betas": (0.8, 0.9)},
     ]
-    return torch.optim.AdamW(groups, lr=0.01)
+    return ADAMW(groups, lr=0.01)
 
 
 def decay(params: dict[str, Tensor]) -> Tensor:
-    """An L2 penalty that the loop adds to its loss."""
-    return 0.05 * sum(
-        (p.square().sum() for p in params.values()), torch.zeros((), dtype=torch.float64)
-    )
+    """Return the L2 penalty that the loop adds to its loss, 0.05 * sum of squares."""
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter in params.values():
+        total = total + parameter.square().sum()
+    return 0.05 * total
 
 
 def halves(batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """What a loop divides by that accumulates 2 batches, also when the last group has one."""
-    return torch.cat(
-        [
-            torch.full((len(labels),), 1 / (2 * len(labels)), dtype=torch.float64)
-            for _, labels in batches
-        ]
-    )
+    """Return the factor c of every slot's loss `[slot]` in a loop that accumulates two batches.
+
+    It is 1 / (2 * batch size), also in a last step that has only one batch.
+    """
+    factors = []
+    for _, labels in batches:
+        size = len(labels)
+        factors.append(torch.full((size,), 1 / (2 * size), dtype=torch.float64))
+    return torch.cat(factors)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training."""
+    """One training.
+
+    Attributes:
+        name: What is special about it.
+        optimizer: Makes the optimizer of a model.
+        model: Makes the model; `built` seeds it and turns it to float64.
+        scheduler: Makes the learning-rate scheduler, if there is one.
+        accumulate: How many batches one step accumulates.
+        batches: The rows of every batch.
+        penalty: What the loop adds to its loss, as a function of the parameters.
+        clip: How the loop clips its gradients.
+        skipped: Rows of a batch that the loop reads before a step, and makes no step with.
+    """
 
     name: str
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    optimizer: MakeOptimizer
     model: Callable[[], nn.Module] = mlp
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     accumulate: int = 1
     batches: Sequence[Sequence[int]] = field(default_factory=lambda: BATCHES)
     penalty: Callable[[dict[str, Tensor]], Tensor] | None = None
     clip: backtrail.ClipNorm | backtrail.ClipValue | None = None
-    skipped: Mapping[int, Sequence[int]] = field(
-        default_factory=dict
-    )  # batches fed before a step and thrown away
+    skipped: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """The name."""
+        """Return the name."""
         return self.name
 
     def built(self) -> nn.Module:
-        """The model at its start, always the same."""
+        """Make the model before step 0, always from the same weights."""
         torch.manual_seed(7)
         return self.model().double()
 
     def task(self, model: nn.Module, data: TensorDataset) -> backtrail.Task:
-        """The training as backtrail is told of it."""
+        """Describe the training to backtrail."""
         reduce: Any = halves if self.accumulate > 1 else "mean"
         return backtrail.classification(
             model, data, penalty=self.penalty, clip=self.clip, reduce=reduce
@@ -152,13 +179,10 @@ class Case:
     @property
     def groups(self) -> list[list[Sequence[int]]]:
         """The batches of every step."""
-        return [
-            list(self.batches[i : i + self.accumulate])
-            for i in range(0, len(self.batches), self.accumulate)
-        ]
+        starts = range(0, len(self.batches), self.accumulate)
+        return [list(self.batches[start : start + self.accumulate]) for start in starts]
 
 
-SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 CASES = [
     Case("sgd", one_group(SGD, lr=0.3)),
     Case("momentum", one_group(SGD, lr=0.3, momentum=0.9)),
@@ -182,20 +206,13 @@ CASES = [
     Case("tied, sgd", one_group(SGD, lr=0.3, momentum=0.9), model=Tied),
     Case("tied, adamw", one_group(ADAMW, lr=0.01), model=Tied),
     Case("frozen", one_group(ADAMW, lr=0.01), model=frozen),
-    Case("unused", one_group(ADAMW, lr=0.01), model=Partly),
+    Case("unused", one_group(ADAMW, lr=0.01), model=PartlyUsed),
     Case("two groups", two_groups),
     Case(
         "one cycle",
         one_group(SGD, lr=0.1, momentum=0.9),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
             optimizer, 0.4, total_steps=6
-        ),
-    ),
-    Case(
-        "warm-up from zero",
-        one_group(ADAMW, lr=0.02, weight_decay=0.1),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: step / 4
         ),
     ),
     Case("accumulation, adamw", one_group(ADAMW, lr=0.01), accumulate=2),
@@ -221,30 +238,31 @@ CASES_BY_NAME = {case.name: case for case in CASES}
 def train(
     case: Case, model: nn.Module, data: TensorDataset, weights: Weights | None = None
 ) -> Iterator[int]:
-    """The loop on its own; yields the number of every state as it is reached."""
+    """Run the loop without a recorder; yield the number of every state as it is reached."""
     optimizer = case.optimizer(model)
-    yield from steps(case, model, optimizer, iter(loader(case, data)), weights)
+    batches = iter(loader(case, data))
+    yield from steps(case, model, optimizer, batches, weights)
 
 
 def record(case: Case, model: nn.Module, data: TensorDataset, path: Path, **options: Any) -> None:
-    """The same loop with a recorder beside it."""
+    """Run the same loop with a recorder that keeps a checkpoint every two steps."""
     optimizer = case.optimizer(model)
-    with backtrail.Recorder(
-        path, case.task(model, data), optimizer, checkpoints=backtrail.Every(2), **options
-    ) as recorder:
-        for _ in steps(case, model, optimizer, iter(recorder.watch(loader(case, data))), None):
+    task = case.task(model, data)
+    checkpoints = backtrail.Every(2)
+    with backtrail.Recorder(path, task, optimizer, checkpoints=checkpoints, **options) as recorder:
+        batches = iter(recorder.watch(loader(case, data)))
+        for _ in steps(case, model, optimizer, batches, None):
             pass
 
 
 def loader(case: Case, data: TensorDataset) -> "DataLoader[Any]":
-    """The case's batches, in order."""
-    order = [
-        batch
-        for step, group in enumerate(case.groups)
-        for batch in (case.skipped.get(step), *group)
-        if batch
-    ]
-    return DataLoader(data, batch_sampler=[list(batch) for batch in order])
+    """Make the loader of the case's batches in order, those that are skipped among them."""
+    order: list[list[int]] = []
+    for step, group in enumerate(case.groups):
+        if step in case.skipped:
+            order.append(list(case.skipped[step]))
+        order.extend(list(batch) for batch in group)
+    return DataLoader(data, batch_sampler=order)
 
 
 def steps(
@@ -254,19 +272,26 @@ def steps(
     batches: Iterator[Any],
     weights: Weights | None,
 ) -> Iterator[int]:
-    """Plain PyTorch, as users write it."""
+    """Run the training loop in plain PyTorch; yield the number of every state as it is reached.
+
+    L_t = sum over slots b of c_{t,b} * w_{t,b} * loss_b, plus the penalty; without `weights` every
+    w is 1, and c_{t,b} is 1 / (accumulated batches * size of the slot's batch).
+    """
     scheduler = case.scheduler(optimizer) if case.scheduler else None
     for step, group in enumerate(case.groups):
         if step in case.skipped:
-            throw_away(model, optimizer, next(batches))
-        for place, _ in enumerate(group):
+            skip_batch(model, optimizer, next(batches))
+        first_slot = 0
+        for position in range(len(group)):
             inputs, labels = next(batches)
             losses = cross_entropy(model(inputs), labels, reduction="none")
+            last_slot = first_slot + len(losses)
             if weights is not None:
-                first = sum(len(earlier) for earlier in group[:place])
-                losses = losses * weights(step)[first : first + len(losses)]
+                losses = losses * weights(step)[first_slot:last_slot]
+            first_slot = last_slot
             loss = losses.sum() / (case.accumulate * len(labels))
-            if case.penalty and place == 0:
+            # The penalty counts once a step, however many batches are accumulated.
+            if case.penalty and position == 0:
                 loss = loss + case.penalty(dict(model.named_parameters()))
             loss.backward()
         clip(case, model)
@@ -277,14 +302,18 @@ def steps(
         yield step + 1
 
 
-def throw_away(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor]) -> None:
-    """As a GradScaler does with a gradient that overflowed: what stays is what the forward pass did."""
-    cross_entropy(model(batch[0]), batch[1]).backward()
+def skip_batch(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor]) -> None:
+    """Drop the gradient of a batch, as a GradScaler does after an overflow.
+
+    What the forward pass did to BatchNorm's statistics stays.
+    """
+    inputs, labels = batch
+    cross_entropy(model(inputs), labels).backward()
     optimizer.zero_grad()
 
 
 def clip(case: Case, model: nn.Module) -> None:
-    """As loops clip."""
+    """Clip the gradients as training loops do, if the case says so."""
     if isinstance(case.clip, backtrail.ClipNorm):
         nn.utils.clip_grad_norm_(model.parameters(), case.clip.max_norm)
     if isinstance(case.clip, backtrail.ClipValue):

@@ -1,8 +1,8 @@
-"""The exactness gate: each row is something that training code really does, each column an optimizer.
+"""The table of the exactness test: a row is a kind of training, a column an optimizer.
 
-The loop below is plain PyTorch, two epochs long, so that samples come back. The brute force runs it
-again and again with the weight of one slot nudged, and never touches a line of backtrail; the
-recorder runs it once.
+The loop in `Cell.steps` is plain PyTorch, two epochs long, so that samples come twice. Brute force
+runs it once for every small change of one slot's weight, and calls nothing of backtrail; a recorder
+runs it once.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,42 +16,45 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 import backtrail
-from tests.oracles.nudge import Weights, nudge
+from tests.cases import Weights
+from tests.oracles.nudge import all_ones, nudge
 
+# Largest relative difference between influence and brute force.
 BAR = 1e-6
-SIZES = (
-    2.5e-4,
-    6.25e-5,
-    1.5625e-5,
-)  # of the nudges; for each entry the pair that agrees best tells the truth
-COUNT, EPOCHS = 6, [[[0, 1, 2], [3, 4, 5]], [[5, 0], [2, 4, 1, 3]]]
-FEATURES, CLASSES, TOKENS, LENGTH, WIDTH = 4, 3, 6, 4, 4
-COLUMNS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+# Half widths of the differences, each a quarter of the one before.
+SIZES = (2.5e-4, 6.25e-5, 1.5625e-5)
+# Six samples, each once an epoch, in batches of different sizes.
+COUNT = 6
+EPOCHS = [[[0, 1, 2], [3, 4, 5]], [[5, 0], [2, 4, 1, 3]]]
+FEATURES = 4
+CLASSES = 3
+TOKENS = 6
+LENGTH = 4
+WIDTH = 4
+Optimizer = torch.optim.Optimizer
+COLUMNS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "SGD + momentum": lambda learning: torch.optim.SGD(learning, lr=0.2, momentum=0.9),
     "AdamW": lambda learning: torch.optim.AdamW(learning, lr=0.01),
 }
 
 
-_TRUTH: dict[str, np.ndarray] = {}  # by cell
-
-
 @dataclass(frozen=True)
 class Row:
-    """Something to train.
+    """A kind of training.
 
     Attributes:
-        name: what is peculiar about it.
-        model: the model at its start, in float64.
-        data: the training set.
-        loss: the loss of a batch as a loop writes it, with a weight on every slot: `loss(model,
+        name: What is special about it.
+        model: Makes the model before step 0; `Cell.start` turns it to float64.
+        data: Makes the training set.
+        loss: The loss of a batch as a loop writes it, with the weights of its slots: `loss(model,
             batch, weights)`.
-        task: the same as backtrail is told of it.
-        read: the queries of a model in eval mode, on other rows, `[query]`.
-        epochs: rows of the batches.
-        keep_batches: whether the recorder stores what it was fed.
+        task: Describes the same loss to backtrail.
+        read: Evaluates the queries of a model in eval mode on other samples, `[query]`.
+        epochs: The sample numbers of every batch of every epoch.
+        keep_batches: Whether the recorder stores the batches.
     """
 
     name: str
@@ -65,117 +68,120 @@ class Row:
 
     @property
     def batches(self) -> list[list[int]]:
-        """One after the other."""
+        """The sample numbers of every step's batch."""
         return [batch for epoch in self.epochs for batch in epoch]
 
     @property
+    def counts(self) -> list[int]:
+        """The number of slots of every step."""
+        return [len(batch) for batch in self.batches]
+
+    @property
     def observed_at(self) -> list[int]:
-        """The ends of the epochs."""
-        return [int(end) for end in np.cumsum([len(epoch) for epoch in self.epochs])]
+        """The states at the ends of the epochs."""
+        ends = np.cumsum([len(epoch) for epoch in self.epochs])
+        return [int(end) for end in ends]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row and a column of the gate."""
+    """A row and a column of the table."""
 
     row: Row
     column: str
 
     def __str__(self) -> str:
-        """The names of both."""
+        """Return the names of both."""
         return f"{self.row.name} x {self.column}"
 
-    def begun(self) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-        """Model, optimizer and data at their start, and the generator where the loop will draw from."""
+    def start(self) -> tuple[nn.Module, Optimizer, Any]:
+        """Make model, optimizer and data, always from the same random state."""
         torch.manual_seed(7)
-        model, data = self.row.model().double().train(), self.row.data()
-        return model, COLUMNS[self.column]([p for p in model.parameters() if p.requires_grad]), data
+        model = self.row.model().double().train()
+        data = self.row.data()
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return model, COLUMNS[self.column](learning), data
 
     def steps(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         batches: Iterable[Any],
         weights: Weights,
     ) -> Iterator[int]:
-        """The loop; yields the number of every state as it is reached."""
+        """Run the training loop; yield the number of every state as it is reached."""
         for step, batch in enumerate(batches):
-            self.row.loss(model, batch, weights(step)).backward()
+            loss = self.row.loss(model, batch, weights(step))
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             yield step + 1
 
     def loader(self, data: Any, task: backtrail.Task) -> "DataLoader[Any]":
-        """The row's batches, in order."""
+        """Make the loader of the row's batches in order."""
         return DataLoader(data, batch_sampler=self.row.batches, collate_fn=task.collate)
 
     def trained(self, weights: Weights) -> np.ndarray:
-        """Brute force: train, and read the queries at the ends of the epochs, [query, observed_at]."""
-        model, optimizer, data = self.begun()
-        found = []
-        for state in self.steps(
-            model, optimizer, self.loader(data, self.row.task(model, data)), weights
-        ):
+        """Train, and return the queries at the ends of the epochs, `[query, observed_at]`."""
+        model, optimizer, data = self.start()
+        loader = self.loader(data, self.row.task(model, data))
+        queries = []
+        for state in self.steps(model, optimizer, loader, weights):
             if state in self.row.observed_at:
                 with torch.no_grad():
-                    found.append(self.row.read(model.eval()).numpy())
+                    queries.append(self.row.read(model.eval()).numpy())
                 model.train()
-        return np.stack(found, axis=1)
+        return np.stack(queries, axis=1)
 
     def recorded(self, folder: Path) -> backtrail.Run:
-        """The same training with a recorder beside it."""
-        model, optimizer, data = self.begun()
+        """Record the same training."""
+        model, optimizer, data = self.start()
         task = self.row.task(model, data)
-        with backtrail.Recorder(
+        recorder = backtrail.Recorder(
             folder,
             task,
             optimizer,
             checkpoints=backtrail.Every(3),
             keep_batches=self.row.keep_batches,
-        ) as recorder:
-            for _ in self.steps(
-                model, optimizer, recorder.watch(self.loader(data, task)), self.as_it_was
-            ):
+        )
+        with recorder:
+            batches = recorder.watch(self.loader(data, task))
+            for _ in self.steps(model, optimizer, batches, all_ones(self.row.counts)):
                 pass
         return backtrail.open_run(folder, task)
 
-    def truth(self) -> np.ndarray:
-        """The derivatives by brute force; they take most of the time, so a process takes them once."""
-        if str(self) not in _TRUTH:
-            sizes = [len(batch) for batch in self.row.batches]
-            _TRUTH[str(self)] = nudge(self.trained, sizes, SIZES)
-        return _TRUTH[str(self)]
-
-    def as_it_was(self, step: int) -> Tensor:
-        """Every slot weighs 1."""
-        return torch.ones(len(self.row.batches[step]), dtype=torch.float64)
-
     def error(self, folder: Path) -> float:
-        """Largest difference between influence and brute force, relative to the largest, by query and state."""
+        """Return how far influence is from brute force.
+
+        That is the largest difference of an entry relative to the largest entry of its query and
+        observed state.
+        """
         run = self.recorded(folder)
         run.verify()
-        truth = self.truth()
-        queries = backtrail.Custom(
-            self.row.read, labels=[f"query {row}" for row in range(len(truth))]
-        )
+        truth = nudge(self.trained, self.row.counts, SIZES)
+        labels = [f"query {number}" for number in range(len(truth))]
+        queries = backtrail.Custom(self.row.read, labels=labels)
         found = backtrail.DIT().attribute(run, queries, observed_at=self.row.observed_at).values()
         scale = np.abs(truth).max(axis=(2, 3))
-        assert (scale > 1e-9).all(), "a query that nothing moves proves nothing"
-        return float((np.abs(found - truth).max(axis=(2, 3)) / scale).max())
+        assert (scale > 1e-9).all(), "no slot has influence on a query: nothing is tested"
+        difference = np.abs(found - truth).max(axis=(2, 3))
+        return float((difference / scale).max())
 
 
 def cells(rows: list[Row]) -> list[Cell]:
-    """All columns of these rows."""
+    """Return the cells of some rows."""
     return [Cell(row, column) for row in rows for column in COLUMNS]
 
 
 def classifier(
     name: str, model: Callable[[], nn.Module], data: Callable[[], Any] | None = None, **more: Any
 ) -> Row:
-    """A row with inputs, class numbers and a mean of cross-entropies."""
+    """Make a row whose loss is the mean cross-entropy of inputs and class numbers."""
 
     def loss(model: nn.Module, batch: Any, weights: Tensor) -> Tensor:
-        return (cross_entropy(model(batch[0]), batch[1], reduction="none") * weights).mean()
+        inputs, labels = batch
+        losses = cross_entropy(model(inputs), labels, reduction="none")
+        return (losses * weights).mean()
 
     def read(model: nn.Module) -> Tensor:
         inputs, labels = points(seed=1).tensors
@@ -187,53 +193,58 @@ def classifier(
 
 @cache
 def points(seed: int = 0) -> TensorDataset:
-    """Random inputs and class numbers."""
+    """Draw inputs `[row, feature]` and class numbers `[row]`."""
     draw = torch.Generator().manual_seed(seed)
     inputs = torch.randn(COUNT, FEATURES, generator=draw, dtype=torch.float64)
-    return TensorDataset(inputs, torch.randint(CLASSES, (COUNT,), generator=draw))
+    labels = torch.randint(CLASSES, (COUNT,), generator=draw)
+    return TensorDataset(inputs, labels)
 
 
 def mlp(*between: nn.Module, bias: bool = True) -> nn.Sequential:
-    """Two smooth layers with something between."""
-    return nn.Sequential(
-        nn.Linear(FEATURES, 5, bias=bias), *between, nn.GELU(), nn.Linear(5, CLASSES)
-    )
+    """Make a smooth network of two linear layers with other modules between them."""
+    first = nn.Linear(FEATURES, 5, bias=bias)
+    return nn.Sequential(first, *between, nn.GELU(), nn.Linear(5, CLASSES))
 
 
 def normed() -> nn.Module:
-    """BatchNorm (no bias before it: its gradient would be nothing but rounding)."""
+    """Make the same network with BatchNorm."""
+    # BatchNorm subtracts the mean: the gradient of a bias before it would be rounding alone.
     return mlp(nn.BatchNorm1d(5), bias=False)
 
 
 def frozen() -> nn.Module:
-    """The first layer does not learn."""
+    """Make the same network with a first layer that does not learn."""
     model = mlp()
     model[0].requires_grad_(False)
     return model
 
 
 def adapted() -> nn.Module:
-    """Low-rank adapters on both layers; nothing else learns."""
+    """Make the same network with low-rank adapters on both layers; nothing else learns."""
     peft = pytest.importorskip("peft", reason="pip install 'backtrail[hf]'")
     model: nn.Module = peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0", "2"]))
     return model
 
 
 class Noisy(Dataset[Any]):
-    """Rows that come out differently every time they are read."""
+    """Rows to which new noise is added every time they are read."""
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(points())
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One row with new noise."""
+        """Return one row with new noise."""
         inputs, label = points()[index]
-        return inputs + 0.3 * torch.randn(FEATURES, dtype=torch.float64), label
+        noise = torch.randn(FEATURES, dtype=torch.float64)
+        return inputs + 0.3 * noise, label
 
 
 class TinyGPT(nn.Module):
-    """One head of causal attention over what is no padding; the head is the embedding, transposed, if tied."""
+    """A language model of one causal attention head, which attends to no padding.
+
+    With `tied`, the weight of its head is that of its embedding.
+    """
 
     def __init__(self, *, tied: bool) -> None:
         nn.Module.__init__(self)
@@ -245,39 +256,48 @@ class TinyGPT(nn.Module):
             self.head.weight = self.table.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Scores of the next token, `[row, place, token]`."""
+        """Map tokens `[row, place]` to logits of the next token `[row, place, token]`."""
         x = self.table(input_ids) + self.places
-        seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
         if attention_mask is not None:
-            seen = seen & attention_mask.bool()[:, None, :]
-        found: Tensor = self.head(
-            torch.tanh(self.mix(scaled_dot_product_attention(x, x, x, attn_mask=seen)))
-        )
-        return found
+            mask = mask & attention_mask.bool()[:, None, :]
+        attended = scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        logits: Tensor = self.head(torch.tanh(self.mix(attended)))
+        return logits
 
 
 def sentences(seed: int = 0) -> TensorDataset:
-    """Tokens and next tokens. The last token never occurs as an input: nothing but the head moves its row."""
+    """Draw tokens `[row, place]` and the tokens that follow them.
+
+    The last token of the vocabulary never occurs: its row of the embedding gets no gradient as an
+    input, only as a part of the head.
+    """
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(TOKENS - 1, (COUNT, LENGTH + 1), generator=draw)
     return TensorDataset(tokens[:, :-1], tokens[:, 1:])
 
 
-def tied() -> Row:
-    """A language model whose embedding is also its head."""
+def tied_embeddings() -> Row:
+    """Make the row of a language model whose head has the weight of its embedding."""
 
-    def each_row(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(model(tokens).transpose(1, 2), targets, reduction="none").mean(1)
+    def row_losses(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+        losses = cross_entropy(model(tokens).transpose(1, 2), targets, reduction="none")
+        return losses.mean(1)
+
+    def loss(model: nn.Module, batch: Any, weights: Tensor) -> Tensor:
+        tokens, targets = batch
+        return (row_losses(model, tokens, targets) * weights).mean()
 
     def read(model: nn.Module) -> Tensor:
-        losses = each_row(model, *sentences(seed=1).tensors)
+        tokens, targets = sentences(seed=1).tensors
+        losses = row_losses(model, tokens, targets)
         return torch.stack([losses[0], losses.mean()])
 
     return Row(
         "tied embeddings",
         lambda: TinyGPT(tied=True),
         sentences,
-        lambda model, batch, weights: (each_row(model, *batch) * weights).mean(),
+        loss,
         backtrail.language_model,
         read,
         EPOCHS,
@@ -285,42 +305,46 @@ def tied() -> Row:
 
 
 def padded(seed: int = 0) -> list[dict[str, Tensor]]:
-    """Rows of different lengths as Hugging Face's models take them, with a weight for every token.
+    """Draw rows of different lengths as Hugging Face's models take them, with token weights.
 
-    The last token never occurs: its row of the table never moves, and Adam divides zero by zero
-    there.
+    The last token of the vocabulary never occurs: its row of the embedding never gets a gradient,
+    and Adam divides zero by zero there.
     """
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(TOKENS - 1, (COUNT, LENGTH), generator=draw)
-    mask = (
-        torch.arange(LENGTH) < torch.tensor([4, 2, 3, 4, 1, 3])[:, None]
-    ).long()  # row 4 predicts nothing
-    labels, weights = (
-        ids.masked_fill(mask == 0, -100),
-        torch.rand(COUNT, LENGTH, generator=draw, dtype=torch.float64),
-    )
-    names = ("input_ids", "attention_mask", "labels", "token_weights")
-    return [
-        dict(zip(names, row, strict=True)) for row in zip(ids, mask, labels, weights, strict=True)
-    ]
-
-
-def masked() -> Row:
-    """Padding masks, and a mean over all tokens of a batch by their weights."""
-
-    def nats(model: nn.Module, batch: Any) -> Tensor:
-        logits = model(batch["input_ids"], batch["attention_mask"])[:, :-1]
-        found = cross_entropy(
-            logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=-100
+    lengths = torch.tensor([4, 2, 3, 4, 1, 3])  # row 4 has nothing to predict
+    mask = (torch.arange(LENGTH) < lengths[:, None]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    weights = torch.rand(COUNT, LENGTH, generator=draw, dtype=torch.float64)
+    rows = []
+    for row in range(COUNT):
+        rows.append(
+            {
+                "input_ids": ids[row],
+                "attention_mask": mask[row],
+                "labels": labels[row],
+                "token_weights": weights[row],
+            }
         )
-        return found * batch["token_weights"][:, 1:]
+    return rows
+
+
+def padding_masks() -> Row:
+    """Make the row of padded batches with a weighted mean over all tokens of a batch."""
+
+    def token_losses(model: nn.Module, batch: Any) -> Tensor:
+        logits = model(batch["input_ids"], batch["attention_mask"])[:, :-1]
+        targets = batch["labels"][:, 1:]
+        losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+        return losses * batch["token_weights"][:, 1:]
 
     def loss(model: nn.Module, batch: Any, weights: Tensor) -> Tensor:
-        counted = batch["token_weights"][:, 1:] * (batch["labels"][:, 1:] != -100)
-        return (nats(model, batch) * weights[:, None]).sum() / counted.sum()
+        is_target = batch["labels"][:, 1:] != -100
+        denominator = (batch["token_weights"][:, 1:] * is_target).sum()
+        return (token_losses(model, batch) * weights[:, None]).sum() / denominator
 
     def read(model: nn.Module) -> Tensor:
-        losses = nats(model, torch.utils.data.default_collate(padded(seed=1)))
+        losses = token_losses(model, default_collate(padded(seed=1)))
         return torch.stack([losses[0].mean(), losses.mean()])
 
     def task(model: nn.Module, data: Any) -> backtrail.Task:
@@ -330,49 +354,50 @@ def masked() -> Row:
 
 
 def pairs(seed: int = 0) -> TensorDataset:
-    """Two views of every row."""
-    views = torch.randn(
-        2, COUNT, FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    """Draw two views `[row, feature]` of every row."""
+    draw = torch.Generator().manual_seed(seed)
+    views = torch.randn(2, COUNT, FEATURES, generator=draw, dtype=torch.float64)
     return TensorDataset(*views)
 
 
-def contrasted(left: Tensor, right: Tensor) -> Tensor:
-    """InfoNCE: every row has to find its own other view among those of its batch."""
-    likeness = normalize(left, dim=1) @ normalize(right, dim=1).T / 0.5
-    return cross_entropy(likeness, torch.arange(len(left)), reduction="none")
+def info_nce(left: Tensor, right: Tensor) -> Tensor:
+    """Return the InfoNCE loss of every row `[row]`, at temperature 0.5.
+
+    A row is classified as its own other view among the other views of its batch.
+    """
+    similarity = normalize(left, dim=1) @ normalize(right, dim=1).T
+    return cross_entropy(similarity / 0.5, torch.arange(len(left)), reduction="none")
 
 
 def contrastive() -> Row:
-    """A loss in which the rows of a batch need one another."""
+    """Make the row of a loss in which every row depends on the others of its batch."""
 
-    def views(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        return model(batch[0]), model(batch[1])
+    def predict(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        left, right = batch
+        return model(left), model(right)
+
+    def loss(model: nn.Module, batch: Any, weights: Tensor) -> Tensor:
+        left, right = predict(model, batch)
+        return (info_nce(left, right) * weights).mean()
 
     def read(model: nn.Module) -> Tensor:
-        losses = contrasted(*views(model, pairs(seed=1).tensors))
+        left, right = predict(model, pairs(seed=1).tensors)
+        losses = info_nce(left, right)
         return torch.stack([losses[0], losses.mean()])
 
-    return Row(
-        "contrastive",
-        mlp,
-        pairs,
-        lambda model, batch, weights: (contrasted(*views(model, batch)) * weights).mean(),
-        lambda model, data: backtrail.Task(
-            model, data, lambda outputs, _: contrasted(*outputs), predict=views
-        ),
-        read,
-        EPOCHS,
-    )
+    def task(model: nn.Module, data: Any) -> backtrail.Task:
+        return backtrail.Task(model, data, lambda views, _: info_nce(*views), predict=predict)
+
+    return Row("contrastive", mlp, pairs, loss, task, read, EPOCHS)
 
 
 ROWS = [
-    tied(),
+    tied_embeddings(),
     classifier("BatchNorm, eval-mode queries", normed),
     classifier("dropout", lambda: mlp(nn.Dropout(0.3))),
     classifier("stored augmentation", mlp, Noisy, keep_batches=True),
     classifier("frozen parameters", frozen),
     classifier("LoRA (PEFT)", adapted),
-    masked(),
+    padding_masks(),
     contrastive(),
 ]

@@ -1,4 +1,7 @@
-"""Rows of the exactness gate with models of `transformers` and `peft`, made from configurations: nothing is fetched."""
+"""Rows of the exactness test with models of `transformers` and `peft`.
+
+The models are made from configurations, with random weights: nothing is downloaded.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,24 +19,34 @@ transformers = pytest.importorskip("transformers", reason="pip install 'backtrai
 tokenizers = pytest.importorskip("tokenizers")  # comes with transformers
 peft = pytest.importorskip("peft", reason="pip install 'backtrail[hf]'")
 
-VOCABULARY, LENGTH, COUNT = 11, 5, 5
+VOCABULARY = 11
+LENGTH = 5
+COUNT = 5
 EPOCHS = [[[0, 1], [2, 3, 4]], [[4, 0], [3, 1]]]
-# With the usual 0.02 a network as narrow as these has gradients of 1e-8, where Adam bends within
-# any nudge.
+# With the usual 0.02 a network as narrow as these has gradients of 1e-8. They are as small as
+# Adam's epsilon, where its step is not linear within any difference.
 WIDE = {"initializer_range": 0.5}
 Rows = list[dict[str, Tensor]]
 
 
 def gpt2() -> nn.Module:
-    """A tiny GPT-2, whose head is its embedding, with dropout everywhere."""
-    size = {"n_positions": LENGTH, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY}
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
-    model: nn.Module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, **ends, **WIDE))
+    """Make a tiny GPT-2, whose head has the weight of its embedding, with dropout."""
+    config = transformers.GPT2Config(
+        n_positions=LENGTH,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        vocab_size=VOCABULARY,
+        bos_token_id=0,
+        eos_token_id=0,
+        **WIDE,
+    )
+    model: nn.Module = transformers.GPT2LMHeadModel(config)
     return model
 
 
 def adapted() -> nn.Module:
-    """Low-rank adapters, with dropout, on the attention of a GPT-2 that does not learn."""
+    """Make a GPT-2 in which only low-rank adapters of the attention learn, with dropout."""
     config = peft.LoraConfig(
         r=2, target_modules=["c_attn"], lora_dropout=0.2, fan_in_fan_out=True, task_type="CAUSAL_LM"
     )
@@ -42,7 +55,7 @@ def adapted() -> nn.Module:
 
 
 def bert() -> nn.Module:
-    """A tiny BERT that classifies sentences."""
+    """Make a tiny BERT that classifies sentences."""
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=8,
@@ -58,7 +71,7 @@ def bert() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    """A tiny ViT that classifies images."""
+    """Make a tiny ViT that classifies images."""
     config = transformers.ViTConfig(
         hidden_size=8,
         num_hidden_layers=1,
@@ -75,81 +88,87 @@ def vit() -> nn.Module:
 
 
 def texts(seed: int = 0, *, prompt: int = 0) -> Rows:
-    """Sentences of different lengths; padding, and the first tokens of a prompt, are no labels."""
+    """Draw sentences of different lengths; padding and the first `prompt` tokens are no labels."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(VOCABULARY, (COUNT, LENGTH), generator=draw)
-    mask = (torch.arange(LENGTH) < torch.tensor([5, 3, 4, 5, 2])[:, None]).long()
-    labels = ids.masked_fill((mask == 0) | (torch.arange(LENGTH) < prompt), -100)
-    names = ("input_ids", "attention_mask", "labels")
-    return [dict(zip(names, row, strict=True)) for row in zip(ids, mask, labels, strict=True)]
+    places = torch.arange(LENGTH)
+    lengths = torch.tensor([5, 3, 4, 5, 2])
+    mask = (places < lengths[:, None]).long()
+    labels = ids.masked_fill((mask == 0) | (places < prompt), -100)
+    rows = []
+    for row in range(COUNT):
+        rows.append({"input_ids": ids[row], "attention_mask": mask[row], "labels": labels[row]})
+    return rows
 
 
 def labelled(seed: int = 0) -> Rows:
-    """Sentences of classes."""
-    labels = torch.randint(3, (COUNT,), generator=torch.Generator().manual_seed(seed))
+    """Draw sentences with class numbers."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (COUNT,), generator=draw)
     return [row | {"labels": label} for row, label in zip(texts(seed), labels, strict=True)]
 
 
 def images(seed: int = 0) -> Rows:
-    """Images of classes."""
+    """Draw images of one channel with class numbers."""
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randn(COUNT, 1, 4, 4, generator=draw, dtype=torch.float64)
     labels = torch.randint(3, (COUNT,), generator=draw)
-    return [
-        {"pixel_values": image, "labels": label}
-        for image, label in zip(pixels, labels, strict=True)
-    ]
+    rows = []
+    for image, label in zip(pixels, labels, strict=True):
+        rows.append({"pixel_values": image, "labels": label})
+    return rows
 
 
-def called(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The logits. The model's own loss is of no use here: it rounds to float32."""
-    logits: Tensor = model(
-        **{name: value for name, value in batch.items() if name != "labels"}
-    ).logits
+def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits of a batch."""
+    # Without labels the model takes no loss of its own, which would be rounded to float32.
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits: Tensor = model(**inputs).logits
     return logits
 
 
-def speaking(name: str, model: Callable[[], nn.Module], data: Callable[[], Rows]) -> Row:
-    """A language model, with the mean over all tokens that Hugging Face's models take."""
+def language_model_row(name: str, model: Callable[[], nn.Module], data: Callable[[], Rows]) -> Row:
+    """Make the row of a language model whose loss is the mean over all tokens of a batch."""
 
-    def nats(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        logits, labels = called(model, batch)[:, :-1], batch["labels"][:, 1:]
-        return cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = logits_of(model, batch)[:, :-1]
+        targets = batch["labels"][:, 1:]
+        return cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
     def loss(model: nn.Module, batch: dict[str, Tensor], weights: Tensor) -> Tensor:
-        return (nats(model, batch) * weights[:, None]).sum() / (
-            batch["labels"][:, 1:] != -100
-        ).sum()
+        targets = (batch["labels"][:, 1:] != -100).sum()
+        return (token_losses(model, batch) * weights[:, None]).sum() / targets
 
     def task(model: nn.Module, data: Any) -> backtrail.Task:
         return backtrail.language_model(model, data, reduce=backtrail.TokenMean())
 
     def read(model: nn.Module) -> Tensor:
-        found = nats(model, default_collate(texts(seed=1)))
-        return torch.stack([found[1].sum() / 2, found.mean()])  # row 1 predicts two tokens
+        losses = token_losses(model, default_collate(texts(seed=1)))
+        # Row 1 predicts two tokens.
+        return torch.stack([losses[1].sum() / 2, losses.mean()])
 
     return Row(name, model, data, loss, task, read, EPOCHS)
 
 
-def sorting(name: str, model: Callable[[], nn.Module], data: Callable[..., Rows]) -> Row:
-    """A classifier."""
+def classifier_row(name: str, model: Callable[[], nn.Module], data: Callable[..., Rows]) -> Row:
+    """Make the row of a classifier."""
 
-    def losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return cross_entropy(called(model, batch), batch["labels"], reduction="none")
-
-    def read(model: nn.Module) -> Tensor:
-        found = losses(model, default_collate(data(seed=1)))
-        return torch.stack([found[1], found.mean()])
+    def row_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return cross_entropy(logits_of(model, batch), batch["labels"], reduction="none")
 
     def loss(model: nn.Module, batch: dict[str, Tensor], weights: Tensor) -> Tensor:
-        return (losses(model, batch) * weights).mean()
+        return (row_losses(model, batch) * weights).mean()
+
+    def read(model: nn.Module) -> Tensor:
+        losses = row_losses(model, default_collate(data(seed=1)))
+        return torch.stack([losses[1], losses.mean()])
 
     return Row(name, model, data, loss, backtrail.classification, read, EPOCHS)
 
 
 ROWS = [
-    speaking("GPT-2, tied, dropout", gpt2, texts),
-    speaking("GPT-2, frozen, with LoRA", adapted, lambda: texts(prompt=1)),
-    sorting("BERT, padding", bert, labelled),
-    sorting("ViT", vit, images),
+    language_model_row("GPT-2, tied, dropout", gpt2, texts),
+    language_model_row("GPT-2, frozen, with LoRA", adapted, lambda: texts(prompt=1)),
+    classifier_row("BERT, padding", bert, labelled),
+    classifier_row("ViT", vit, images),
 ]

@@ -1,4 +1,4 @@
-"""A small training loop with and without a recorder beside it, and the states that the loop really went through."""
+"""A small training loop with or without a recorder, which also saves the states it goes through."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,65 +18,76 @@ from backtrail.errors import BacktrailError
 from backtrail.run.run import Run
 from backtrail.step.state import State
 
-ROWS, FEATURES, CLASSES = 22, 3, 3
-Tensors = dict[str, Tensor]
+ROWS = 22
+FEATURES = 3
+CLASSES = 3
 ORDER = {"shuffle": False}
+Tensors = dict[str, Tensor]
+Watch = Callable[[Any], Any]  # from a loader to what the loop reads its batches from
 
 
 def rows(count: int = ROWS, seed: int = 0) -> TensorDataset:
-    """Random inputs and labels."""
+    """Draw inputs `[row, feature]` and labels `[row]`."""
     draw = torch.Generator().manual_seed(seed)
-    return TensorDataset(
-        torch.randn(count, FEATURES, generator=draw),
-        torch.randint(CLASSES, (count,), generator=draw),
-    )
+    inputs = torch.randn(count, FEATURES, generator=draw)
+    labels = torch.randint(CLASSES, (count,), generator=draw)
+    return TensorDataset(inputs, labels)
 
 
 def mlp(*between: nn.Module) -> nn.Sequential:
-    """Two layers with other modules between them, always from the same weights."""
+    """Make two linear layers with other modules between them, always from the same weights."""
     torch.manual_seed(5)
     return nn.Sequential(nn.Linear(FEATURES, 8), *between, nn.Tanh(), nn.Linear(8, CLASSES))
 
 
-def moody() -> nn.Sequential:
-    """A model that draws random numbers and moves buffers in its forward pass."""
+def stochastic_mlp() -> nn.Sequential:
+    """Make a network whose forward pass draws random numbers and changes buffers."""
     return mlp(nn.BatchNorm1d(8), nn.Dropout(0.3))
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    """The usual optimizer."""
+    """Make an Adam over all parameters of a model."""
     return torch.optim.Adam(model.parameters(), lr=0.02)
 
 
 def backward(loss: Any) -> None:
-    """A backward pass, for which torch declares no types."""
+    """Call `loss.backward()`, for which torch declares no types."""
     loss.backward()
 
 
 def copied(tensors: Tensors) -> Tensors:
-    """Tensors that later steps cannot reach."""
+    """Copy tensors, so that later steps do not change them."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def bits(state: State) -> dict[str, bytes]:
-    """Every tensor of a state as bytes, under one flat name."""
-    moments = {
-        f"{name}:{key}": m for name, tree in state.moments.items() for key, m in tree.items()
-    }
-    tensors = (
-        {f"p:{n}": t for n, t in state.params.items()}
-        | {f"b:{n}": t for n, t in state.buffers.items()}
-        | moments
-    )
-    return {
-        name: str(t.dtype).encode() + t.detach().contiguous().numpy().tobytes()
-        for name, t in tensors.items()
-    }
+def bytes_of(state: State) -> dict[str, bytes]:
+    """Return every tensor of a state as bytes, to be compared bit for bit."""
+    tensors: Tensors = {}
+    for name, tensor in state.params.items():
+        tensors[f"parameter {name}"] = tensor
+    for name, tensor in state.buffers.items():
+        tensors[f"buffer {name}"] = tensor
+    for name, moments in state.moments.items():
+        for key, tensor in moments.items():
+            tensors[f"moment {key} of {name}"] = tensor
+    found = {}
+    for name, tensor in tensors.items():
+        content = tensor.detach().contiguous().numpy().tobytes()
+        found[name] = str(tensor.dtype).encode() + content
+    return found
 
 
 @dataclass
 class Loop:
-    """A training in progress: its objects, and what a test wants to know of it afterwards."""
+    """A training: its objects, and the states that it went through.
+
+    Attributes:
+        model: The model that is trained.
+        optimizer: Its optimizer.
+        data: The training set.
+        options: Further arguments of `backtrail.classification`.
+        states: A copy of the state before every step that `saving_states` was used for.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -91,69 +102,73 @@ class Loop:
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam,
         **more: Any,
     ) -> "Loop":
-        """A training of a model."""
+        """Make the training of a model by an optimizer of its parameters."""
         return cls(model, optimizer(model), **more)
 
     def task(self) -> backtrail.Task:
-        """What backtrail is told of it."""
+        """Describe the training to backtrail."""
         return backtrail.classification(self.model, self.data, **self.options)
 
     def recorder(self, path: Path, **options: Any) -> backtrail.Recorder:
-        """A recorder beside it."""
-        return backtrail.Recorder(
-            path, self.task(), self.optimizer, **{"checkpoints": backtrail.Every(4)} | options
-        )
+        """Make a recorder of the training, by default with a checkpoint every four steps."""
+        chosen: dict[str, Any] = {"checkpoints": backtrail.Every(4)}
+        chosen.update(options)
+        return backtrail.Recorder(path, self.task(), self.optimizer, **chosen)
 
     def loader(self, **options: Any) -> "DataLoader[Any]":
-        """Shuffled batches; the last is short."""
-        return DataLoader(self.data, **{"batch_size": 4, "shuffle": True} | options)
+        """Make a loader of batches of 4, by default shuffled; the last batch has 2 rows."""
+        chosen: dict[str, Any] = {"batch_size": 4, "shuffle": True}
+        chosen.update(options)
+        return DataLoader(self.data, **chosen)
 
     def backward(self, batch: Sequence[Tensor]) -> None:
-        """One forward and one backward pass."""
+        """Make one forward and one backward pass on a batch of inputs, labels and perhaps more."""
         backward(cross_entropy(self.model(batch[0]), batch[1]))
 
     def step(self) -> None:
-        """Note the state before the step, then make it."""
+        """Make one step of the optimizer, and zero the gradients."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def now(self, buffers: Tensors | None = None) -> State:
-        """A copy of everything a step reads and writes."""
-        moments = {
-            name: copied(
-                {k: v for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
-            )
-            for name, p in self.model.named_parameters()
-            if self.optimizer.state.get(p)
-        }
-        found = copied(dict(self.model.named_buffers())) if buffers is None else buffers
-        return State(copied(dict(self.model.named_parameters())), found, moments)
+    def current_state(self, buffers: Tensors | None = None) -> State:
+        """Copy everything that a step reads and writes; `buffers` stand in for the model's."""
+        params = copied(dict(self.model.named_parameters()))
+        if buffers is None:
+            buffers = copied(dict(self.model.named_buffers()))
+        moments = {}
+        for name, parameter in self.model.named_parameters():
+            stored = self.optimizer.state.get(parameter)
+            if stored:
+                tensors = {key: value for key, value in stored.items() if isinstance(value, Tensor)}
+                moments[name] = copied(tensors)
+        return State(params, buffers, moments)
 
-    def noted(self, batches: Iterator[Any] | Any) -> Iterator[Any]:
-        """The batches, with a copy of the state before each of them and after the last."""
+    def saving_states(self, batches: Iterator[Any] | Any) -> Iterator[Any]:
+        """Yield the batches, and copy the state before each of them to `states`."""
         for batch in batches:
-            self.states.append(self.now())
+            self.states.append(self.current_state())
             yield batch
 
-    def train(self, watch: Callable[[Any], Any], loader: Any = None, epochs: int = 2) -> None:
-        """The plainest of loops: a step per batch."""
+    def train(self, watch: Watch, loader: Any = None, epochs: int = 2) -> None:
+        """Train with one step a batch, and save the state before every step."""
         loader = self.loader() if loader is None else loader
         for _ in range(epochs):
-            for batch in self.noted(watch(loader)):
+            for batch in self.saving_states(watch(loader)):
                 self.backward(batch)
                 self.step()
 
 
-def recorded(
+def recorded_loop(
     loop: Loop,
     path: Path,
-    train: Callable[[Callable[[Any], Any]], None] | None = None,
+    train: Callable[[Watch], None] | None = None,
     **options: Any,
 ) -> Run:
-    """The loop's recording, opened and verified to be almost exact."""
+    """Record a training, by default that of `loop.train`, and verify that a replay agrees."""
+    train = train or loop.train
     with loop.recorder(path, **options) as recorder:
-        (train or loop.train)(recorder.watch)
-    loop.states.append(loop.now())
+        train(recorder.watch)
+    loop.states.append(loop.current_state())
     run = backtrail.open_run(path, loop.task())
     assert run.verify().difference < 1e-5
     return run
@@ -161,57 +176,69 @@ def recorded(
 
 def autocast_training(
     loop: Loop, *, outside: bool = False, full: tuple[int, ...] = ()
-) -> Callable[[Callable[[Any], Any]], None]:
-    """The plain loop under autocast, but for some batches; or with the loss outside of it."""
+) -> Callable[[Watch], None]:
+    """Return a training loop of three epochs under bfloat16 autocast.
 
-    def train(watch: Callable[[Any], Any]) -> None:
+    Args:
+        loop: What is trained.
+        outside: Whether the loss is taken outside of autocast.
+        full: Numbers of the batches of an epoch that are not under autocast.
+    """
+
+    def train(watch: Watch) -> None:
         for _ in range(3):
-            for number, batch in enumerate(loop.noted(watch(loop.loader()))):
+            for number, batch in enumerate(loop.saving_states(watch(loop.loader()))):
                 with torch.autocast("cpu", torch.bfloat16, enabled=number not in full):
                     outputs = loop.model(batch[0])
                     loss = cross_entropy(outputs, batch[1])
-                backward(cross_entropy(outputs, batch[1]) if outside else loss)
+                if outside:
+                    loss = cross_entropy(outputs, batch[1])
+                backward(loss)
                 loop.step()
 
     return train
 
 
-def watching(recorder: backtrail.Recorder | None) -> Callable[[Any], Any]:
-    """The recorder's `watch`, or nothing in its place."""
-    return (lambda loader: loader) if recorder is None else recorder.watch
+def watch_of(recorder: backtrail.Recorder | None) -> Watch:
+    """Return the recorder's `watch`; without a recorder, what returns the loader as it is."""
+    if recorder is None:
+        return lambda loader: loader
+    return recorder.watch
 
 
-def beside(recorder: backtrail.Recorder | None) -> AbstractContextManager[Any]:
-    """The recorder as a context, or nothing in its place."""
+def recording(recorder: backtrail.Recorder | None) -> AbstractContextManager[Any]:
+    """Return the recorder as a context manager; without a recorder, one that does nothing."""
     return nullcontext() if recorder is None else recorder
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
-    """Rows with noise from a function that draws it anew at every reading."""
+    """Rows to which a function adds new noise every time they are read."""
 
     def __init__(self, noise: Callable[[], float]) -> None:
-        self.rows, self.noise = rows(), noise
+        self.rows = rows()
+        self.noise = noise
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One noisy row."""
+        """Return one row with new noise."""
         inputs, label = self.rows[index]
         return inputs + self.noise(), label
 
 
-def samples(run: Run) -> list[list[tuple[int, ...]]]:
-    """Row numbers by step and batch."""
-    return [[fed.samples for fed in step.fed] for step in run.log]
+def sample_numbers(run: Run) -> list[list[tuple[int, ...]]]:
+    """Return the row numbers of every batch of every step."""
+    return [[batch.samples for batch in step.fed] for step in run.log]
 
 
-def in_order(count: int, size: int) -> list[tuple[int, ...]]:
-    """Row numbers of the batches of a loader that does not shuffle."""
+def sequential_batches(count: int, size: int) -> list[tuple[int, ...]]:
+    """Return the row numbers of the batches of a loader that does not shuffle."""
     return [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
 def refused(error: type[BacktrailError], *words: str) -> Any:
     """Expect an error whose message has all these words in this order."""
-    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(word) for word in words))
+    pattern = ".*".join(re.escape(word) for word in words)
+    return pytest.raises(error, match=f"(?s){pattern}")

@@ -1,6 +1,8 @@
-"""Fresh processes without the shape checks, forked from a server that has imported everything and done nothing.
+"""Fresh processes, without the shape checks that the tests' own process has switched on.
 
-The checks draw from Python's generator, and a process that has started threads must not fork.
+They are forked from a server that has imported backtrail and done nothing else. The shape checks
+draw from Python's random generator, which a test of random state must not see; and a process that
+has started threads, as that of the tests has, must not be forked.
 """
 
 import multiprocessing
@@ -17,14 +19,15 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def apart(function: Callable[..., Result], *args: Any) -> Result:
-    """Call a function of a test module in a process of its own."""
+def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
+    """Call a function of a test module in a process of its own, and return its result."""
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
-        return pool.submit(_on_one_thread, function, *args).result()
+        call = pool.submit(_on_one_thread, function, *args)
+        return call.result()
 
 
-def started(function: Callable[..., None], *args: Any) -> Any:
-    """Start a process that runs the function, to be waited for or killed."""
+def start_process(function: Callable[..., None], *args: Any) -> Any:
+    """Start a process that calls a function of a test module; the test joins or kills it."""
     process = CONTEXT.Process(target=_on_one_thread, args=(function, *args))
     process.start()
     return process
@@ -32,5 +35,6 @@ def started(function: Callable[..., None], *args: Any) -> Any:
 
 def _on_one_thread(function: Callable[..., Result], *args: Any) -> Result:
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for the workers of a loader
+    # The workers of a data loader must be forked, too: many data sets of the tests do not pickle.
+    multiprocessing.set_start_method("fork", force=True)
     return function(*args)

@@ -28,7 +28,9 @@ def recorded_case(case: Case, folder: Path) -> Run:
 def recorded_regression(folder: Path) -> Run:
     """Record one epoch of SGD on a regression of six rows."""
     draw = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(6, 2, generator=draw), torch.randn(6, 1, generator=draw))
+    inputs = torch.randn(6, 2, generator=draw)
+    targets = torch.randn(6, 1, generator=draw)
+    data = TensorDataset(inputs, targets)
     task = backtrail.regression(nn.Linear(2, 1), data)
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
     with backtrail.Recorder(folder, task, optimizer) as recorder:
@@ -40,19 +42,17 @@ def recorded_regression(folder: Path) -> Run:
 
 
 def recorded_sgd(folder: Path, epochs: int = 4, lr: float = 0.02) -> Run:
-    """Record plain SGD on 24 rows in batches of 6, with a checkpoint before every step."""
+    """Record SGD on 24 rows in shuffled batches of 6, with a checkpoint before every step."""
     torch.manual_seed(7)
-    model, data = mlp().double(), rows(count=24)
-    task, optimizer = (
-        backtrail.classification(model, data),
-        torch.optim.SGD(model.parameters(), lr=lr),
-    )
-    with backtrail.Recorder(
-        folder / "run", task, optimizer, checkpoints=backtrail.Every(1)
-    ) as recorder:
+    model = mlp().double()
+    data = rows(count=24)
+    task = backtrail.classification(model, data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    path = folder / "run"
+    with backtrail.Recorder(path, task, optimizer, checkpoints=backtrail.Every(1)) as recorder:
         for _ in range(epochs):
             for inputs, labels in recorder.watch(DataLoader(data, 6, shuffle=True)):
                 nn.functional.cross_entropy(model(inputs), labels).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return backtrail.open_run(folder / "run", task)
+    return backtrail.open_run(path, task)

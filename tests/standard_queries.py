@@ -1,4 +1,4 @@
-"""The queries that most tests ask of a case's model: losses of four rows that it was not trained on."""
+"""The queries of most tests: losses of four rows that the model was not trained on."""
 
 import torch
 from torch import Tensor, nn

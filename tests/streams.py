@@ -19,31 +19,31 @@ STREAM_ROWS = rows(len(SAMPLE_IDS))
 
 
 class KeywordModel(nn.Module):
-    """A model that is called by keyword, and has no use for ids."""
+    """A model that a Task without `predict` calls by the batch's keys; it has no use for ids."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.body = mlp().double()
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scores."""
+        """Map inputs `[row, feature]` to logits `[row, class]`."""
         del labels
-        found: Tensor = self.body(inputs)
-        return found
+        logits: Tensor = self.body(inputs)
+        return logits
 
 
 class Stream(IterableDataset[dict[str, Any]]):
-    """Rows that come one after the other, each time in another order."""
+    """All rows with their ids, in a new random order in every pass."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """One pass."""
+        """Make one pass."""
         for row in torch.randperm(len(SAMPLE_IDS)).tolist():
             inputs, label = STREAM_ROWS[row]
             yield {"inputs": inputs.double(), "labels": label, "id": SAMPLE_IDS[row]}
 
 
 def row_losses(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of every row."""
+    """Return the cross-entropy of every row, `[row]`."""
     return cross_entropy(outputs, batch["labels"], reduction="none")
 
 
@@ -51,19 +51,26 @@ def recorded_stream(
     path: Path,
     ids: Any = "id",
     *,
-    more: Callable[[Any], Any] = lambda batch: batch,
+    change: Callable[[Any], Any] = lambda batch: batch,
     epochs: int = 3,
 ) -> Run:
-    """A recorded training on the stream."""
-    model, batches = KeywordModel(), DataLoader(Stream(), batch_size=4)
-    task, optimizer = (
-        backtrail.Task(model, None, row_losses, ids=ids),
-        torch.optim.SGD(model.parameters(), lr=0.1),
-    )
+    """Record SGD on the stream, with three steps an epoch.
+
+    Args:
+        path: The run's folder.
+        ids: Where the task finds the ids in a batch.
+        change: What is made of a batch before the recorder sees it.
+        epochs: Number of passes.
+    """
+    model = KeywordModel()
+    batches = DataLoader(Stream(), batch_size=4)
+    task = backtrail.Task(model, None, row_losses, ids=ids)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with backtrail.Recorder(path, task, optimizer, checkpoints=backtrail.Every(4)) as recorder:
         for _ in range(epochs):
-            for batch in recorder.watch(map(more, batches)):
+            for batch in recorder.watch(map(change, batches)):
                 backward(row_losses(model(batch["inputs"]), batch).mean())
                 optimizer.step()
                 optimizer.zero_grad()
+    # The recorder's hooks are gone, but another model shows that the run does not need the first.
     return backtrail.open_run(path, backtrail.Task(KeywordModel(), None, row_losses, ids=ids))

@@ -11,15 +11,15 @@ import backtrail
 from backtrail.errors import BadSetting, EmptyRun, NotARun
 from backtrail.run.run import Run
 from backtrail.step.state import State
-from tests.loops import Loop, bits, moody, rows
-from tests.processes import apart, started
+from tests.loops import Loop, bytes_of, rows, stochastic_mlp
+from tests.processes import in_fresh_process, start_process
 
 KILLS, EPOCHS = 20, 15
 
 
 def loop() -> Loop:
     """A training with everything that a run stores."""
-    return Loop.of(moody(), data=rows(40))
+    return Loop.of(stochastic_mlp(), data=rows(40))
 
 
 def record(path: Path) -> None:
@@ -39,7 +39,7 @@ def attribute(run: Path, out: Path) -> None:
 def seconds(work: object, *args: object) -> float:
     """How long a process takes."""
     begun = time.perf_counter()
-    process = started(work, *args)  # type: ignore[arg-type]
+    process = start_process(work, *args)  # type: ignore[arg-type]
     process.join()
     assert process.exitcode == 0
     return time.perf_counter() - begun
@@ -47,7 +47,7 @@ def seconds(work: object, *args: object) -> float:
 
 def killed(work: object, *args: object, after: float) -> None:
     """Start a process and kill it, unless it ended before."""
-    process = started(work, *args)  # type: ignore[arg-type]
+    process = start_process(work, *args)  # type: ignore[arg-type]
     process.join(after)
     process.kill()
     process.join()
@@ -72,9 +72,9 @@ def check_prefix(run: Run, whole: Run) -> None:
     run.verify()
     assert run.log == whole.log[: run.steps]
     for number in set(run.kept) & set(whole.kept):
-        assert bits(run.state(number)) == bits(whole.state(number))
+        assert bytes_of(run.state(number)) == bytes_of(whole.state(number))
     end = run.state(run.steps, replay=True)
-    assert bits(end) == bits(replayed(whole, run))
+    assert bytes_of(end) == bytes_of(replayed(whole, run))
 
 
 def replayed(whole: Run, run: Run) -> State:
@@ -111,7 +111,7 @@ def test_a_killed_attribution_resumes_to_the_same_bits(
     """Killed again and again, and resumed until done: the influence is that of one undisturbed sweep."""
     reference, _ = undisturbed
     span = seconds(attribute, reference, tmp_path / "whole")
-    whole = apart(influence, tmp_path / "whole")
+    whole = in_fresh_process(influence, tmp_path / "whole")
     delays, done = (
         instants(span / 2),
         set[int](),
@@ -122,7 +122,7 @@ def test_a_killed_attribution_resumes_to_the_same_bits(
             killed(attribute, reference, out, after=delay)
             done.add(len(list((out / "done").glob("*"))))
         seconds(attribute, reference, out)
-        assert np.array_equal(apart(influence, out), whole)
+        assert np.array_equal(in_fresh_process(influence, out), whole)
     assert len(done) > KILLS // 4, f"the kills fell on too few shards: {done}"
 
 
@@ -147,7 +147,7 @@ def test_processes_share_the_pass_over_a_training(
 ) -> None:
     """Three at once, in one folder; what `embed` makes of it is what it makes alone, bit for bit."""
     run, out = backtrail.open_run(undisturbed[0], loop().task()), tmp_path / "shared"
-    processes = [started(gather, undisturbed[0], out, (part, 3)) for part in range(3)]
+    processes = [start_process(gather, undisturbed[0], out, (part, 3)) for part in range(3)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]

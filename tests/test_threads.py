@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 import backtrail
 from backtrail.exclusive import exclusive
 from backtrail.run.run import Run
-from tests.loops import Loop, bits, mlp, moody, recorded
-from tests.processes import apart
+from tests.loops import Loop, bytes_of, mlp, recorded_loop, stochastic_mlp
+from tests.processes import in_fresh_process
 
 # The answers of one run, by name: what a thread may ask for, and gets as comparable bytes.
 Answers = Mapping[str, Callable[[], object]]
@@ -42,8 +42,8 @@ def switching() -> Iterator[None]:
 
 def dropout_and_batchnorm(path: Path) -> Run:
     """A recorded training that draws masks and moves statistics."""
-    loop = Loop.of(moody())
-    return recorded(loop, path, partial(loop.train, epochs=1))
+    loop = Loop.of(stochastic_mlp())
+    return recorded_loop(loop, path, partial(loop.train, epochs=1))
 
 
 def plain(answer: object) -> object:
@@ -72,7 +72,7 @@ def answers_of(run: Run) -> Answers:
         "diff-in": lambda: few_states.self_influence(run, [0, 1, 2]),
         "re-runs": lambda: backtrail.leave_one_out(run, queries, samples=[0, 1]),
         "verification": lambda: run.verify().difference,
-        "states": lambda: [bits(state) for _, state in run.walk(0, run.steps)],
+        "states": lambda: [bytes_of(state) for _, state in run.walk(0, run.steps)],
         "mislabeled": lambda: backtrail.find_mislabeled(run, method="el2n"),
     }
 
@@ -262,12 +262,12 @@ def test_a_generator_holds_nothing_between_its_steps(tmp_path: Path) -> None:
     """Another thread may call while the first looks at a state."""
     run = dropout_and_batchnorm(tmp_path / "run")
     before = process_state(run.task)
-    expected = [bits(state) for _, state in run.walk(0, run.steps)]
+    expected = [bytes_of(state) for _, state in run.walk(0, run.steps)]
     found = []
     for _, state in run.walk(0, run.steps):
         assert together(enter_and_leave) == [True]
         assert process_state(run.task) == before
-        found.append(bits(state))
+        found.append(bytes_of(state))
     assert found == expected
 
 
@@ -332,7 +332,7 @@ def exit_status_of_child() -> int:
 @pytest.mark.parametrize("fork", [fork_beside_a_call, fork_inside_a_call])
 def test_a_forked_child_waits_for_no_thread_of_its_parent(fork: Callable[[], int]) -> None:
     """The workers of a loader are such children."""
-    assert apart(fork) == 0
+    assert in_fresh_process(fork) == 0
 
 
 def in_order(loop: Loop) -> "DataLoader[Any]":
@@ -371,5 +371,5 @@ def test_a_training_that_draws_nothing_may_go_on_beside(tmp_path: Path) -> None:
     _, found = together(train, attribute_meanwhile)
     assert isinstance(found, list)
     assert all(answer == expected for answer in found)
-    assert bits(beside.now()) == bits(alone.now())
+    assert bytes_of(beside.current_state()) == bytes_of(alone.current_state())
     assert backtrail.open_run(tmp_path / "beside", beside.task()).verify().difference == 0.0

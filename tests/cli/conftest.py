@@ -1,4 +1,4 @@
-"""One tiny recorded and attributed training, with the file that explains it, for all tests of the command line."""
+"""A tiny recorded and attributed training, with its task file, for the tests of the CLI."""
 
 import pytest
 
@@ -43,22 +43,12 @@ def train(folder):
 
 @pytest.fixture(scope="session")
 def attributed(tmp_path_factory: pytest.TempPathFactory) -> AttributedRun:
-    """A run of nine steps in three epochs on twelve samples, and its influence on two losses."""
-    found = AttributedRun(tmp_path_factory.mktemp("cli"))
-    (found.folder / "my_file.py").write_text(TASK_FILE)
-    _load(found.folder / "my_file.py").train(found.run)
-    assert (
-        cli.main(
-            [
-                "attribute",
-                found.run,
-                *found.references,
-                "--observed-at",
-                "epochs",
-                "--out",
-                found.influence,
-            ]
-        )
-        == 0
-    )
-    return found
+    """A run of nine steps in three epochs of twelve samples, and its influence on two losses."""
+    attributed = AttributedRun(tmp_path_factory.mktemp("cli"))
+    task_file = attributed.folder / "my_file.py"
+    task_file.write_text(TASK_FILE)
+    _load(task_file).train(attributed.run)
+    words = ["attribute", attributed.run, *attributed.references]
+    words += ["--observed-at", "epochs", "--out", attributed.influence]
+    assert cli.main(words) == 0
+    return attributed

@@ -15,7 +15,22 @@ from tests.oracles.gradient_products import Read, Trained, trained
 
 @dataclass(frozen=True)
 class Oracle:
-    """The sums of METHODS, term by term, for a training with the proxy batch `proxy`."""
+    """Diff-In of a case, for T steps, N samples and m states t with learning rates eta_t.
+
+    Published: the term of a state is - t eta_t^2 / (m N) * (H_B G_z + H_z G_B), and is paired with
+    gradients at that state. Corrected: it is T / (m N) * eta_t * (G_z - t H_B eta_t G_z), and is
+    paired with gradients at the end. G_z and H_z are gradient and Hessian of a sample's loss, G_B
+    and H_B those of the mean loss of the proxy batch, with the penalty. eta_t is a number for
+    every entry of the parameters.
+
+    Attributes:
+        case: The training.
+        states: The states t.
+        proxy: The samples of the proxy batch B.
+        seen: The number N of samples that the training has seen.
+        form: "published" or "corrected".
+        known: G_B and H_B by state, filled in as they are needed.
+    """
 
     case: Case
     states: Sequence[int]
@@ -24,102 +39,112 @@ class Oracle:
     form: str
     known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def term(self, training: Trained, state: int, sample: int) -> tuple[nn.Module, Tensor]:
-        """The model at a state, and the change of its parameters, flat, that the state's term of a sample is."""
+    def term(self, training: Trained, state: int, sample: int) -> Tensor:
+        """Return a state's term of a sample, a change of the flat parameters `[entry]`."""
         model = copy.deepcopy(training.models[state]).eval()
-        rates, steps = flat_rates(model, training, state), len(training.rates)
-        if state not in self.known:
-            hessian = flat_hessian(self.case, model, self.proxy, penalty="with")
-            self.known[state] = flat_gradient(model, self.proxy) + self.penalty(model), hessian
-        own, (theirs, hessian) = flat_gradient(model, [sample]), self.known[state]
-        bent = hessian @ (rates * own)
+        eta = flat_rates(model, training, state)
+        m_times_n = len(self.states) * self.seen
+        g_z = flat_gradient(model, [sample])
+        g_b, h_b = self.of_proxy(model, state)
+        h_b_g_z = h_b @ (eta * g_z)
         if self.form == "corrected":
-            return model, steps / (len(self.states) * self.seen) * rates * (own - state * bent)
-        crossed = flat_hessian(self.case, model, [sample], penalty="without") @ (rates * theirs)
-        return model, -state / (len(self.states) * self.seen) * rates * (bent + crossed)
+            steps = len(training.rates)
+            return steps / m_times_n * eta * (g_z - state * h_b_g_z)
+        h_z = flat_hessian(model, [sample])
+        h_z_g_b = h_z @ (eta * g_b)
+        return -state / m_times_n * eta * (h_b_g_z + h_z_g_b)
 
-    def penalty(self, model: nn.Module) -> Tensor:
-        """The gradient of the penalty, flat."""
-        named: dict[str, Tensor] = dict(model.named_parameters())
-        if self.case.penalty is None:
-            return torch.zeros(sum(p.numel() for p in named.values()), dtype=torch.float64)
-        return torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(self.case.penalty(named), list(named.values()))
-            ]
-        )
+    def of_proxy(self, model: nn.Module, state: int) -> tuple[Tensor, Tensor]:
+        """Return G_B `[entry]` and H_B `[entry, entry]` at a state, penalty included."""
+        if state not in self.known:
+            gradient = flat_gradient(model, self.proxy)
+            hessian = flat_hessian(model, self.proxy)
+            if self.case.penalty is not None:
+                penalty = self.case.penalty(dict(model.named_parameters()))
+                gradient = gradient + gradient_of(penalty, model)
+                hessian = hessian + hessian_of(penalty, model)
+            self.known[state] = (gradient, hessian)
+        return self.known[state]
+
+    def paired_model(self, training: Trained, state: int) -> nn.Module:
+        """Return the model, in eval mode, whose gradients a state's term is paired with."""
+        model = training.models[-1] if self.form == "corrected" else training.models[state]
+        return copy.deepcopy(model).eval()
 
     def of_queries(self, read: Read) -> np.ndarray:
-        """The terms paired with queries, [query, state, sample]."""
-        training, found = trained(self.case), []
+        """Return the terms paired with the queries' gradients, `[query, state, sample]`."""
+        training = trained(self.case)
+        by_state = []
         for state in self.states:
-            terms = [self.term(training, state, sample) for sample in range(self.seen)]
-            asked = training.models[-1] if self.form == "corrected" else training.models[state]
-            slopes = flat_jacobian(copy.deepcopy(asked).eval(), read)
-            found.append(torch.stack([slopes @ change for _, change in terms], 1))
-        return torch.stack(found, 1).numpy()
+            jacobian = flat_jacobian(self.paired_model(training, state), read)
+            by_sample = []
+            for sample in range(self.seen):
+                by_sample.append(jacobian @ self.term(training, state, sample))
+            by_state.append(torch.stack(by_sample, 1))
+        return torch.stack(by_state, 1).numpy()
 
     def of_themselves(self, samples: Sequence[int]) -> np.ndarray:
-        """The sums paired with the samples' own losses."""
+        """Return the sums of terms paired with the gradients of the own losses, `[sample]`."""
         training = trained(self.case)
-        end, found = copy.deepcopy(training.models[-1]).eval(), []
+        totals = []
         for sample in samples:
             total = 0.0
             for state in self.states:
-                model, change = self.term(training, state, sample)
-                total += float(
-                    flat_gradient(end if self.form == "corrected" else model, [sample]) @ change
-                )
-            found.append(total)
-        return np.array(found)
+                g_z = flat_gradient(self.paired_model(training, state), [sample])
+                total += float(g_z @ self.term(training, state, sample))
+            totals.append(total)
+        return np.array(totals)
 
     def of_removal(self, samples: Sequence[int]) -> Tensor:
-        """The change of the parameters, flat."""
+        """Return the sum of all terms of some samples, the change of the parameters `[entry]`."""
         training = trained(self.case)
-        changes = [
-            self.term(training, state, sample)[1] for state in self.states for sample in samples
-        ]
-        return torch.stack(changes).sum(0)
+        terms = []
+        for state in self.states:
+            for sample in samples:
+                terms.append(self.term(training, state, sample))
+        return torch.stack(terms).sum(0)
 
 
 def flat_rates(model: nn.Module, training: Trained, state: int) -> Tensor:
-    """The rate of every entry, as the step from the state used it."""
-    by_name = training.rates[min(state, len(training.rates) - 1)]
-    return torch.cat(
-        [torch.full((p.numel(),), by_name[name]).double() for name, p in model.named_parameters()]
-    )
+    """Return the learning rate of every entry in the step from a state on, `[entry]`."""
+    # The last state has no step: it counts with the rates of the last one.
+    step = min(state, len(training.rates) - 1)
+    rates = []
+    for name, parameter in model.named_parameters():
+        rates.append(torch.full((parameter.numel(),), training.rates[step][name]).double())
+    return torch.cat(rates)
 
 
-def loss(model: nn.Module, samples: Sequence[int]) -> Tensor:
-    """Mean over samples."""
+def mean_loss(model: nn.Module, samples: Sequence[int]) -> Tensor:
+    """Return the mean loss of samples."""
     inputs, labels = rows()[list(samples)]
     return cross_entropy(model(inputs), labels)
 
 
 def flat_gradient(model: nn.Module, samples: Sequence[int]) -> Tensor:
-    """Of the mean loss of samples."""
-    return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss(model, samples), list(model.parameters()))]
-    )
+    """Return the gradient of the mean loss of samples, `[entry]`."""
+    return gradient_of(mean_loss(model, samples), model)
+
+
+def flat_hessian(model: nn.Module, samples: Sequence[int]) -> Tensor:
+    """Return the dense Hessian of the mean loss of samples, `[entry, entry]`."""
+    return hessian_of(mean_loss(model, samples), model)
 
 
 def flat_jacobian(model: nn.Module, read: Read) -> Tensor:
-    """Of queries, [query, entry]."""
-    slopes = [
-        torch.autograd.grad(number, list(model.parameters()), retain_graph=True)
-        for number in read(model)
-    ]
-    return torch.stack([torch.cat([g.flatten() for g in slope]) for slope in slopes])
+    """Return the gradients of all queries, `[query, entry]`."""
+    return torch.stack([gradient_of(query, model) for query in read(model)])
 
 
-def flat_hessian(case: Case, model: nn.Module, samples: Sequence[int], *, penalty: str) -> Tensor:
-    """Second derivatives of the mean loss of samples, dense."""
-    parameters, total = list(model.parameters()), loss(model, samples)
-    if case.penalty is not None and penalty == "with":
-        total = total + case.penalty(dict(model.named_parameters()))
-    slopes = torch.cat(
-        [g.flatten() for g in torch.autograd.grad(total, parameters, create_graph=True)]
-    )
-    columns = [torch.autograd.grad(slope, parameters, retain_graph=True) for slope in slopes]
-    return torch.stack([torch.cat([g.flatten() for g in column]) for column in columns])
+def gradient_of(value: Tensor, model: nn.Module) -> Tensor:
+    """Return the gradient of a number by all parameters of a model, `[entry]`."""
+    gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def hessian_of(value: Tensor, model: nn.Module) -> Tensor:
+    """Return the second derivatives of a number by all parameters of a model, `[entry, entry]`."""
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(value, parameters, create_graph=True)
+    gradient = torch.cat([each.flatten() for each in gradients])
+    return torch.stack([gradient_of(entry, model) for entry in gradient])

@@ -1,4 +1,4 @@
-"""Gradient products by plain PyTorch: one sample, one query, one parameter group at a time."""
+"""Inner products of gradients by plain PyTorch: one sample, one query, one parameter at a time."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,88 +11,105 @@ from torch.nn.functional import cross_entropy
 
 from tests.cases import Case, loader, rows, steps
 
-Read = Callable[[nn.Module], Tensor]  # the queries of a model, [query]
-Look = Callable[
-    [int, int], int
-]  # step, observed state -> the state at which both gradients are taken
+Read = Callable[[nn.Module], Tensor]  # from a model to its queries, [query]
+# From a step and an observed state to the state at which both gradients are taken.
+GradientState = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training as it went: the model at every state, and what every step used as rates, by parameter name."""
+    """A training as it went.
+
+    Attributes:
+        models: The model at every state, from state 0 on.
+        rates: The learning rate of every step, by name of the parameter.
+    """
 
     models: list[nn.Module]
     rates: list[dict[str, float]]
 
 
 def trained(case: Case) -> Trained:
-    """Train by the plain loop, and look over its shoulder."""
+    """Train a case by its plain loop, and copy the model after every step."""
     model = case.built()
     model.train()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer = case.optimizer(model)
-    found = Trained([copy.deepcopy(model)], [])
+    models = [copy.deepcopy(model)]
+    rates: list[dict[str, float]] = []
 
-    def note(*_: object) -> None:
+    # A scheduler changes the rates after a step, so they are read before it.
+    def read_rates(*_: object) -> None:
         of_step: dict[str, float] = {}
         for group in optimizer.param_groups:
+            # With maximize=True the step goes up the gradient.
             rate = -group["lr"] if group.get("maximize") else group["lr"]
-            of_step |= {names[id(parameter)]: rate for parameter in group["params"]}
-        found.rates.append(of_step)
+            for parameter in group["params"]:
+                of_step[names[id(parameter)]] = rate
+        rates.append(of_step)
 
-    optimizer.register_step_pre_hook(note)
+    optimizer.register_step_pre_hook(read_rates)
     for _ in steps(case, model, optimizer, iter(loader(case, rows())), None):
-        found.models.append(copy.deepcopy(model))
-    return found
+        models.append(copy.deepcopy(model))
+    return Trained(models, rates)
 
 
-def gradient_products(case: Case, read: Read, observed_at: Sequence[int], look: Look) -> np.ndarray:
-    """Rate times c times the product of the gradients, [query, observed_at, step, slot]."""
+def gradient_products(
+    case: Case, read: Read, observed_at: Sequence[int], gradient_state: GradientState
+) -> np.ndarray:
+    """Return the influence of every slot without curvature, `[query, observed_at, step, slot]`.
+
+    I[q, tau, t, b] = rate_t * c_{t,b} * <grad q(theta), grad loss_b(theta)> for t < tau, with both
+    gradients at the state theta that `gradient_state(t, tau)` names.
+    """
     training = trained(case)
-    counts = [sum(len(batch) for batch in group) for group in case.groups]
     queries = len(query_gradients(training.models[0], read))
-    found = np.zeros((queries, len(observed_at), len(counts), max(counts)))
-    for step, rates in enumerate(training.rates):
-        for column, observed in enumerate(observed_at):
-            if step >= observed:
-                continue
-            model = training.models[look(step, observed)]
-            asked = query_gradients(model, read)
-            for slot, sample in enumerate(slot_gradients(case, model, step)):
-                for query, slope in enumerate(asked):
-                    products = {name: float((slope[name] * sample[name]).sum()) for name in sample}
-                    found[query, column, step, slot] = sum(
-                        rates[name] * products[name] for name in products
-                    )
-    return found
+    counts = []
+    for group in case.groups:
+        counts.append(sum(len(batch) for batch in group))
+    influence = np.zeros((queries, len(observed_at), len(counts), max(counts)))
+    for column, observed in enumerate(observed_at):
+        for step in range(min(observed, len(counts))):
+            model = training.models[gradient_state(step, observed)]
+            of_queries = query_gradients(model, read)
+            of_slots = slot_gradients(case, model, step)
+            for query, of_query in enumerate(of_queries):
+                for slot, of_slot in enumerate(of_slots):
+                    total = 0.0
+                    for name, rate in training.rates[step].items():
+                        # A parameter that does not learn has a rate and no gradient.
+                        if name in of_slot:
+                            total += rate * float((of_query[name] * of_slot[name]).sum())
+                    influence[query, column, step, slot] = total
+    return influence
 
 
 def query_gradients(model: nn.Module, read: Read) -> list[dict[str, Tensor]]:
-    """Of every query, in eval mode."""
-    asked = copy.deepcopy(model).eval()
-    return [gradient(asked, number) for number in read(asked)]
+    """Return the gradient of every query, with the model in eval mode."""
+    evaluated = copy.deepcopy(model).eval()
+    return [gradient(evaluated, query) for query in read(evaluated)]
 
 
 def slot_gradients(case: Case, model: nn.Module, step: int) -> list[dict[str, Tensor]]:
-    """Of c times the loss of every slot, in train mode, in its micro-batch."""
-    found = []
+    """Return the gradient of c times the loss of every slot, in train mode and in its batch."""
+    gradients = []
     for batch in case.groups[step]:
+        # A copy for every batch, as BatchNorm's statistics change in the forward pass.
         training = copy.deepcopy(model).train()
         inputs, labels = rows()[list(batch)]
         losses = cross_entropy(training(inputs), labels, reduction="none")
-        found += [gradient(training, loss / (case.accumulate * len(batch))) for loss in losses]
-    return found
+        c = 1 / (case.accumulate * len(batch))
+        for loss in losses:
+            gradients.append(gradient(training, loss * c))
+    return gradients
 
 
-def gradient(model: nn.Module, number: Tensor) -> dict[str, Tensor]:
-    """By every parameter that learns; zero where the number does not depend on it."""
-    learning = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    found = torch.autograd.grad(
-        number, list(learning.values()), retain_graph=True, allow_unused=True
-    )
-    return {
-        name: torch.zeros_like(parameter) if slope is None else slope
-        for (name, parameter), slope in zip(learning.items(), found, strict=True)
-    }
+def gradient(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    """Return the gradient of a number by every parameter that learns, zero where it has none."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        (found,) = torch.autograd.grad(value, parameter, retain_graph=True, allow_unused=True)
+        gradients[name] = torch.zeros_like(parameter) if found is None else found
+    return gradients

@@ -1,83 +1,112 @@
-"""The influence of every slot by brute force: nudge its weight, train again with plain PyTorch, look at the query."""
+"""The influence of every slot by brute force: change its weight, train again, evaluate the query.
 
+I[q, tau, t, b] = - d q(theta_tau) / d w_{t,b}, for query q, observed state tau, step t and slot b.
+"""
+
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.cases import Case, rows, train
+from tests.cases import Case, Weights, rows, train
 
-SIZES = (4e-3, 1e-3, 2.5e-4, 6.25e-5, 1.5625e-5)  # each a quarter of the last
-Read = Callable[[nn.Module], Tensor]  # the queries of a model, [query]
-Weights = Callable[[int], Tensor]  # the weights of a step's slots
-Training = Callable[
-    [Weights], np.ndarray
-]  # from the weights of all slots to the queries, [query, observed_at]
+# Half widths h of the differences. `derivative` needs each to be a quarter of the one before.
+SIZES = (4e-3, 1e-3, 2.5e-4, 6.25e-5, 1.5625e-5)
+Read = Callable[[nn.Module], Tensor]  # from a model to its queries, [query]
+# From the weights of all slots to the queries of the trained model, [query, observed_at].
+Training = Callable[[Weights], np.ndarray]
 
 
 def nudge_every_weight(case: Case, read: Read, observed_at: Sequence[int]) -> np.ndarray:
-    """Minus the derivative of every query by every slot's weight, [query, observed_at, step, slot]."""
-    counts = [sum(len(batch) for batch in group) for group in case.groups]
-    return nudge(lambda weights: observe(case, read, observed_at, weights), counts)
+    """Return the influence of every slot of a case, `[query, observed_at, step, slot]`."""
+
+    def training(weights: Weights) -> np.ndarray:
+        return observe(case, read, observed_at, weights)
+
+    counts = []
+    for group in case.groups:
+        counts.append(sum(len(batch) for batch in group))
+    return nudge(training, counts)
 
 
 def nudge(training: Training, counts: Sequence[int], sizes: Sequence[float] = SIZES) -> np.ndarray:
-    """Minus the derivative of a training's queries by the weight of each of the steps' slots.
+    """Return the influence of every slot of any training, `[query, observed_at, step, slot]`.
 
-    Central differences, of which neighbouring sizes give Richardson values; for every entry the
-    pair of sizes that agrees best is taken.
+    Args:
+        training: Trains with given weights of the slots, and evaluates the queries.
+        counts: The number of slots of every step.
+        sizes: Half widths of the differences, each a quarter of the one before.
     """
-    found = {
-        (step, slot): -derivative(training, counts, (step, slot), sizes=sizes)
-        for step, count in enumerate(counts)
-        for slot in range(count)
-    }
-    whole = np.zeros((*found[0, 0].shape, len(counts), max(counts)))
-    for (step, slot), entry in found.items():
-        whole[:, :, step, slot] = entry
-    return whole
+    queries, states = training(all_ones(counts)).shape
+    influence = np.zeros((queries, states, len(counts), max(counts)))
+    for step, count in enumerate(counts):
+        for slot in range(count):
+            influence[:, :, step, slot] = -derivative(training, counts, step, slot, sizes=sizes)
+    return influence
+
+
+def all_ones(counts: Sequence[int]) -> Weights:
+    """Return the weights of the training as it was: 1 for every slot."""
+    return lambda step: torch.ones(counts[step], dtype=torch.float64)
 
 
 def derivative(
-    training: Training, counts: Sequence[int], place: tuple[int, int], *, sizes: Sequence[float]
+    training: Training, counts: Sequence[int], step: int, slot: int, *, sizes: Sequence[float]
 ) -> np.ndarray:
-    """Derivative of every query at every observed state by one slot's weight."""
+    """Return the derivative of the queries by one slot's weight, `[query, observed_at]`.
 
-    def at(size: float) -> np.ndarray:
-        def weights(step: int) -> Tensor:
-            ones = torch.ones(counts[step], dtype=torch.float64)
-            if step == place[0]:
-                ones[place[1]] += size
-            return ones
+    Central differences D(h) = (q(1 + h) - q(1 - h)) / 2h have an error of order h**2. Two sizes, of
+    which one is a quarter of the other, give Richardson's value (16 D(h/4) - D(h)) / 15, whose
+    error is of order h**4. For every entry we take the value that differs least from the one
+    before: with a larger h truncation dominates, with a smaller one rounding.
+    """
+
+    def queries_at(weight: float) -> np.ndarray:
+        def weights(number: int) -> Tensor:
+            found = torch.ones(counts[number], dtype=torch.float64)
+            if number == step:
+                found[slot] = weight
+            return found
 
         return training(weights)
 
-    central = np.stack([(at(size) - at(-size)) / (2 * size) for size in sizes])
-    richardson = (16 * central[1:] - central[:-1]) / 15
-    gaps = np.abs(np.diff(richardson, axis=0))
-    best: np.ndarray = np.take_along_axis(richardson, gaps.argmin(0)[None] + 1, 0)[0]
+    central = []
+    for size in sizes:
+        difference = queries_at(1 + size) - queries_at(1 - size)
+        central.append(difference / (2 * size))
+    richardson = []
+    for coarse, fine in itertools.pairwise(central):
+        richardson.append((16 * fine - coarse) / 15)
+    best = richardson[1].copy()
+    smallest_gap = np.abs(richardson[1] - richardson[0])
+    for before, value in itertools.pairwise(richardson):
+        gap = np.abs(value - before)
+        is_better = gap < smallest_gap
+        best[is_better] = value[is_better]
+        smallest_gap[is_better] = gap[is_better]
     return best
 
 
 def observe(
     case: Case, read: Read, observed_at: Sequence[int], weights: Weights | None = None
 ) -> np.ndarray:
-    """Train and read the queries at the observed states, [query, observed_at]."""
+    """Train a case and evaluate the queries at the observed states, `[query, observed_at]`."""
     model = case.built()
     model.train()
-    found = {}
-    for number in train(case, model, rows(), weights):
-        if number in observed_at:
+    queries = {}
+    for state in train(case, model, rows(), weights):
+        if state in observed_at:
             model.eval()
             with torch.no_grad():
-                found[number] = read(model).numpy()
+                queries[state] = read(model).numpy()
             model.train()
-    return np.stack([found[number] for number in observed_at], axis=1)
+    return np.stack([queries[state] for state in observed_at], axis=1)
 
 
 def assert_exact(found: np.ndarray, truth: np.ndarray) -> None:
-    """Within 1e-6 of the largest derivative, for every query and observed state."""
+    """Assert that influence is within 1e-6 of the largest, for every query and observed state."""
     scale = np.abs(truth).max(axis=(2, 3))
     assert (scale > 0).all()
     error = np.abs(found - truth).max(axis=(2, 3)) / scale

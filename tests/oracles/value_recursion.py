@@ -1,4 +1,4 @@
-"""The recursion of Data Value Embedding as an explicit product of matrices, one slot after the other."""
+"""The recursion of Data Value Embedding as an explicit product of matrices, slot by slot."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,21 @@ from backtrail.methods.dve.recursion import Visits
 
 
 def factor(visits: Visits, damping: float = 0.0) -> Tensor:
-    """What one step makes of a change of the state before it."""
-    one = torch.eye(len(visits.decay), dtype=torch.float64)
-    curved = torch.zeros_like(one)
-    for c, moved, gradient in zip(visits.share, visits.fisher_moved, visits.fisher, strict=True):
-        curved += float(c) * torch.outer(moved.double(), gradient.double())
-    return torch.diag(visits.decay.double()) - curved @ torch.linalg.inv(one + damping * curved)
+    """Return the propagator of one step, `[rank, rank]`.
+
+    diag(rho) - H (I + damping * H)^-1 with H = sum over rows of c * x g^T, where g is a gradient
+    of the curvature, x what the update makes of it, and rho what weight decay leaves.
+    """
+    identity = torch.eye(len(visits.decay), dtype=torch.float64)
+    curvature = torch.zeros_like(identity)
+    for c, x, g in zip(visits.share, visits.fisher_moved, visits.fisher, strict=True):
+        curvature += float(c) * torch.outer(x.double(), g.double())
+    damped = curvature @ torch.linalg.inv(identity + damping * curvature)
+    return torch.diag(visits.decay.double()) - damped
 
 
 def products(steps: Sequence[Visits], damping: float = 0.0) -> list[Tensor]:
-    """P behind every step, and before the first: products of the factors of all later steps."""
+    """Return P_t before every step t, and after the last: the product of the factors from t on."""
     found = []
     for first in range(len(steps) + 1):
         product = torch.eye(len(steps[0].decay), dtype=torch.float64)
@@ -29,14 +34,12 @@ def products(steps: Sequence[Visits], damping: float = 0.0) -> list[Tensor]:
 
 
 def value_embeddings(steps: Sequence[Visits], damping: float = 0.0) -> list[Tensor]:
-    """The embeddings of every step, `[slot, rank]`."""
-    behind = products(steps, damping)[1:]
-    return [
-        torch.stack(
-            [
-                float(c) * (product @ row.double())
-                for c, row in zip(visits.share, visits.moved, strict=True)
-            ]
-        )
-        for visits, product in zip(steps, behind, strict=True)
-    ]
+    """Return the embeddings of every step, `[slot, rank]`: row b is c_b * P_{t+1} x_b."""
+    after = products(steps, damping)[1:]
+    embeddings = []
+    for visits, product in zip(steps, after, strict=True):
+        of_step = []
+        for c, x in zip(visits.share, visits.moved, strict=True):
+            of_step.append(float(c) * (product @ x.double()))
+        embeddings.append(torch.stack(of_step))
+    return embeddings

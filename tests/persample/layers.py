@@ -199,8 +199,8 @@ LAYERS = [
 
 
 def nonlinear_loss(outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
-    """Return losses `[slot]` that are linear in no output."""
-    flat = torch.sin(outputs.flatten(1))
-    return (flat * torch.arange(1.0, flat.shape[1] + 1).to(flat)).sum(1) + flat.square().sum(
-        1
-    ) * batch[1]
+    """Return losses `[slot]` that depend on all outputs, linearly on none of them."""
+    flat = outputs.flatten(1)
+    waves = torch.sin(flat)
+    factors = torch.arange(1.0, flat.shape[1] + 1).to(flat)
+    return (waves * factors).sum(1) + waves.square().sum(1) * batch[1]

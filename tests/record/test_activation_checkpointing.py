@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 import backtrail
-from tests.loops import CLASSES, FEATURES, Loop, recorded
+from tests.loops import CLASSES, FEATURES, Loop, recorded_loop
 
 
 class Net(nn.Module):
@@ -37,7 +37,7 @@ def influence(way: str, path: Path) -> np.ndarray:
     loop = Loop.of(Net(way).double())
     loop.data.tensors = (loop.data.tensors[0].double(), loop.data.tensors[1])
     torch.manual_seed(1)
-    run = recorded(loop, path)
+    run = recorded_loop(loop, path)
     return backtrail.DIT().attribute(run, backtrail.Loss(loop.data, samples=[0, 3])).values()
 
 

@@ -17,7 +17,16 @@ from backtrail.queries import values
 from backtrail.run import journal
 from backtrail.run.run import Run
 from backtrail.step.step import Transition
-from tests.loops import Loop, adam, autocast_training, mlp, moody, recorded, refused, rows
+from tests.loops import (
+    Loop,
+    adam,
+    autocast_training,
+    mlp,
+    recorded_loop,
+    refused,
+    rows,
+    stochastic_mlp,
+)
 
 Watch = Callable[[Any], Any]
 LOW = torch.bfloat16
@@ -28,13 +37,13 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
 
 
-@pytest.mark.parametrize("model", [mlp, moody])
+@pytest.mark.parametrize("model", [mlp, stochastic_mlp])
 def test_a_run_under_autocast_is_replayed_to_rounding(
     model: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     """The log says which steps were under it; the check says so too, and how far the plain gradients are."""
     loop = Loop.of(model())
-    run = recorded(loop, tmp_path / "run", autocast_training(loop, full=(1, 2)))
+    run = recorded_loop(loop, tmp_path / "run", autocast_training(loop, full=(1, 2)))
     assert [step.autocast for step in run.log[:4]] == ["bfloat16", "", "", "bfloat16"]
     assert run.table()["autocast"].to_list() == [step.autocast for step in run.log]
     found = run.verify()
@@ -49,11 +58,11 @@ def test_a_run_under_autocast_is_replayed_to_rounding(
 def test_the_recorder_leaves_a_training_under_autocast_alone(tmp_path: Path) -> None:
     """The weights are the same bits with and without it."""
     torch.manual_seed(1)
-    alone = Loop.of(moody())
+    alone = Loop.of(stochastic_mlp())
     autocast_training(alone)(lambda loader: loader)
     torch.manual_seed(1)
-    watched = Loop.of(moody())
-    recorded(watched, tmp_path / "run", autocast_training(watched))
+    watched = Loop.of(stochastic_mlp())
+    recorded_loop(watched, tmp_path / "run", autocast_training(watched))
     for ours, theirs in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert not any(module._forward_pre_hooks for module in watched.model.modules())
@@ -61,7 +70,7 @@ def test_the_recorder_leaves_a_training_under_autocast_alone(tmp_path: Path) -> 
 
 def test_without_autocast_nothing_is_said_of_it(tmp_path: Path) -> None:
     """Neither in the log nor in the check."""
-    run = recorded(Loop.of(mlp()), tmp_path / "run")
+    run = recorded_loop(Loop.of(mlp()), tmp_path / "run")
     assert {step.autocast for step in run.log} == {""}
     assert "autocast" not in str(run.verify())
 
@@ -81,7 +90,7 @@ def test_a_loop_that_does_something_else_is_still_found_out(tmp_path: Path) -> N
         mlp(), options={"reduce": lambda batches: torch.full((len(batches[0][0]),), 1 / 5)}
     )
     with refused(UnexplainedGradient, "Step 0", "tolerance 0.05"):
-        recorded(loop, tmp_path / "run", autocast_training(loop))
+        recorded_loop(loop, tmp_path / "run", autocast_training(loop))
 
 
 def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +103,7 @@ def test_a_replay_that_rounds_elsewhere_passes_up_to_a_threshold(
 ) -> None:
     """5e-2 over a segment; it can be set."""
     loop = Loop.of(mlp())
-    run = recorded(loop, tmp_path / "run", autocast_training(loop))
+    run = recorded_loop(loop, tmp_path / "run", autocast_training(loop))
     without_autocast(monkeypatch)
     assert 1e-6 < run.verify().difference < 5e-2
     with pytest.raises(ReplayMismatch, match="tolerance 1e-06"):
@@ -102,7 +111,7 @@ def test_a_replay_that_rounds_elsewhere_passes_up_to_a_threshold(
 
 
 @pytest.mark.parametrize("optimizer", [sgd, adam])
-@pytest.mark.parametrize("model", [mlp, moody])
+@pytest.mark.parametrize("model", [mlp, stochastic_mlp])
 def test_trust_checks_the_derivative_along_the_recorded_training(
     model: Callable[[], nn.Module],
     optimizer: Callable[[nn.Module], torch.optim.Optimizer],
@@ -110,7 +119,7 @@ def test_trust_checks_the_derivative_along_the_recorded_training(
 ) -> None:
     """What autocast added to every gradient is held as it was, in the sweep and in the re-runs alike."""
     loop = Loop.of(model(), optimizer)
-    run = recorded(loop, tmp_path / "run", autocast_training(loop))
+    run = recorded_loop(loop, tmp_path / "run", autocast_training(loop))
     influence = backtrail.DIT().attribute(run, backtrail.Loss(rows(5, seed=1), aggregate="mean"))
     statement = backtrail.trust(run, influence, removals=4)
     assert "under autocast bfloat16" in str(statement).splitlines()[0]
@@ -123,7 +132,7 @@ def test_re_runs_stay_on_the_recorded_training(tmp_path: Path) -> None:
     """The unperturbed one, in float64, ends where the training did."""
     loop = Loop.of(mlp(), sgd)
     run, query = (
-        recorded(loop, tmp_path / "run", autocast_training(loop)),
+        recorded_loop(loop, tmp_path / "run", autocast_training(loop)),
         backtrail.Loss(rows(5, seed=1)),
     )
     end = run.state(run.steps)
@@ -135,5 +144,5 @@ def test_re_runs_stay_on_the_recorded_training(tmp_path: Path) -> None:
 
 def test_logs_from_before_autocast_was_noted_are_read(tmp_path: Path) -> None:
     """They have no such column."""
-    run: Run = recorded(Loop.of(mlp()), tmp_path / "run")
+    run: Run = recorded_loop(Loop.of(mlp()), tmp_path / "run")
     assert journal.from_table(run.table().drop("autocast")) == list(run.log)

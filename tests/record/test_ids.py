@@ -176,9 +176,9 @@ WRONG: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_ids_that_are_none_are_refused(name: str, tmp_path: Path) -> None:
     """With what the batch tells instead."""
-    ids, more, words = WRONG[name]
+    ids, change, words = WRONG[name]
     with refused(BadIds, *words):
-        recorded_stream(tmp_path / "run", ids, more=more)
+        recorded_stream(tmp_path / "run", ids, change=change)
 
 
 def test_a_stream_without_ids_is_told_of_them(tmp_path: Path) -> None:

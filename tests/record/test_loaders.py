@@ -18,15 +18,25 @@ from torch.utils.data import (
 
 import backtrail
 from backtrail.errors import UnreadableData, UnrepeatableRows, UnwatchableLoader
-from tests.loops import ORDER, Loop, in_order, mlp, moody, recorded, refused, rows, samples
-from tests.processes import apart
+from tests.loops import (
+    ORDER,
+    Loop,
+    mlp,
+    recorded_loop,
+    refused,
+    rows,
+    sample_numbers,
+    sequential_batches,
+    stochastic_mlp,
+)
+from tests.processes import in_fresh_process
 
 Watch = Callable[[Any], Any]
 
 
 def test_an_epoch_may_end_early(tmp_path: Path) -> None:
     """A loop that breaks off leaves no trace of the batches that workers had fetched ahead."""
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
     loader = loop.loader(num_workers=2, **ORDER)
 
     def train(watch: Watch) -> None:
@@ -37,8 +47,8 @@ def test_an_epoch_may_end_early(tmp_path: Path) -> None:
                 if number == 1:
                     break
 
-    run = recorded(loop, tmp_path / "run", train)
-    assert samples(run) == [[batch] for batch in in_order(22, 4)[:2]] * 3
+    run = recorded_loop(loop, tmp_path / "run", train)
+    assert sample_numbers(run) == [[batch] for batch in sequential_batches(22, 4)[:2]] * 3
     assert run.epochs == (2, 4, 6)
 
 
@@ -63,7 +73,7 @@ def test_sampled_rows_are_the_fed_rows(sampler: Callable[[], Any], tmp_path: Pat
             loop.backward(batch)
             loop.step()
 
-    run = recorded(loop, tmp_path / "run", train)
+    run = recorded_loop(loop, tmp_path / "run", train)
     assert all(
         torch.equal(loop.data.tensors[0][list(step.samples)], fed)
         for step, fed in zip(run.log, seen, strict=True)
@@ -74,20 +84,20 @@ def test_a_batch_sampler_of_ones_own_is_followed(tmp_path: Path) -> None:
     """Batches of changing size, from any iterable of row numbers."""
     chosen = [[3, 1, 1], [0], [21, 20, 19, 18], [5, 6]]
     loop = Loop.of(mlp())
-    run = recorded(
+    run = recorded_loop(
         loop,
         tmp_path / "run",
         lambda watch: loop.train(watch, DataLoader(loop.data, batch_sampler=chosen)),
     )
-    assert samples(run) == [[tuple(batch)] for batch in chosen] * 2
+    assert sample_numbers(run) == [[tuple(batch)] for batch in chosen] * 2
     sampler = BatchSampler(SequentialSampler(loop.data), 5, drop_last=True)
     again = Loop.of(mlp())
-    run = recorded(
+    run = recorded_loop(
         again,
         tmp_path / "b",
         lambda watch: again.train(watch, DataLoader(again.data, batch_sampler=sampler)),
     )
-    assert samples(run) == [[batch] for batch in in_order(22, 5)[:4]] * 2
+    assert sample_numbers(run) == [[batch] for batch in sequential_batches(22, 5)[:4]] * 2
 
 
 def test_two_loaders_take_turns(tmp_path: Path) -> None:
@@ -101,8 +111,8 @@ def test_two_loaders_take_turns(tmp_path: Path) -> None:
             loop.backward(pair[1])
             loop.step()
 
-    run = recorded(loop, tmp_path / "run", train)
-    assert samples(run)[:2] == [[(0, 1, 2)], [(3, 4, 5)]]
+    run = recorded_loop(loop, tmp_path / "run", train)
+    assert sample_numbers(run)[:2] == [[(0, 1, 2)], [(3, 4, 5)]]
 
 
 class Stream(IterableDataset[Any]):
@@ -160,7 +170,7 @@ def watched_list(path: Path) -> None:
 def test_what_is_no_loader(tmp_path: Path) -> None:
     """What it is instead is told."""
     with refused(UnwatchableLoader, "it is a list", "torch.utils.data.DataLoader"):
-        apart(watched_list, tmp_path)
+        in_fresh_process(watched_list, tmp_path)
 
 
 def test_a_loader_of_other_rows_of_the_same_number(tmp_path: Path) -> None:

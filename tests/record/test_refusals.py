@@ -30,7 +30,7 @@ from backtrail.errors import (
     UnwatchedStep,
 )
 from tests.loops import CLASSES, Augmented, Loop, backward, mlp, refused, rows
-from tests.processes import apart
+from tests.processes import in_fresh_process
 
 
 def record(loop: Loop, path: Path, **options: Any) -> None:
@@ -75,7 +75,9 @@ def test_the_optimizer_of_another_model(tmp_path: Path) -> None:
 def test_several_optimizers(tmp_path: Path) -> None:
     """A list of them is none."""
     with refused(BadOptimizer, "got a list", "one torch.optim optimizer"):
-        apart(with_two_optimizers, tmp_path)  # the shape checks would be faster to refuse a list
+        in_fresh_process(
+            with_two_optimizers, tmp_path
+        )  # the shape checks would be faster to refuse a list
 
 
 def with_two_optimizers(path: Path) -> None:
@@ -88,7 +90,7 @@ def with_two_optimizers(path: Path) -> None:
 def test_only_embeddings_are_captured(tmp_path: Path) -> None:
     """Another method is named, and what can be captured."""
     with refused(BadSetting, "capture=TracIn", "a backtrail.DataValueEmbedding"):
-        apart(with_another_method, tmp_path)
+        in_fresh_process(with_another_method, tmp_path)
 
 
 def with_another_method(path: Path) -> None:

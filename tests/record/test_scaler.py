@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import backtrail
 from backtrail.run.run import Run
-from tests.loops import Loop, backward, in_order, mlp, rows, samples
+from tests.loops import Loop, backward, mlp, rows, sample_numbers, sequential_batches
 
 Watch = Callable[[Any], Any]
 BROKEN = {2, 5, 8}  # batches whose loss is infinite
@@ -25,7 +25,7 @@ def scaled(
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 
     def train(watch: Watch) -> None:
-        for number, batch in enumerate(loop.noted(watch(loop.loader(shuffle=False)))):
+        for number, batch in enumerate(loop.saving_states(watch(loop.loader(shuffle=False)))):
             with torch.autocast("cpu", low, enabled=low is not None):
                 loss = cross_entropy(loop.model(batch[0]), batch[1]) / every
             backward(scaler.scale(loss * (float("inf") if number in BROKEN else 1.0)))
@@ -43,7 +43,7 @@ def scaled(
 
 def taken(every: int) -> list[list[tuple[int, ...]]]:
     """Samples of the steps without an infinite loss."""
-    batches = in_order(40, 4)
+    batches = sequential_batches(40, 4)
     groups = [range(first, first + every) for first in range(0, len(batches), every)]
     return [[batches[number] for number in group] for group in groups if not BROKEN & set(group)]
 
@@ -62,7 +62,7 @@ def test_the_steps_taken_are_the_steps_recorded(
     """Infinite losses make no step; the proof accepts all others, and the states replay."""
     loop = Loop.of(mlp(), adam(fused=fused), data=rows(40))
     run = opened(loop, tmp_path / "run", scaled(loop, every=every, low=low, clips=False))
-    assert samples(run) == taken(every)
+    assert sample_numbers(run) == taken(every)
     found = run.verify()
     assert found.difference < (1e-3 if low == torch.float16 else 1e-5)
     assert ("replayed and attributed without it" in str(found)) == (low == torch.float16)
@@ -75,7 +75,7 @@ def test_gradients_clipped_after_unscaling_are_explained(every: int, tmp_path: P
         mlp(), adam(fused=False), data=rows(40), options={"clip": backtrail.ClipNorm(CLIP)}
     )
     run = opened(loop, tmp_path / "run", scaled(loop, every=every, low=None, clips=True))
-    assert samples(run) == taken(every)
+    assert sample_numbers(run) == taken(every)
     assert max(step.norm for step in run.log) <= CLIP * (1 + 1e-5)
     assert run.verify().difference < 1e-5
 

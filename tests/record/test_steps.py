@@ -12,7 +12,17 @@ from torch.utils.data import DataLoader
 
 import backtrail
 from backtrail.errors import UnexplainedGradient
-from tests.loops import ORDER, Loop, backward, in_order, mlp, moody, recorded, rows, samples
+from tests.loops import (
+    ORDER,
+    Loop,
+    backward,
+    mlp,
+    recorded_loop,
+    rows,
+    sample_numbers,
+    sequential_batches,
+    stochastic_mlp,
+)
 
 Watch = Callable[[Any], Any]
 
@@ -28,7 +38,7 @@ def test_accumulated_batches_form_one_step(
     tmp_path: Path, *, set_to_none: bool, first: bool
 ) -> None:
     """Two batches a step, a last group of one, gradients cleared before or after, to None or to zero."""
-    loop = Loop.of(moody(), data=rows(19), options={"reduce": halves})
+    loop = Loop.of(stochastic_mlp(), data=rows(19), options={"reduce": halves})
     loader = loop.loader(**ORDER)
 
     def train(watch: Watch) -> None:
@@ -42,9 +52,9 @@ def test_accumulated_batches_form_one_step(
                     if not first:
                         loop.optimizer.zero_grad(set_to_none=set_to_none)
 
-    run = recorded(loop, tmp_path / "run", train)
-    one, two, three, four, five = in_order(19, 4)
-    assert samples(run) == [[one, two], [three, four], [five]] * 3
+    run = recorded_loop(loop, tmp_path / "run", train)
+    one, two, three, four, five = sequential_batches(19, 4)
+    assert sample_numbers(run) == [[one, two], [three, four], [five]] * 3
     assert run.epochs == (3, 6, 9)
 
 
@@ -62,7 +72,7 @@ def test_epochs_that_end_within_a_step_keep_their_states(tmp_path: Path) -> None
                 if waiting % 2 == 0:
                     loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Epochs())
+    run = recorded_loop(loop, tmp_path / "run", train, checkpoints=backtrail.Epochs())
     assert [[fed.epoch for fed in step.fed] for step in run.log] == [
         [0, 0],
         [0, 1],
@@ -76,7 +86,7 @@ def test_epochs_that_end_within_a_step_keep_their_states(tmp_path: Path) -> None
 
 def test_validation_in_between_is_not_a_step(tmp_path: Path) -> None:
     """Validation with and without gradients, over its own loader or the training's, belongs to no step."""
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
     loader, other = loop.loader(**ORDER), DataLoader(rows(9, seed=4), batch_size=3, shuffle=True)
 
     def validate(batches: Iterable[Any]) -> None:
@@ -101,8 +111,8 @@ def test_validation_in_between_is_not_a_step(tmp_path: Path) -> None:
             validate(loader)
             validate(watch(loader))
 
-    run = recorded(loop, tmp_path / "run", train)
-    assert samples(run) == [[batch] for batch in in_order(22, 4)] * 2
+    run = recorded_loop(loop, tmp_path / "run", train)
+    assert sample_numbers(run) == [[batch] for batch in sequential_batches(22, 4)] * 2
     assert [step.evaluating for step in run.log] == [()] * run.steps
 
 
@@ -118,10 +128,10 @@ def test_a_loop_that_draws_before_its_forward_pass_says_so(tmp_path: Path) -> No
                 loop.backward(batch)
                 loop.step()
 
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
     with pytest.raises(UnexplainedGradient, match=r"random numbers drawn .*recorder\.fed"):
         train(loop, loop.recorder(tmp_path / "run"), cured=False)
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
     train(loop, loop.recorder(tmp_path / "cured"), cured=True)
     assert backtrail.open_run(tmp_path / "cured", loop.task()).verify().difference < 1e-5
 
@@ -135,7 +145,7 @@ def test_several_losses_on_one_batch_are_one_feeding(tmp_path: Path) -> None:
     def loss(outputs: Any, batch: Any) -> Tensor:
         return sum((cross_entropy(o, batch[1], reduction="none") for o in outputs), torch.zeros(()))
 
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
 
     def train(watch: Watch) -> None:
         for batch in watch(loop.loader(**ORDER)):
@@ -151,12 +161,12 @@ def test_several_losses_on_one_batch_are_one_feeding(tmp_path: Path) -> None:
         train(recorder.watch)
     run = backtrail.open_run(tmp_path / "run", task)
     assert run.verify().difference < 1e-5
-    assert samples(run) == [[batch] for batch in in_order(22, 4)]
+    assert sample_numbers(run) == [[batch] for batch in sequential_batches(22, 4)]
 
 
 def test_two_steps_on_one_batch_are_two_steps(tmp_path: Path) -> None:
     """Each of them has its own dropout mask, and the same samples."""
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
 
     def train(watch: Watch) -> None:
         for batch in watch(loop.loader(**ORDER)):
@@ -164,8 +174,8 @@ def test_two_steps_on_one_batch_are_two_steps(tmp_path: Path) -> None:
                 loop.backward(batch)
                 loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Every(3))
-    assert samples(run) == [[batch] for batch in in_order(22, 4) for _ in range(2)]
+    run = recorded_loop(loop, tmp_path / "run", train, checkpoints=backtrail.Every(3))
+    assert sample_numbers(run) == [[batch] for batch in sequential_batches(22, 4) for _ in range(2)]
 
 
 def test_a_skipped_step_is_none(tmp_path: Path) -> None:
@@ -181,9 +191,9 @@ def test_a_skipped_step_is_none(tmp_path: Path) -> None:
                 else:
                     loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Epochs())
-    kept = [batch for number, batch in enumerate(in_order(22, 4)) if number not in {0, 3}]
-    assert samples(run) == [[batch] for batch in kept] * 2
+    run = recorded_loop(loop, tmp_path / "run", train, checkpoints=backtrail.Epochs())
+    kept = [batch for number, batch in enumerate(sequential_batches(22, 4)) if number not in {0, 3}]
+    assert sample_numbers(run) == [[batch] for batch in kept] * 2
     assert run.kept == (0, 4, 8)
 
 
@@ -210,9 +220,9 @@ def test_a_real_gradient_scaler_skips_and_scales(tmp_path: Path, *, fused: bool)
             assert torch.equal(weight, before) is (number not in made)
 
     loop.options["reduce"] = lambda _: torch.full((4,), 5.0)
-    run = recorded(loop, tmp_path / "run", train)
-    assert samples(run) == [
-        [batch] for number, batch in enumerate(in_order(40, 4)) if number in made
+    run = recorded_loop(loop, tmp_path / "run", train)
+    assert sample_numbers(run) == [
+        [batch] for number, batch in enumerate(sequential_batches(40, 4)) if number in made
     ]
     assert 0 < len(made) < 10
 
@@ -223,7 +233,7 @@ def test_a_skipped_step_still_moves_batch_norm(
     skipped: set[int], tmp_path: Path, *, backwards: bool
 ) -> None:
     """The forward pass of a batch that led to no step moved the running statistics; replay moves them as well."""
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
 
     def train(watch: Watch) -> None:
         for number, batch in enumerate(watch(loop.loader(**ORDER))):
@@ -235,7 +245,9 @@ def test_a_skipped_step_still_moves_batch_norm(
             else:
                 loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Every(50))
-    made = [batch for number, batch in enumerate(in_order(22, 4)) if number not in skipped]
+    run = recorded_loop(loop, tmp_path / "run", train, checkpoints=backtrail.Every(50))
+    made = [
+        batch for number, batch in enumerate(sequential_batches(22, 4)) if number not in skipped
+    ]
     assert [step.samples for step in run.log] == made
     assert backtrail.DIT().attribute(run, backtrail.Loss(loop.data)).slots == 4

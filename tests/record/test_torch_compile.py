@@ -18,8 +18,8 @@ from torch.utils.data import TensorDataset
 import backtrail
 from backtrail.run.run import Run
 from backtrail.task import torch_compile
-from tests.loops import Loop, backward, mlp, moody, rows
-from tests.processes import apart
+from tests.loops import Loop, backward, mlp, rows, stochastic_mlp
+from tests.processes import in_fresh_process
 
 Parts = tuple[Callable[..., Any], nn.Module]  # what the loop calls, and what the task is given
 Make = Callable[[], nn.Sequential]
@@ -130,7 +130,7 @@ def test_compiled_models_are_recorded_and_attributed_alike(
     backend: str, way: Way, tmp_path: Path
 ) -> None:
     """With BatchNorm and dropout between the layers."""
-    apart(compare, moody, way, (backend, tmp_path))
+    in_fresh_process(compare, stochastic_mlp, way, (backend, tmp_path))
 
 
 def autocasts(path: Path) -> list[str]:
@@ -151,11 +151,11 @@ def autocasts(path: Path) -> list[str]:
 
 def test_autocast_around_a_compiled_model_is_noticed(tmp_path: Path) -> None:
     """By hooks that are part of its graph."""
-    assert apart(autocasts, tmp_path / "run") == ["bfloat16", "", "bfloat16", ""]
+    assert in_fresh_process(autocasts, tmp_path / "run") == ["bfloat16", "", "bfloat16", ""]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[:3], ids=lambda way: way.__name__)
 def test_generated_code_is_recorded_and_attributed_alike(way: Way, tmp_path: Path) -> None:
     """By the default backend, which rounds in other places; it draws other dropout masks, so there is none."""
-    apart(compare, mlp, way, ("inductor", tmp_path))
+    in_fresh_process(compare, mlp, way, ("inductor", tmp_path))

@@ -13,8 +13,18 @@ from torch import nn
 
 import backtrail
 from backtrail.step.state import State
-from tests.loops import Augmented, Loop, adam, beside, bits, mlp, moody, rows, watching
-from tests.processes import apart
+from tests.loops import (
+    Augmented,
+    Loop,
+    adam,
+    bytes_of,
+    mlp,
+    recording,
+    rows,
+    stochastic_mlp,
+    watch_of,
+)
+from tests.processes import in_fresh_process
 
 LOADERS: dict[str, dict[str, Any]] = {
     "shuffled": {},
@@ -78,9 +88,9 @@ def final(
     """The training's last state, and the state that it leaves the generators in."""
     SHARED.bit_generator.state = np.random.PCG64(3).state
     torch.manual_seed(11), np.random.seed(12), random.seed(13)
-    with beside(recorder):
-        loop.train(watching(recorder), loop.loader(**loader), epochs=3)
-    return loop.now(), (*world(), SHARED.bit_generator.state["state"])
+    with recording(recorder):
+        loop.train(watch_of(recorder), loop.loader(**loader), epochs=3)
+    return loop.current_state(), (*world(), SHARED.bit_generator.state["state"])
 
 
 def unchanged(make: Callable[[], Loop], path: Path, loader: dict[str, Any], **options: Any) -> None:
@@ -88,18 +98,18 @@ def unchanged(make: Callable[[], Loop], path: Path, loader: dict[str, Any], **op
     alone = final(make(), None, loader)
     loop = make()
     accompanied = final(loop, loop.recorder(path, **options), loader)
-    assert bits(alone[0]) == bits(accompanied[0])
+    assert bytes_of(alone[0]) == bytes_of(accompanied[0])
     assert alone[1] == accompanied[1]
 
 
-@pytest.mark.parametrize("make", [mlp, moody])
+@pytest.mark.parametrize("make", [mlp, stochastic_mlp])
 @pytest.mark.parametrize("optimizer", [momentum, adam])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_weights_and_moments_keep_their_bits(
     make: Callable[[], nn.Module], optimizer: Any, loader: str, *, tmp_path: Path
 ) -> None:
     """Dropout, batch norm, shuffling and workers: the recorder changes neither weights, moments, buffers nor draws."""
-    apart(partial(is_unchanged, make, optimizer, loader, path=tmp_path / "run"))
+    in_fresh_process(partial(is_unchanged, make, optimizer, loader, path=tmp_path / "run"))
 
 
 def is_unchanged(make: Callable[[], nn.Module], optimizer: Any, named: str, *, path: Path) -> None:
@@ -119,7 +129,7 @@ def augmented_is_unchanged(noise: Any, workers: int, path: Path) -> None:
     """A training on random rows, alone and accompanied."""
 
     def fresh() -> Loop:
-        return Loop.of(moody(), data=Augmented(noise() if noise is Private else noise))
+        return Loop.of(stochastic_mlp(), data=Augmented(noise() if noise is Private else noise))
 
     unchanged(fresh, path, {"num_workers": workers}, keep_batches=True)
 
@@ -130,7 +140,7 @@ def augmented_is_unchanged(noise: Any, workers: int, path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_draws_as_without_a_recorder(noise: Any, workers: int, tmp_path: Path) -> None:
     """Random rows stay the same rows, wherever their noise is drawn from."""
-    apart(augmented_is_unchanged, noise, workers, tmp_path / "run")
+    in_fresh_process(augmented_is_unchanged, noise, workers, tmp_path / "run")
 
 
 def wasting_is_unchanged(noise: Any, path: Path) -> None:
@@ -149,7 +159,7 @@ def wasting_is_unchanged(noise: Any, path: Path) -> None:
 )
 def test_the_proof_gives_back_what_it_draws(noise: Any, tmp_path: Path) -> None:
     """A data set that draws and throws away is read again by the recorder, and draws on as if it had not been."""
-    apart(wasting_is_unchanged, noise, tmp_path / "run")
+    in_fresh_process(wasting_is_unchanged, noise, tmp_path / "run")
 
 
 def test_a_collate_function_with_its_own_generator_draws_on(tmp_path: Path) -> None:
@@ -170,7 +180,7 @@ def test_a_collate_function_with_its_own_generator_draws_on(tmp_path: Path) -> N
     for record in (False, True):
         loop = fresh()
         recorder = loop.recorder(tmp_path / "run") if record else None
-        with beside(recorder):
-            loop.train(watching(recorder), loop.loader(collate_fn=loop.options["collate"]))
+        with recording(recorder):
+            loop.train(watch_of(recorder), loop.loader(collate_fn=loop.options["collate"]))
         ends.append(last[-1].get_state().tolist())
     assert ends[0] == ends[1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import backtrail
-from tests.loops import CLASSES, FEATURES, Loop, adam, backward, mlp, moody, recorded
+from tests.loops import CLASSES, FEATURES, Loop, adam, backward, mlp, recorded_loop, stochastic_mlp
 
 Watch = Callable[[Any], Any]
 
@@ -38,7 +38,7 @@ def test_settings_of_every_group_are_those_of_the_update(tmp_path: Path) -> None
                 loop.step()
                 schedule.step()
 
-    run = recorded(loop, tmp_path / "run", train)
+    run = recorded_loop(loop, tmp_path / "run", train)
     assert [[(s["lr"], s["momentum"]) for s in step.settings] for step in run.log] == used
     assert run.table()["lr"].to_list() == [[lr for lr, _ in step] for step in used]
     assert len({momentum for step in used for _, momentum in step}) > 5
@@ -58,7 +58,7 @@ def test_frozen_and_unused_parameters_stay(tmp_path: Path) -> None:
             loop.backward(batch)
             loop.step()
 
-    run = recorded(loop, tmp_path / "run", train)
+    run = recorded_loop(loop, tmp_path / "run", train)
     frozen = ("0.weight", "0.bias", "extra.unused")
     assert [step.unused for step in run.log] == [frozen] * 3 + [frozen[2:]] * 3
     assert torch.equal(
@@ -78,7 +78,7 @@ def test_everything_may_be_frozen_but_what_comes_later(tmp_path: Path) -> None:
         model[0].bias.requires_grad_(True)
         loop.train(watch, epochs=1)
 
-    assert recorded(loop, tmp_path / "run", train).steps == 12
+    assert recorded_loop(loop, tmp_path / "run", train).steps == 12
 
 
 class Tied(nn.Module):
@@ -98,7 +98,7 @@ class Tied(nn.Module):
 
 def test_tied_parameters_are_one(tmp_path: Path) -> None:
     """A tied matrix is in the run once, under its first name."""
-    run = recorded(Loop.of(Tied()), tmp_path / "run")
+    run = recorded_loop(Loop.of(Tied()), tmp_path / "run")
     assert run.trained == ("inner.weight", "inner.bias", "outer.bias")
 
 
@@ -118,7 +118,7 @@ def test_a_penalty_counts_once_a_step(tmp_path: Path) -> None:
                 backward(square(dict(loop.model.named_parameters())))
                 loop.step()
 
-    recorded(loop, tmp_path / "run", train)
+    recorded_loop(loop, tmp_path / "run", train)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_clipping_is_part_of_the_update(
                     nn.utils.clip_grad_value_(parameters, clip.max_value)
             loop.step()
 
-    recorded(loop, tmp_path / "run", train)
+    recorded_loop(loop, tmp_path / "run", train)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,10 @@ def test_clipping_is_part_of_the_update(
 )
 def test_every_supported_optimizer_replays(kind: str, tmp_path: Path) -> None:
     """All of torch's elementwise optimizers, with their moments."""
-    loop = Loop.of(moody(), lambda model: getattr(torch.optim, kind)(model.parameters(), lr=0.01))
-    assert recorded(loop, tmp_path / "run").manifest.optimizer == kind
+    loop = Loop.of(
+        stochastic_mlp(), lambda model: getattr(torch.optim, kind)(model.parameters(), lr=0.01)
+    )
+    assert recorded_loop(loop, tmp_path / "run").manifest.optimizer == kind
 
 
 def test_sums_and_own_reductions_replay(tmp_path: Path) -> None:
@@ -174,21 +176,21 @@ def test_sums_and_own_reductions_replay(tmp_path: Path) -> None:
                 backward(cross_entropy(each.model(batch[0]), batch[1], reduction="sum") * scale)
                 each.step()
 
-        recorded(each, tmp_path / str(number), train)
+        recorded_loop(each, tmp_path / str(number), train)
 
 
 def test_weights_changed_after_the_last_step_are_not_the_runs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Loading other weights before the recorder closes does not damage the run, and is said."""
-    loop = Loop.of(moody(), adam)
+    loop = Loop.of(stochastic_mlp(), adam)
 
     def train(watch: Watch) -> None:
         loop.train(watch)
         with torch.no_grad():
             loop.model.get_parameter("0.weight").zero_()
 
-    run = recorded(loop, tmp_path / "run", train)
+    run = recorded_loop(loop, tmp_path / "run", train)
     assert run.steps not in run.kept
     assert run.manifest.finished
     assert "'0.weight' changed after the last step" in caplog.text

@@ -23,26 +23,28 @@ from backtrail.errors import (
     WrongModel,
 )
 from backtrail.run.run import Run
-from tests.loops import ROWS, Loop, mlp, moody, recorded, refused, rows
+from tests.loops import ROWS, Loop, mlp, recorded_loop, refused, rows, stochastic_mlp
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run of twelve steps."""
-    return recorded(Loop.of(moody()), tmp_path / "run")
+    return recorded_loop(Loop.of(stochastic_mlp()), tmp_path / "run")
 
 
 def reopened(run: Run, model: nn.Module | None = None, data: Any = None) -> Run:
     """The run, opened with another model or data set."""
     return backtrail.open_run(
         run.path,
-        backtrail.classification(model or moody(), run.task.data if data is None else data),
+        backtrail.classification(
+            model or stochastic_mlp(), run.task.data if data is None else data
+        ),
     )
 
 
 def test_another_model(run: Run) -> None:
     """Every tensor that differs is named, with both shapes."""
-    other = moody()
+    other = stochastic_mlp()
     other[4] = nn.Linear(8, 5)
     with refused(
         WrongModel,
@@ -59,7 +61,7 @@ def test_another_model(run: Run) -> None:
     ):
         reopened(run, mlp())
     with refused(WrongModel, "'0.bias' is float64", "recorded as float32"):
-        reopened(run, moody().double())
+        reopened(run, stochastic_mlp().double())
 
 
 def test_data_of_another_length(run: Run) -> None:
@@ -86,7 +88,7 @@ def test_other_rows_of_a_later_step(run: Run) -> None:
 
 def test_another_loss(run: Run) -> None:
     """A task whose loss is not the recorded one does not replay."""
-    task = backtrail.classification(moody(), run.task.data, reduce="sum")
+    task = backtrail.classification(stochastic_mlp(), run.task.data, reduce="sum")
     with refused(ReplayMismatch, "Step 0", "norm of its gradient"):
         backtrail.open_run(run.path, task).verify()
 
@@ -128,7 +130,7 @@ def test_a_missing_file(run: Run, name: str) -> None:
 
 def test_missing_and_damaged_batches(tmp_path: Path) -> None:
     """Stored batches are checked when they are read."""
-    run = recorded(Loop.of(mlp()), tmp_path / "run", keep_batches=True)
+    run = recorded_loop(Loop.of(mlp()), tmp_path / "run", keep_batches=True)
     path = run.path / "batches" / "00000002.safetensors"
     content = bytearray(path.read_bytes())
     content[8 + int.from_bytes(content[:8], "little")] ^= 1  # the first byte after the head
@@ -216,7 +218,7 @@ def test_queries_of_rows_that_are_not_there(run: Run) -> None:
 
 def test_opening_leaves_the_model_alone(run: Run) -> None:
     """A run never reads or writes the weights and modes of the task's model."""
-    model = moody().eval()
+    model = stochastic_mlp().eval()
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(float("nan"))
     again = reopened(run, model)

@@ -15,7 +15,7 @@ from backtrail.record.policy import CheckpointPolicy
 from backtrail.run import journal
 from backtrail.run.store import journal_file
 from backtrail.step.state import State
-from tests.loops import Augmented, Loop, backward, bits, mlp, moody, recorded
+from tests.loops import Augmented, Loop, backward, bytes_of, mlp, recorded_loop, stochastic_mlp
 
 POLICIES: list[tuple[CheckpointPolicy, tuple[int, ...]]] = [
     (backtrail.Every(5), (0, 5, 10, 15, 18)),
@@ -38,15 +38,15 @@ def test_states_are_those_of_the_live_loop(
     policy: CheckpointPolicy, kept: tuple[int, ...], tmp_path: Path
 ) -> None:
     """A policy keeps what it says; kept states equal the loop's bit for bit, and the others replay to them."""
-    loop = Loop.of(moody())
-    run = recorded(
+    loop = Loop.of(stochastic_mlp())
+    run = recorded_loop(
         loop, tmp_path / "run", lambda watch: loop.train(watch, epochs=3), checkpoints=policy
     )
     assert run.kept == kept == tuple(on_disk(run.path))
     assert len(loop.states) == run.steps + 1 == 19
     for number, lived in enumerate(loop.states):
         if number in kept:
-            assert bits(run.state(number)) == bits(lived)
+            assert bytes_of(run.state(number)) == bytes_of(lived)
         assert_close(run.state(number, replay=True), lived)
 
 
@@ -59,30 +59,30 @@ def assert_close(found: State, lived: State) -> None:
 
 def test_a_state_has_the_buffers_before_the_first_of_its_batches(tmp_path: Path) -> None:
     """With two batches a step, state t holds the statistics before the forward passes of step t."""
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
 
     def train(watch: Any) -> None:
-        for number, batch in enumerate(loop.noted(watch(loop.loader()))):
+        for number, batch in enumerate(loop.saving_states(watch(loop.loader()))):
             backward(cross_entropy(loop.model(batch[0]), batch[1]) / 2)
             if number % 2:
                 loop.step()
 
-    run = recorded(loop, tmp_path / "run", train, checkpoints=backtrail.Every(1))
+    run = recorded_loop(loop, tmp_path / "run", train, checkpoints=backtrail.Every(1))
     for number, lived in enumerate(loop.states[::2]):
-        assert bits(run.state(number)) == bits(lived)
+        assert bytes_of(run.state(number)) == bytes_of(lived)
 
 
 def test_the_final_state_is_what_the_last_step_left(tmp_path: Path) -> None:
     """Evaluation after the last step, inside the recorder, changes nothing that is kept."""
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
 
     def train(watch: Any) -> None:
         loop.train(watch)
         loop.model.eval()
         loop.model(loop.data.tensors[0])
 
-    run = recorded(loop, tmp_path / "run", train)
-    assert bits(run.state(run.steps)) == bits(loop.now())
+    run = recorded_loop(loop, tmp_path / "run", train)
+    assert bytes_of(run.state(run.steps)) == bytes_of(loop.current_state())
 
 
 class Wandering(nn.Module):
@@ -112,9 +112,9 @@ class Wandering(nn.Module):
 def test_buffers_of_any_kind_are_replayed(tmp_path: Path) -> None:
     """Buffers moved in place or by assignment, small and large, are those before the forward pass."""
     loop = Loop.of(mlp(Wandering()))
-    run = recorded(loop, tmp_path / "run", checkpoints=backtrail.Every(3))
+    run = recorded_loop(loop, tmp_path / "run", checkpoints=backtrail.Every(3))
     for number in run.kept:
-        assert bits(run.state(number)) == bits(loop.states[number])
+        assert bytes_of(run.state(number)) == bytes_of(loop.states[number])
 
 
 def test_views_of_one_memory_are_kept_apart(tmp_path: Path) -> None:
@@ -123,15 +123,15 @@ def test_views_of_one_memory_are_kept_apart(tmp_path: Path) -> None:
     layer = nn.Identity()
     layer.register_buffer("all", base)
     layer.register_buffer("again", base.view(2, 3))
-    run = recorded(Loop.of(mlp(layer)), tmp_path / "run")
+    run = recorded_loop(Loop.of(mlp(layer)), tmp_path / "run")
     assert run.state(0).buffers["1.again"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stored_batches_replay_random_rows(workers: int, tmp_path: Path) -> None:
     """keep_batches=True: rows that read differently every time replay to the loop's own states."""
-    loop = Loop.of(moody(), data=Augmented(lambda: float(torch.randn(()))))
-    run = recorded(
+    loop = Loop.of(stochastic_mlp(), data=Augmented(lambda: float(torch.randn(()))))
+    run = recorded_loop(
         loop,
         tmp_path / "run",
         lambda watch: loop.train(watch, loop.loader(num_workers=workers)),
@@ -151,7 +151,7 @@ def mixed(batch: Any) -> Any:
 @pytest.mark.parametrize("every", [1, 2], ids=["all", "every second"])
 def test_what_the_loop_made_of_a_batch_is_replayed(every: int, tmp_path: Path) -> None:
     """recorder.fed: batches mixed in the loop are stored, the others of the same step are read again."""
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
 
     def train(watch: Any) -> None:
         for number, given in enumerate(watch(loop.loader())):
@@ -214,7 +214,7 @@ def test_values_without_content_do_not_disturb(tmp_path: Path) -> None:
         return [*torch.utils.data.default_collate(items), Odd()]
 
     loop.options["collate"] = collate
-    recorded(
+    recorded_loop(
         loop, tmp_path / "run", lambda watch: loop.train(watch, loop.loader(collate_fn=collate))
     )
 
@@ -225,7 +225,7 @@ def test_a_long_run_turns_its_journal_into_segments(
     """Steps in Parquet segments and in the journal read as one log."""
     monkeypatch.setattr("backtrail.run.store.SEGMENT", 5)
     loop = Loop.of(mlp())
-    run = recorded(loop, tmp_path / "run")
+    run = recorded_loop(loop, tmp_path / "run")
     assert sorted(file.name for file in (run.path / "steps").iterdir()) == [
         "00000000.parquet",
         "00000005.parquet",
@@ -245,7 +245,7 @@ def test_a_long_run_turns_its_journal_into_segments(
 
 def test_a_kill_while_a_journal_becomes_a_segment_loses_no_step(tmp_path: Path) -> None:
     """Until the manifest names the segment, its journal and the next one are both read."""
-    run = recorded(Loop.of(mlp()), tmp_path / "run")
+    run = recorded_loop(Loop.of(mlp()), tmp_path / "run")
     path = run.path / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["files"]["steps/00000000.parquet"]
@@ -269,7 +269,7 @@ def stop_after(loop: Loop, recorder: backtrail.Recorder, *, steps: int) -> None:
 
 def test_a_loop_that_fails_leaves_the_states_that_were_on_their_way(tmp_path: Path) -> None:
     """Files are written beside the training; what it had handed over when it failed gets there."""
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
 
     def train(watch: Any) -> None:
         for number, batch in enumerate(watch(loop.loader())):
@@ -288,7 +288,7 @@ def test_a_loop_that_fails_leaves_the_states_that_were_on_their_way(tmp_path: Pa
 
 def test_a_state_that_cannot_be_written_stops_the_training(tmp_path: Path) -> None:
     """What the disk says of a file reaches the loop, at the next file or at the end."""
-    loop = Loop.of(moody())
+    loop = Loop.of(stochastic_mlp())
     with (
         pytest.raises(OSError, match="states"),
         loop.recorder(tmp_path, checkpoints=backtrail.Every(1)) as recorder,

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 import backtrail
 from backtrail.errors import BadLoss, BadReduction, SharedStorage
 from backtrail.task.task import default_predict, size_of
-from tests.loops import Loop, adam, copied, mlp, moody, recorded, rows
+from tests.loops import Loop, adam, copied, mlp, recorded_loop, rows, stochastic_mlp
 
 
 def task(model: nn.Module, data: Any = None, **options: Any) -> backtrail.Task:
@@ -38,7 +38,7 @@ def test_losses_are_those_of_the_given_tensors() -> None:
 
 def test_the_live_model_is_never_touched() -> None:
     """Neither its tensors nor its modes, nor its hooks' model, change when the task is asked."""
-    model = moody().eval()
+    model = stochastic_mlp().eval()
     before = copied(model.state_dict())
     here = task(model)
     here.binding.set_modes(())
@@ -288,5 +288,5 @@ def test_a_model_may_compute_its_own_losses(tmp_path: Path) -> None:
 def test_double_precision_replays_to_the_last_digits(tmp_path: Path) -> None:
     """In float64 a replay differs by rounding alone."""
     data = [(inputs.double(), label) for inputs, label in zip(*rows().tensors, strict=True)]
-    run = recorded(Loop.of(moody().double(), data=data), tmp_path / "run")
+    run = recorded_loop(Loop.of(stochastic_mlp().double(), data=data), tmp_path / "run")
     assert run.verify().difference < 1e-12

@@ -1,4 +1,4 @@
-"""Trainings whose per-sample gradients are captured while they run, and the same without the capture."""
+"""Trainings whose gradients are captured while they run, and the same runs without the capture."""
 
 from pathlib import Path
 from typing import Any
@@ -15,53 +15,53 @@ from tests.cases import Case, mlp, record, rows
 
 
 def projected(**settings: Any) -> backtrail.DataValueEmbedding:
-    """With a projection that loses something, and a recursion that goes back over every step."""
+    """Return the method with a projection to rank 6, which loses something."""
     chosen: dict[str, Any] = {"rank": 6, "damping": 0.5}
-    return backtrail.DataValueEmbedding(**chosen | settings)
+    chosen.update(settings)
+    return backtrail.DataValueEmbedding(**chosen)
 
 
 def without_capture(run: Run) -> Run:
-    """The same recording as if nothing had been captured."""
-    files = {
-        name: hash for name, hash in run.manifest.files.items() if not name.startswith("rows/")
-    }
-    return Run(
-        Store(run.path, msgspec.structs.replace(run.manifest, files=files)), run.task, run.log
-    )
+    """Return the same run as if nothing had been captured, so that its steps are replayed."""
+    files = run.manifest.files
+    kept = {name: files[name] for name in files if not name.startswith("rows/")}
+    manifest = msgspec.structs.replace(run.manifest, files=kept)
+    return Run(Store(run.path, manifest), run.task, run.log)
 
 
 def captured_files(run: Run) -> list[str]:
-    """Files of the capture."""
+    """Return the names of the files that a capture wrote."""
     return sorted(name for name in run.manifest.files if name.startswith("rows/"))
 
 
-def assert_same_as_replayed(run: Run, made: backtrail.DataValueEmbedding) -> None:
-    """Assert that what was captured is what a replay finds, but for rounding."""
+def assert_same_as_replayed(run: Run, method: backtrail.DataValueEmbedding) -> None:
+    """Assert that captured gradients give the embeddings of a replay, up to rounding."""
     assert captured_files(run)
-    ours, theirs = made.embed(run), made.embed(without_capture(run))
-    largest = np.abs(theirs.values()).max()
+    captured = method.embed(run)
+    replayed = method.embed(without_capture(run))
+    largest = np.abs(replayed.values()).max()
     assert largest > 0
-    np.testing.assert_allclose(ours.values(), theirs.values(), rtol=0, atol=1e-11 * largest)
+    np.testing.assert_allclose(captured.values(), replayed.values(), rtol=0, atol=1e-11 * largest)
     np.testing.assert_allclose(
-        ours._store.read("loss"), theirs._store.read("loss"), rtol=1e-12, atol=0
+        captured._store.read("loss"), replayed._store.read("loss"), rtol=1e-12, atol=0
     )
 
 
-def captured_case(case: Case, path: Path, made: backtrail.DataValueEmbedding) -> Run:
-    """A training that was captured while it ran."""
-    model, data = case.built(), rows()
-    record(case, model, data, path, capture=made)
+def captured_case(case: Case, path: Path, method: backtrail.DataValueEmbedding) -> Run:
+    """Record a case while its gradients are captured for `method`."""
+    model = case.built()
+    data = rows()
+    record(case, model, data, path, capture=method)
     return backtrail.open_run(path, case.task(model, data))
 
 
 def captured_training(
     path: Path,
 ) -> tuple[backtrail.Task, torch.optim.Optimizer, backtrail.Recorder, "DataLoader[Any]"]:
-    """A training that is about to be captured."""
-    data, model = rows(), mlp().double()
-    task, optimizer = (
-        backtrail.classification(model, data),
-        torch.optim.AdamW(model.parameters(), lr=0.01),
-    )
+    """Return task, optimizer, capturing recorder and loader of a training with AdamW."""
+    data = rows()
+    model = mlp().double()
+    task = backtrail.classification(model, data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     recorder = backtrail.Recorder(path, task, optimizer, capture=projected())
     return task, optimizer, recorder, DataLoader(data, batch_size=3)

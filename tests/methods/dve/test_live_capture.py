@@ -31,7 +31,7 @@ from tests.methods.dve.live_training import (
     without_capture,
 )
 from tests.persample.layers import LAYERS, SLOTS, Layer, Mapped, nonlinear_loss, table
-from tests.processes import apart
+from tests.processes import in_fresh_process
 
 SEPARABLE = [case for case in CASES if case.model is not normed]
 
@@ -234,7 +234,7 @@ def is_untouched(path: Path) -> None:
 
 def test_the_training_keeps_its_bits(tmp_path: Path) -> None:
     """Weights and random numbers, labels drawn or not."""
-    apart(is_untouched, tmp_path)
+    in_fresh_process(is_untouched, tmp_path)
 
 
 def test_what_was_lost_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def is_refused_compiled(path: Path) -> None:
 
 def test_a_compiled_model_is_refused(tmp_path: Path) -> None:
     """At its first step."""
-    apart(is_refused_compiled, tmp_path / "run")
+    in_fresh_process(is_refused_compiled, tmp_path / "run")
 
 
 def test_a_copy_of_the_model_is_not_listened_to(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Data Value Embedding at full rank, and how far it is from what it should equal."""
+"""Data Value Embedding at full rank, and its error."""
 
 from typing import Any
 
@@ -8,9 +8,13 @@ import backtrail
 
 
 def unprojected(**settings: Any) -> backtrail.DataValueEmbedding:
-    """Return the method without a projection, as rank 1000 is above the number of parameters."""
+    """Return the method without loss: the rank is above the number of parameters of any case.
+
+    Layers are not treated apart, and steps are not damped.
+    """
     chosen: dict[str, Any] = {"rank": 1000, "layers": "together", "damping": 0.0}
-    return backtrail.DataValueEmbedding(**chosen | settings)
+    chosen.update(settings)
+    return backtrail.DataValueEmbedding(**chosen)
 
 
 def relative_error(found: np.ndarray, truth: np.ndarray) -> float:

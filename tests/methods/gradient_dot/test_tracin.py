@@ -28,12 +28,12 @@ from tests.cases import (
     rows,
     with_dropout,
 )
-from tests.oracles.gradient_products import Look, gradient_products
+from tests.oracles.gradient_products import GradientState, gradient_products
 from tests.recorded_runs import recorded_case, recorded_run
 from tests.standard_queries import standard_losses, standard_queries
 
 KEPT = 2  # the cases keep every second state
-METHODS: dict[str, tuple[backtrail.TracIn | backtrail.GradientDot, Look]] = {
+METHODS: dict[str, tuple[backtrail.TracIn | backtrail.GradientDot, GradientState]] = {
     "every": (backtrail.TracIn(states="every", chunk=2), lambda step, _: step),
     "kept": (backtrail.TracIn(states="kept", chunk=2), lambda step, _: step - step % KEPT),
     "dot": (backtrail.GradientDot(chunk=2), lambda _, observed: observed),
@@ -67,10 +67,11 @@ def test_scores_equal_a_loop_over_samples_and_queries(
     name: str, method: str, tmp_path: Path
 ) -> None:
     """Every slot of every step, at two observed states, through the recorder and the folder."""
-    case, (made, look) = CASES_BY_NAME[name], METHODS[method]
+    case = CASES_BY_NAME[name]
+    made, gradient_state = METHODS[method]
     run = recorded_run(name, tmp_path)
     states = [run.steps - 1, run.steps]
-    truth = gradient_products(case, standard_losses, states, look)
+    truth = gradient_products(case, standard_losses, states, gradient_state)
     found = made.attribute(run, standard_queries(), observed_at=states).values()
     assert (np.abs(truth).max(axis=(2, 3)) > 0).all()
     np.testing.assert_allclose(found, truth, rtol=1e-9, atol=1e-12 * np.abs(truth).max())
