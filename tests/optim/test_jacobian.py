@@ -64,7 +64,7 @@ def test_a_learning_rate_of_zero_has_a_derivative(kind: str, steps: int) -> None
 
 
 def differences(update: Update, state: State, grad: Tensor, source: str) -> dict[str, Tensor]:
-    """Central differences of all outputs; every entry of the input moves by a millionth of itself."""
+    """Central differences of all outputs; every input entry moves by a millionth of itself."""
     found = []
     inputs = {PARAMETER: state.params["w"], GRADIENT: grad} | state.moments.get("w", {})
     size = 1e-6 * inputs[source].abs() + 1e-12

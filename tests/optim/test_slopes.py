@@ -25,7 +25,7 @@ def diagonals_of(slope: UpdateDerivative, update: Update, state: State, grad: Te
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("kind", ["Adam", "RMSprop", "Adagrad", "NAdam"])
 def test_the_secant_is_the_mean_of_tangents_over_its_width(kind: str, steps: int) -> None:
-    """Gauss-Legendre quadrature of the derivative between g - s and g + s, s = width rms(g) / sqrt(n)."""
+    """Gauss-Legendre quadrature of U' between g - s and g + s, with s = width rms(g) / sqrt(n)."""
     update, state, grad = started(kind, steps)
     grad = torch.where(
         grad.abs() < 0.5, grad.sign() * 0.5, grad

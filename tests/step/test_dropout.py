@@ -1,4 +1,4 @@
-"""Dropout draws the same under torch.func as in a training loop, however its input lies in memory."""
+"""Dropout draws the same under torch.func as in a training loop, for any memory layout."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -39,7 +39,7 @@ OPTIMIZERS += [
 
 @pytest.fixture(autouse=True)
 def counts_in_float64() -> Iterator[None]:
-    """An optimizer makes its counts in the default dtype, and float32 would hide small differences."""
+    """Make optimizers create their counts in float64: float32 would hide small differences."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield

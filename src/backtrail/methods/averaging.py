@@ -29,6 +29,7 @@ def read_states(
         return
     average = before
     for number, state in states:
+        # The average starts as a copy of the state.
         if average is None or number <= query.start:
             average = State(state.params, state.buffers)
         else:

@@ -184,7 +184,7 @@ def bytes_of_cotangent(state: State, trained: Sequence[str]) -> int:
 
 
 def bytes_of_activations(run: Run, *, twice: bool) -> int:
-    """Bytes that the forward pass of the run's largest micro-batch keeps, measured by running it."""
+    """Measure the bytes that the forward pass of the run's largest micro-batch keeps."""
     sizes = {
         (step.index, place): len(fed.samples)
         for step in run.log

@@ -19,6 +19,7 @@ def rates(settings: Sequence[Mapping[str, Setting]]) -> tuple[float, ...]:
     found = []
     for group in settings:
         rate = float(group["lr"])  # type: ignore[arg-type]
+        # Ascent: a sample's step raises its loss.
         found.append(-rate if group.get("maximize") else rate)
     return tuple(found)
 

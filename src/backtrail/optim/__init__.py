@@ -1,1 +1,1 @@
-"""What is known of optimizers: their rules, and the derivatives of their updates."""
+"""Derivatives of optimizer updates."""

@@ -94,6 +94,7 @@ class Secant(UpdateDerivative):
         exact = jacobian(update, state, grads, chunk=chunk)
         s = self._sizes(grads, chunk) / slots**0.5
         flat = FlatUpdate.of(update, state, grads, chunk=chunk)
+        # Both updates start from the same parameter and moments; only g moves by s.
         # In float32 the parameter would swallow the difference of two small steps.
         inputs = cast(flat.inputs, torch.float64)
         upper = flat.outputs(inputs | {GRADIENT: inputs[GRADIENT] + s})

@@ -59,6 +59,7 @@ def steady_state(task: Task, update: Update, state: State, *, grads: Tree) -> St
         grads: the step's gradient before clipping; of all parameters, or of some if the task does
             not clip.
     """
+    # Clipping depends on the norm of the whole gradient, so it comes first.
     clipped = grads if task.clip is None else task.clip(grads)
     state = _with_all_moments(update, state, clipped)
     rule = rule_named(update.optimizer)
@@ -74,6 +75,7 @@ def steady_state(task: Task, update: Update, state: State, *, grads: Tree) -> St
             found = slice(None) if rule.linear else place
             rate[part.name].view(-1)[part.start : part.stop] = -by_gradient[found]
             decay[part.name].view(-1)[part.start : part.stop] = by_parameter[found]
+    # D refers to the raw gradient: chain rule through the diagonal of the clipping Jacobian.
     if task.clip is not None:
         slopes = task.clip.slope(grads)
         rate = {name: rate[name] * slopes[name] for name in slopes}

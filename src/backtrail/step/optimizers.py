@@ -146,6 +146,7 @@ def _sgd_start(settings: Settings, parameter: Tensor, gradient: Tensor) -> Tree:
 _RULES = (
     OptimizerRule(
         optimizer_class=SGD,
+        # Only with momentum. Dampening, Nesterov and weight decay keep the update linear.
         first_moments=frozenset({"momentum_buffer"}),
         linear=True,
         differentiable_start=_sgd_start,
@@ -154,7 +155,10 @@ _RULES = (
         optimizer_class=Adam,
         counts=frozenset({"step"}),
         first_moments=frozenset({"exp_avg"}),
+        # The maximum only with amsgrad, which divides by it instead.
         second_moments=frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
+        # Its tensor code multiplies the divisor by 1 / lr rather than the step by lr. With lr = 0
+        # the value is right, 1 / inf = 0, but the derivative is 0 * inf.
         divides_by_lr=True,
     ),
     OptimizerRule(
@@ -166,6 +170,7 @@ _RULES = (
     ),
     OptimizerRule(
         optimizer_class=NAdam,
+        # The momentum follows a schedule; bias correction needs the product over all steps.
         counts=frozenset({"step", "mu_product"}),
         first_moments=frozenset({"exp_avg"}),
         second_moments=frozenset({"exp_avg_sq"}),
@@ -182,11 +187,13 @@ _RULES = (
         counts=frozenset({"step"}),
         first_moments=frozenset({"momentum_buffer"}),
         second_moments=frozenset({"square_avg"}),
+        # Only if centered: the divisor is then a standard deviation.
         gradient_means=frozenset({"grad_avg"}),
     ),
     OptimizerRule(
         optimizer_class=Adagrad,
         counts=frozenset({"step"}),
+        # A sum that never decays, so rates only shrink.
         second_moments=frozenset({"sum"}),
         start_values={"sum": "initial_accumulator_value"},
     ),
@@ -200,10 +207,12 @@ _RULES = (
         optimizer_class=Adamax,
         counts=frozenset({"step"}),
         first_moments=frozenset({"exp_avg"}),
+        # A maximum of sizes, not of squares; after a step it is at least eps.
         second_moments=frozenset({"exp_inf"}),
     ),
     OptimizerRule(
         optimizer_class=ASGD,
+        # Its rate eta and its averaging factor mu are functions of the step number.
         counts=frozenset({"step", "eta", "mu"}),
         averaged_parameters=frozenset({"ax"}),
         linear=True,

@@ -1,4 +1,4 @@
-"""`curvature="auto"`: the choice is what a slow measurement of every candidate says, and it is made once."""
+"""`curvature="auto"` makes the choice of a slow measurement of all candidates, once."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ AUTO = backtrail.DIT(curvature="auto")
 
 
 def test_the_choice_is_what_a_slow_measurement_says(tmp_path: Path) -> None:
-    """The figures told are those of the removals; the choice is the first within the margin of the best."""
+    """Its figures are those of the removals; the first within the margin of the best is chosen."""
     run = recorded_run("adamw", tmp_path)
     rules = candidate_rules(run, backtrail.Tangent())
     figures = agreement_with_removals(run, rules, standard_queries())

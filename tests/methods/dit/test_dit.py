@@ -29,7 +29,7 @@ from tests.standard_queries import standard_queries
 def test_windows_and_visits_are_derivatives_of_their_own_retrainings(
     name: str, tmp_path: Path
 ) -> None:
-    """Half a removal of one sample, everywhere or at some visits, moves the queries as the two readings say."""
+    """They are what a small change of a sample's weight does, everywhere or at some visits."""
     run = recorded_run(name, tmp_path)
     a, b = 1, run.steps
     influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[a, b])
@@ -63,14 +63,14 @@ def assert_close(found: np.ndarray, truth: np.ndarray) -> None:
 
 
 def test_the_two_readings_are_different_questions(tmp_path: Path) -> None:
-    """A window counts what happens between two states; visits count what happens because of some steps."""
+    """A window is the change between two states; visits are the effect of some steps."""
     run = recorded_run("momentum", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[2, run.steps])
     assert not np.allclose(influence.window(2, run.steps), influence.visits(2, run.steps))
 
 
 def test_sums_over_visits_and_windows_are_the_whole(tmp_path: Path) -> None:
-    """All visits together, and all windows together, give the total; a sample never seen has exactly zero."""
+    """All visits, and all windows, add up to the total; a sample never seen has exactly zero."""
     run = recorded_run("twice in a batch", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[1, 2, 3])
     total = influence.total()

@@ -18,7 +18,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("enabled", [True, False], ids=["accelerated", "torch's own kernels"])
 @pytest.mark.parametrize("cell", cells(ROWS), ids=str)
 def test_influence_equals_nudging_each_weight(cell: Cell, *, enabled: bool, tmp_path: Path) -> None:
-    """Largest difference from training again with a slot's weight nudged, relative to the largest.
+    """Largest difference from retraining with a nudged weight, relative to the largest derivative.
 
     With acceleration and without.
     """
@@ -27,7 +27,7 @@ def test_influence_equals_nudging_each_weight(cell: Cell, *, enabled: bool, tmp_
 
 
 def test_the_gate_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A derivative that forgets how training moves BatchNorm's statistics is far off in their row, and in no other."""
+    """Without the path through BatchNorm's statistics a derivative is far off in their row."""
     normed, dropped = (Cell(row, "SGD + momentum") for row in ROWS[1:3])
     monkeypatch.setattr(backtrail.Task, "running", ())
     assert normed.error(tmp_path / "normed") > 1e-2

@@ -61,7 +61,7 @@ def scores(run: Run, curvature: Curvature, chunk: int = 1) -> np.ndarray:
 def test_differences_and_chunks_change_only_digits(
     name: str, policy: Curvature, tmp_path: Path
 ) -> None:
-    """Every policy gives the same by autograd and by differences, for one query at a time and for two."""
+    """Autograd and differences agree for every policy, for one or two queries at once."""
     run = recorded_case(
         CASES_BY_NAME.get(name) or Case("dropout", one_group(ADAMW, lr=0.01), model=with_dropout),
         tmp_path,
@@ -78,7 +78,7 @@ def test_differences_and_chunks_change_only_digits(
 
 
 def test_gauss_newton_is_the_hessian_where_outputs_are_linear(tmp_path: Path) -> None:
-    """A linear classifier's outputs do not bend, so nothing is dropped; the other two policies drop something."""
+    """Outputs of a linear classifier have no curvature to drop; the others drop something."""
     run = recorded_case(
         Case("linear", one_group(ADAMW, lr=0.05), model=lambda: nn.Linear(FEATURES, CLASSES)),
         tmp_path,

@@ -78,7 +78,7 @@ def test_scores_equal_a_loop_over_samples_and_queries(
 
 
 def test_the_last_step_of_plain_descent_is_the_derivative(tmp_path: Path) -> None:
-    """There TracIn leaves nothing out, if the query does not bend: no later step, no optimizer, no curvature."""
+    """There TracIn drops nothing, for a linear query: no later step, no optimizer, no curvature."""
     run, query = recorded_run("sgd", tmp_path), backtrail.Parameter("0.weight", [(0, 1), (3, 2)])
     exact = backtrail.DIT().attribute(run, query).values()[..., -1, :]
     found = backtrail.TracIn().attribute(run, query).values()[..., -1, :]
@@ -154,7 +154,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_kept_states_cost_a_product_per_sample_and_not_per_visit(
     epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two kept states a sample is multiplied once, however often it is visited; no step is replayed."""
+    """Between two kept states a sample is multiplied once, without a replay."""
     run = long_run(epochs, tmp_path)
     monkeypatch.setattr(
         "backtrail.step.step.Transition.advance", lambda *_: pytest.fail("replayed")
@@ -331,7 +331,7 @@ MANY_WAYS = [
 def test_many_queries_get_what_few_get(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether samples' gradients are formed or not; where batch norm mixes samples, they are not."""
+    """With per-sample gradients and without; where BatchNorm mixes samples, always without."""
     run = recorded_run(name, tmp_path)
     queries = backtrail.Loss(rows(), samples=range(len(rows())))
     for method in (backtrail.TracIn(), backtrail.GradientDot()):

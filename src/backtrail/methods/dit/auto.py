@@ -85,6 +85,7 @@ def choose_rules(
     """
     some = evenly_spaced(queries, QUERIES)
     removals, singles = _removals(run)
+    # Ground truth: what the queries gain, [query, state, removal], here at one state.
     actual = retrain(run, some, removals, observed_at=state, denominator=denominator).change[:, 0]
     # Ids of samples need not count from 0.
     columns = [np.asarray(places(run.ids, group)) for group in removals]
@@ -131,6 +132,7 @@ def _agreement(
 
 
 def _first_near_best(figures: Sequence[float]) -> int:
+    # Figures have sampling error, so the preferred candidates keep their place up to the margin.
     best = max(figures)
     return next(place for place, figure in enumerate(figures) if figure >= best - MARGIN)
 

@@ -120,11 +120,13 @@ class DIT:
             out: folder of the result. If it holds an unfinished attribution of the same question,
                 that one is resumed, with bit-identical results. None keeps the result in memory.
         """
+        # Plan: which states, by which rules, in how much memory.
         path = None if out is None else Path(out)
         states = observed_states(run, observed_at)
         if self.denominator == "renormalize":
             check_renormalizable(run)
         rules, choice = self._rules(run, queries, state=states[-1], path=path)
+        # Another chunk would change the last bits, so a resumed attribution keeps its own.
         limits = Limits(memory=self.memory, chunk=self.chunk or unfinished_chunk(path))
         twice = rules.curvature.product == "autograd"
         cut = budget(run, queries, len(states), twice=twice, limits=limits)
@@ -137,6 +139,7 @@ class DIT:
             settings=settings,
             denominator=self.denominator,
         )
+        # Sweep and write what is not there yet.
         writer = begin_or_resume(run, description, path)
         missing = sorted({*range(len(writer.shards))} - writer.done)
         if missing:
@@ -154,7 +157,7 @@ class DIT:
         candidates = candidate_rules(run, self.slope)
         unfinished = unfinished_settings(path)
         if "chosen" in unfinished:
-            # Resumed with the choice that was made when it was begun.
+            # Measuring again would take as long, and might choose otherwise.
             begun = (unfinished["curvature"], unfinished["slope"])
             for rules in candidates:
                 if (repr(rules.curvature), repr(rules.slope)) == begun:
@@ -200,7 +203,11 @@ class _Attribution:
         return self.writer.description
 
     def fill(self, missing: Sequence[int], rules: Rules, cut: Budget) -> None:
-        """Sweep from the end of the last missing shard to the first step, and write every shard."""
+        """Sweep from the end of the last missing shard to the first step, and write every shard.
+
+        The sweep goes to step 0 also for a late window: what an early step changed is still in the
+        states that the window compares.
+        """
         _, stop = self.writer.shards[missing[-1]]
         cotangent = self._cotangent_at(stop)
         sweep = Sweep(
@@ -225,8 +232,10 @@ class _Attribution:
     def _cotangent_at(self, stop: int) -> Cotangent | None:
         """The cotangents of the state after the last step of the sweep."""
         if stop < self.run.steps:
+            # The steps from there on were swept before.
             return self.store.load(stop)
         if stop not in self.description.observed_at:
+            # The sweep starts without cotangents, and meets the first ones on its way.
             return None
         return self.source.add(stop, self.run.state(stop, replay=True), None)
 
@@ -234,6 +243,7 @@ class _Attribution:
         """Write the steps of one shard, and mark it done once the sweep can resume before it."""
         first, stop = self.writer.shards[shard]
         queries, observed, _, slots = self.description.shape
+        # Steps at or after an observed state have no influence on it: exactly zero.
         block = np.zeros((queries, observed, stop - first, slots))
         loss = np.full((stop - first, slots), np.nan)
         norms = np.full((queries, observed, stop - first), np.nan)

@@ -1,4 +1,4 @@
-"""Where the cotangents of queries start on the way back: at one state, or at all that are averaged."""
+"""Where the cotangents of queries start: at one state, or at all that an average is made of."""
 
 import abc
 from dataclasses import dataclass

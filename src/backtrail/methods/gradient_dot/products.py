@@ -45,7 +45,7 @@ class _Products:
 def slot_products(
     micro_batches: Sequence[MicroBatch], state: State, directions: Tree, *, chunk: int
 ) -> tuple[Float[Tensor, "query slot"], Float[Tensor, " slot"]]:
-    r"""Compute the products :math:`c_b \langle a_q, \nabla\ell_b \rangle` and the losses at a state.
+    r"""Compute products :math:`c_b \langle a_q, \nabla\ell_b \rangle` and losses at a state.
 
     Args:
         micro_batches: those of one step, in order.

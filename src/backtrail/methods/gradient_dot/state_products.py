@@ -1,6 +1,7 @@
 r"""What visits are worth at one state, by products of gradients there.
 
-.. math:: \sum_g \eta_{t,g}\, c_{t,b}\, \langle \nabla_g q(\theta),\, \nabla_g \ell_b(\theta) \rangle
+.. math::
+    \sum_g \eta_{t,g}\, c_{t,b}\, \langle \nabla_g q(\theta),\, \nabla_g \ell_b(\theta) \rangle
 
 over the parameter groups g, with the rates :math:`\eta` and the shares c of the visit's own step t.
 """
@@ -56,6 +57,7 @@ class StateProducts:
         """Compute the scores of a step's visits and their losses, each sample in its own batch."""
         transition = self.run.transition(index)
         directions = self.scaled(rates(transition.step.settings))
+        # Not the state of the step: its samples are read at the state of these products.
         scores, losses = slot_products(
             transition.micro_batches(), self.state, directions, chunk=self.chunk
         )
@@ -80,6 +82,7 @@ class StateProducts:
             some = tuple(samples[first : first + width])
             step = msgspec.structs.replace(like, fed=(BatchRecord(some, 0, ""),))
             batch = cast(self.run.task.batch(some), None, self.run.task.device)
+            # A step with one micro-batch of these rows and share c = 1.
             alone = replace(transition, step=step, batches=(batch,))
             micro_batch = MicroBatch(alone, 0, torch.ones(len(some)))
             scores, _ = slot_products([micro_batch], self.state, directions, chunk=self.chunk)
@@ -132,6 +135,7 @@ class Tables:
             samples[kind] = np.unique(np.concatenate([step.samples for step in alike]))
             by_class = []
             for number in range(distinct.shape[1]):
+                # Factor 1 inside the class and 0 outside; the rates are multiplied in by visit.
                 inside = (classes == number).astype(float)
                 by_class.append(
                     at_state.of_samples(alike[-1], samples[kind].tolist(), inside.tolist())
@@ -144,6 +148,7 @@ class Tables:
         step = self.run.step(index)
         kind = _kind(step)
         columns = np.searchsorted(self.samples[kind], step.samples)
+        # Groups of one class have one rate, so any of them sets it.
         rate = np.zeros(len(self.products[kind]))
         rate[self.classes] = rates(step.settings)
         scores = np.tensordot(rate, self.products[kind][:, :, columns], axes=1)

@@ -247,7 +247,7 @@ class _Replay:
     _here: tuple[int, State] | None = None
 
     def state(self, number: int) -> State:
-        """The state, as the replay of the kept one before it, so that resuming gives the same bits."""
+        """Replay a state from the kept one before it, so that resuming gives the same bits."""
         kept = _last_kept(self.run, number)
         if self._here is None or not kept <= self._here[0] <= number:
             self._here = kept, self.run.state(kept)
