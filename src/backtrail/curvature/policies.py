@@ -36,10 +36,10 @@ class Curvature(abc.ABC):
     gradient :math:`\nabla L = \sum_b c_b w_b \nabla \ell_b + \nabla R`. A policy computes that
     product, with the exact Hessian (`Hessian`) or another matrix in its place.
 
-    A policy of your own derives from this class. `linearise` returns the gradient at a point with
-    its vector-Jacobian product, and `push` the gradient with its Jacobian-vector product; the two
-    must be transposes of each other. They receive one micro-batch, the parameters, the buffers and
-    the weights w `[slot]` of the samples.
+    A policy of your own derives from this class. `gradient_vjp` returns the gradient at a point
+    with its vector-Jacobian product, and `gradient_jvp` the gradient with its Jacobian-vector
+    product; the two must be transposes of each other. They receive one micro-batch, the parameters,
+    the buffers and the weights w `[slot]` of the samples.
 
     >>> import backtrail
     >>> isinstance(backtrail.GaussNewton(), backtrail.Curvature)
