@@ -211,8 +211,11 @@ def test_what_is_no_influence_is_refused(tmp_path: Path) -> None:
     made(path)
     text = (path / "zarr.json").read_text()
     (path / "zarr.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(errors.WrongFormat, match=r"has format 2; .* reads format 1\. .* again"):
+        open_influence(path)
+    (path / "zarr.json").write_text(text.replace('"backtrail influence"', '"trail influence"'))
     with pytest.raises(
-        errors.NotAnInfluence, match="'backtrail influence 2', not 'backtrail influence 1'"
+        errors.NotAnInfluence, match="'trail influence 1', not 'backtrail influence 1'"
     ):
         open_influence(path)
 

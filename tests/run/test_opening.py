@@ -171,11 +171,11 @@ def test_another_format(run: Run) -> None:
     """Both formats are told."""
     path = run.path / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 7}))
-    with refused(WrongFormat, str(path), "format 7", "reads format 1"):
+    with refused(WrongFormat, str(path), "format 7", "reads format 2"):
         reopened(run)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}'])
 def test_a_manifest_that_does_not_parse(run: Run, text: str) -> None:
     """The manifest is named."""
     (run.path / "manifest.json").write_text(text)

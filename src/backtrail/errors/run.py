@@ -28,10 +28,12 @@ class RunExists(BacktrailError, FileExistsError):
 class WrongFormat(BacktrailError, ValueError):
     """A folder has a format that this version cannot read."""
 
-    def __init__(self, path: Path, found: object, wanted: int) -> None:
+    def __init__(
+        self, path: Path, found: object, wanted: object, *, remedy: str = "record the run again"
+    ) -> None:
         self.args = (
             f"{path} has format {found}; this version of backtrail reads format {wanted}. Use the "
-            "version that wrote it, or record the run again.",
+            f"version that wrote it, or {remedy}.",
         )
 
 

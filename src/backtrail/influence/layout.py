@@ -28,7 +28,13 @@ from jaxtyping import Int
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore
 
-from backtrail.errors import DamagedInfluence, IllFormedInfluence, NotAnInfluence, join_items
+from backtrail.errors import (
+    DamagedInfluence,
+    IllFormedInfluence,
+    NotAnInfluence,
+    WrongFormat,
+    join_items,
+)
 
 FORMAT = "backtrail influence"
 VERSION = 1
@@ -313,13 +319,14 @@ def load(path: Path, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Group, Descri
     """Open the group in a folder, and read its description.
 
     Raises:
-        NotAnInfluence: There is none, or it has another format or a later version of ours.
+        NotAnInfluence: There is none, or it is something else.
+        WrongFormat: Another version of backtrail wrote it, in another format.
         DamagedInfluence: Its metadata cannot be read.
     """
     if not (path / "zarr.json").is_file():
         raise NotAnInfluence(path, "no zarr.json there" if path.is_dir() else "no such folder")
     try:
-        group = zarr.open_group(path, mode=mode, zarr_format=3)
+        group = open_group(path, mode)
         attributes = dict(group.attrs)
         if attributes.get("format") == FORMAT and attributes.get("format_version") == VERSION:
             return group, msgspec.convert(attributes, Description)
@@ -327,8 +334,29 @@ def load(path: Path, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Group, Descri
         raise DamagedInfluence(path, f"zarr.json cannot be read ({error})") from error
     name = attributes.get("format", "unknown")
     version = attributes.get("format_version", "")
+    if name == FORMAT:
+        raise WrongFormat(path, version, VERSION, remedy="compute the influence again")
     found = f"{name} {version}".strip()
     raise NotAnInfluence(path, f"its format is {found!r}, not '{FORMAT} {VERSION}'")
+
+
+def open_group(path: Path, mode: Literal["r", "r+"]) -> zarr.Group:
+    """Open a group all of whose arrays have zarr format 3.
+
+    An array of format 2 may name pickle as its codec, so reading it could run code. The arrays of a
+    group of format 3 are looked up in format 3, but its consolidated copy of their metadata may
+    hold anything.
+
+    Raises:
+        ValueError: An array has another format, or the metadata cannot be read.
+    """
+    group = zarr.open_group(path, mode=mode, zarr_format=3)
+    consolidated = group.metadata.consolidated_metadata
+    if consolidated is not None:
+        for name, metadata in consolidated.flattened_metadata.items():
+            if metadata.zarr_format != 3:
+                raise ValueError(f"{name!r} has zarr format {metadata.zarr_format}, not 3")
+    return group
 
 
 def mark_done(path: Path, shard: int) -> None:

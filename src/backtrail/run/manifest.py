@@ -7,7 +7,7 @@ import msgspec
 from backtrail.errors import DamagedFile, NotARun, WrongFormat
 from backtrail.run.files import replacing
 
-FORMAT = 1
+FORMAT = 2  # in format 1, fields of the step log have other names
 MANIFEST_NAME = "manifest.json"
 
 

@@ -33,9 +33,10 @@ from backtrail.errors import (
     FolderTaken,
     NotEmbeddings,
     UnfinishedEmbeddings,
+    WrongFormat,
     join_items,
 )
-from backtrail.influence.layout import chunk_shape, folder
+from backtrail.influence.layout import chunk_shape, folder, open_group
 from backtrail.run.files import replacing
 
 FORMAT = "backtrail embeddings"
@@ -163,7 +164,7 @@ class EmbeddingStore:
             raise DifferentEmbeddings(path, differences)
         if (path / "done.json").is_file():
             return cls(group, about)
-        return cls(group, about, zarr.open_group(path / "captured", mode="r+"))
+        return cls(group, about, open_group(path / "captured", mode="r+"))
 
     @classmethod
     def open(cls, path: Path) -> "EmbeddingStore":
@@ -337,14 +338,17 @@ def _load(path: Path, mode: Literal["r", "r+"]) -> tuple[zarr.Group, About]:
     if not (path / "zarr.json").is_file():
         raise NotEmbeddings(path, "no zarr.json there" if path.is_dir() else "no such folder")
     try:
-        group = zarr.open_group(path, mode=mode, zarr_format=3)
+        group = open_group(path, mode)
         attributes = dict(group.attrs)
         is_ours = attributes.get("format") == FORMAT
         if is_ours and attributes.get("format_version") == VERSION:
             return group, msgspec.convert(attributes, About)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedEmbeddings(path, f"zarr.json cannot be read ({error})") from error
-    found = f"{attributes.get('format', 'unknown')} {attributes.get('format_version', '')}".strip()
+    version = attributes.get("format_version", "")
+    if is_ours:
+        raise WrongFormat(path, version, VERSION, remedy="compute the embeddings again")
+    found = f"{attributes.get('format', 'unknown')} {version}".strip()
     raise NotEmbeddings(path, f"its format is {found!r}, not '{FORMAT} {VERSION}'")
 
 
