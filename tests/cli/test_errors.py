@@ -27,7 +27,7 @@ def failing(capsys: Captured, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nothing", "has no 'nothing'. A Task there: task, task_maker."),
+        ("nothing", "has no 'nothing'. A Task in this file: task, task_maker."),
         ("number", "has 'number', which is a int, not a Task"),
         ("broken", "my_file.py, line 22: ZeroDivisionError: division by zero"),
     ],
@@ -78,7 +78,7 @@ def test_no_queries_in_a_file(capsys: Captured, attributed: AttributedRun, tmp_p
         "--out",
         str(tmp_path / "out"),
     )
-    assert "There is no Query in it." in failing(capsys, "attribute", attributed.run, *flags)
+    assert "There is no Query in this file." in failing(capsys, "attribute", attributed.run, *flags)
 
 
 def test_only_data_sets_are_named_as_such(
@@ -94,7 +94,7 @@ def test_only_data_sets_are_named_as_such(
         str(tmp_path / "model.safetensors"),
     )
     said = failing(capsys, "forget", attributed.run, *flags, "--test", attributed.at("nothing"))
-    assert said.endswith("my_file.py has no 'nothing'. A data set there: data.\n")
+    assert said.endswith("my_file.py has no 'nothing'. A data set in this file: data.\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,7 +108,7 @@ def test_only_data_sets_are_named_as_such(
         (("forget", "--samples", "3", "--out", "model.pt"), "ends with .safetensors"),
         (
             ("forget", "--out", "model.safetensors", "--samples"),
-            "give at least one sample to forget",
+            "expected one or more samples to forget",
         ),
     ],
 )
@@ -141,7 +141,7 @@ def test_trust_wants_the_influences_own_run(
     other = tmp_path / "other"
     _load(attributed.folder / "my_file.py").train(str(other))
     said = failing(capsys, "trust", str(other), attributed.influence, *attributed.references)
-    assert "Give the folder of its own run." in said
+    assert "Open the run that it was computed from." in said
 
 
 def test_system_errors_are_lines_too(

@@ -98,8 +98,8 @@ def test_resuming_with_other_arguments_lists_them(tmp_path: Path) -> None:
     other = description(method="TracIn", settings={"seed": 4, "curvature": "Hessian"})
     with pytest.raises(errors.DifferentInfluence) as caught:
         InfluenceWriter.resume(path, other)
-    assert "method: 'made' there, 'TracIn' now" in str(caught.value)
-    assert "settings['seed']: 3 there, 4 now" in str(caught.value)
+    assert "method: 'made' in the folder, 'TracIn' now" in str(caught.value)
+    assert "settings['seed']: 3 in the folder, 4 now" in str(caught.value)
     assert "curvature" not in str(caught.value)
     assert "unit" not in str(caught.value)
 

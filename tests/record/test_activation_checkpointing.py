@@ -1,14 +1,22 @@
 """Models that compute activations again in their backward pass."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
+import torch.utils.checkpoint as recompute
 from torch import Tensor, nn
-from torch.utils import checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 import backtrail
+from backtrail.task.activation_checkpointing import computed_once, uses_checkpointing
 from tests.loops import CLASSES, FEATURES, Loop, recorded_loop
 
 
@@ -27,9 +35,7 @@ class Net(nn.Module):
         x = self.first(x)
         if self.way == "once":
             return self.last(self.middle(x))
-        return self.last(
-            checkpoint.checkpoint(self.middle, x, use_reentrant=self.way == "reentrant")
-        )
+        return self.last(checkpoint(self.middle, x, use_reentrant=self.way == "reentrant"))
 
 
 def influence(way: str, path: Path) -> np.ndarray:
@@ -41,15 +47,190 @@ def influence(way: str, path: Path) -> np.ndarray:
     return backtrail.DIT().attribute(run, backtrail.Loss(loop.data, samples=[0, 3])).values()
 
 
+def implementations() -> tuple[object, object]:
+    """Torch's two, or what is in their place."""
+    return recompute.CheckpointFunction, recompute._checkpoint_without_reentrant_generator
+
+
+TORCHS_OWN = implementations()
+
+
 @pytest.mark.parametrize("way", ["reentrant", "later"])
 def test_they_are_recorded_and_attributed_like_others(way: str, tmp_path: Path) -> None:
     """In both of torch's ways, with the dropout masks of the loop; the loop itself still computes twice."""
-    ways = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
     found = influence(way, tmp_path / "twice")
     np.testing.assert_allclose(
         found, influence("once", tmp_path / "once"), rtol=0, atol=1e-12 * np.abs(found).max()
     )
-    assert (
-        checkpoint.CheckpointFunction,
-        checkpoint._checkpoint_without_reentrant_generator,
-    ) == ways
+    assert implementations() == TORCHS_OWN
+
+
+class Calling(nn.Module):
+    """A module whose forward calls a function that it holds."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        nn.Module.__init__(self)
+        self.inner = nn.Linear(3, 3)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Any:
+        """Whatever the function makes of it."""
+        return self.call(self, x)
+
+
+class Seen(nn.Module):
+    """Notes, while it is called, whether torch's implementations are in their place."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.layer = nn.Linear(3, 2)
+        self.untouched: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A linear layer."""
+        found: Tensor = self.layer(x)
+        self.untouched.append(implementations() == TORCHS_OWN)
+        return found
+
+
+def test_a_model_without_it_is_called_with_torch_untouched() -> None:
+    """Recorded, replayed, and differentiated."""
+    data = torch.utils.data.TensorDataset(torch.randn(4, 3), torch.randint(0, 2, (4,)))
+    task = backtrail.classification(Seen(), data)
+    assert not task.uses_checkpointing
+    task.losses(task.parameters(), {}, task.batch([0, 1]))
+    seen: Any = task.binding.model
+    assert seen.untouched == [True]
+
+
+def own_helper(module: nn.Module, x: Tensor) -> Any:
+    """A function that a forward calls."""
+    return checkpoint(module, x, use_reentrant=False)
+
+
+class Switchable(nn.Module):
+    """Can be switched to checkpointing, but was not."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.inner = nn.Linear(3, 3)
+
+    def switch(self) -> None:
+        """As transformers' `gradient_checkpointing_enable`."""
+        self.call = partial(checkpoint, use_reentrant=False)
+
+    def forward(self, x: Tensor) -> Any:
+        """The inner layer."""
+        return self.inner(x)
+
+
+def switched() -> nn.Module:
+    """With the attribute that the switch sets, which forward reads."""
+
+    class Reading(Switchable):
+        def forward(self, x: Tensor) -> Any:
+            """By what the switch left, if it did."""
+            return self.call(self.inner, x) if hasattr(self, "call") else self.inner(x)
+
+    model = Reading()
+    model.switch()
+    return model
+
+
+def in_the_function(module: Any, x: Tensor) -> Any:
+    """Imports it by itself."""
+    from torch.utils.checkpoint import checkpoint_sequential  # noqa: PLC0415 - what is tested
+
+    return checkpoint_sequential(nn.Sequential(module.inner), 1, x, use_reentrant=False)
+
+
+class Unreadable(nn.Module):
+    """Has a property that must not be read, and an attribute that refers to itself."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.inner = nn.Linear(3, 3)
+        self.loop: list[Any] = []
+        self.loop.append(self.loop)
+
+    @property
+    def costly(self) -> Tensor:
+        """Fails."""
+        raise MemoryError
+
+    def forward(self, x: Tensor) -> Any:
+        """Refers to both, and to a closure and a recursion."""
+
+        def again(count: int) -> Any:
+            return again(count - 1) if count else self.inner(x)
+
+        return again(2) if self.loop else self.costly
+
+
+WITH: dict[str, Callable[[], nn.Module]] = {
+    "in its forward": lambda: Net("later"),
+    "by a chain of modules": lambda: Calling(
+        lambda m, x: torch.utils.checkpoint.checkpoint(m.inner, x, use_reentrant=False)
+    ),
+    "by another name": lambda: Calling(
+        lambda m, x: recompute.checkpoint(m.inner, x, use_reentrant=True)
+    ),
+    "by a helper": lambda: Calling(lambda m, x: own_helper(m.inner, x)),
+    "by an attribute": switched,
+    "imported in the function": lambda: Calling(in_the_function),
+    "deep inside": lambda: nn.Sequential(nn.Linear(3, 3), nn.Sequential(Calling(own_helper))),
+    "torch's own wrapper": lambda: nn.Sequential(checkpoint_wrapper(nn.Linear(3, 3))),
+}
+WITHOUT: dict[str, Callable[[], nn.Module]] = {
+    "layers": lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.LSTM(3, 3)),
+    "transformer": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2), 1),
+    "it could be switched on": Switchable,
+    "a property and a recursion": Unreadable,
+}
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_its_use_is_found(name: str) -> None:
+    """However the code comes to it."""
+    assert uses_checkpointing(WITH[name]())
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_nothing_else_is_taken_for_it(name: str) -> None:
+    """Nothing is called in search of it."""
+    assert not uses_checkpointing(WITHOUT[name]())
+
+
+def test_a_function_beside_the_model_may_use_it() -> None:
+    """As `predict` of a task."""
+    model = nn.Linear(3, 3)
+    assert not uses_checkpointing(model, lambda model, batch: model(batch[0]))
+    assert uses_checkpointing(model, lambda model, batch: own_helper(model, batch[0]))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_other_threads_keep_torchs_own(*, reentrant: bool) -> None:
+    """A training that goes on meanwhile computes twice, as ever; blocks may be nested."""
+    calls: list[Tensor] = []
+
+    def inner(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x.sin()
+
+    def train() -> None:
+        x = torch.ones(2, requires_grad=True)
+        checkpoint(inner, x, use_reentrant=reentrant).sum().backward()
+
+    with computed_once():
+        with computed_once():
+            train()
+        assert len(calls) == 1
+        other = Thread(target=train)
+        other.start()
+        other.join()
+        assert len(calls) == 3
+        train()
+        assert len(calls) == 4
+    assert implementations() == TORCHS_OWN
+    train()
+    assert len(calls) == 6

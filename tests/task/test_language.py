@@ -137,7 +137,7 @@ def test_a_mean_over_rows_is_no_mean_over_tokens(tmp_path: Path) -> None:
 def test_batches_without_labels_are_refused() -> None:
     """What they have is named, and what to do."""
     task = backtrail.language_model(Words(), [{"input_ids": torch.zeros(4, dtype=torch.long)}] * 2)
-    with refused(NoLabels, "needs 'labels'", "['input_ids']", "a copy of 'input_ids'"):
+    with refused(NoLabels, "needs the key 'labels'", "['input_ids']", "a copy of 'input_ids'"):
         task.losses(task.parameters(), {}, task.batch([0, 1]))
 
 

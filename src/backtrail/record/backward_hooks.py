@@ -21,7 +21,7 @@ from backtrail.run.tensors import cpu_copy, digest
 from backtrail.step.state import BatchRecord
 from backtrail.task.task import Batch, Task, size_of
 from backtrail.task.torch_compile import buffers, modules
-from backtrail.tree import Tree, mapping_to_dict
+from backtrail.tree import Tree, count_writes, mapping_to_dict
 
 ALWAYS_COPIED = 2**16  # entries; buffers up to this size are cpu_copy whether they changed or not
 
@@ -230,17 +230,17 @@ class BatchTracker:
         return copies
 
     def _copy_of_buffer(self, name: str, buffer: Tensor) -> Tensor:
-        # Native batch norm kernels write running statistics without incrementing `_version`, so the
-        # version tells nothing about them. They are small: copy such buffers always.
+        # Native batch norm kernels write running statistics without counting as writes, so that
+        # count tells nothing about them. They are small: copy such buffers always.
         if buffer.numel() <= ALWAYS_COPIED:
             return buffer.detach().clone()
         known = self._buffer_copies.get(name)
         if known is not None:
             tensor, version, copy = known
-            if tensor is buffer and version == buffer._version:
+            if tensor is buffer and version == count_writes(buffer):
                 return copy
         copy = buffer.detach().clone()
-        self._buffer_copies[name] = (buffer, buffer._version, copy)
+        self._buffer_copies[name] = (buffer, count_writes(buffer), copy)
         return copy
 
     def _on_gradient(self, name: str, grad: Tensor) -> None:
@@ -298,11 +298,11 @@ class BatchTracker:
     def _count_statistics_updates(self) -> int:
         """How often any layer has updated its running statistics.
 
-        Batch norm layers count in the buffer `num_batches_tracked`. The version of that tensor
-        grows with every count and is read without waiting for the device.
+        Batch norm layers count in the buffer `num_batches_tracked`. Its writes are
+        known without waiting for the device.
         """
         count = 0
         for name, buffer in buffers(self._task.model).items():
             if name.endswith("num_batches_tracked"):
-                count += buffer._version
+                count += count_writes(buffer)
         return count

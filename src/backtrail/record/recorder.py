@@ -45,7 +45,7 @@ from backtrail.step.step import Transition
 from backtrail.step.update import Update, tensors_of
 from backtrail.task.task import Batch, Task
 from backtrail.task.torch_compile import parameters
-from backtrail.tree import Tree, norm
+from backtrail.tree import Tree, count_writes, norm
 from backtrail.tree import cast as cast_to
 
 log = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ class Recorder:
         self._pending = None
         self._upcoming_state = None
         self._tracker.step_taken()
-        self._versions = {name: p._version for name, p in self._params.items()}
+        self._versions = {name: count_writes(p) for name, p in self._params.items()}
 
     def _check_loop(self) -> None:
         """Raise where the loop does something that a run cannot represent.
@@ -313,7 +313,7 @@ class Recorder:
         return [
             name
             for name, version in self._versions.items()
-            if self._params[name]._version != version
+            if count_writes(self._params[name]) != version
         ]
 
     def _describe_step(self) -> Step:

@@ -30,7 +30,7 @@ def checksum(content: bytes) -> str:
     """First 16 hexadecimal digits of the SHA-256 of some bytes.
 
     >>> checksum(b"backtrail")
-    'f109f448a636f197'
+    '4b2fac6d8b70a777'
     """
     # SHA-256 rather than a shorter hash: processors have instructions for it.
     return hashlib.sha256(content).hexdigest()[:16]

@@ -7,7 +7,7 @@ whatever the collate function returns.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -24,7 +24,7 @@ from backtrail.accel.layers import mark_activation
 from backtrail.errors import BadIds, BadLoss, BadReduction, NotCut, SharedStorage
 from backtrail.exclusive import exclusive
 from backtrail.task import torch_compile
-from backtrail.task.activation_checkpointing import computed_once
+from backtrail.task.activation_checkpointing import computed_once, uses_checkpointing
 from backtrail.task.batchnorm import STATISTICS, RunningStatistics, tracking
 from backtrail.task.clipping import ClipNorm, ClipValue
 from backtrail.tree import Tree, cast, mapping_to_dict, tree_leaves, tree_map
@@ -138,6 +138,11 @@ class Task:
         return _Binding(skeleton(self.model))
 
     @cached_property
+    def uses_checkpointing(self) -> bool:
+        """Whether a call of the model may use activation checkpointing."""
+        return uses_checkpointing(self.binding.model, self.predict)
+
+    @cached_property
     def device(self) -> torch.device:
         """Where the model lived when it was first asked."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -200,7 +205,7 @@ class Task:
     def bind(self, params: Tree, buffers: Tree, function: Callable[[nn.Module], Result]) -> Result:
         """Evaluate `function(model)` with the given tensors in place of the model's own."""
         tensors = {f"model.{name}": tensor for name, tensor in (params | buffers).items()}
-        with computed_once():
+        with computed_once() if self.uses_checkpointing else nullcontext():
             result: Result = functional_call(self.binding, tensors, (function,))
         return result
 

@@ -20,7 +20,7 @@ def plain(name: str) -> str:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module itself, or the one inside."""
-    while INSIDE in model._modules:
+    while _wraps(model):
         model = model.get_submodule(INSIDE)
     return model
 
@@ -54,4 +54,9 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
     """The inner ones first."""
-    yield from reversed([module for module in model.modules() if INSIDE in module._modules])
+    yield from reversed([module for module in model.modules() if _wraps(module)])
+
+
+def _wraps(module: nn.Module) -> bool:
+    """Whether a module is a wrapper that `torch.compile` made."""
+    return any(name == INSIDE for name, _ in module.named_children())

@@ -15,7 +15,7 @@ from backtrail.methods.dve.step_features import StepFeatures
 from backtrail.optim.steady_state import SteadyState
 from backtrail.step.state import State
 from backtrail.step.update import Update
-from backtrail.tree import Tree
+from backtrail.tree import Tree, count_writes
 
 # Rates are computed when so many entries of gradients, or bytes of cotangents, wait for them.
 WAITING_ENTRIES = 2**18
@@ -54,7 +54,7 @@ class Early:
         # A second gradient of one parameter: it accumulates, so that the first guess was wrong.
         if name in self._versions:
             self._wrong = True
-        self._versions[name] = gradient, gradient._version
+        self._versions[name] = gradient, count_writes(gradient)
         self._ready[name] = gradient
         entries = sum(tensor.numel() for tensor in self._ready.values())
         is_early = entries < WAITING_ENTRIES and waiting < WAITING_BYTES
@@ -78,7 +78,7 @@ class Early:
         """
         is_right = not self._wrong and self._update in (None, update)
         for name, (tensor, version) in self._versions.items():
-            if gradient.get(name) is not tensor or tensor._version != version:
+            if gradient.get(name) is not tensor or count_writes(tensor) != version:
                 is_right = False
         response = self._response
         self._ready = {}
