@@ -15,7 +15,7 @@ from backtrail.queries import gradients
 from backtrail.run.run import Run
 from backtrail.step.state import State
 from backtrail.sweep.rules import Rules
-from backtrail.sweep.tangent import Changed
+from backtrail.sweep.tangent import DualState
 from backtrail.tree import each
 from tests.cases import CASES, Case
 from tests.loops import Loop, autocast_training, mlp
@@ -45,16 +45,16 @@ PARTED = [
 ]
 
 
-def swept(run: Run, rules: Rules, group: list[int] = GROUP) -> Changed:
+def swept(run: Run, rules: Rules, group: list[int] = GROUP) -> DualState:
     """The trained state and its change by a removal."""
     *_, (number, found) = RemovedGroup.of(run, group).sweep(run.steps, rules)
     assert number == run.steps
     return found
 
 
-def flat(run: Run, change: Changed) -> Tensor:
+def flat(run: Run, change: DualState) -> Tensor:
     """The change of every floating entry of the state_dict."""
-    tree = change.change.params | change.change.buffers
+    tree = change.tangent.params | change.tangent.buffers
     names = {id(p): name for name, p in run.task.model.named_parameters()}
     held = {
         key: (names.get(id(t), key), t)
@@ -88,7 +88,7 @@ def test_it_is_the_transpose_of_the_adjoint_sweep(
     _, *slopes = gradients(
         standard_queries(), run.task, params=end.params, buffers=end.buffers, trained=run.trained
     )
-    change = found.change.params | found.change.buffers
+    change = found.tangent.params | found.tangent.buffers
     pairs = [
         (tensor.flatten(1), change[key].flatten())
         for tree in slopes
@@ -120,10 +120,10 @@ def test_before_the_first_visit_nothing_changes(tmp_path: Path) -> None:
     run = recorded_run("twice in a batch", tmp_path)
     (first, begun), *_ = RemovedGroup.of(run, [4]).sweep(run.steps, EXACT)
     assert first == 2
-    assert all((tensor == 0).all() for tensor in begun.change.params.values())
+    assert all((tensor == 0).all() for tensor in begun.tangent.params.values())
     ((last, only),) = RemovedGroup.of(run, [8]).sweep(run.steps, EXACT)
     assert last == run.steps
-    assert all((tensor == 0).all() for tensor in only.change.params.values())
+    assert all((tensor == 0).all() for tensor in only.tangent.params.values())
 
 
 def test_a_real_step_bends_away_from_first_order(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_what_is_a_square_stays_one(tmp_path: Path) -> None:
     run = recorded_run("batchnorm, adamw", tmp_path)
     now = swept(run, EXACT)
     tiny, huge = (
-        changed_state(Changed(now.state, scaled(now.change, size))) for size in (1e-6, 1e6)
+        changed_state(DualState(now.state, scaled(now.tangent, size))) for size in (1e-6, 1e6)
     )
     for state in (tiny, huge):
         squares = [tree["exp_avg_sq"] for tree in state.moments.values()] + [
@@ -154,7 +154,7 @@ def test_what_is_a_square_stays_one(tmp_path: Path) -> None:
         assert all(
             bool((square >= 0).all()) and bool(square.isfinite().all()) for square in squares
         )
-    before, change = now.state.buffers["1.running_var"], now.change.buffers["1.running_var"]
+    before, change = now.state.buffers["1.running_var"], now.tangent.buffers["1.running_var"]
     torch.testing.assert_close(
         (tiny.buffers["1.running_var"] - before) / 1e-6, change, rtol=1e-4, atol=1e-9
     )
@@ -183,7 +183,7 @@ def test_under_autocast_the_states_are_those_of_the_training(tmp_path: Path) -> 
         loss, run.task, params=end.params, buffers=end.buffers, trained=run.trained
     )
     total = sum(
-        float((tensor[0] * found.change.params[name]).sum()) for name, tensor in slopes.items()
+        float((tensor[0] * found.tangent.params[name]).sum()) for name, tensor in slopes.items()
     )
     influence = backtrail.DIT().attribute(run, loss).total()[0, 0, GROUP].sum()
     assert total == pytest.approx(float(influence), rel=1e-3)
