@@ -1,4 +1,4 @@
-"""Several threads at once: every answer is that of one thread, and the process is left as it was."""
+"""Several threads: every answer is that of one thread, and the process is left as it was."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-r"""One training step as a function from state to state, and its loss terms as differentiable functions.
+r"""One training step as a function from state to state, and the terms of its loss.
 
 The loss of step t is the sum of one term for each micro-batch. With parameters θ, slot weights w,
 shares c of the slots and penalty R,

@@ -219,7 +219,7 @@ def batched_vjp(
         return pulled
     except torch.OutOfMemoryError:
         log.warning(
-            "out of memory; pulling back queries in smaller chunks, which may change the last digits"
+            "out of memory; pulling back fewer queries at once, which may change the last digits"
         )
     # Outside of the handler, where the error would keep the tensors of the failed call alive.
     halves = slice(0, count // 2), slice(count // 2, None)

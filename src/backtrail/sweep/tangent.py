@@ -1,4 +1,4 @@
-r"""The tangent sweep: a first-order change of slot weights is pushed forward through the recorded steps.
+r"""The tangent sweep: a change of slot weights is pushed forward through the recorded steps.
 
 A dot is the first-order change. Step t takes the change of the state before it, and that of its
 slots' weights, to the change of the state after it:

@@ -49,7 +49,7 @@ class RunningStatistics:
 
     @contextmanager
     def collect(self) -> Iterator[Tree]:
-        """Return the dict that the statistics of the coming forward pass go into, by buffer name."""
+        """Return the dict that the next forward pass fills with its statistics, by buffer name."""
         self._updates = {}
         try:
             yield self._updates
