@@ -1,4 +1,4 @@
-"""Several threads at once: every answer is that of one thread, and the process is left as it was."""
+"""Several threads: every answer is that of one thread, and the process is left as it was."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ from tests.processes import in_fresh_process
 
 # The answers of one run, by name: what a thread may ask for, and gets as comparable bytes.
 Answers = Mapping[str, Callable[[], object]]
-PATIENCE = 60.0  # seconds after which a thread that waits counts as deadlocked
+PATIENCE = 300.0  # seconds after which a thread that waits counts as deadlocked
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class _Process:
         self.owner: int | None = None
 
     def continue_after_fork(self) -> None:
-        """Free a lock whose owner does not exist in the forked child, where only one thread does."""
+        """Free a lock whose owner does not exist in the forked child, which has one thread."""
         if self.owner != threading.get_ident():
             self.start_without_owner()
 

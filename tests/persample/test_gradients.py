@@ -22,7 +22,7 @@ from backtrail.run.run import open_run
 from backtrail.step.state import BatchRecord, Step
 from backtrail.step.step import MicroBatch, Transition
 from backtrail.step.update import Update
-from backtrail.task.batchnorm import tracking
+from backtrail.task.batchnorm import batchnorm_layers
 from backtrail.task.language import language_model
 from backtrail.task.task import Task
 from backtrail.tree import Tree, add, cast
@@ -99,7 +99,7 @@ def slopes(
     leaves = {
         name: params[name].clone().requires_grad_() for name in micro_batch.transition.updated
     }
-    with micro_batch.randomness():
+    with micro_batch.recorded_randomness():
         outputs, _ = micro_batch.transition.task.outputs(
             params | leaves, buffers, micro_batch.batch
         )
@@ -140,7 +140,7 @@ def by_hand(slopes: Sequence[Tree], drawn: Projection) -> Tensor:
 
 def with_constant_statistics(micro_batch: MicroBatch, buffers: Tree) -> tuple[MicroBatch, Tree]:
     """The same model in eval mode, with the batch's statistics as its running ones (of a first layer)."""
-    normed = tuple(tracking(micro_batch.transition.task.model))
+    normed = tuple(batchnorm_layers(micro_batch.transition.task.model))
     x = micro_batch.batch[0]
     axes = [axis for axis in range(x.dim()) if axis != 1]
     for name in normed:
@@ -206,7 +206,7 @@ def test_the_pass_gives_the_gradient_of_the_step_too(layer: Layer) -> None:
     for name, gradient in found.gradient.items():
         wanted = torch.stack([single[name] for single in singles]).mean(0)
         assert (gradient - wanted).abs().max() <= 1e-10 * wanted.abs().max()
-    with micro_batch.randomness():
+    with micro_batch.recorded_randomness():
         losses, after = micro_batch.transition.task.losses(params, buffers, micro_batch.batch)
     torch.testing.assert_close(found.losses, losses, rtol=1e-13, atol=0)
     torch.testing.assert_close(found.buffers, after, rtol=0, atol=0)
@@ -241,7 +241,9 @@ def test_a_language_model_needs_one_pass(slots: int) -> None:
     floats = task.parameters()
     small = projection({name: tuple(floats[name].shape) for name in floats}, rank=12)
     gradient = captured(micro_batch, floats, {}, sides=(small.sides,)).gradient
-    torch.testing.assert_close(gradient, micro_batch.gradient(floats, {}, None)[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        gradient, micro_batch.traceable_gradient(floats, {}, None)[0], rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)

@@ -24,7 +24,7 @@ from backtrail.step.optimizers import (
     find_rule,
     rule_named,
 )
-from backtrail.step.state import State, elementwise, settings_of
+from backtrail.step.state import State, elementwise_keys, settings_of
 from backtrail.step.update import Update, tensors_of
 from backtrail.tree import Tree
 from tests.cases import CASES, one_group
@@ -143,7 +143,7 @@ def test_counts_are_scalars_that_ignore_the_gradient(rule: OptimizerRule) -> Non
             assert tensor.dim() == (0 if key in rule.counts else 2)
             if key in rule.counts:
                 torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
-        assert set(elementwise(training.moments, training.gradient)) <= rule.elementwise
+        assert set(elementwise_keys(training.moments, training.gradient)) <= rule.elementwise
 
 
 @every_rule

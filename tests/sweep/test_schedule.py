@@ -1,4 +1,4 @@
-"""The reverse plan visits every step once, in order, within its memory, and recomputes as little as possible."""
+"""The schedule reverses each step once, within its memory, and recomputes as little as possible."""
 
 import heapq
 from collections.abc import Iterable
@@ -12,7 +12,15 @@ from checkpoint_schedules.multistage import optimal_steps_binomial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backtrail.sweep.schedule import Action, Advance, Restore, Reverse, forward_steps, plan, sweep
+from backtrail.sweep.schedule import (
+    Action,
+    Advance,
+    Restore,
+    Reverse,
+    forward_steps,
+    plan,
+    reverse_segment,
+)
 
 HELD = (1, 2, 3, 5, 8, 13, 32, 250)
 
@@ -55,7 +63,7 @@ class Executor:
 
 @cache
 def fewest_by_recursion(length: int, held: int) -> int | float:
-    """Try every first split of a segment: advance to it, reverse the right part, then the left part."""
+    """Try every first split of a segment: advance to it, reverse the right part, then the left."""
     if length <= 1:
         return 0
     if held == 0:
@@ -88,9 +96,9 @@ def fewest_by_search(length: int, held: int) -> int:
 
 @pytest.mark.parametrize("held", HELD)
 def test_every_length_is_reversed_with_the_fewest_steps(held: int) -> None:
-    """Each segment up to 200 steps is reversed in order, within memory, at the optimum of the recursion."""
+    """Segments up to 200 steps are reversed in order, within memory, at the recursion's optimum."""
     for length in range(201):
-        done = Executor(disk={7}).run(sweep(7, 7 + length, held=held))
+        done = Executor(disk={7}).run(reverse_segment(7, 7 + length, held=held))
         assert done.reversed == list(range(7, 7 + length))[::-1]
         assert done.most_held <= held
         assert done.memory == {}
@@ -110,7 +118,7 @@ def test_no_other_order_needs_fewer_steps(length: int, held: int) -> None:
 )
 def test_long_segments_meet_the_closed_form(length: int, held: int) -> None:
     """Long segments too stay within memory and cost exactly what the closed form says."""
-    done = Executor(disk={0}).run(sweep(0, length, held=held))
+    done = Executor(disk={0}).run(reverse_segment(0, length, held=held))
     assert done.reversed == list(range(length))[::-1]
     assert done.most_held <= held
     assert done.forward == forward_steps(length, held=held)
@@ -118,7 +126,7 @@ def test_long_segments_meet_the_closed_form(length: int, held: int) -> None:
 
 def test_the_plan_is_lazy() -> None:
     """The first actions of a plan that could never be listed come at once."""
-    first = list(islice(sweep(0, 10**12, held=50), 100))
+    first = list(islice(reverse_segment(0, 10**12, held=50), 100))
     assert first[0] == Restore(0)
     assert any(isinstance(action, Reverse) for action in first)
 
@@ -126,7 +134,7 @@ def test_the_plan_is_lazy() -> None:
 @pytest.mark.parametrize("held", [1, 2, 3, 8, 32])
 @pytest.mark.parametrize("length", [2, 3, 10, 57, 200, 400])
 def test_the_published_schedule_costs_the_same(length: int, held: int) -> None:
-    """checkpoint_schedules runs one taping step more for each reversed step, and otherwise the same number."""
+    """checkpoint_schedules also counts the forward pass of each reversed step."""
     schedule = MultistageCheckpointSchedule(length, held, 0)
     theirs = 0
     for action in schedule:
@@ -155,6 +163,6 @@ def test_keeping_every_state_recomputes_nothing() -> None:
 
 
 def test_holding_nothing_is_refused() -> None:
-    """No state in memory means nothing can be reversed, and the planner says so instead of looping."""
+    """Without a state in memory nothing can be reversed, and the schedule does not loop forever."""
     with pytest.raises(AssertionError, match="not 0"):
-        next(sweep(0, 3, held=0))
+        next(reverse_segment(0, 3, held=0))

@@ -15,9 +15,8 @@ from backtrail.errors import NoLabels, UnexplainedGradient
 from tests.loops import adam, backward, refused
 
 LABELS = torch.tensor([[0, 1, 2, 3], [4, 2, -100, -100], [-100, 1, -100, 0], [3, -100, -100, -100]])
-COUNTS = torch.tensor(
-    [3.0, 1.0, 2.0, 0.0]
-)  # nothing precedes the first label, so it is never predicted
+# Nothing precedes the first label, so it is never predicted.
+COUNTS = torch.tensor([3.0, 1.0, 2.0, 0.0])
 VALUES = torch.rand(LABELS.shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -95,7 +94,7 @@ def test_a_mean_over_tokens_gives_a_row_its_share_of_them() -> None:
 @pytest.mark.parametrize("over", ["step", "batch"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_loops_that_average_over_tokens(over: Any, *, keep: bool, tmp_path: Path) -> None:
-    """Two accumulated batches, in a mapping of another kind than dict, explained and replayed to the bit."""
+    """Two accumulated batches, in a mapping that is no dict, checked and replayed."""
     model = Words()
     task = backtrail.language_model(model, rows(), reduce=backtrail.TokenMean(over), collate=named)
     optimizer = adam(model)

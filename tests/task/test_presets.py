@@ -1,4 +1,4 @@
-"""Labels drawn from the model have the Gauss-Newton matrix as the mean of their gradients' outer products."""
+"""The mean outer product of gradients by sampled labels is the Gauss-Newton matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +61,7 @@ def test_drawn_labels_have_the_gauss_newton_matrix(name: str) -> None:
 
 
 def test_a_seed_draws_these_labels() -> None:
-    """The same on every version of torch: the class whose cross-entropy is the loss, and the targets' distance."""
+    """On every version of torch: the losses are those of these classes, and of these targets."""
     outputs = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64)
     rows = outputs.repeat(8, 1)
     many = rows, (torch.zeros(8, 1), torch.zeros(8, dtype=torch.long))

@@ -38,7 +38,7 @@ from backtrail.methods.observe import ObservedAt
 from backtrail.queries import Loss
 from backtrail.run.files import replacing
 from backtrail.run.run import Run
-from backtrail.task.task import Rows, evaluating
+from backtrail.task.task import Rows, in_eval_mode
 from backtrail.tree import cast
 
 Method = Literal[
@@ -137,7 +137,7 @@ def _sizes_at(run: Run, state: int) -> Float64[np.ndarray, " sample"]:
     point, found = point_at(run, state), np.zeros(run.samples)
     rows, like = RowGradients(run.task, point), next(iter(point.params.values()))
     size = sum(tensor.nbytes for tensor in point.trained.values())
-    with evaluating(run.task):
+    with in_eval_mode(run.task):
         for places, slots, read in pieces(run, rows=max(1, min(ROWS, CACHE // size))):
             gradients = rows.each(cast(read, like.dtype, like.device), point.trained)
             squares = {

@@ -21,7 +21,7 @@ from backtrail.queries import Part, Query
 from backtrail.queries.rows import RowQuery
 from backtrail.queries.selection import RowSelection
 from backtrail.run.run import Run
-from backtrail.task.task import Batch, Task, evaluating
+from backtrail.task.task import Batch, Task, in_eval_mode
 from backtrail.tree import cast, mapping_to_dict
 
 Samples = Sequence[int] | Int[np.ndarray, " kept"] | pl.Series | pl.DataFrame
@@ -185,6 +185,6 @@ def _has_classes(run: Run, selection: RowSelection) -> bool:
     collate = selection.collate or run.task.collate
     read = mapping_to_dict(collate([selection.data[selection.rows[0]]]))
     batch = cast(read, like.dtype, like.device)
-    with evaluating(run.task):
+    with in_eval_mode(run.task):
         outputs, _ = run.task.outputs(state.params, state.buffers, batch)
         return are_classes(outputs, batch)

@@ -21,8 +21,8 @@ from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.run.run import Run
 from backtrail.step.state import State
-from backtrail.sweep.rerun import each_run, rerun
-from backtrail.task.task import Batch, Task, evaluating
+from backtrail.sweep.rerun import evaluate_runs, rerun
+from backtrail.task.task import Batch, Task, in_eval_mode
 from backtrail.tree import Tree, cast
 
 FOLDS, REPEATS = 5, 4
@@ -140,10 +140,10 @@ def _readings(
 ) -> Iterator[tuple[Int64[np.ndarray, " sample"], Float64[np.ndarray, "again sample column"]]]:
     """Some samples at a time: their distances from the label in every re-run, and the probabilities of the classes."""
     like = next(iter(stack.params.values()))
-    with evaluating(run.task):
+    with in_eval_mode(run.task):
         for places, slots, read in pieces(run):
             columns = _columns(run.task, cast(read, like.dtype, like.device), classes=classes)
-            yield places, each_run(stack, columns)[:, slots].double().cpu().numpy()
+            yield places, evaluate_runs(stack, columns)[:, slots].double().cpu().numpy()
 
 
 def _columns(task: Task, batch: Batch, *, classes: int) -> Callable[[Tree, Tree], Tensor]:

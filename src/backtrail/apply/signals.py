@@ -15,7 +15,7 @@ from torch import Tensor
 from backtrail.errors import NoClasses
 from backtrail.exclusive import exclusive
 from backtrail.run.run import Run
-from backtrail.task.task import Batch, evaluating, labels_of, logits_of
+from backtrail.task.task import Batch, in_eval_mode, labels_of, logits_of
 from backtrail.tree import cast
 
 ROWS = 256  # of the data set that go through the model at once
@@ -170,7 +170,7 @@ def read_rows(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -
     """`function(outputs, batch)` of every sample at a state, `[sample, ...]`."""
     state, parts, order = run.state(number, replay=True), [], []
     like = next(iter(state.params.values()))
-    with evaluating(run.task):
+    with in_eval_mode(run.task):
         for places, slots, read in pieces(run):
             batch = cast(read, like.dtype, like.device)
             numbers = function(run.task.outputs(state.params, state.buffers, batch)[0], batch)

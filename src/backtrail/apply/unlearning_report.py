@@ -17,7 +17,7 @@ from backtrail.methods.retrain.retrain import Denominator
 from backtrail.run.run import Run
 from backtrail.stats import auc
 from backtrail.step.state import State
-from backtrail.task.task import Batch, Rows, Task, evaluating, labels_of, logits_of
+from backtrail.task.task import Batch, Rows, Task, in_eval_mode, labels_of, logits_of
 from backtrail.tree import Tree, cast, mapping_to_dict, norm
 
 ROWS = 256  # that go through the model at once
@@ -172,7 +172,7 @@ def _compared(task: Task, found: Sequence[State], test: Rows) -> tuple[Pair, Pai
     """Divergence from the last model's predictions and agreement with its classes, of the first two."""
     divergence, same, divisor, classes = np.zeros(2), np.zeros(2), 0, True
     for batch in _batches(task, test):
-        with evaluating(task):
+        with in_eval_mode(task):
             outputs = (task.outputs(state.params, state.buffers, batch)[0] for state in found)
             *both, true = (logits_of(some).double() for some in outputs)
         classes = _classes(true, batch)
@@ -217,7 +217,7 @@ def _membership(task: Task, found: Sequence[State], *, gone: Rows, test: Rows) -
 
 
 def _losses(task: Task, state: State, rows: Rows) -> Float64[np.ndarray, " row"]:
-    with evaluating(task):
+    with in_eval_mode(task):
         parts = [
             task.losses(state.params, state.buffers, batch)[0] for batch in _batches(task, rows)
         ]

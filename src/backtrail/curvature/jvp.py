@@ -55,7 +55,9 @@ def gradient_jvp(
     trained, running = differentiable_inputs(micro_batch, state.params, state.buffers)
 
     def gradient(part: Tree, statistics: Tree, w: Tensor) -> tuple[Tree, Tree]:
-        value, after, _ = micro_batch.gradient(state.params | part, state.buffers | statistics, w)
+        value, after, _ = micro_batch.traceable_gradient(
+            state.params | part, state.buffers | statistics, w
+        )
         return value, after
 
     (value, after), (value_tangent, after_tangent) = value_and_jvp(
@@ -81,12 +83,12 @@ def gradient_jvp_by_differences(
         statistics = {
             name: tensor + step * tangent.buffers[name] for name, tensor in running.items()
         }
-        value, after, _ = micro_batch.slopes(
+        value, after, _ = micro_batch.gradient_as_trained(
             state.params | moved(sign), state.buffers | statistics, 1 + step * weights
         )
         return value, {name: after[name] for name in running}
 
-    value, after, _ = micro_batch.slopes(state.params, state.buffers, None)
+    value, after, _ = micro_batch.gradient_as_trained(state.params, state.buffers, None)
     value_up, after_up = gradient_at(1.0)
     value_down, after_down = gradient_at(-1.0)
     value_tangent = _central_difference(value_up, value_down, epsilon)
@@ -116,7 +118,7 @@ def split_jvp(
     ends_tangent, after_tangent = _ends_jvp(
         micro_batch, state, tangent, split=split, product=product
     )
-    with torch.enable_grad(), micro_batch.randomness():
+    with torch.enable_grad(), micro_batch.recorded_randomness():
         head = split.head(micro_batch, backbone.outputs, torch.ones_like(weights))
         # With the change of the weights in their place: the change of the slopes.
         changed_head = split.head(micro_batch, backbone.outputs, weights)
@@ -144,7 +146,7 @@ def _ends_jvp(
     trained, running = differentiable_inputs(micro_batch, state.params, state.buffers)
 
     def forward(part: Tree, statistics: Tree) -> tuple[Tensors, Tree]:
-        with micro_batch.randomness():
+        with micro_batch.recorded_randomness():
             outputs, after = micro_batch.transition.task.outputs(
                 state.params | part, state.buffers | statistics, micro_batch.batch
             )

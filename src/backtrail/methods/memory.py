@@ -16,7 +16,7 @@ from backtrail.influence import layout
 from backtrail.optim.flatten import longest_chunk
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
-from backtrail.step.state import State, elementwise
+from backtrail.step.state import State, elementwise_keys
 from backtrail.tree import each
 
 # Bytes of activations up to which pulling more queries at once is faster on a CPU.
@@ -178,7 +178,7 @@ def bytes_of_cotangent(state: State, trained: Sequence[str]) -> int:
     total = 0
     for name in trained:
         parameter = state.params[name]
-        moments = elementwise(state.moments.get(name, {}), parameter)
+        moments = elementwise_keys(state.moments.get(name, {}), parameter)
         total += parameter.nbytes * (1 + len(moments))
     return total
 
@@ -204,7 +204,7 @@ def bytes_of_activations(run: Run, *, twice: bool) -> int:
     )
     owned = {tensor.untyped_storage().data_ptr() for tensor in params.values()}
     with (
-        transition.replaying(twice=twice),
+        transition.replaying(double_backward=twice),
         torch.random.fork_rng(),
         saved_tensors_hooks(note, lambda tensor: tensor),
     ):

@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from backtrail.optim.flatten import FlatChunk
 from backtrail.step.optimizers import OptimizerRule, rule_named
-from backtrail.step.state import Setting, State, elementwise
+from backtrail.step.state import Setting, State, elementwise_keys
 from backtrail.step.update import Update
 from backtrail.tree import Tree
 
@@ -134,7 +134,7 @@ class FlatUpdate:
         first = chunk.slices[0].name
         moments = state.moments.get(first, {})
         inputs: Tree = {}
-        for key in elementwise(moments, state.params[first]):
+        for key in elementwise_keys(moments, state.params[first]):
             inputs[key] = chunk.gather({s.name: state.moments[s.name][key] for s in chunk.slices})
         inputs[PARAMETER] = chunk.gather(state.params)
         inputs[GRADIENT] = chunk.gather(grads)

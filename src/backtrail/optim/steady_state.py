@@ -77,7 +77,7 @@ def steady_state(task: Task, update: Update, state: State, *, grads: Tree) -> St
             decay[part.name].view(-1)[part.start : part.stop] = by_parameter[found]
     # D refers to the raw gradient: chain rule through the diagonal of the clipping Jacobian.
     if task.clip is not None:
-        slopes = task.clip.slope(grads)
+        slopes = task.clip.diagonal(grads)
         rate = {name: rate[name] * slopes[name] for name in slopes}
     # The penalty's gradient is part of g: D times its second derivative is taken off rho.
     for name, curvature in _penalty_diagonal(task, state, grads).items():

@@ -48,14 +48,14 @@ def trace_gradient(micro_batch: MicroBatch, params: Tree, buffers: Tree) -> "Tra
         params: Where the gradients are taken.
         buffers: Before the forward pass.
     """
-    with torch.enable_grad(), micro_batch.transition.replaying(twice=False):
+    with torch.enable_grad(), micro_batch.transition.replaying(double_backward=False):
         if not micro_batch.contributes:
-            gradient, after, losses = micro_batch.slopes(params, buffers, None)
+            gradient, after, losses = micro_batch.gradient_as_trained(params, buffers, None)
             return TracedPass(micro_batch, losses, gradient, after)
         exact = None
         if _has_batch_statistics(micro_batch):
             # The trace takes the statistics as constants, so the gradient needs a pass of its own.
-            exact = micro_batch.slopes(params, buffers, None)
+            exact = micro_batch.gradient_as_trained(params, buffers, None)
         graph, after = _forward(micro_batch, params, buffers)
         losses = graph.losses
         # One backward pass for the cotangents of the uses and for the gradient.
@@ -64,7 +64,9 @@ def trace_gradient(micro_batch: MicroBatch, params: Tree, buffers: Tree) -> "Tra
         found = maybe_gradients(graph.weighted_loss, [*edges, *leaves])
         graph.own_cotangents = dict(zip(edges, found[: len(edges)], strict=True))
         if graph.froze_statistics:
-            gradient, after, losses = exact or micro_batch.slopes(params, buffers, None)
+            gradient, after, losses = exact or micro_batch.gradient_as_trained(
+                params, buffers, None
+            )
         else:
             by_leaf = dict(zip(graph.leaves, found[len(edges) :], strict=True))
             gradient = _with_penalty(micro_batch, params, by_leaf)
@@ -82,7 +84,7 @@ def trace_forward(micro_batch: MicroBatch, params: Tree, buffers: Tree) -> "Trac
         params: As above.
         buffers: As above.
     """
-    with torch.enable_grad(), micro_batch.transition.replaying(twice=False):
+    with torch.enable_grad(), micro_batch.transition.replaying(double_backward=False):
         graph, _ = _forward(micro_batch, params, buffers)
     return TracedPass(micro_batch, graph.losses.detach(), {}, {}, graph)
 
@@ -100,7 +102,7 @@ def _forward(micro_batch: MicroBatch, params: Tree, buffers: Tree) -> tuple["_Gr
         name: params[name].detach().requires_grad_() for name in micro_batch.transition.updated
     }
     tracer = OpTracer(leaves, len(micro_batch.share), micro_batch.batch)
-    with micro_batch.randomness():
+    with micro_batch.recorded_randomness():
         with tracer:
             outputs, after = task.outputs(params | leaves, buffers, micro_batch.batch)
         losses = task.losses_of(outputs, micro_batch.batch)

@@ -8,7 +8,7 @@ from backtrail.errors import BadLoss, UnexplainedGradient, UnrepeatableRows
 from backtrail.record.backward_hooks import LiveBatch
 from backtrail.run.run import AUTOCAST
 from backtrail.run.tensors import digest
-from backtrail.step.state import State, Step, due
+from backtrail.step.state import State, Step, is_check_due
 from backtrail.step.step import Transition
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree, cast, norm
@@ -41,7 +41,7 @@ class GradientCheck:
         is_new = shape not in self._seen_shapes and len(self._seen_shapes) < MAX_NEW_SHAPES
         if is_new:
             self._seen_shapes.add(shape)
-        return is_new or due(step.index)
+        return is_new or is_check_due(step.index)
 
     def tolerance(self, step: Step, consumed: Tree) -> float:
         """Allowed relative difference of the gradients of a step."""
@@ -62,7 +62,7 @@ class GradientCheck:
         if transition.step.index == 0:
             _check_losses(transition, state)
         raw_gradient, _, _ = transition.raw_gradient(state)
-        replayed = transition.clipped(raw_gradient)
+        replayed = transition.clip(raw_gradient)
         gap = norm({name: replayed[name] - consumed[name] for name in replayed})
         largest = max(norm(consumed), norm(replayed), 1e-30)  # both may be zero
         off = gap / largest

@@ -303,11 +303,11 @@ class Run:
                 )
         transition = self.transition(index)
         raw_gradient, buffers, _ = transition.raw_gradient(state)
-        consumed = transition.clipped(raw_gradient)
+        consumed = transition.clip(raw_gradient)
         off = abs(norm(consumed) - step.norm) / max(step.norm, TINY)
         if not off <= allowed:
             raise ReplayMismatch(index, "the norm of its gradient", (off, allowed))
-        return transition.moved(state, consumed, buffers)
+        return transition.apply_update(state, consumed, buffers)
 
     def __repr__(self) -> str:
         """One line: path, steps, optimizer, samples and stored states."""

@@ -36,18 +36,22 @@ class State:
 
     def cast(self, dtype: torch.dtype | None, device: torch.device | str | None = None) -> "State":
         """The same state in another precision or on another device."""
-        return State(*cast((self.params, self.buffers, self.moments), dtype, device))
+        params, buffers, moments = cast((self.params, self.buffers, self.moments), dtype, device)
+        return State(params, buffers, moments)
 
     def repeat(self, times: int) -> "State":
-        """A stack of equal states, with a new first axis on parameters, buffers and elementwise moments."""
+        """A stack of equal states: parameters, buffers and elementwise moments `[run, ...]`.
+
+        Step counts get no such axis, since the runs of a stack are always at the same step.
+        """
 
         def stack(tree: Tree) -> Tree:
             return each(lambda tensor: tensor.expand(times, *tensor.shape).clone(), tree)
 
-        moments = {
-            name: tree | stack({key: tree[key] for key in elementwise(tree, self.params[name])})
-            for name, tree in self.moments.items()
-        }
+        moments: dict[str, Tree] = {}
+        for name, tree in self.moments.items():
+            keys = elementwise_keys(tree, self.params[name])
+            moments[name] = tree | stack({key: tree[key] for key in keys})
         return State(stack(self.params), stack(self.buffers), moments)
 
     def __repr__(self) -> str:
@@ -58,8 +62,8 @@ class State:
         )
 
 
-def elementwise(moments: Tree, parameter: torch.Tensor) -> list[str]:
-    """Keys of the moments that have one entry per entry of the parameter (not step counts)."""
+def elementwise_keys(moments: Tree, parameter: torch.Tensor) -> list[str]:
+    """Keys of the moments with one entry for each entry of the parameter: all but step counts."""
     # A 0-d parameter has the shape of a step count, so the name of the count decides first.
     return [key for key, m in moments.items() if key not in COUNTS and m.shape == parameter.shape]
 
@@ -68,14 +72,14 @@ class BatchRecord(msgspec.Struct, frozen=True):
     """One batch that the loop fed to the model.
 
     Attributes:
-        samples: row numbers of the training set, in slot order.
-        epoch: which pass over the loader it came from.
-        digest: content hash of the batch as it was fed.
-        random: the generators' states before the forward pass, if that pass drew from them, by
-            device.
-        stored: whether the content itself is kept on disk (otherwise the rows are read again).
-        contributes: whether the update consumed its gradient; if not, its forward pass only moved batch
-            norm's statistics (a step that a GradScaler skipped).
+        samples: Row numbers of the training set, in slot order.
+        epoch: Which pass over the loader it came from.
+        digest: Content hash of the batch as it was fed.
+        random: State of the random generator of each device before the forward pass; None if that
+            pass drew no random numbers.
+        stored: Whether the content itself is kept on disk; otherwise the rows are read again.
+        contributes: Whether the update consumed its gradient. If not, its forward pass only changed
+            BatchNorm's statistics (a step that a GradScaler skipped).
     """
 
     samples: tuple[int, ...]
@@ -116,7 +120,7 @@ class Step(msgspec.Struct, frozen=True):
 
     @property
     def samples(self) -> tuple[int, ...]:
-        """Row numbers of all slots of the step, over the micro-batches whose gradients it consumed, in order."""
+        """Row numbers of all slots in order, over the micro-batches whose gradients it consumed."""
         return tuple(sample for fed in self.fed if fed.contributes for sample in fed.samples)
 
     def __repr__(self) -> str:
@@ -125,7 +129,7 @@ class Step(msgspec.Struct, frozen=True):
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Setting]:
-    """The hyperparameters of an optimizer's parameter group as plain numbers."""
+    """Hyperparameters of an optimizer's parameter group, with tensors as plain numbers."""
     return {key: _plain(value) for key, value in group.items() if key != "params"}
 
 
@@ -139,10 +143,15 @@ def _plain(value: Any) -> Setting:
     return plain
 
 
-def due(step: int) -> bool:
-    """Whether what is noted of a training is proven at this step by a replay: at 0, 1, and the powers of four.
+def is_check_due(step: int) -> bool:
+    """Whether a recording checks this step by replaying it: step 0 and the powers of four.
 
-    >>> [step for step in range(100) if due(step)]
+    Most mistakes show at once, and the cost of the checks vanishes beside a long training.
+
+    >>> [step for step in range(100) if is_check_due(step)]
     [0, 1, 4, 16, 64]
     """
-    return step == 0 or (step.bit_count() == 1 and step.bit_length() % 2 == 1)
+    if step == 0:
+        return True
+    is_power_of_two = step.bit_count() == 1
+    return is_power_of_two and step.bit_length() % 2 == 1

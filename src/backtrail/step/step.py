@@ -1,9 +1,19 @@
-"""One training step as a function from state to state, and its pieces as functions that can be differentiated."""
+r"""One training step as a function from state to state, and the terms of its loss.
 
-from collections.abc import Iterator, Sequence
+The loss of step t is the sum of one term for each micro-batch. With parameters θ, slot weights w,
+shares c of the slots and penalty R,
+
+.. math:: L_t(\theta; w) = \sum_b c_{t,b}\, w_{t,b}\, \ell_b(\theta) + R(\theta)
+
+A `Transition` is the step as a whole, a `MicroBatch` one term of its loss. Every function here runs
+the forward passes as training did: in the recorded train/eval modes, with the recorded states of
+the random generators, and each micro-batch with the buffers that the one before it left.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -15,11 +25,25 @@ from backtrail.exclusive import exclusive
 from backtrail.step.dropout import SameDropout
 from backtrail.step.state import State, Step
 from backtrail.step.update import Update
-from backtrail.task.task import Batch, Task, cut
+from backtrail.task.task import Batch, Task, select_rows
 from backtrail.tree import Tree, add, each
 
 Weights = Float[Tensor, "*run slot"]
-Gradient = tuple[Tree, Tree, Tensor]  # gradient, buffers after, loss of every slot
+
+
+@final
+class Gradient(NamedTuple):
+    """Gradient of one or several loss terms, and what their forward passes leave.
+
+    Attributes:
+        gradient: with respect to the parameters that the step updates, before clipping.
+        buffers: the model's buffers after the last forward pass.
+        losses: loss of every slot, unweighted, `[slot]`.
+    """
+
+    gradient: Tree
+    buffers: Tree
+    losses: Tensor
 
 
 @final
@@ -52,101 +76,128 @@ class Transition:
         return tuple(name for name in self.trained if name not in unused)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Number of slots of every micro-batch: none where its gradient was thrown away."""
+    def slot_counts(self) -> tuple[int, ...]:
+        """Number of slots of every micro-batch; 0 where its gradient was thrown away."""
         return tuple(len(fed.samples) if fed.contributes else 0 for fed in self.step.fed)
 
     def micro_batches(self) -> "list[MicroBatch]":
         """The terms of the step's loss, one per micro-batch, in order."""
-        contributes = [index for index, fed in enumerate(self.step.fed) if fed.contributes]
-        found = self.task.shares(
-            [self.batches[i] for i in contributes], [self.sizes[i] for i in contributes]
+        contributing = [index for index, fed in enumerate(self.step.fed) if fed.contributes]
+        shares = self.task.shares(
+            [self.batches[index] for index in contributing],
+            [self.slot_counts[index] for index in contributing],
         )
-        shares = dict(zip(contributes, found, strict=True))
+        by_index = dict(zip(contributing, shares, strict=True))
+        none = torch.zeros(0)
         return [
-            MicroBatch(self, index, shares.get(index, torch.zeros(0)))
-            for index in range(len(self.batches))
+            MicroBatch(self, index, by_index.get(index, none)) for index in range(len(self.batches))
         ]
 
-    def walk(
-        self, state: State, weights: Weights | None = None, *, traced: bool = False
-    ) -> "Iterator[tuple[Tree, Gradient]]":
-        """The micro-batches in order: the buffers before each, and its part of the gradient, traceable or not."""
+    def split_weights(self, weights: Weights | None) -> Sequence[Tensor | None]:
+        """Split the weights of a step's slots into those of its micro-batches."""
+        if weights is None:
+            return [None] * len(self.slot_counts)
+        return torch.split(weights, list(self.slot_counts), dim=-1)
+
+    def micro_batch_gradients(
+        self, state: State, weights: Weights | None = None, *, traceable: bool = False
+    ) -> Iterator[tuple[Tree, Gradient]]:
+        """Compute the gradient of each micro-batch's loss term, in order.
+
+        Args:
+            state: the state before the step.
+            weights: of the slots, `[slot]`; None: ones.
+            traceable: by `MicroBatch.traceable_gradient`, else `gradient_as_trained`.
+
+        Yields:
+            The buffers before each micro-batch's forward pass, and its gradient.
+        """
         buffers = state.buffers
-        for micro_batch, part in zip(self.micro_batches(), self.split(weights), strict=True):
-            found = (micro_batch.gradient if traced else micro_batch.slopes)(
-                state.params, buffers, part
+        weights_of_each = self.split_weights(weights)
+        for micro_batch, its_weights in zip(self.micro_batches(), weights_of_each, strict=True):
+            compute = (
+                micro_batch.traceable_gradient if traceable else micro_batch.gradient_as_trained
             )
-            yield buffers, found
-            buffers = found[1]
+            result = compute(state.params, buffers, its_weights)
+            yield buffers, result
+            buffers = result.buffers
 
     @exclusive
     def raw_gradient(
         self, state: State, *, weights: Tensor | None = None, autocast: bool = True
     ) -> Gradient:
-        """Gradient of L_t before clipping, the buffers it leaves, and the losses `[slot]`.
+        """Compute the gradient of L_t before clipping.
+
+        It is that of the training to the bit, since it uses the training's kernels and, unless
+        `autocast` is False, the training's precision.
 
         Args:
             state: the state before the step.
-            weights: of the samples `[slot]`; None: ones.
-            autocast: in the precision of the training, rather than in that of the derivatives.
+            weights: of the slots, `[slot]`; None: ones.
+            autocast: under the recorded autocast; False: in the precision of the derivatives.
         """
-        # and training's own kernels, so that a replay meets the recording to the bit
-        with self.recorded_modes(), self.precision() if autocast else nullcontext():
-            walked = list(self.walk(state, weights))
-        return gathered(walked)[0], walked[-1][1][1], gathered(walked)[1]
+        with self.recorded_modes(), self.recorded_autocast() if autocast else nullcontext():
+            return accumulate(result for _, result in self.micro_batch_gradients(state, weights))
 
-    def clipped(self, grads: Tree) -> Tree:
-        """The gradient as the optimizer consumes it."""
+    def clip(self, grads: Tree) -> Tree:
+        """The gradient as the optimizer consumes it, from the raw one."""
         return grads if self.task.clip is None else self.task.clip(grads)
 
     @exclusive
     def advance(self, state: State) -> State:
         """The state after the step, as it happened."""
-        grads, buffers, _ = self.raw_gradient(state)
-        return self.moved(state, self.clipped(grads), buffers)
+        raw = self.raw_gradient(state)
+        return self.apply_update(state, self.clip(raw.gradient), raw.buffers)
 
-    @exclusive
-    def gradients_of_many(self, states: State, weights: Weights) -> tuple[Tree, Tree]:
-        """Gradients of a stack of states before clipping, each with its own sample weights, and the buffers left."""
+    def apply_update(self, state: State, grads: Tree, buffers: Tree) -> State:
+        """The state after an update.
 
-        def gradient(params: Tree, buffers: Tree, w: Tensor) -> tuple[Tree, Tree]:
-            walked = list(self.walk(State(params, buffers), w, traced=True))
-            return gathered(walked)[0], walked[-1][1][1]
-
-        with self.replaying():
-            found: tuple[Tree, Tree] = vmap(gradient, randomness="same")(
-                states.params, states.buffers, weights
-            )
-        return found
-
-    def moved_many(self, states: State, grads: Tree, buffers: Tree) -> State:
-        """The stack after the update by gradients that are still to be clipped."""
-        clipped = grads if self.task.clip is None else vmap(self.clipped)(grads)
-        return self.moved(states, clipped, buffers)
-
-    def moved(self, state: State, grads: Tree, buffers: Tree) -> State:
-        """The state after the update by a (clipped) gradient, with the buffers that the forward passes left."""
+        Args:
+            state: the state before it, or a stack of states.
+            grads: the clipped gradient.
+            buffers: the model's buffers as the step's forward passes leave them.
+        """
         after = self.update(state, grads)
         return State(after.params, buffers, after.moments)
 
-    def split(self, weights: Weights | None) -> Sequence[Tensor | None]:
-        """Cut the weights of a step's slots into those of its micro-batches."""
-        return (
-            [None] * len(self.sizes)
-            if weights is None
-            else torch.split(weights, list(self.sizes), dim=-1)
-        )
+    @exclusive
+    def gradients_of_stack(self, states: State, weights: Weights) -> tuple[Tree, Tree]:
+        """Raw gradients of a stack of states, each with its own slot weights.
+
+        Args:
+            states: the states before the step, each tensor `[run, ...]`.
+            weights: of the slots, `[run, slot]`.
+
+        Returns:
+            Gradients before clipping, and buffers after the step, each tensor `[run, ...]`.
+        """
+
+        def gradient_of_one(params: Tree, buffers: Tree, w: Tensor) -> tuple[Tree, Tree]:
+            state = State(params, buffers)
+            results = self.micro_batch_gradients(state, w, traceable=True)
+            total = accumulate(result for _, result in results)
+            return total.gradient, total.buffers
+
+        with self.replaying():
+            # Every run gets the recorded masks.
+            gradient_of_each = vmap(gradient_of_one, randomness="same")
+            found: tuple[Tree, Tree] = gradient_of_each(states.params, states.buffers, weights)
+            return found
+
+    def apply_update_to_stack(self, states: State, grads: Tree, buffers: Tree) -> State:
+        """The stack of states after the update by raw gradients, each clipped by its own norm."""
+        clipped = grads if self.task.clip is None else vmap(self.clip)(grads)
+        return self.apply_update(states, clipped, buffers)
 
     def recorded_modes(self) -> AbstractContextManager[None]:
-        """Put the skeleton's modules into the recorded train/eval modes."""
+        """Put the modules of the task's copy of the model into the recorded train/eval modes."""
         return self.task.binding.in_modes(self.step.evaluating)
 
-    def precision(self) -> AbstractContextManager[object]:
+    def recorded_autocast(self) -> AbstractContextManager[object]:
         """The autocast that the training was under; it leaves tensors in float64 alone.
 
-        Not float16: small gradients vanish in it but for the scale of a GradScaler, which changes
-        from step to step.
+        Not float16: without the scale of a GradScaler, which changes from step to step, small
+        gradients vanish in it.
         """
         if self.step.autocast != "bfloat16":
             return nullcontext()
@@ -156,24 +207,40 @@ class Transition:
         )
 
     @contextmanager
-    def replaying(self, *, twice: bool = True) -> Iterator[None]:
-        """Recorded train/eval modes, and attention that can be differentiated twice, or training's own."""
-        with self.recorded_modes(), sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+    def replaying(self, *, double_backward: bool = True) -> Iterator[None]:
+        """Run forward passes in the recorded train/eval modes.
+
+        Args:
+            double_backward: with the one attention kernel that has a second derivative, which
+                rounds differently from the training's; False: with the training's own.
+        """
+        kernel = sdpa_kernel(SDPBackend.MATH) if double_backward else nullcontext()
+        with self.recorded_modes(), kernel:
             yield
 
 
-def gathered(walked: "list[tuple[Tree, Gradient]]") -> tuple[Tree, Tensor]:
-    """The whole step's gradient and its losses `[slot]`, from those of its micro-batches."""
-    total: Tree = {}
-    for _, (gradient, _, _) in walked:
-        total = add(total, gradient)
-    return total, torch.cat([losses for _, (_, _, losses) in walked], -1)
+def accumulate(results: Iterable[Gradient]) -> Gradient:
+    """Add the gradients of a step's micro-batches in order, as training accumulates them."""
+    gradient: Tree = {}
+    buffers: Tree = {}
+    losses: list[Tensor] = []
+    for result in results:
+        gradient = add(gradient, result.gradient)
+        buffers = result.buffers
+        losses.append(result.losses)
+    return Gradient(gradient, buffers, torch.cat(losses, -1))
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The loss term of one micro-batch: sum over its slots of c w l, with the penalty in the first."""
+    r"""The loss term of one micro-batch, :math:`\sum_b c_b w_b \ell_b`; the first also has R.
+
+    Attributes:
+        transition: the step.
+        index: which of the step's micro-batches.
+        share: c of every slot; empty where the gradient was thrown away.
+    """
 
     transition: Transition
     index: int
@@ -189,71 +256,79 @@ class MicroBatch:
         """What was fed to the model."""
         return self.transition.batches[self.index]
 
-    def cut(self, slots: Tensor) -> "MicroBatch":
-        """Some of its slots alone, with the same shares.
+    def select_slots(self, slots: Tensor) -> "MicroBatch":
+        """The term of some of its slots alone, with the same shares.
 
         Raises:
             NotCut: the batch is not made of rows.
         """
         batches = list(self.transition.batches)
-        batches[self.index] = cut(self.batch, slots)
-        return MicroBatch(
-            replace(self.transition, batches=tuple(batches)), self.index, self.share[slots]
-        )
+        batches[self.index] = select_rows(self.batch, slots)
+        transition = replace(self.transition, batches=tuple(batches))
+        return MicroBatch(transition, self.index, self.share[slots])
 
-    def gradient(self, params: Tree, buffers: Tree, weights: Tensor | None) -> Gradient:
-        """Gradient with respect to the moving parameters; traceable by torch.func in every argument."""
-        updated = {name: params[name] for name in self.transition.updated}
-        rest = {name: params[name] for name in params if name not in updated}
+    def gradient_as_trained(self, params: Tree, buffers: Tree, weights: Tensor | None) -> Gradient:
+        """Gradient by `torch.autograd.grad`: that of the training to the bit, but not traceable.
 
-        def loss(part: Tree) -> tuple[Tensor, tuple[Tree, Tensor]]:
-            return self.loss(rest | part, buffers, weights)
-
-        gradient, (after, losses) = grad(loss, has_aux=True)(updated)
-        return gradient, after, losses
-
-    def slopes(self, params: Tree, buffers: Tree, weights: Tensor | None) -> Gradient:
-        """The same as training takes it, to the bit. Not traceable: `torch.func.grad` keeps a graph of its own."""
+        (`torch.func.grad` also builds the graph of a further derivative, and may round otherwise.)
+        """
         leaves = {name: params[name].detach().requires_grad_() for name in self.transition.updated}
         with torch.enable_grad():
-            total, (after, losses) = self.loss(params | leaves, buffers, weights)
-        found = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+            total, (buffers_after, losses) = self.loss(params | leaves, buffers, weights)
+        gradient = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        # A term without any slot and without penalty depends on no parameter.
         if total.requires_grad:
-            taken = torch.autograd.grad(
+            grads = torch.autograd.grad(
                 total, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
-            found = dict(zip(leaves, taken, strict=True))
-        return found, each(Tensor.detach, after), losses.detach()
+            gradient = dict(zip(leaves, grads, strict=True))
+        return Gradient(gradient, each(Tensor.detach, buffers_after), losses.detach())
+
+    def traceable_gradient(self, params: Tree, buffers: Tree, weights: Tensor | None) -> Gradient:
+        """Gradient by `torch.func.grad`: traceable in every argument, equal up to rounding."""
+        updated = {name: params[name] for name in self.transition.updated}
+        constant = {name: params[name] for name in params if name not in updated}
+
+        def loss(part: Tree) -> tuple[Tensor, tuple[Tree, Tensor]]:
+            return self.loss(constant | part, buffers, weights)
+
+        gradient, (buffers_after, losses) = grad(loss, has_aux=True)(updated)
+        return Gradient(gradient, buffers_after, losses)
 
     def loss(
         self, params: Tree, buffers: Tree, weights: Tensor | None
     ) -> tuple[Tensor, tuple[Tree, Tensor]]:
-        """The piece's loss, the buffers that its forward pass leaves, and the losses `[slot]`."""
+        """The term's value, the buffers that its forward pass leaves, and the losses `[slot]`."""
         task = self.transition.task
-        with self.randomness():
-            losses, after = task.losses(params, buffers, self.batch)
+        with self.recorded_randomness():
+            losses, buffers_after = task.losses(params, buffers, self.batch)
         if not self.contributes:
-            losses = losses.detach()[
-                :0
-            ]  # cut off, not multiplied by zero: they may have been infinite
-        total = self.weighted(losses, weights)
+            # Cut off, not multiplied by zero: they may have been infinite.
+            losses = losses.detach()[:0]
+        total = self.weighted_sum(losses, weights)
         if self.index == 0 and task.penalty is not None:
             total = total + task.penalty(params)
-        return total, (after, losses)
+        return total, (buffers_after, losses)
 
-    def weighted(self, losses: Tensor, weights: Tensor | None) -> Tensor:
-        """Sum over the slots of c w l."""
-        share = self.share.to(losses)
-        return (losses * (share if weights is None else share * weights)).sum()
+    def weighted_sum(self, losses: Tensor, weights: Tensor | None) -> Tensor:
+        r"""Sum over the slots, :math:`\sum_b c_b w_b \ell_b`."""
+        factors = self.share.to(losses)
+        if weights is not None:
+            factors = factors * weights
+        return (losses * factors).sum()
 
-    def randomness(self) -> AbstractContextManager[None]:
-        """The generators as they were before the forward pass."""
-        return replayed_randomness(self.transition.step.fed[self.index].random)
+    def recorded_randomness(self) -> AbstractContextManager[None]:
+        """The random generators as they were before the forward pass."""
+        return generators_in(self.transition.step.fed[self.index].random)
 
 
 @contextmanager
-def replayed_randomness(recorded: dict[str, bytes] | None) -> Iterator[None]:
-    """Run a forward pass with the generators as they were, and leave them as they are now."""
+def generators_in(recorded: dict[str, bytes] | None) -> Iterator[None]:
+    """Set the default random generators, and restore them afterwards.
+
+    Args:
+        recorded: state of the generator of each device; None leaves all of them alone.
+    """
     if recorded is None:
         yield
         return

@@ -1,19 +1,34 @@
-r"""The adjoint sweep: cotangents walk back through the recorded steps and leave a score at every slot.
+r"""The adjoint sweep: cotangents are pulled back through the recorded steps, with a score per slot.
 
-For the cotangent λ of the state after a step (METHODS: θ the parameters, m the moments, U the
-update)
+Step t takes the parameters θ and the optimizer's moments m before it to those after it,
+
+.. math:: (\theta_{t+1}, m_{t+1}) = U_t(\theta_t, m_t, g_t), \qquad g_t = \nabla L_t(\theta_t; w)
+
+The cotangent of the state τ that a query q reads is its gradient. Each step pulls it back by its
+transposed derivative, and the derivative by the weight of slot b, at w = 1, is the influence with
+its sign turned:
 
 .. math::
-    (a_\theta, a_m, a_g) = U_t^\top(\lambda_\theta, \lambda_m) \qquad
-    I_{t,b} = -c_{t,b}\langle a_g, \nabla\ell_b\rangle \qquad
-    \lambda \leftarrow (a_\theta + \nabla^2 L_t\, a_g,\; a_m)
+    \text{start} \quad & (\lambda_\theta, \lambda_m) = (\nabla q(\theta_\tau),\; 0) \\
+    \text{update} \quad & (a_\theta, a_m, a_g) = U_t'^{\,\top} (\lambda_\theta, \lambda_m) \\
+    \text{scores} \quad & I_{t,b} = -c_{t,b}\, \langle a_g, \nabla \ell_b(\theta_t) \rangle \\
+    \text{gradient} \quad & (\lambda_\theta, \lambda_m)
+        \leftarrow (a_\theta + \nabla^2 L_t(\theta_t)\, a_g,\; a_m)
 
-All cotangents of a sweep are stacked along a first axis and share the primal pass.
+Where the loop clips the gradient, :math:`a_g` first goes back through the clipping. BatchNorm's
+running statistics B are part of the state as well: their cotangent :math:`\lambda_B` goes back
+through the forward pass, which also reads θ, together with :math:`a_g`. The micro-batches of a step
+are pulled back from the last to the first, since each starts from the statistics that the one
+before it left.
+
+All cotangents of a sweep are stacked along a first axis, `[query, ...]`, and share one forward and
+backward pass of the step.
 """
 
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -22,10 +37,9 @@ from torch.func import vjp, vmap
 
 from backtrail.accel.context import accelerated
 from backtrail.curvature.vjp import GradientVJP
-from backtrail.optim.flatten import flat_chunks
 from backtrail.optim.jacobian import pull_update
-from backtrail.step.state import State, elementwise
-from backtrail.step.step import Transition, gathered
+from backtrail.step.state import State, elementwise_keys
+from backtrail.step.step import Gradient, MicroBatch, Transition, accumulate
 from backtrail.sweep.rules import Rules
 from backtrail.sweep.schedule import Action, Advance, Restore, Reverse
 from backtrail.tree import Tree, concatenate, each
@@ -33,14 +47,15 @@ from backtrail.tree import Tree, concatenate, each
 log = logging.getLogger(__name__)
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Cotangent:
     """Derivatives of queries with respect to a state, each tensor with a first axis `[query, ...]`.
 
     Attributes:
-        params: of the trained parameters.
-        buffers: of the running BatchNorm statistics.
-        moments: of the optimizer's elementwise tensors.
+        params: λ_θ, of the trained parameters.
+        buffers: λ_B, of BatchNorm's running statistics.
+        moments: λ_m, of the optimizer's elementwise tensors.
     """
 
     params: Tree
@@ -52,19 +67,19 @@ class Cotangent:
         return len(next(iter(self.params.values())))
 
     def join(self, other: "Cotangent") -> "Cotangent":
-        """Both, one after the other along the query axis."""
+        """Concatenate both along the query axis."""
+        moments: dict[str, Tree] = {}
+        for name, tree in self.moments.items():
+            if tree:
+                moments[name] = concatenate([tree, other.moments[name]])
         return Cotangent(
             concatenate([self.params, other.params]),
             concatenate([self.buffers, other.buffers]),
-            {
-                name: concatenate([tree, other.moments[name]])
-                for name, tree in self.moments.items()
-                if tree
-            },
+            moments,
         )
 
     def norms(self) -> Float[Tensor, " query"]:
-        """Euclidean norm of the parameters' part, by query."""
+        """Euclidean norm of λ_θ of each query."""
         by_tensor = [
             torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in self.params.values()
         ]
@@ -72,23 +87,34 @@ class Cotangent:
         return whole
 
 
-def start(state: State, params: Tree, buffers: Tree) -> Cotangent:
-    """The cotangent at the state that queries read: their gradients, and zero for the optimizer's moments."""
+def start_cotangent(state: State, params: Tree, buffers: Tree) -> Cotangent:
+    """Make the cotangent at the state that queries read.
+
+    Args:
+        state: that state.
+        params: gradients of the queries by the trained parameters, `[query, ...]`.
+        buffers: their gradients by the running statistics, `[query, ...]`.
+    """
     count = len(next(iter(params.values())))
-    moments = {
-        name: each(
-            lambda moment: moment.new_zeros(count, *moment.shape),
-            {key: tree[key] for key in elementwise(tree, state.params[name])},
-        )
-        for name, tree in state.moments.items()
-    }
-    # Chunks of the update are views of them.
+    moments: dict[str, Tree] = {}
+    for name, tree in state.moments.items():
+        keys = elementwise_keys(tree, state.params[name])
+        # No query reads the optimizer's moments.
+        moments[name] = {key: tree[key].new_zeros(count, *tree[key].shape) for key in keys}
+    # The update's chunks are views of flattened tensors, so these must be contiguous.
     return Cotangent(each(Tensor.contiguous, params), buffers, moments)
 
 
+@final
 @dataclass(frozen=True, slots=True)
-class Pulled:
-    """One step of the sweep: the cotangent before the step, the influences `[query, slot]`, the losses `[slot]`."""
+class PulledBack:
+    """What pulling cotangents back through one step gives.
+
+    Attributes:
+        cotangent: of the state before the step.
+        influence: I of every slot, `[query, slot]`.
+        losses: training loss of every slot, `[slot]`.
+    """
 
     cotangent: Cotangent
     influence: Tensor
@@ -97,146 +123,192 @@ class Pulled:
 
 def pull_back(
     transition: Transition, state: State, cotangent: Cotangent, *, rules: Rules, chunk: int
-) -> Pulled:
-    """Take the cotangents of the state after a step back to the state before it.
+) -> PulledBack:
+    """Pull the cotangents of the state after a step back to the state before it.
 
     Args:
         transition: the step.
         state: the state before it.
-        cotangent: of the state after it, `[query, ...]`. It is overwritten: its memory becomes the
-            result's.
+        cotangent: of the state after it. It is overwritten: its memory becomes the result's.
         rules: how derivatives are taken.
-        chunk: how many queries are pulled at once; more are faster on small models and take more
-            memory.
+        chunk: how many queries are pulled back at once; more are faster on small models and take
+            more memory.
     """
-    with transition.replaying(twice=rules.curvature.product == "autograd"):
-        update, primal = transition.update, _Primal.of(transition, state, rules)
-        clipped, unclip = _clipped(transition, primal.consumed)
+    with transition.replaying(double_backward=rules.curvature.product == "autograd"):
+        primal = _StepGradient.of(transition, state, rules)
+        clipped, clip_vjp = _clip_with_vjp(transition, primal.consumed)
+        # The update overwrites λ_θ and λ_m with a_θ and a_m in place.
         params = cotangent.params
-        slots = sum(transition.sizes)
-        derivatives = (
-            (flat, rules.slope.diagonals(update, state, clipped, chunk=flat, slots=slots))
-            for flat in flat_chunks(update, state, clipped)
+        moments, grads = pull_update(
+            rules.update_derivatives(transition, state, clipped),
+            clipped,
+            params=params,
+            moments=cotangent.moments,
         )
-        moments, grads = pull_update(derivatives, clipped, params=params, moments=cotangent.moments)
-        grads = unclip(grads)
-        buffers = dict(cotangent.buffers)
-        scores = [
-            _add_pulled(linear, grads, into=Cotangent(params, buffers, {}), chunk=chunk)
-            for linear in primal.backwards()
-        ]
-    return Pulled(Cotangent(params, buffers, moments), -torch.cat(scores[::-1], 1), primal.losses)
+        grads = clip_vjp(grads)
+        before = Cotangent(params, dict(cotangent.buffers), moments)
+        scores: list[Tensor] = []
+        for gradient_vjp in primal.vjps_from_last():
+            scores.append(_pull_micro_batch(gradient_vjp, grads, before, chunk=chunk))
+    in_order = scores[::-1]
+    return PulledBack(before, -torch.cat(in_order, 1), primal.losses)
 
 
-def _clipped(transition: Transition, consumed: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
-    """The gradient after clipping, and from cotangents after to those before it."""
+def _clip_with_vjp(transition: Transition, raw: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """The clipped gradient, and the VJP of the clipping for a stack of cotangents."""
     if transition.task.clip is None:
-        return consumed, lambda grads: grads
-    clipped, pull = vjp(transition.clipped, consumed)  # type: ignore[misc]
+        return raw, lambda cotangents: cotangents
+    clipped, pull = vjp(transition.clip, raw)  # type: ignore[misc]
     return clipped, vmap(lambda cotangent: pull(cotangent)[0])
 
 
-def _add_pulled(linear: GradientVJP, grads: Tree, *, into: Cotangent, chunk: int) -> Tensor:
-    """Add one piece's curvature products to the cotangents, in place; return its scores `[query, slot]`."""
-    params, buffers, count = into.params, into.buffers, len(into)
-    scores = []
-    for first in range(0, count, chunk):
+def _pull_micro_batch(
+    gradient_vjp: GradientVJP, grads: Tree, cotangent: Cotangent, *, chunk: int
+) -> Float[Tensor, "query slot"]:
+    """Pull the cotangents of one micro-batch's gradient and buffers back, in place.
+
+    Args:
+        gradient_vjp: the micro-batch's gradient and its VJP.
+        grads: a_g.
+        cotangent: its parameters gain the curvature product, and its buffers become those before
+            the forward pass.
+        chunk: how many queries at once.
+
+    Returns:
+        The scores of the micro-batch's slots.
+    """
+    scores: list[Tensor] = []
+    for first in range(0, len(cotangent), chunk):
         rows = slice(first, first + chunk)
+        some_grads = select_queries(grads, rows)
+        some_buffers = select_queries(cotangent.buffers, rows)
         with accelerated():
-            second, before, score = pull_rows(linear, rows_of(grads, rows), rows_of(buffers, rows))
-        for name, product in second.items():
-            params[name][rows] += product
-        for name, product in before.items():
-            buffers[name][rows] = product
-        scores.append(score)
+            products, buffers, some_scores = batched_vjp(gradient_vjp, some_grads, some_buffers)
+        for name, product in products.items():
+            cotangent.params[name][rows] += product
+        for name, before in buffers.items():
+            cotangent.buffers[name][rows] = before
+        scores.append(some_scores)
     return torch.cat(scores)
 
 
-def pull_rows(linear: GradientVJP, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
-    """The transposed derivative of a piece for several queries at once: `GradientVJP.vjp` with a first axis."""
-    if len(next(iter(grads.values()))) > 1:
-        many = linear.batched_vjp or vmap(linear.vjp, randomness="same")
-        try:
-            pulled: tuple[Tree, Tree, Tensor] = many(grads, buffers)
-            return pulled
-        except torch.OutOfMemoryError:
-            log.warning(
-                "memory ran out; queries are pulled in smaller chunks, which may change the last digits"
-            )
-        return _halved(linear, grads, buffers)
-    # One query needs no batching rule, and most kernels are faster without one.
-    second, before, score = linear.vjp(each(lambda t: t[0], grads), each(lambda t: t[0], buffers))
-    return each(lambda t: t[None], second), each(lambda t: t[None], before), score[None]
+def batched_vjp(
+    gradient_vjp: GradientVJP, grads: Tree, buffers: Tree
+) -> tuple[Tree, Tree, Float[Tensor, "query slot"]]:
+    """Apply a micro-batch's VJP to several queries at once; in halves where memory runs out.
 
+    Args:
+        gradient_vjp: the micro-batch's gradient and its VJP.
+        grads: cotangents of the gradient, `[query, ...]`.
+        buffers: cotangents of the running statistics after the forward pass, `[query, ...]`.
 
-def _halved(linear: GradientVJP, grads: Tree, buffers: Tree) -> tuple[Tree, Tree, Tensor]:
-    """The same product in two halves, each of which may be halved again: memory ran out."""
-    middle = len(next(iter(grads.values()))) // 2
-    parts = slice(0, middle), slice(middle, None)
-    first, last = (
-        pull_rows(linear, rows_of(grads, part), rows_of(buffers, part)) for part in parts
-    )
+    Returns:
+        Cotangents of the parameters, of the running statistics before the forward pass, and the
+        scores.
+    """
+    count = len(next(iter(grads.values())))
+    if count == 1:
+        # Most kernels are faster without a batching rule, and one query needs none.
+        one_grads = each(lambda tensor: tensor[0], grads)
+        one_buffers = each(lambda tensor: tensor[0], buffers)
+        products, before, scores = gradient_vjp.vjp(one_grads, one_buffers)
+        return _as_stack(products), _as_stack(before), scores[None]
+    apply = gradient_vjp.batched_vjp or vmap(gradient_vjp.vjp, randomness="same")
+    try:
+        pulled: tuple[Tree, Tree, Tensor] = apply(grads, buffers)
+        return pulled
+    except torch.OutOfMemoryError:
+        log.warning(
+            "out of memory; pulling back fewer queries at once, which may change the last digits"
+        )
+    # Outside of the handler, where the error would keep the tensors of the failed call alive.
+    halves = slice(0, count // 2), slice(count // 2, None)
+    results = [
+        batched_vjp(gradient_vjp, select_queries(grads, half), select_queries(buffers, half))
+        for half in halves
+    ]
+    products_of_halves, before_of_halves, scores_of_halves = zip(*results, strict=True)
     return (
-        concatenate([first[0], last[0]]),
-        concatenate([first[1], last[1]]),
-        torch.cat([first[2], last[2]]),
+        concatenate(products_of_halves),
+        concatenate(before_of_halves),
+        torch.cat(scores_of_halves),
     )
 
 
-def rows_of(tree: Tree, rows: slice) -> Tree:
-    """Some queries of a stack."""
+def select_queries(tree: Tree, rows: slice) -> Tree:
+    """Views of some queries of a stack `[query, ...]`."""
     return {name: tensor[rows] for name, tensor in tree.items()}
 
 
+def _as_stack(tree: Tree) -> Tree:
+    return each(lambda tensor: tensor[None], tree)
+
+
+@final
 @dataclass(frozen=True, slots=True)
-class _Primal:
-    """The gradient that a step consumed, and its pieces ready to be linearised from the last to the first."""
+class _StepGradient:
+    """The gradient of a step, and the VJPs of its micro-batches.
+
+    Attributes:
+        consumed: the gradient that the training's update was made of, before clipping.
+        losses: of every slot, `[slot]`.
+        vjps_from_last: gradient and VJP of each micro-batch, from the last to the first.
+    """
 
     consumed: Tree
     losses: Tensor
-    backwards: Callable[[], Iterator[GradientVJP]]
+    vjps_from_last: Callable[[], Iterator[GradientVJP]]
 
     @staticmethod
-    def of(transition: Transition, state: State, rules: Rules) -> "_Primal":
+    def of(transition: Transition, state: State, rules: Rules) -> "_StepGradient":
         # Under autocast the update was made from another gradient than the one that is
         # differentiated.
-        trained = transition.raw_gradient(state)[0] if transition.step.autocast else None
+        trained = transition.raw_gradient(state).gradient if transition.step.autocast else None
         micro_batches = transition.micro_batches()
-        ones = [
-            torch.ones(len(micro_batch.share)).to(next(iter(state.params.values())))
-            for micro_batch in micro_batches
-        ]
         if len(micro_batches) == 1:
-            linear = rules.gradient_vjp(
-                micro_batches[0], state.params, state.buffers, weights=ones[0]
-            )
-            return _Primal(trained or linear.gradient, linear.losses, lambda: iter([linear]))
+            only = _gradient_vjp(micro_batches[0], state, state.buffers, rules=rules)
+            return _StepGradient(trained or only.gradient, only.losses, lambda: iter([only]))
 
-        # Accumulation exists to save memory, so gradients come first, and then one micro-batch's
-        # graph at a time.
-        walked = list(transition.walk(state))
-        total, losses = gathered(walked)
+        # Accumulation exists to save memory: first the gradients, of which no graph is left, and
+        # then the graph of one micro-batch at a time.
+        buffers_before: list[Tree] = []
 
-        def backwards() -> Iterator[GradientVJP]:
-            for micro_batch, (before, _), w in reversed(
-                list(zip(micro_batches, walked, ones, strict=True))
-            ):
-                yield rules.gradient_vjp(micro_batch, state.params, before, weights=w)
+        def gradients() -> Iterator[Gradient]:
+            for before, result in transition.micro_batch_gradients(state):
+                buffers_before.append(before)
+                yield result
 
-        return _Primal(trained or total, losses, backwards)
+        total = accumulate(gradients())
+
+        def vjps_from_last() -> Iterator[GradientVJP]:
+            for index in reversed(range(len(micro_batches))):
+                before = buffers_before[index]
+                yield _gradient_vjp(micro_batches[index], state, before, rules=rules)
+
+        return _StepGradient(trained or total.gradient, total.losses, vjps_from_last)
 
 
+def _gradient_vjp(
+    micro_batch: MicroBatch, state: State, buffers: Tree, *, rules: Rules
+) -> GradientVJP:
+    """The VJP at weights of 1, with the buffers before the micro-batch's forward pass."""
+    like = next(iter(state.params.values()))
+    ones = torch.ones(len(micro_batch.share)).to(like)
+    return rules.gradient_vjp(micro_batch, state.params, buffers, weights=ones)
+
+
+@final
 @dataclass(frozen=True, slots=True)
-class Swept:
-    """What a sweep leaves at one step.
+class SweptStep:
+    """What a sweep computes at one step.
 
     Attributes:
         step: its index.
-        influence: `[query, slot]`, a row for every cotangent that is alive there.
+        influence: I of every slot, `[query, slot]`, for the queries that read a later state.
         losses: training loss of every slot, `[slot]`.
-        norms: of the same cotangents before the step, `[query]`.
-        cotangent: of the state before the step, with those of the queries that read this very
-            state.
+        norms: norm of λ_θ of the same queries before the step, `[query]`.
+        cotangent: of the state before the step, with the queries that read this very state behind
+            the others; None if no query reads this or a later state.
     """
 
     step: int
@@ -246,27 +318,39 @@ class Swept:
     cotangent: Cotangent | None
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Walks back through a training; knows no disk.
+    """Executes a schedule: restores, recomputes and reverses steps, from the last to the first.
 
     Attributes:
-        load: the kept state before a step.
-        transition: a step, by index.
-        meet: the cotangents of a state, given its number, the state, and what later states passed
-            on to it, which is overwritten; None where no query is on its way.
+        load: the kept state of a number.
+        transition: the step of an index.
+        add_queries: from a state's number, the state, and the cotangents that later states passed
+            on to it (overwritten; None if there are none), its cotangents with those of the queries
+            that read it.
         rules: how derivatives are taken.
-        chunk: how many cotangents are pulled at once.
+        chunk: how many queries are pulled back at once.
     """
 
     load: Callable[[int], State]
     transition: Callable[[int], Transition]
-    meet: Callable[[int, State, Cotangent | None], Cotangent | None]
+    add_queries: Callable[[int, State, Cotangent | None], Cotangent | None]
     rules: Rules
     chunk: int
 
-    def __call__(self, actions: Iterator[Action], cotangent: Cotangent | None) -> Iterator[Swept]:
-        """Execute a plan, from the cotangents of the state after its last step; yields steps from last to first."""
+    def __call__(
+        self, actions: Iterator[Action], cotangent: Cotangent | None
+    ) -> Iterator[SweptStep]:
+        """Execute a schedule.
+
+        Args:
+            actions: the schedule.
+            cotangent: of the state after its last step.
+
+        Yields:
+            The steps, from the last to the first.
+        """
         held: dict[int, State] = {}
         for action in actions:
             match action:
@@ -282,16 +366,20 @@ class Sweep:
                     cotangent = swept.cotangent
                     held.pop(step, None)
 
-    def _reverse(self, step: int, state: State, cotangent: Cotangent | None) -> Swept:
+    def _reverse(self, step: int, state: State, cotangent: Cotangent | None) -> SweptStep:
         transition = self.transition(step)
-        if cotangent is None:  # no query reads a later state, so this step moved none
-            influence, losses = (
-                torch.zeros(0, sum(transition.sizes)),
-                torch.full((sum(transition.sizes),), torch.nan),
+        if cotangent is None:
+            # No query reads a later state, so the step influences none and is not computed.
+            slots = sum(transition.slot_counts)
+            return SweptStep(
+                step,
+                influence=torch.zeros(0, slots),
+                losses=torch.full((slots,), torch.nan),
+                norms=torch.zeros(0),
+                cotangent=self.add_queries(step, state, None),
             )
-            return Swept(step, influence, losses, torch.zeros(0), self.meet(step, state, None))
         pulled = pull_back(transition, state, cotangent, rules=self.rules, chunk=self.chunk)
+        # Before the queries of this state join, of which the step has no influence.
         norms = pulled.cotangent.norms()
-        return Swept(
-            step, pulled.influence, pulled.losses, norms, self.meet(step, state, pulled.cotangent)
-        )
+        before = self.add_queries(step, state, pulled.cotangent)
+        return SweptStep(step, pulled.influence, pulled.losses, norms, before)

@@ -1,4 +1,11 @@
-"""Re-running a training with changed sample weights, many runs at once."""
+r"""Re-running a training with changed sample weights, many runs at once.
+
+With the weights :math:`w^{(k)}` of run k, every run goes through the recorded steps as the training
+did:
+
+.. math:: (\theta, m)^{(k)} \leftarrow
+    U_t\big(\theta^{(k)}, m^{(k)}, \nabla L_t(\theta^{(k)}; w^{(k)})\big)
+"""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -10,7 +17,7 @@ from torch.func import vmap
 
 from backtrail.errors import BacktrailError
 from backtrail.step.state import State
-from backtrail.step.step import Transition, gathered
+from backtrail.step.step import Transition, accumulate
 from backtrail.tree import Tree, each, stack
 
 log = logging.getLogger(__name__)
@@ -26,7 +33,7 @@ def rerun(
     stop: int,
     trained: Iterator[tuple[Tree, Tree]] | None = None,
 ) -> Iterator[tuple[int, State]]:
-    """Advance a stack of equal states through the steps [start, stop), each run with its own sample weights.
+    """Advance a stack of equal states, each with its own slot weights, from `start` to `stop`.
 
     All runs of a stack share every kernel, so their differences carry no trace of the order of
     summation.
@@ -49,11 +56,13 @@ def rerun(
     """
     one_by_one = False
     for index in range(start, stop):
-        step, w = transition(index), weights(index)
+        step = transition(index)
+        step_weights = weights(index)
         if not one_by_one:
             try:
-                grads, buffers = step.gradients_of_many(states, w)
-            except BacktrailError:  # says what is wrong, whether in a batch or one by one
+                grads, buffers = step.gradients_of_stack(states, step_weights)
+            except BacktrailError:
+                # It says what is wrong, and would be raised one by one as well.
                 raise
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 log.warning(
@@ -62,55 +71,68 @@ def rerun(
                 )
                 one_by_one = True
         if one_by_one:
-            grads, buffers = gradients_of_each(step, states, w)
+            grads, buffers = gradients_one_by_one(step, states, step_weights)
         if trained is not None:
-            grads, buffers = (
-                _beside(s, first) for s, first in zip((grads, buffers), next(trained), strict=True)
-            )
-        states = step.moved_many(states, grads, buffers)
+            first_grads, first_buffers = next(trained)
+            grads = _moved_to_first(grads, first_grads)
+            buffers = _moved_to_first(buffers, first_buffers)
+        states = step.apply_update_to_stack(states, grads, buffers)
         yield index + 1, states
 
 
-def _beside(stacked: Tree, first: Tree) -> Tree:
-    """Move a whole stack by what its first member lacks to the given one."""
-    return {name: tensor + (first[name].to(tensor) - tensor[0]) for name, tensor in stacked.items()}
+def _moved_to_first(stacked: Tree, first: Tree) -> Tree:
+    """Shift a stack so that its first member becomes the given one, and the differences stay."""
+    shifted: Tree = {}
+    for name, tensor in stacked.items():
+        shifted[name] = tensor + (first[name].to(tensor) - tensor[0])
+    return shifted
 
 
-def gradients_of_each(step: Transition, states: State, weights: Tensor) -> tuple[Tree, Tree]:
-    """The same as `Transition.gradients_of_many`, one run after the other."""
-    grads, buffers = [], []
-    for run, w in enumerate(weights):
+def gradients_one_by_one(
+    step: Transition, states: State, weights: Float[Tensor, "run slot"]
+) -> tuple[Tree, Tree]:
+    """Compute the same as `Transition.gradients_of_stack` without `vmap`, one run after another."""
+    grads: list[Tree] = []
+    buffers: list[Tree] = []
+    for run, run_weights in enumerate(weights):
+        state = State(select_run(states.params, run), select_run(states.buffers, run))
         with step.replaying():
-            walked = list(
-                step.walk(State(select(states.params, run), select(states.buffers, run)), w)
-            )
-        grads.append(gathered(walked)[0])
-        buffers.append(walked[-1][1][1])
+            results = step.micro_batch_gradients(state, run_weights)
+            total = accumulate(result for _, result in results)
+        grads.append(total.gradient)
+        buffers.append(total.buffers)
     return stack(grads), stack(buffers)
 
 
-def select(tree: Tree, run: int) -> Tree:
-    """One run's tensors out of a stack."""
+def select_run(tree: Tree, run: int) -> Tree:
+    """One run's tensors out of a stack `[run, ...]`."""
     return each(lambda tensor: tensor[run], tree)
 
 
-def each_run(states: State, function: Callable[[Tree, Tree], Tensor]) -> Float[Tensor, "run ..."]:
-    """Read numbers off every state of a stack, at once where the model allows it.
+def evaluate_runs(
+    states: State, function: Callable[[Tree, Tree], Tensor]
+) -> Float[Tensor, "run ..."]:
+    """Apply a function of parameters and buffers to every state of a stack.
+
+    At once under `vmap`, or one by one where the model does not allow that.
 
     Raises:
         BacktrailError: The task or a query is wrong, whichever way it is computed.
     """
     with torch.no_grad():
         try:
-            found: Tensor = vmap(function)(states.params, states.buffers)
-            return found
-        except BacktrailError:  # says what is wrong, whether in a batch or one by one
+            at_once: Tensor = vmap(function)(states.params, states.buffers)
+            return at_once
+        except BacktrailError:
+            # It says what is wrong, and would be raised one by one as well.
             raise
         except (RuntimeError, NotImplementedError, ValueError):
-            runs = range(len(next(iter(states.params.values()))))
-            return torch.stack(
-                [function(select(states.params, r), select(states.buffers, r)) for r in runs]
-            )
+            values: list[Tensor] = []
+            for run in range(len(next(iter(states.params.values())))):
+                params = select_run(states.params, run)
+                buffers = select_run(states.buffers, run)
+                values.append(function(params, buffers))
+            return torch.stack(values)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""Which states to restore, recompute and hold, so that a run can be walked backwards: the plan as data.
+"""The order in which states are restored, recomputed and held to reverse a run: a schedule as data.
 
-A step can be reversed only with the state before it in hand, but a run keeps few states. The others
-are recomputed from the nearest kept one, and a few of those are held in memory meanwhile. The plan
+A step can be reversed only from the state before it, but a run keeps few states. The others are
+recomputed from the nearest kept one, and a few of those are held in memory meanwhile. The schedule
 below recomputes as few steps as possible (Griewank and Walther, "Algorithm 799: revolve", 2000). An
 executor is this short::
 
@@ -15,11 +15,11 @@ executor is this short::
                 cotangent = pull_back(state, step, cotangent)
                 memory.pop(step, None)
 
-Every Advance holds the state it ends at, and every Reverse lets its state go. So `held` is the most
-that `memory` ever contains, the state in hand included. A kept state is not in `memory`: it comes
+Every Advance holds the state it ends at, and every Reverse frees its state. So `held` is the most
+that `memory` ever contains, the current state included. A kept state is not in `memory`: it comes
 from disk at a moment when `memory` is empty, and the Advance that follows replaces it, or the
-Reverse lets it go. What one step needs while it is computed (its input beside its output, its
-linearisation) comes on top.
+Reverse frees it. What one step needs while it is computed (its input beside its output, its graph)
+is not counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ from typing import final
 @final
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Take the state before `step` in hand, from memory or from disk."""
+    """Make the state before `step` the current one, from memory or from disk."""
 
     step: int
 
@@ -40,7 +40,7 @@ class Restore:
 @final
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """Run the steps start ... stop - 1 from the state in hand, and hold the state before `stop`."""
+    """Run the steps start ... stop - 1 from the current state, and hold the state before `stop`."""
 
     start: int
     stop: int
@@ -49,7 +49,7 @@ class Advance:
 @final
 @dataclass(frozen=True, slots=True)
 class Reverse:
-    """Pull back through `step`, whose state is in hand, and let that state go."""
+    """Pull back through `step`, which starts at the current state, and free that state."""
 
     step: int
 
@@ -79,35 +79,37 @@ def plan(kept: Sequence[int], stop: int, *, held: int) -> Iterator[Action]:
     Reverse(step=0)
     """
     for start in sorted(kept, reverse=True):
-        yield from sweep(start, stop, held=held)
+        yield from reverse_segment(start, stop, held=held)
         stop = min(start, stop)
 
 
-def sweep(start: int, stop: int, *, held: int) -> Iterator[Action]:
+def reverse_segment(start: int, stop: int, *, held: int) -> Iterator[Action]:
     r"""Reverse the steps stop - 1 ... start of one segment, of which only the first state is kept.
 
     With s states free, and no step recomputed more than r times, at most :math:`\binom{s + r}{s}`
-    steps can be reversed. Each segment is split where both parts still can be: the right one has a
-    state less, the left one a repeat less. Every such split costs the minimum; the one with the
-    longest left part is taken.
+    steps can be reversed. Each segment is split where both parts still can be reversed: the right
+    part has one free state less, the left part one repeat less. Every such split costs the minimum;
+    the one with the longest left part is taken.
 
-    >>> [action.step for action in sweep(5, 9, held=2) if isinstance(action, Reverse)]
+    >>> [action.step for action in reverse_segment(5, 9, held=2) if isinstance(action, Reverse)]
     [8, 7, 6, 5]
     """
     assert held >= 1, f"Reversing needs at least one state in memory, not {held}."
+    # States to come back to, the latest last, and how often steps after them may be recomputed.
     waiting = [(start, _repeats(stop - start, held))]
     while start < stop:
-        here, repeats = waiting.pop()
-        yield Restore(here)
-        while here + 1 < stop:
+        state, repeats = waiting.pop()
+        yield Restore(state)
+        while state + 1 < stop:
             free = held - len(waiting)
-            most = comb(free + repeats - 1, free)
-            ahead = min(most, stop - here - comb(free + repeats - 2, free - 1))
-            waiting.append((here, repeats - 1))
-            yield Advance(here, here + ahead)
-            here += ahead
-        yield Reverse(here)
-        stop = here
+            longest_left = comb(free + repeats - 1, free)
+            shortest_right = comb(free + repeats - 2, free - 1)
+            length = min(longest_left, stop - state - shortest_right)
+            waiting.append((state, repeats - 1))
+            yield Advance(state, state + length)
+            state += length
+        yield Reverse(state)
+        stop = state
 
 
 def forward_steps(length: int, *, held: int) -> int:
@@ -115,8 +117,7 @@ def forward_steps(length: int, *, held: int) -> int:
 
     .. math:: r n - \binom{h + r}{h + 1}, \quad r = \min \{ r : \binom{h + r}{h} \ge n \}
 
-    for n steps with h states held. The linearisation inside Reverse is not counted: it is one more
-    for each step.
+    for n steps with h states held. The forward pass of the step inside each Reverse is not counted.
 
     >>> [forward_steps(100, held=held) for held in (1, 2, 8, 99)]
     [4950, 845, 245, 99]

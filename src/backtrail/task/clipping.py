@@ -12,7 +12,9 @@ from backtrail.tree import Tree
 @final
 @dataclass(frozen=True, slots=True)
 class ClipNorm:
-    """Gradient clipping by total norm, as `torch.nn.utils.clip_grad_norm_` does it.
+    r"""Gradient clipping by total norm, as `torch.nn.utils.clip_grad_norm_` does it.
+
+    .. math:: g \leftarrow g \cdot \min\!\left(1, \frac{\texttt{max\_norm}}{\|g\| + 10^{-6}}\right)
 
     >>> ClipNorm(1.0)({"w": torch.tensor([3.0, 4.0])})
     {'w': tensor([0.6000, 0.8000])}
@@ -26,15 +28,15 @@ class ClipNorm:
         scale = self._scale(grads)
         return {name: g * scale for name, g in grads.items()}
 
-    def slope(self, grads: Tree) -> Tree:
-        """What is left of a change of each entry, with the norm taken as fixed."""
+    def diagonal(self, grads: Tree) -> Tree:
+        """Diagonal of the clipping Jacobian, treating the norm as constant."""
         scale = self._scale(grads)
         return {name: scale.expand_as(g) for name, g in grads.items()}
 
     def _scale(self, grads: Tree) -> Tensor:
         norms = [torch.linalg.vector_norm(g, self.norm_type) for g in grads.values()]
         total = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
-        # torch adds 1e-6 to the norm; we must do as it does to replay the same update.
+        # torch adds 1e-6 to the norm, and a replay has to make the same update.
         return torch.clamp(self.max_norm / (total + 1e-6), max=1.0)
 
 
@@ -53,6 +55,6 @@ class ClipValue:
         """Clamp every entry to [-max_value, max_value]."""
         return {name: g.clamp(-self.max_value, self.max_value) for name, g in grads.items()}
 
-    def slope(self, grads: Tree) -> Tree:
-        """What is left of a change of each entry: all or nothing."""
+    def diagonal(self, grads: Tree) -> Tree:
+        """Diagonal of the clipping Jacobian: 1 where an entry is within the bounds, else 0."""
         return {name: (g.abs() <= self.max_value).to(g) for name, g in grads.items()}

@@ -38,7 +38,7 @@ WEIGHTS = "token_weights"
 @final
 @dataclass(frozen=True, slots=True)
 class TokenMean:
-    r"""A `reduce` for loops that average over all tokens of a batch, so that long rows count more than short ones.
+    r"""A `reduce` for loops that average over tokens, so that long rows count more than short ones.
 
     With :math:`n_b` the number of tokens of row b that count (or the sum of their weights),
 
@@ -52,22 +52,25 @@ class TokenMean:
     [0.75, 0.25]
 
     Args:
-        over: which tokens are counted where gradients are accumulated: those of the whole "step",
+        over: With gradient accumulation, the tokens that a mean is over: those of the whole "step",
             or those of each "batch", whose means are then averaged.
     """
 
     over: Literal["step", "batch"] = "step"
 
     def __call__(self, batches: Sequence[Batch]) -> Float[Tensor, " slot"]:
-        """The factor of every slot of one step."""
-        counts = [targets_of(batch)[1].double().sum(1) for batch in batches]
+        """The share c of every slot in one step's loss."""
+        counts: list[Tensor] = []
+        for batch in batches:
+            _, weights = targets_of(batch)
+            counts.append(weights.double().sum(1))
         if self.over == "batch":
-            return torch.cat([_shares(count) / len(counts) for count in counts])
+            return torch.cat([_shares(of_batch) / len(counts) for of_batch in counts])
         return _shares(torch.cat(counts))
 
 
 def targets_of(batch: Batch) -> tuple[Int[Tensor, "slot place"], Tensor]:
-    """The next token at every place of a batch's rows, and the weight of its loss, both `[slot, place]`.
+    """Find the target token at every place of a batch, and the weight of its loss.
 
     Raises:
         NoLabels: the batch has none.
@@ -76,36 +79,37 @@ def targets_of(batch: Batch) -> tuple[Int[Tensor, "slot place"], Tensor]:
         return batch[1], batch[1] != IGNORED
     if "labels" not in batch:
         raise NoLabels(list(batch))
+    # The logits of a place predict the token at the next one.
     targets = batch["labels"][:, 1:]
     counted = targets != IGNORED
-    return targets, counted * batch[WEIGHTS][:, 1:] if WEIGHTS in batch else counted
+    if WEIGHTS not in batch:
+        return targets, counted
+    return targets, counted * batch[WEIGHTS][:, 1:]
 
 
 def _shares(counts: Tensor) -> Tensor:
-    """Of nothing everyone has nothing: where no token counts, torch's mean is NaN and its gradient zero."""
+    # Where no token counts, torch's mean is NaN and its gradient zero: every share is 0.
     total = counts.sum()
     return counts / total.where(total != 0, 1)
 
 
 def _loss(outputs: Any, batch: Batch) -> Tensor:
     targets, weights = targets_of(batch)
-    logits = logits_of(outputs)[
-        :, : targets.shape[1]
-    ]  # nothing comes after the last place of a mapping's labels
+    # In a mapping the last place has no target.
+    logits = logits_of(outputs)[:, : targets.shape[1]]
     nats = cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
     )
     total = weights.sum(1)
-    return (nats.view(targets.shape) * weights).sum(1) / total.where(
-        total != 0, 1
-    )  # a row of nothing has loss zero
+    # A row in which no token counts has the loss 0.
+    return (nats.view(targets.shape) * weights).sum(1) / total.where(total != 0, 1)
 
 
 def draw_tokens(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     r"""Cross-entropy of a token sampled at every place, weighted by the root of the place's share.
 
-    With :math:`s_i = v_i / \sum_j v_j` the loss is :math:`\sum_i \sqrt{s_i}\,(-\log p_i)`. Tokens of
-    different places are independent, so the mean of the gradient's outer product has
+    With :math:`s_i = v_i / \sum_j v_j` the loss is :math:`\sum_i \sqrt{s_i}\,(-\log p_i)`. Tokens
+    of different places are independent, so the mean of the gradient's outer product has
     :math:`(\sqrt{s_i})^2 = s_i` times the curvature of a place, as the row's loss has; with the
     share itself instead of its root it would have :math:`s_i^2`.
     """

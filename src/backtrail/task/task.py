@@ -1,8 +1,11 @@
 """A training problem as pure functions of a dict of tensors.
 
-Decisions: the user's model is copied once as a skeleton without weights, so nothing here can read
-or change the live model; tied parameters are one entry, under the first of their names; a batch is
-whatever the collate function returns.
+Decisions:
+
+* The user's model is copied once as a skeleton without weights, so that no replay can read or
+  change the live model.
+* Tied parameters are one entry, under the first of their names.
+* A batch is whatever the collate function returns.
 """
 
 import logging
@@ -25,7 +28,7 @@ from backtrail.errors import BadIds, BadLoss, BadReduction, NotCut, SharedStorag
 from backtrail.exclusive import exclusive
 from backtrail.task import torch_compile
 from backtrail.task.activation_checkpointing import computed_once, uses_checkpointing
-from backtrail.task.batchnorm import STATISTICS, RunningStatistics, tracking
+from backtrail.task.batchnorm import STATISTICS, RunningStatistics, batchnorm_layers
 from backtrail.task.clipping import ClipNorm, ClipValue
 from backtrail.tree import Tree, cast, mapping_to_dict, tree_leaves, tree_map
 
@@ -52,7 +55,7 @@ class Rows(Protocol):
 
 
 def default_predict(model: nn.Module, batch: Batch) -> Any:
-    """Call the model on the first item of a tuple, on the keywords of a mapping, or on the batch itself."""
+    """Call the model on a tuple's first item, on a mapping's entries, or on the batch itself."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batch = cast(batch, None, device)
     if isinstance(batch, (tuple, list)):
@@ -63,11 +66,10 @@ def default_predict(model: nn.Module, batch: Batch) -> Any:
 
 
 def _predict_without(column: str, model: nn.Module, batch: Batch) -> Any:
-    """As `default_predict`, but a model has no use for the ids of its samples."""
-    named = isinstance(batch, Mapping)
-    return default_predict(
-        model, {key: batch[key] for key in batch if key != column} if named else batch
-    )
+    """As `default_predict`, without the column of ids, which a model does not accept."""
+    if isinstance(batch, Mapping):
+        batch = {key: batch[key] for key in batch if key != column}
+    return default_predict(model, batch)
 
 
 @final
@@ -120,7 +122,7 @@ class Task:
     ids: Ids | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Look through `torch.compile`; keep a named column of ids from the model."""
+        """Take the model out of `torch.compile`, and hide a named column of ids from it."""
         object.__setattr__(self, "model", torch_compile.uncompiled(self.model))
         if isinstance(self.ids, str) and self.predict is default_predict:
             object.__setattr__(self, "predict", partial(_predict_without, self.ids))
@@ -134,7 +136,7 @@ class Task:
     @cached_property
     @exclusive
     def binding(self) -> "_Binding":
-        """The skeleton of the model, ready to be called with tensors from outside."""
+        """The model's skeleton, ready to be called with tensors from outside; copied once."""
         return _Binding(skeleton(self.model))
 
     @cached_property
@@ -144,7 +146,7 @@ class Task:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the model lived when it was first asked."""
+        """The device of the model when this was first read."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def parameters(self) -> Tree:
@@ -158,10 +160,12 @@ class Task:
 
     @cached_property
     def running(self) -> tuple[str, ...]:
-        """Names of the BatchNorm statistics, which training changes and evaluation reads."""
-        return tuple(
-            f"{name}.{key}".lstrip(".") for name in tracking(self.model) for key in STATISTICS
-        )
+        """Names of BatchNorm's running statistics, which training changes and evaluation reads."""
+        names: list[str] = []
+        for layer in batchnorm_layers(self.model):
+            prefix = f"{layer}." if layer else ""
+            names += [prefix + key for key in STATISTICS]
+        return tuple(names)
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """Read rows from the data set and collate them, as a loader would."""
@@ -170,36 +174,26 @@ class Task:
         return mapping_to_dict(self.collate([self.data[int(i)] for i in samples]))
 
     def ids_of(self, batch: Batch) -> tuple[int, ...]:
-        """The ids of a batch's samples, as the batch tells them.
+        """Read the ids of a batch's samples from the batch.
 
         Raises:
             BadIds: it has none, or they are not one whole number for every row.
         """
         try:
-            told = self.ids(batch) if callable(self.ids) else batch[self.ids]
+            entry = self.ids(batch) if callable(self.ids) else batch[self.ids]
         except (KeyError, IndexError, TypeError) as error:
-            there = (
-                f"it has {list(batch)}"
-                if hasattr(batch, "keys")
-                else f"it is a {type(batch).__name__}"
-            )
-            raise BadIds(self.ids, f"this batch has no such entry ({error!r}); {there}") from error
+            raise BadIds(self.ids, _no_ids_in(batch, error)) from error
         try:
-            found = torch.as_tensor(told)
+            ids = torch.as_tensor(entry)
         except (TypeError, ValueError, RuntimeError) as error:
-            kinds = (
-                {type(entry).__name__ for entry in told}
-                if isinstance(told, (list, tuple))
-                else {"things"}
-            )
-            raise BadIds(
-                self.ids, f"this batch gives a {type(told).__name__} of {', '.join(sorted(kinds))}"
-            ) from error
-        whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
-        if not whole or found.dim() != 1 or len(found) != size_of(batch) or bool((found < 0).any()):
-            told = f"{found.dtype} of shape {list(found.shape)}, {found.flatten()[:4].tolist()}..."
-            raise BadIds(self.ids, f"this batch has {size_of(batch)} rows and gives {told}")
-        return tuple(found.tolist())
+            raise BadIds(self.ids, f"its ids are {_described(entry)}") from error
+        is_whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        rows = size_of(batch)
+        if not is_whole or ids.dim() != 1 or len(ids) != rows or bool((ids < 0).any()):
+            some = ids.flatten()[:4].tolist()
+            given = f"{ids.dtype} of shape {list(ids.shape)}, {some}..."
+            raise BadIds(self.ids, f"the batch has {rows} rows, and its ids are {given}")
+        return tuple(ids.tolist())
 
     @exclusive
     def bind(self, params: Tree, buffers: Tree, function: Callable[[nn.Module], Result]) -> Result:
@@ -212,14 +206,18 @@ class Task:
     @exclusive
     def outputs(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Any, Tree]:
         """What `predict` returns for a batch, and the buffers as the forward pass leaves them."""
-        copies = {
-            name: tensor.clone() for name, tensor in buffers.items()
-        }  # a module may write to them in place
-        with self.binding.statistics.collected() as updates:
-            found, left = self.bind(
-                params, copies, lambda model: (self.predict(model, batch), _buffers(model))
-            )
-        return found, {name: left.get(name, copy) for name, copy in copies.items()} | updates
+
+        def forward(model: nn.Module) -> tuple[Any, Tree]:
+            outputs = self.predict(model, batch)
+            # A module may also have assigned new tensors to its buffers.
+            return outputs, dict(model.named_buffers(remove_duplicate=False))
+
+        # A module may write to its buffers in place.
+        copies = {name: tensor.clone() for name, tensor in buffers.items()}
+        with self.binding.statistics.collect() as statistics:
+            outputs, assigned = self.bind(params, copies, forward)
+        after = {name: assigned.get(name, copy) for name, copy in copies.items()}
+        return outputs, after | statistics
 
     def losses_of(self, outputs: Any, batch: Batch) -> Float[Tensor, " slot"]:
         """Loss of every row of a batch.
@@ -227,10 +225,12 @@ class Task:
         Raises:
             BadLoss: the loss is not a tensor with one axis.
         """
-        found = self.loss(outputs, batch)
-        if not isinstance(found, Tensor) or found.dim() != 1:
-            raise BadLoss(tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__)
-        return found
+        losses = self.loss(outputs, batch)
+        if not isinstance(losses, Tensor):
+            raise BadLoss(type(losses).__name__)
+        if losses.dim() != 1:
+            raise BadLoss(tuple(losses.shape))
+        return losses
 
     @exclusive
     def losses(
@@ -247,17 +247,23 @@ class Task:
     def shares(
         self, batches: Sequence[Batch], sizes: Sequence[int]
     ) -> list[Float[Tensor, " slot"]]:
-        """The factor c of every slot, for each micro-batch of one step.
+        """The share c of every slot in a step's loss, for each micro-batch of the step.
+
+        Args:
+            batches: the micro-batches whose gradients the step consumed.
+            sizes: their numbers of slots.
 
         Raises:
-            BadReduction: the task's own reduction gives another number of factors.
+            BadReduction: the task's own reduction returns another number of shares.
         """
         total = sum(sizes)
         match self.reduce:
             case "mean":
-                c = torch.cat(
-                    [torch.full((n,), 1 / (n * len(sizes)), dtype=torch.float64) for n in sizes]
-                )
+                # The mean over the micro-batches of their means.
+                of_each = [
+                    torch.full((n,), 1 / (n * len(sizes)), dtype=torch.float64) for n in sizes
+                ]
+                c = torch.cat(of_each)
             case "sum":
                 c = torch.ones(total, dtype=torch.float64)
             case function:
@@ -267,8 +273,16 @@ class Task:
         return list(torch.split(c, list(sizes)))
 
 
+@final
 class _Binding(nn.Module):
-    """Holds the skeleton, so that `functional_call` can reach any attribute of it, not only its forward."""
+    """Calls functions of the skeleton: `functional_call` itself only calls a module's `forward`.
+
+    Attributes:
+        model: the skeleton.
+        statistics: what its BatchNorm layers would have written.
+        modules_by_name: all modules of the skeleton.
+        one_by_one: rows of this model cannot be differentiated under `vmap`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -278,11 +292,11 @@ class _Binding(nn.Module):
         self.one_by_one = False
 
     def forward(self, function: Callable[[nn.Module], Any]) -> Any:
-        """Hand the model, with the swapped tensors, to the function."""
+        """Call the function on the skeleton, while its tensors are swapped."""
         return function(self.model)
 
     def note_one_by_one(self, error: Exception) -> None:
-        """Say once that rows cannot be differentiated at once, and why."""
+        """Note that rows cannot be differentiated at once; the first time, log why."""
         if not self.one_by_one:
             log.warning(
                 "rows of this model are differentiated one by one: %s",
@@ -312,16 +326,22 @@ class _Binding(nn.Module):
                 module.training = previous[name]
 
 
-def _buffers(model: nn.Module) -> Tree:
-    """A module may also assign new tensors to its buffers, which the given ones do not show."""
-    return dict(model.named_buffers(remove_duplicate=False))
+def _no_ids_in(batch: Batch, error: Exception) -> str:
+    there = f"it has {list(batch)}" if hasattr(batch, "keys") else f"it is a {type(batch).__name__}"
+    return f"the batch has no such entry ({error!r}); {there}"
+
+
+def _described(entry: object) -> str:
+    kinds = "things"
+    if isinstance(entry, (list, tuple)):
+        kinds = ", ".join(sorted({type(item).__name__ for item in entry}))
+    return f"a {type(entry).__name__} of {kinds}"
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model's structure that owns no weights (its tensors live on the meta device)."""
-    tensors = chain(model.parameters(), model.buffers())
-    memo = {id(tensor): _without_values(tensor) for tensor in tensors}
-    copied = torch_compile.copied(model, memo)
+    """Copy the model's structure without its values: all tensors are on the meta device."""
+    memo = {id(t): _without_values(t) for t in chain(model.parameters(), model.buffers())}
+    copied = torch_compile.deepcopy_uncompiled(model, memo)
     for module in copied.modules():
         _keep_activations(module)
         mark_activation(module)
@@ -329,7 +349,10 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def _keep_activations(module: nn.Module) -> None:
-    """Hugging Face's gradient checkpointing computes activations twice: the same numbers, but torch.func refuses it."""
+    """Turn off Hugging Face's gradient checkpointing.
+
+    It computes activations twice, to the same numbers, and `torch.func` refuses it.
+    """
     if getattr(module, "gradient_checkpointing", False) is True:
         module.gradient_checkpointing = False  # type: ignore[assignment]
     for key, hook in list(module._forward_hooks.items()):
@@ -339,11 +362,16 @@ def _keep_activations(module: nn.Module) -> None:
 
 def _without_values(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, tensor.requires_grad)
+    return empty
 
 
 def refuse_shared_storage(model: nn.Module) -> None:
-    """Two different parameters on one storage are updated twice a step: no replay can tell them apart.
+    """Refuse two different parameters on one storage.
+
+    The optimizer updates such a storage twice a step, and a replay, which gives each parameter a
+    tensor of its own, could not follow.
 
     Raises:
         SharedStorage: names both.
@@ -356,42 +384,42 @@ def refuse_shared_storage(model: nn.Module) -> None:
 
 
 def size_of(batch: Batch) -> int:
-    """Number of rows of a batch: the length of its first tensor."""
+    """Number of rows of a batch: the length of its first tensor with an axis."""
     return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
 
 
-def cut(batch: Batch, slots: Tensor) -> Batch:
-    """Some rows of a batch.
+def select_rows(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows of a batch, from every tensor in it that has an axis.
 
     Raises:
-        NotCut: a tensor of it has another number of rows.
+        NotCut: a tensor has another number of rows than the batch.
     """
-    rows = size_of(batch)
+    size = size_of(batch)
 
-    def some(leaf: Any) -> Any:
+    def select(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim():
             return leaf
-        if len(leaf) != rows:
-            raise NotCut(tuple(leaf.shape), rows)
-        return leaf[slots]
+        if len(leaf) != size:
+            raise NotCut(tuple(leaf.shape), size)
+        return leaf[rows]
 
-    return tree_map(some, batch)
+    return tree_map(select, batch)
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The tensor of scores in whatever the model returns: itself, or the output's entry `logits`."""
-    found: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits"]
-    return found
+    """The tensor of scores: what the model returns, or its entry `logits`."""
+    logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits"]
+    return logits
 
 
 def labels_of(batch: Batch) -> Tensor:
     """The targets in a batch: its second item, or its entry `labels`."""
-    found: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
-    return found
+    labels: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    return labels
 
 
 @contextmanager
-def evaluating(task: Task) -> Iterator[None]:
-    """All modules in eval mode, and attention that can be differentiated under `vmap`."""
+def in_eval_mode(task: Task) -> Iterator[None]:
+    """All modules in eval mode, without gradients, and the attention kernel that `vmap` allows."""
     with task.binding.in_modes(None), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         yield

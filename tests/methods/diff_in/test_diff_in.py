@@ -18,7 +18,7 @@ from backtrail.methods.diff_in.finite_differences import Differences, length
 from backtrail.methods.diff_in.forms import Corrected
 from backtrail.methods.diff_in.terms import Terms
 from backtrail.methods.diff_in.trajectory import chosen_states, trajectory_of
-from backtrail.task.task import evaluating
+from backtrail.task.task import in_eval_mode
 from tests.cases import CASES_BY_NAME, CLASSES, FEATURES, SGD, rows
 from tests.oracles.diff_in import Oracle
 from tests.recorded_runs import recorded_run, recorded_sgd
@@ -91,7 +91,7 @@ def test_curvature_products_equal_autograd(dtype: torch.dtype, sides: Any, allow
         trajectory, Corrected(), Differences(sides=sides), batch=128, seed=0, chunk=None
     )
     model, at = terms._local_models()[0], trajectory.end.trained
-    with evaluating(trajectory.task):
+    with in_eval_mode(trajectory.task):
         directions = model.gradients(model.rows.read([0, 1, 2, 3]))
         directions = {
             name: torch.cat(
@@ -169,7 +169,7 @@ def test_the_warning_comes_where_training_went_far(tmp_path: Path) -> None:
         for name, tensor in model.point.trained.items():
             unit[name] = eye[:, begin : begin + tensor.numel()].reshape(size, *tensor.shape)
             begin += tensor.numel()
-        with evaluating(trajectory.task):
+        with in_eval_mode(trajectory.task):
             hessians.append(
                 torch.cat([t.flatten(1) for t in model.curvature_product(unit).values()], 1)
             )

@@ -200,7 +200,7 @@ def test_a_renormalised_removal_is_what_reweighting_a_batch_does(tmp_path: Path)
     transition = run.transition(last)
     weights = torch.ones(3, dtype=torch.float64)
     without = torch.tensor([0.0, 1.5, 1.5], dtype=torch.float64)
-    grads = [next(transition.walk(state, w))[1][0] for w in (weights, without)]
+    grads = [next(transition.micro_batch_gradients(state, w))[1][0] for w in (weights, without)]
     from backtrail.queries import gradients  # noqa: PLC0415
 
     _, query, _ = gradients(

@@ -12,7 +12,7 @@ import backtrail
 from backtrail.errors import BadSetting, NotCut
 from backtrail.methods.dve.gather import Walk
 from backtrail.methods.dve.sampled_labels import Drawn
-from backtrail.task.task import cut
+from backtrail.task.task import select_rows
 from tests.cases import ADAMW, CASES, SGD, Case, one_group
 from tests.methods.dve.unprojected import relative_error, unprojected
 from tests.recorded_runs import recorded_case
@@ -48,7 +48,7 @@ def test_rows_are_gradients_of_single_losses(rule: Any, tmp_path: Path) -> None:
     slots = chosen.slots[0]
     assert len(slots) == len(found["fisher"]) == 2
     assert found["fisher_share"].tolist() == pytest.approx([1 / 2, 1 / 2])
-    part = cut(step.batches[0], slots)
+    part = select_rows(step.batches[0], slots)
     for place in range(len(slots)):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in params.items()}
         losses = Drawn(task, 0.4, 3).loss(0, 0)(task.outputs(leaves, {}, part)[0], part)
@@ -111,8 +111,8 @@ def test_what_cannot_be_done() -> None:
     with pytest.raises(
         NotCut, match=r"of shape \[2, 4\] in this batch does not have the 4 samples .* Use drawn=1"
     ):
-        cut({"x": torch.zeros(4, 3), "edges": torch.zeros(2, 4)}, torch.tensor([1]))
-    kept = cut(
+        select_rows({"x": torch.zeros(4, 3), "edges": torch.zeros(2, 4)}, torch.tensor([1]))
+    kept = select_rows(
         {"x": torch.arange(4), "scale": torch.tensor(2.0), "name": "a"}, torch.tensor([1, 3])
     )
     assert kept["x"].tolist() == [1, 3]

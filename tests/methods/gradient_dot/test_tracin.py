@@ -114,7 +114,7 @@ def test_a_model_that_drops_units_is_seen_with_the_masks_of_each_visit(tmp_path:
         for slot in range(len(step.samples)):
             weights = torch.zeros(len(step.samples), dtype=torch.float64)
             weights[slot] = 1.0
-            (_, (slope, _, _)) = next(run.transition(index).walk(state, weights))
+            (_, (slope, _, _)) = next(run.transition(index).micro_batch_gradients(state, weights))
             truth = sum(0.01 * (query[name] * slope[name]).flatten(1).sum(1) for name in slope)
             np.testing.assert_allclose(
                 found[:, 0, index, slot], np.asarray(truth), rtol=1e-9, atol=1e-15

@@ -12,7 +12,7 @@ from backtrail.errors import BadSetting, ImpossibleWindow, UnknownSample
 from backtrail.methods.memory import bytes_of_activations
 from backtrail.methods.retrain import stacks
 from backtrail.methods.retrain.retrain import retrain
-from backtrail.sweep.rerun import gradients_of_each, rerun
+from backtrail.sweep.rerun import gradients_one_by_one, rerun
 from tests.cases import CASES_BY_NAME, Case, rows, train
 from tests.oracles.nudge import observe
 from tests.recorded_runs import recorded_run
@@ -161,7 +161,7 @@ def test_one_by_one_equals_stacked(tmp_path: Path) -> None:
     alone = run.state(0).repeat(3)
     for index in range(2):
         step = run.transition(index)
-        alone = step.moved_many(alone, *gradients_of_each(step, alone, weights))
+        alone = step.apply_update_to_stack(alone, *gradients_one_by_one(step, alone, weights))
     for name, tensor in stacked.params.items():
         torch.testing.assert_close(tensor, alone.params[name], rtol=1e-12, atol=1e-14)
 

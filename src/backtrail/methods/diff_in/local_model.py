@@ -16,7 +16,7 @@ from backtrail.methods.diff_in.finite_differences import Differences, length
 from backtrail.methods.diff_in.row_gradients import Proxy, RowGradients
 from backtrail.methods.diff_in.subspace import Subspace, orthonormal, random_combinations
 from backtrail.methods.diff_in.trajectory import Point
-from backtrail.sweep.rerun import select
+from backtrail.sweep.rerun import select_run
 from backtrail.task.task import Batch
 from backtrail.tree import Tree, stack
 
@@ -79,7 +79,7 @@ class LocalModel:
         except (RuntimeError, NotImplementedError, ValueError):
             # The model has an operation without a batching rule.
             count = len(next(iter(directions.values())))
-            products = stack([product(select(directions, index)) for index in range(count)])
+            products = stack([product(select_run(directions, index)) for index in range(count)])
         return products
 
     def scaled_curvature_product(self, directions: Tree) -> Tree:

@@ -21,7 +21,7 @@ from backtrail.methods.diff_in.row_gradients import Proxy, RowGradients
 from backtrail.methods.diff_in.trajectory import Point, Trajectory, proxy_rows
 from backtrail.methods.memory import CACHE
 from backtrail.queries import Query, gradients
-from backtrail.task.task import Batch, evaluating
+from backtrail.task.task import Batch, in_eval_mode
 from backtrail.tree import Tree, add, each
 
 MOST_ROWS = 256  # rows whose gradients are taken at once, at most
@@ -164,7 +164,7 @@ class Terms:
     def _computing(self) -> Iterator[None]:
         """Eval mode, and kernels precise enough for differences."""
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self.trajectory.task))
+            stack.enter_context(in_eval_mode(self.trajectory.task))
             stack.enter_context(full_precision())
             stack.enter_context(accelerated(keep_memory=True))
             yield

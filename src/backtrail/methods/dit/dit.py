@@ -46,7 +46,7 @@ from backtrail.methods.retrain.retrain import Denominator
 from backtrail.optim.slopes import Tangent, UpdateDerivative
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
-from backtrail.sweep.adjoint import Cotangent, Sweep, Swept
+from backtrail.sweep.adjoint import Cotangent, Sweep, SweptStep
 from backtrail.sweep.rules import Rules
 from backtrail.sweep.schedule import plan
 
@@ -213,7 +213,7 @@ class _Attribution:
         sweep = Sweep(
             load=self.run.state,
             transition=self.run.transition,
-            meet=self.source.add,
+            add_queries=self.source.add,
             rules=rules,
             chunk=cut.chunk,
         )
@@ -239,7 +239,7 @@ class _Attribution:
             return None
         return self.source.add(stop, self.run.state(stop, replay=True), None)
 
-    def _fill_shard(self, shard: int, steps: Iterator[Swept]) -> None:
+    def _fill_shard(self, shard: int, steps: Iterator[SweptStep]) -> None:
         """Write the steps of one shard, and mark it done once the sweep can resume before it."""
         first, stop = self.writer.shards[shard]
         queries, observed, _, slots = self.description.shape

@@ -10,7 +10,7 @@ from backtrail.methods.observe import query_gradients
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.step.state import State
-from backtrail.sweep.adjoint import Cotangent, start
+from backtrail.sweep.adjoint import Cotangent, start_cotangent
 from backtrail.tree import Tree, each
 
 
@@ -53,7 +53,7 @@ class StateSource(CotangentSource):
         if number not in self.observed_at:
             return later
         params, buffers = query_gradients(self.run, self.queries, state)
-        here = start(state, params, buffers)
+        here = start_cotangent(state, params, buffers)
         return here if later is None else later.join(here)
 
 
@@ -82,7 +82,7 @@ class AverageSource(CotangentSource):
         share = self.queries.share(number, number)
         # Buffers that are not averaged are those of the observed state itself.
         buffer_share = share if self.queries.use_buffers else 1.0
-        here = start(state, _times(share, params), _times(buffer_share, buffers))
+        here = start_cotangent(state, _times(share, params), _times(buffer_share, buffers))
         return here if later is None else later.join(here)
 
     @cached_property

@@ -122,7 +122,7 @@ class Walk:
         if index in self._run.kept:
             return self._run.state(index)
         gradient, buffers = gradient_and_buffers
-        return transition.moved(state, transition.clipped(gradient), buffers)
+        return transition.apply_update(state, transition.clip(gradient), buffers)
 
     def _gradient_comes_first(self, transition: Transition) -> bool:
         """Whether the step's whole gradient is needed before any rows, or in another precision."""

@@ -44,14 +44,14 @@ class Drawn:
 
     def chosen(self, transition: Transition) -> "Chosen":
         """The chosen slots of a step, a random subset of all its micro-batches' slots."""
-        total = sum(transition.sizes)
+        total = sum(transition.slot_counts)
         seed = seed_of(self.seed, transition.step.index)
         # A step without any samples has none to choose.
         count = min(self.count(total), total)
         chosen = sample_subset(total, count, seed)
         slots = {}
         first = 0
-        for micro_batch, size in enumerate(transition.sizes):
+        for micro_batch, size in enumerate(transition.slot_counts):
             inside = (chosen >= first) & (chosen < first + size)
             slots[micro_batch] = chosen[inside] - first
             first += size
@@ -119,5 +119,5 @@ class Chosen:
         if seen is not None and seen.froze_statistics:
             found: Rows = tuple(rows[slots] for rows in seen.rows(losses))
         else:
-            found = trace_forward(micro_batch.cut(slots), params, buffers).rows(losses)
+            found = trace_forward(micro_batch.select_slots(slots), params, buffers).rows(losses)
         return dict(zip(asked, found, strict=True))

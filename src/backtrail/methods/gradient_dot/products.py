@@ -21,7 +21,7 @@ from backtrail.persample.gradients import trace_gradient
 from backtrail.persample.sketch import KroneckerSketch, Picked
 from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
-from backtrail.sweep.adjoint import pull_rows, rows_of
+from backtrail.sweep.adjoint import batched_vjp, select_queries
 from backtrail.tree import Tree
 
 # Directions from which on per-sample gradients cost no more than a derivative along each direction:
@@ -80,8 +80,8 @@ def _by_derivatives(
             return _Products(like.new_zeros(len(like), 0), linear.losses, linear.buffers)
         scores: list[Tensor] = []
         for first in range(0, len(like), chunk):
-            block = rows_of(directions, slice(first, first + chunk))
-            scores.append(pull_rows(linear, block, {})[2])
+            block = select_queries(directions, slice(first, first + chunk))
+            scores.append(batched_vjp(linear, block, {})[2])
         return _Products(torch.cat(scores), linear.losses, linear.buffers)
 
 

@@ -17,7 +17,7 @@ from backtrail.step.optimizers import NONNEGATIVE
 from backtrail.step.state import State
 from backtrail.sweep.rerun import rerun
 from backtrail.sweep.rules import Rules
-from backtrail.sweep.tangent import Changed, push_forward
+from backtrail.sweep.tangent import DualState, push_forward
 from backtrail.tree import Tree, add, norm
 
 
@@ -63,26 +63,27 @@ class RemovedGroup:
         """Weights of a step's slots without the group: `[slot]`."""
         return self.removal.weights(self.run, step).to(like)
 
-    def sweep(self, stop: int, rules: Rules) -> Iterator[tuple[int, Changed]]:
+    def sweep(self, stop: int, rules: Rules) -> Iterator[tuple[int, DualState]]:
         """The states from the group's first visit to `stop`, each with its first-order change."""
         first = min(self.first, stop)
         state = self.run.state(first, replay=True, dtype=self.dtype)
         transition = self.run.transition(min(first, self.run.steps - 1), self.dtype)
-        now = Changed.begin(transition, state)
+        now = DualState.unchanged(transition, state)
         yield first, now
         steps = range(first, stop)
         for step in tqdm(steps, desc="forgetting", unit="step", disable=None, leave=False):
             like = next(iter(now.state.params.values()))
             weight_change = self.weights(step, like) - 1
             transition = self.run.transition(step, self.dtype)
-            after, change = push_forward(transition, now, weight_change, rules=rules)
+            after = push_forward(transition, now, weight_change, rules=rules)
             if step + 1 in self.run.kept:
                 # The recorded state has none of the rounding that the replay gathers.
-                after = self.run.state(step + 1, dtype=self.dtype)
-            now = Changed(after, change)
+                recorded = self.run.state(step + 1, dtype=self.dtype)
+                after = DualState(recorded, after.tangent)
+            now = after
             yield step + 1, now
 
-    def linearity_gap(self, step: int, before: Changed, after: Changed) -> tuple[float, float]:
+    def linearity_gap(self, step: int, before: DualState, after: DualState) -> tuple[float, float]:
         r"""How far one real step without the group is from its first-order prediction.
 
         With U the update of the step, G the group, and :math:`\dot\theta, \dot\theta'` the
@@ -96,10 +97,10 @@ class RemovedGroup:
         """
         stack = self._rerun(step, stacked(before.state, changed_state(before)), stop=step + 1)
         actual: Tree = {}
-        for name in after.change.params:
+        for name in after.tangent.params:
             unperturbed, without = stack.params[name]
             actual[name] = without - unperturbed
-        return _distance(actual, after.change.params), _distance(actual, before.change.params)
+        return _distance(actual, after.tangent.params), _distance(actual, before.tangent.params)
 
     def replayed(self, start: int, begun: State) -> State:
         """The final state when the steps from `start` on run again without the group.
@@ -154,10 +155,10 @@ def stacked(first: State, second: State) -> State:
     return stack
 
 
-def changed_state(now: Changed) -> State:
+def changed_state(now: DualState) -> State:
     """A state plus its first-order change; what cannot be negative stays non-negative."""
     state = now.state
-    change = now.change
+    change = now.tangent
     moments: dict[str, Tree] = {}
     for name, tree in state.moments.items():
         changes = change.moments.get(name, {})

@@ -24,7 +24,7 @@ from backtrail.methods.retrain.stacks import Reruns, RunStack
 from backtrail.methods.retrain.weights import Removal, Steps, WeightChange
 from backtrail.queries import Query, values
 from backtrail.run.run import Run
-from backtrail.sweep.rerun import each_run
+from backtrail.sweep.rerun import evaluate_runs
 from backtrail.tree import Tree
 
 Denominator = Literal["keep", "renormalize"]
@@ -259,7 +259,7 @@ def _read(
         found = np.full((*shape, len(stack.places) + 2), np.nan)
         for number, states in stack.states:
             place = observed_at.index(number)
-            found[:, place] = each_run(states, read).T.double().cpu().numpy()
+            found[:, place] = evaluate_runs(states, read).T.double().cpu().numpy()
         unperturbed = found[:, :, 0]
         change[:, :, stack.places] = found[:, :, 1:-1] - unperturbed[:, :, None]
         difference = np.abs(found[:, :, -1] - unperturbed)

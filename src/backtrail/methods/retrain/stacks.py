@@ -135,7 +135,7 @@ def recorded_gradients(run: Run, start: int) -> Iterator[tuple[Tree, Tree]]:
         if step + 1 in run.kept:
             state = run.state(step + 1)
         else:
-            state = transition.moved(state, transition.clipped(grads), buffers)
+            state = transition.apply_update(state, transition.clip(grads), buffers)
 
 
 def runs_at_once(run: Run, dtype: torch.dtype | None) -> int:

@@ -28,7 +28,7 @@ from backtrail.methods.dve.step_features import Arrays, StepFeatures
 from backtrail.optim.steady_state import SteadyState
 from backtrail.persample.check import WeightedSum, random_weights
 from backtrail.persample.sketch import KroneckerSketch
-from backtrail.step.state import State, due
+from backtrail.step.state import State, is_check_due
 from backtrail.step.step import MicroBatch, Transition
 from backtrail.task.task import Batch
 from backtrail.tree import Tree
@@ -141,7 +141,7 @@ class LiveCapture:
         rows, gradient = self._proof
         self._proof = None
         step = transition.step.index
-        sizes = list(transition.sizes)
+        sizes = list(transition.slot_counts)
         random = random_weights(sum(sizes), step)
         replayed, _, _ = transition.raw_gradient(state, weights=random)
         # The rows, weighted by omega - 1, must add up to the difference of the two gradients, in
@@ -243,7 +243,7 @@ class LiveCapture:
     def _proves(self, step: int, kinds: Hashable) -> bool:
         """Whether a pass that used parameters in these ways is to be checked."""
         first_step = self._proven.setdefault(kinds, step)
-        return first_step == step or due(step)
+        return first_step == step or is_check_due(step)
 
     def _register(self, model: nn.Module) -> list[RemovableHandle]:
         # A model may call itself; only the outermost call is the loop's.
