@@ -191,7 +191,7 @@ def test_the_log_warns_where_steps_bend(
     assert not caplog.text
     monkeypatch.setattr(forgetting, "BENT", 0.0)
     backtrail.forget(run, GROUP)
-    assert "may be left. Train again without them: replay=5" in caplog.text
+    assert "far from those of retraining. Retrain instead: replay=5" in caplog.text
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

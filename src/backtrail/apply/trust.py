@@ -32,7 +32,7 @@ EXACT = {
 }  # error of a passed derivative check, by precision of the sweep
 KNOWN = 1e-2  # a derivative that retraining cannot tell better than this decides nothing
 GOOD = 0.9  # Pearson of a passed removal check
-CLOSE = 0.05  # to the best that a linear guide can reach
+CLOSE = 0.05  # to the best that an additive score can reach
 RIGHT_SIZE = 1.5  # factor by which an approximation may miss the size of removals without a word
 EARLY = 0.5  # share of the influence in step 0 that is worth a word
 
@@ -72,8 +72,9 @@ class DerivativeCheck:
         """One sentence."""
         verdict = "passed" if self.passed else "FAILED"
         return (
-            f"derivative  {verdict}: influence and retraining after a tiny nudge differ by {self.error:.1e} "
-            f"(relative, known to {self.uncertainty:.0e}); cotangents grew {self.growth:.3g}-fold on the way back"
+            f"derivative  {verdict}: influence and retraining with slightly changed sample weights "
+            f"differ by {self.error:.1e} (relative; uncertainty {self.uncertainty:.0e}); "
+            f"cotangents grew {self.growth:.3g}-fold in the sweep"
         )
 
 
@@ -121,7 +122,7 @@ class RemovalCheck:
 
     @property
     def exhausted(self) -> bool:
-        """Whether it is about as good as any linear guide could be."""
+        """Whether it is about as good as any additive score can be."""
         return self.reachable is not None and self.pearson.estimate >= self.reachable - CLOSE
 
     def __str__(self) -> str:
@@ -130,7 +131,7 @@ class RemovalCheck:
         reach = (
             ""
             if self.reachable is None
-            else f"; a linear guide can reach a Pearson of {self.reachable:.2f}"
+            else f"; best Pearson any additive score can reach: {self.reachable:.2f}"
         )
         return (
             f"removal     {verdict}: {len(self.samples)} samples left out one at a time: Pearson {self.pearson}, "
@@ -197,47 +198,52 @@ class Trust:
     def advice(self) -> str:
         """What the three checks mean together."""
         if not isinstance(self.replay, Verification):
-            return "Do not use these numbers: the recording does not explain the training."
+            return "Do not use these scores: the recording does not reproduce the training."
         if self.derivative is not None and not self.derivative.passed:
-            return "Do not use these numbers: the sweep is not the derivative of this training."
+            return "Do not use these scores: the sweep is not the derivative of this training."
         if self.method != "DIT":
             return self._advice_on_an_approximation()
         if not self.removal.passed and self.early > EARLY:
             return (
-                f"{self.early:.0%} of the influence stems from step 0. Adam's first update is g / (|g| + eps): where "
-                "a gradient is near zero, its derivative is huge and says little. Ask again with "
-                "DIT(slope=backtrail.Secant()); for the next training, a warm-up or eps=1e-6 cures it."
+                f"{self.early:.0%} of the influence comes from step 0. Adam's first update is "
+                "g / (|g| + eps): where a gradient is near zero, its derivative is huge and does not "
+                "predict removals. Attribute again with DIT(slope=backtrail.Secant()); in the next "
+                "training, use a warm-up or eps=1e-6."
             )
         if not self.removal.passed:
             return self._advice_on_rough_training()
         return "Influence predicts removals on this run."
 
     def _advice_on_rough_training(self) -> str:
-        what = "The influence is" if self.derivative is None else "The derivative is right, and yet"
+        what = "The influence is" if self.derivative is None else "The derivative is correct, but"
         rough = (
-            f"{what} a poor guide to removals: at the scale of one sample this training is not smooth (ReLU with Adam, "
-            "a large learning rate)."
+            f"{what} a poor predictor of removals: at the scale of one sample this training is not "
+            "smooth (ReLU with Adam, a large learning rate)."
         )
         if self.removal.exhausted:
             return (
-                f"{rough} No score that adds up over samples does much better: counting a sample twice does not undo "
-                "what leaving it out does. Trust groups of samples more than single ones."
+                f"{rough} No additive score does much better: counting a sample twice does not have "
+                "the opposite effect of leaving it out. Groups of samples are more reliable than "
+                "single ones."
             )
         return (
-            f'{rough} DIT(curvature="auto") measures whether another way of the sweep does better; trust ranks more '
-            "than sizes, and groups of samples more than single ones."
+            f'{rough} DIT(curvature="auto") measures whether another curvature or slope does better. '
+            "Ranks are more reliable than sizes, and groups of samples more than single ones."
         )
 
     def _advice_on_an_approximation(self) -> str:
         if not self.removal.passed:
             return (
-                f"{self.method} is a poor guide to removals on this run. It leaves out a part of the training that "
-                "counts here (its documentation says which). Ask again with backtrail.DIT(), which leaves out nothing, "
-                "and check that too."
+                f"{self.method} is a poor predictor of removals on this run. It ignores a part of the "
+                "training that matters here (see its documentation). Attribute again with "
+                "backtrail.DIT(), which ignores nothing, and check that result too."
             )
         size = self.removal.slope
         if not 1 / RIGHT_SIZE <= size <= RIGHT_SIZE:
-            return f"{self.method} ranks removals well on this run; their sizes are {size:.3g} times what it says."
+            return (
+                f"{self.method} ranks removals well on this run; their sizes are {size:.3g} times "
+                "the predicted ones."
+            )
         return f"{self.method} predicts removals on this run."
 
 

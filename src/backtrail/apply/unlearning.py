@@ -140,8 +140,9 @@ def first_order(group: RemovedGroup, stop: int, method: DIT) -> tuple[State, flo
 
 def _warn(group: RemovedGroup, bend: float) -> None:
     log.warning(
-        "forgetting %d samples to first order: steps without them are off by %.0f %% of what they change; much of the "
-        "way in parameters may be left. Train again without them: replay=%d",
+        "forgetting %d samples to first order: steps without them differ from their first-order "
+        "prediction by %.0f %% of what they change, so the parameters may be far from those of "
+        "retraining. Retrain instead: replay=%d",
         *(len(group.removal.samples), 100 * bend, group.run.steps),
     )
 

@@ -35,7 +35,7 @@ class Forgotten:
 
     >>> found = Forgotten(2, 0.1, 0.2, (1e-3, 2e-4), agreement=None, membership=(0.9, 0.6, 0.5))
     >>> print(str(found).splitlines()[-1])
-    membership   AUC 0.600; trained 0.900, retrained 0.500 (0.5 = samples look like test rows)
+    membership   AUC 0.600; trained 0.900, retrained 0.500 (0.5 = like test rows)
 
     Attributes:
         samples: Number of samples that were to be forgotten.
@@ -63,17 +63,18 @@ class Forgotten:
         """One line a measure, the second model first."""
         before, after = self.divergence
         lines = [
-            f"Forgetting {self.samples} samples, beside training again without them (1 = as far as without forgetting)",
+            f"Forgetting {self.samples} samples, compared with retraining without them "
+            "(0 = equal to it, 1 = as far from it as without forgetting)",
             f"parameters   {self.parameters:.3f}",
-            f"predictions  {self.predictions:.3f}: divergence {after:.2e}, and {before:.2e} without forgetting",
+            f"predictions  {self.predictions:.3f}: KL divergence {after:.2e} ({before:.2e} without forgetting)",
         ]
         if self.agreement is not None:
             before, after = self.agreement
-            lines[-1] += f"; same class on {after:.1%}, and {before:.1%}"
+            lines[-1] += f"; same class on {after:.1%} ({before:.1%} without forgetting)"
         if self.membership is not None:
             trained, forgotten, retrained = self.membership
-            told = f"AUC {forgotten:.3f}; trained {trained:.3f}, retrained {retrained:.3f}"
-            lines.append(f"membership   {told} (0.5 = samples look like test rows)")
+            figures = f"AUC {forgotten:.3f}; trained {trained:.3f}, retrained {retrained:.3f}"
+            lines.append(f"membership   {figures} (0.5 = like test rows)")
         return "\n".join(lines)
 
 
