@@ -12,23 +12,12 @@ import pytest
 
 import backtrail
 from backtrail import cli
-from tests.test_house import MAY_IMPORT
+from tests.import_rules import MAY_IMPORT
+from tests.pages import PAGES, ROOT, code_blocks, text_of
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Folders whose files the pages name, and where those paths start.
 FOLDERS = ("src", "tests", "bench", "docs", "examples")
 SETS = ("GROUND", "TASK", "STEP", "SWEEP", "RESULT", "METHODS")
-
-
-def text_of(page: Path) -> str:
-    """Read a page."""
-    return page.read_text(encoding="utf-8")
-
-
-def code_blocks(page: Path, language: str) -> list[str]:
-    """List the fenced code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
 
 
 def prose(page: Path) -> str:
@@ -146,7 +135,7 @@ def test_commands_are_documented(verb: object) -> None:
 
 
 def test_the_map_says_what_may_import_what() -> None:
-    """The table of CONTRIBUTING.md has every folder, and the imports that test_house.py allows."""
+    """The table of CONTRIBUTING.md has every folder, and the imports that tests/import_rules.py allows."""
     page = text_of(ROOT / "CONTRIBUTING.md")
     sets: dict[str, set[str]] = {}
     for name in SETS:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
-from tests.test_docs import ROOT, code_blocks
+from tests.pages import ROOT, code_blocks
 
 # Pages whose first block records a training itself.
 RECORDING = ("README.md", "docs/index.md", "docs/recording.md")

@@ -1,0 +1,46 @@
+"""Which folders of the package may import which."""
+
+# Who may import whom, from the lowest layer to the highest: a folder imports itself and what is in
+# its set. `accel` only makes things faster, so it knows nothing of what it speeds up.
+GROUND = {"errors", "exclusive", "extras", "tree", "accel", "sampling", "stats"}
+TASK = GROUND | {"task"}
+STEP = TASK | {"queries", "step"}
+SWEEP = STEP | {"optim", "curvature", "persample", "sweep"}
+RESULT = {"errors", "extras", "stats", "influence"}
+METHODS = SWEEP | RESULT | {"run", "methods"}
+EVERYTHING = METHODS | {"record", "apply", "plot", "view", "cli"}
+MAY_IMPORT = {
+    "errors": {"errors"},
+    "exclusive": {"exclusive"},
+    "extras": {"errors", "extras"},
+    "tree": {"errors", "tree"},
+    "accel": {"accel"},
+    "sampling": {"sampling"},
+    "stats": {"errors", "stats"},
+    "task": TASK,
+    "queries": TASK | {"queries"},
+    "step": STEP,
+    "optim": STEP | {"optim"},
+    "curvature": STEP | {"curvature"},
+    "persample": STEP | {"persample"},
+    "sweep": SWEEP,
+    "run": STEP | {"run"},
+    "record": STEP | {"run", "record"},
+    "influence": RESULT,
+    "methods": METHODS,
+    "apply": METHODS | {"apply"},
+    "plot": RESULT | {"plot"},
+    "view": EVERYTHING - {"cli"},
+    # The command line is outermost, and its demo shows how users import.
+    "cli": EVERYTHING | {"__init__"},
+    # The public names, imported lazily.
+    "__init__": EVERYTHING - {"view", "cli"},
+}
+# Inside `methods`, a method may use those before it. The rest of `methods` is shared and uses none.
+METHOD_MAY_IMPORT = {
+    "retrain": {"retrain"},
+    "gradient_dot": {"gradient_dot"},
+    "dit": {"dit", "retrain"},
+    "dve": {"dve"},
+    "diff_in": {"diff_in"},
+}
