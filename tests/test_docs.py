@@ -130,7 +130,7 @@ def test_commands_are_documented(verb: object) -> None:
 
 
 def test_the_map_says_what_may_import_what() -> None:
-    """The table of CONTRIBUTING.md has every folder, and the imports that tests/import_rules.py allows."""
+    """The table of CONTRIBUTING.md has every folder, and the imports that tests/import_directions.py allows."""
     page = text_of(ROOT / "CONTRIBUTING.md")
     sets: dict[str, set[str]] = {}
     for name in SETS:
