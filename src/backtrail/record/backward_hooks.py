@@ -23,7 +23,7 @@ from backtrail.task.task import Batch, Task, size_of
 from backtrail.task.torch_compile import buffers, modules
 from backtrail.tree import Tree, count_writes, mapping_to_dict
 
-ALWAYS_COPIED = 2**16  # entries; buffers up to this size are cpu_copy whether they changed or not
+ALWAYS_COPIED = 2**16  # entries; buffers up to this size are copied whether they changed or not
 
 
 @final
@@ -84,7 +84,7 @@ class BatchTracker:
         self._task = task
         self._trained = trained
         self._hooks: dict[str, RemovableHandle] = {}
-        # For every large buffer: the tensor, the version that was cpu_copy, and the copy.
+        # For every large buffer: the tensor, the version that was copied, and the copy.
         self._buffer_copies: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._current: LiveBatch | None = None
         self.listener: BatchListener | None = None
@@ -223,7 +223,7 @@ class BatchTracker:
         return self.consumed[0].buffers if self.consumed else self.current_buffers()
 
     def current_buffers(self) -> Tree:
-        """Copies of the model's buffers; large ones are cpu_copy again only after a change."""
+        """Copies of the model's buffers; large ones are copied again only after a change."""
         copies: Tree = {}
         for name, buffer in buffers(self._task.model).items():
             copies[name] = self._copy_of_buffer(name, buffer)
