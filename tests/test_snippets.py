@@ -27,6 +27,8 @@ READING = (
     "docs/coreset.md",
     "docs/how-it-works.md",
     "docs/memory.md",
+    "docs/acceleration.md",
+    "docs/threads.md",
 )
 # Pages whose first blocks need nothing.
 ALONE = {"docs/quickstart.md": None, "docs/embeddings.md": 1}  # page: how many, None for all
