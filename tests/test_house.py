@@ -142,7 +142,7 @@ def private_names(path: Path) -> set[str]:
 
 
 def test_private_names_of_torch_are_listed() -> None:
-    """Each is used in one module only, for a reason; a listed one that is not used any more goes."""
+    """Each is used in one module only, for a reason; one that is not used any more goes."""
     homes: dict[str, list[str]] = {}
     for path in MODULES:
         if layer(path) != "accel":

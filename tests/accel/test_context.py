@@ -111,7 +111,7 @@ def test_a_block_turns_on_what_it_is_asked_for(uses: Uses) -> None:
 
 
 def test_everything_is_restored_after_an_exception(uses: Uses) -> None:
-    """The fixture checks what is the process's; the thread's products and layers are torch's again."""
+    """The fixture checks what is the process's; products and layers are torch's again, too."""
     with pytest.raises(MemoryError), accelerated_fully(), accelerated_fully():
         raise MemoryError
     product()

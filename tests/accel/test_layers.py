@@ -1,4 +1,4 @@
-"""Smooth layers recorded for few passes have torch's derivatives: first, second, third, of one query and of many."""
+"""Layers with a hand-written double backward have torch's derivatives, first, second and third."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -64,7 +64,7 @@ def drawn(*shapes: tuple[int, ...], seed: int = 0) -> Leaves:
 
 
 def twice(layer: Layer, inputs: Leaves, *, third: bool = False) -> tuple[Leaves, Leaves, Leaves]:
-    """The gradient of a layer, and derivatives by slope and inputs of its product with a direction."""
+    """The gradient of a layer, and the derivatives of its product with a direction."""
     value = layer(*inputs)
     (slope,) = drawn(value.shape, seed=1)
     first = grad(value, inputs, slope, create_graph=True)

@@ -1,4 +1,4 @@
-"""Products by oneDNN: the same numbers, only where they are asked for, and only for what they are made for."""
+"""Products by oneDNN: the same numbers, only in their blocks, and only where they are faster."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_products_are_those_of_float64(
 
 
 def test_everything_else_goes_where_it_went(everywhere: list[tuple[int, ...]]) -> None:
-    """Small ones, other dtypes, holes in memory, factors and other biases; and whatever comes after the block."""
+    """Small ones, other dtypes, holes in memory, factors, other biases; and all after the block."""
     a, b, bias = torch.randn(256, 128), torch.randn(128, 256), torch.randn(256)
     assert a.numel() * b.shape[1] >= MIN_MULTIPLICATIONS
     cases = {

@@ -1,4 +1,4 @@
-"""Every policy's product equals an explicit matrix times a vector, by autograd and by differences."""
+"""Every policy's product is an explicit matrix times a vector, by autograd and by differences."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Captured rows are the samples' gradients, projected: against a loop over samples with whole gradients."""
+"""Rows are the samples' sketched gradients: against a loop over samples with whole gradients."""
 
 import gc
 import weakref
@@ -139,7 +139,7 @@ def by_hand(slopes: Sequence[Tree], drawn: Projection) -> Tensor:
 
 
 def with_constant_statistics(micro_batch: MicroBatch, buffers: Tree) -> tuple[MicroBatch, Tree]:
-    """The same model in eval mode, with the batch's statistics as its running ones (of a first layer)."""
+    """The model in eval mode, with the batch's statistics as its running ones (first layer)."""
     normed = tuple(batchnorm_layers(micro_batch.transition.task.model))
     x = micro_batch.batch[0]
     axes = [axis for axis in range(x.dim()) if axis != 1]
@@ -227,7 +227,7 @@ def gpt(slots: int, context: int = 8) -> MicroBatch:
 
 @pytest.mark.parametrize("slots", [1, 5, 8])
 def test_a_language_model_needs_one_pass(slots: int) -> None:
-    """Also where a row has as many tokens as a batch has rows; its gradient is the replay's to the bit."""
+    """Also with as many tokens as slots; its gradient is the replay's to the last bit."""
     micro_batch = gpt(slots)
     task = micro_batch.transition.task
     params = cast(task.parameters(), torch.float64)
@@ -305,7 +305,7 @@ def test_reductions_may_depend_on_the_gradient() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_pieces_of_a_step_add_up_to_its_gradient(case: Case, tmp_path: Path) -> None:
-    """With accumulation, penalties, frozen, tied and unused parameters, and batches that were thrown away."""
+    """With accumulation, penalties, frozen, tied, unused parameters, and batches without a step."""
     record(case, case.built(), rows(), tmp_path / "run")
     run = open_run(tmp_path / "run", case.task(case.built(), rows()))
     for number in (0, 1, 2):

@@ -57,7 +57,7 @@ TORCHS_OWN = implementations()
 
 @pytest.mark.parametrize("way", ["reentrant", "later"])
 def test_they_are_recorded_and_attributed_like_others(way: str, tmp_path: Path) -> None:
-    """In both of torch's ways, with the dropout masks of the loop; the loop itself still computes twice."""
+    """In both of torch's ways, with the dropout masks of the loop, which still computes twice."""
     found = influence(way, tmp_path / "twice")
     np.testing.assert_allclose(
         found, influence("once", tmp_path / "once"), rtol=0, atol=1e-12 * np.abs(found).max()

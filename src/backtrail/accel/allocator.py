@@ -41,7 +41,7 @@ _blocks = 0  # `memory_kept` blocks that are running, in all threads
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """While the block runs, glibc keeps freed memory; when the last such block ends, it is returned.
+    """While the block runs, glibc keeps freed memory; after the last such block it is returned.
 
     glibc cannot tell its thresholds, nor switch its adaptation on again. So what the block leaves
     is the state in which that adaptation ends once a process has freed a large block.

@@ -1,8 +1,8 @@
 """Multiplies matrices by oneDNN where torch's own choice is slower.
 
-On a CPU, torch multiplies float32 matrices by MKL, which on AMD processors uses half of the width of
-AVX-512. oneDNN, which torch ships as well, uses all of it and is about twice as fast at the sizes
-of a small GPT.
+On a CPU, torch multiplies float32 matrices by MKL, which on AMD processors uses half of the width
+of AVX-512. oneDNN, which torch ships as well, uses all of it and is about twice as fast at the
+sizes of a small GPT.
 
 This is for derivatives and embeddings. The states that a sweep recomputes are left to training's
 own kernels, so that they are those of the training to the last bit.

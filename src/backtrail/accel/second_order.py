@@ -64,7 +64,7 @@ class Layer(abc.ABC):
 
     @abc.abstractmethod
     def vjp(self, cotangent: Tensor, needs: Needs) -> MaybeTensors:
-        """Map a cotangent of the value to cotangents of the inputs; those not needed may be None."""
+        """Map a cotangent of the value to those of the inputs; None where it is not needed."""
 
     @abc.abstractmethod
     def double_backward(self, cotangent: Tensor) -> DoubleBackward:
@@ -92,7 +92,7 @@ class Layer(abc.ABC):
 
 
 def is_eager() -> bool:
-    """Whether neither a transform of torch.func nor a compiler is active; both have their own ways."""
+    """Whether neither a transform of torch.func nor a compiler is active."""
     in_transform = torch._C._functorch.maybe_current_level() is not None
     return not in_transform and not torch.compiler.is_compiling()
 

@@ -13,7 +13,10 @@ ENABLED_AT_START = os.environ.get(VARIABLE, "1").strip().lower() not in OFF
 
 @final
 class _Switch(threading.local):
-    """The setting of every thread, as `torch.set_grad_enabled` has it; torch.local calls `__init__` in each."""
+    """The setting of each thread, as that of `torch.set_grad_enabled`.
+
+    `threading.local` calls `__init__` in every thread anew.
+    """
 
     def __init__(self) -> None:
         self.enabled = ENABLED_AT_START

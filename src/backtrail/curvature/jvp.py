@@ -2,7 +2,9 @@ r"""The gradient of a micro-batch and its Jacobian-vector product (JVP).
 
 The tangent is a change of parameters, running statistics B and sample weights w:
 
-.. math:: \dot g = \nabla^2 L\, \dot\theta + \partial_B \nabla L\, \dot B + \sum_b c_b \dot w_b \nabla \ell_b
+.. math::
+    \dot g = \nabla^2 L\, \dot\theta + \partial_B \nabla L\, \dot B
+    + \sum_b c_b \dot w_b \nabla \ell_b
 
 The loss is linear in the weights, so the last term is the gradient of the loss with the change in
 their place. Every function here is the transpose of one in `vjp.py` or `gauss_newton.py`.

@@ -61,7 +61,9 @@ class Curvature(abc.ABC):
     def gradient_jvp(
         self, micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
     ) -> GradientJVP:
-        """Gradient of a micro-batch and its Jacobian-vector product, the transpose of `gradient_vjp`.
+        """Gradient of a micro-batch, with its Jacobian-vector product.
+
+        It is the transpose of `gradient_vjp`.
 
         Args:
             micro_batch: The loss.

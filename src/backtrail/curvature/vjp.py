@@ -5,7 +5,9 @@ gradient and b that of the buffers after the forward pass, its VJP holds everyth
 sweep needs: the curvature product with what came through the running statistics, their own
 cotangents, and the samples' scores
 
-.. math:: (\nabla^2 L\, a + B_\theta^\top b,\quad \partial_B,\quad c_b \langle a, \nabla \ell_b \rangle)
+.. math::
+    (\nabla^2 L\, a + B_\theta^\top b,\quad \partial_B,\quad
+    c_b \langle a, \nabla \ell_b \rangle)
 
 No per-sample gradient is formed, and losses that couple the samples of a batch (BatchNorm,
 contrastive losses) are exact.
@@ -89,7 +91,9 @@ def gradient_vjp_by_differences(
 ) -> GradientVJP:
     r"""Gradient and VJP, by two more gradients per query.
 
-    .. math:: \nabla^2 L\, a \approx (\nabla L(\theta + \epsilon a) - \nabla L(\theta - \epsilon a)) / 2 \epsilon
+    .. math::
+        \nabla^2 L\, a \approx
+        (\nabla L(\theta + \epsilon a) - \nabla L(\theta - \epsilon a)) / 2 \epsilon
 
     The scores come from the losses of the same two passes. No graph outlives a pass, and no kernel
     is differentiated twice, so it fits into training's own memory and runs on fused attention.
@@ -232,7 +236,9 @@ def graph_vjp(
 
 
 def step_along(params: Tree, direction: Tree) -> tuple[Tensor, Moved]:
-    r"""Step size :math:`\epsilon` for central differences along a direction, and the moved parameters.
+    r"""Step size :math:`\epsilon` for central differences along a direction, and a function.
+
+    The function returns the parameters after a step with the given sign.
 
     The step is a fixed share of the parameters' own norm, whatever the direction's norm: the cube
     root of the machine epsilon balances rounding, which falls with the size, and curvature, which

@@ -89,7 +89,7 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _merged_mask(call: Call) -> tuple[Tensor | None, bool]:
-    """What is added to the scores, `[1 or N H, 1 or L, S]`, and whether torch applies a causal mask.
+    """What is added to the scores, `[1 or N H, 1 or L, S]`, and whether torch adds a causal mask.
 
     `is_causal` promises that `attn_mask` is a causal mask, so that torch may use its own. That is
     only possible where nothing else is masked and the weights are not needed.

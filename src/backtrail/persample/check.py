@@ -163,7 +163,7 @@ def _is_weighted(
 
 
 def maybe_gradients(loss: Tensor, inputs: Sequence[Any]) -> list[Tensor | None]:
-    """Gradients by tensors or edges of a graph, which is kept; None where there is no dependence."""
+    """Gradients by tensors or edges of a graph, which is kept; None where it has no such input."""
     if not loss.requires_grad or not inputs:
         return [None] * len(inputs)
     return list(torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True))

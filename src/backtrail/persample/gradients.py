@@ -1,15 +1,15 @@
 r"""Sketched per-sample gradients of a micro-batch, with the gradient of the micro-batch itself.
 
 One forward pass and one backward pass serve both, with training's own kernels. Every operation that
-uses a parameter is traced, and the sketched gradients follow from its inputs and from the cotangents
-of its outputs (`rules.py`). The trace is a guess about layouts, so it is verified: with random
-weights :math:`\omega` of the samples,
+uses a parameter is traced, and the sketched gradients follow from its inputs and from the
+cotangents of its outputs (`rules.py`). The trace is a guess about layouts, so it is verified: with
+random weights :math:`\omega` of the samples,
 
 .. math:: \sum_b \omega_b\, P(\nabla\ell_b) = P(\nabla \sum_b \omega_b \ell_b)
 
-must hold for every parameter (`check.py`). That is checked whenever the parameters are used in a new
-way, and at steps 1, 2, 4, 8, ... Parameters for which it does not hold (in a recurrent layer, say)
-are differentiated sample by sample.
+must hold for every parameter (`check.py`). That is checked whenever the parameters are used in a
+new way, and at steps 1, 2, 4, 8, ... Parameters for which it does not hold (in a recurrent layer,
+say) are differentiated sample by sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -188,7 +188,7 @@ class TracedPass:
     Attributes:
         micro_batch: The micro-batch.
         losses: The task's losses `[slot]`, as `MicroBatch.loss` returns them.
-        gradient: The micro-batch's part of the step's gradient, as `MicroBatch.gradient` returns it.
+        gradient: The micro-batch's part of the step's gradient, as by `MicroBatch.gradient`.
         buffers: After the forward pass.
         graph: As large as that of a training step, and alive as long as this object; None where
             the step did not consume the gradient.

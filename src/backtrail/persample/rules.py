@@ -230,7 +230,7 @@ def _right(sketch: KroneckerSketch) -> Side:
 
 
 def layout_of(x: Tensor, slots: int) -> Layout | None:
-    """Where the slots of a tensor with features last seem to be: a guess that has to be verified."""
+    """Where the slots of a tensor with features last seem to be: a guess, to be verified."""
     if x.dim() >= 2 and x.shape[0] == slots:
         return "first"
     if x.dim() >= 3 and x.shape[1] == slots:
@@ -255,7 +255,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def sum_to_shape(x: Tensor, shape: torch.Size) -> Tensor:
-    """Transpose the broadcasting of a tensor of this shape, but for the slots, the first axis of x."""
+    """Transpose the broadcasting of a tensor of this shape, except to slots, the first axis."""
     full = (1,) * (x.dim() - len(shape)) + tuple(shape)
     axes = [axis for axis in range(1, x.dim()) if full[axis] == 1 and x.shape[axis] != 1]
     summed = x.sum(axes) if axes else x

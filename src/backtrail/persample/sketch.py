@@ -150,7 +150,7 @@ class KroneckerSketch:
     def scaled(
         self, left: Float[Tensor, " left"], right: Float[Tensor, " right"] | None = None
     ) -> "KroneckerSketch":
-        r"""The sketch of :math:`d_\text{left} d_\text{right}^\top \odot G`; None stands for ones."""
+        r"""The sketch of :math:`d_\text{left} d_\text{right}^\top \odot G`; None means ones."""
         scaled_right = self.right
         if self.right is not None and right is not None:
             scaled_right = self.right.scaled(right)

@@ -1,8 +1,8 @@
 """Traces a forward pass: which operations use which parameters.
 
 Decisions: operations are traced, not modules, so a weight that is tied, used twice, or used without
-its module is seen wherever it is used. What is recorded is a guess (which axis has the slots, whether
-a use went unseen), which `check.py` verifies numerically.
+its module is seen wherever it is used. What is recorded is a guess (which axis has the slots,
+whether a use went unseen), which `check.py` verifies numerically.
 """
 
 import inspect
@@ -286,7 +286,7 @@ class OpTracer(TorchFunctionMode):
     def _run_attention(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Run torch.nn's attention written out, with the tracer active: its projections are seen."""
+        """Run torch.nn's attention written out, with the tracer active, so that it sees inside."""
         call = _arguments("multi_head_attention_forward", args, kwargs)
         if not is_written_out(call):
             return func(*args, **kwargs)

@@ -1,7 +1,8 @@
 """Activation checkpointing: parts of a forward pass that are computed again in the backward pass.
 
 A replay gives the model its parameters for one call only, so nothing of it can be computed again
-later; and torch.func refuses it. Such a part is computed once instead, which gives the same numbers.
+later; and torch.func refuses it. Such a part is computed once instead, which gives the same
+numbers.
 
 torch has no switch for this, so its two implementations in `torch.utils.checkpoint` are replaced
 while the model is called. They belong to the whole process, so this is done only for models that
@@ -28,8 +29,8 @@ FUNCTION = "CheckpointFunction"
 MODULE = checkpoint.__name__
 # Code of these leads nowhere else: they take no functions of the model's from global names.
 LIBRARIES = frozenset({"torch", "numpy"}) | sys.stdlib_module_names
-# Methods of a class that run when forward code makes or calls an object of it.
-RUN_BY_USE = ("__new__", "__init__", "__call__", "forward")
+RUN_BY_CALL = ("__call__", "forward")
+RUN_BY_MAKING = ("__new__", "__init__")
 MAX_STEPS = 50_000  # of the search, after which checkpointing counts as used
 MAX_ENTRIES = 50  # of a container; a longer one holds data
 
@@ -151,9 +152,9 @@ class _Search:
                     self._look_at_entries(value)
                 case type():
                     if not _is_library(value):
-                        self._look_at_methods(value, None)
+                        self._look_at_class(value)
                 case _:
-                    self._look_at_methods(type(value), value)
+                    self._look_at_methods(RUN_BY_CALL, type(value), value)
         return False
 
     def _look_at_entries(self, entries: list[Any] | tuple[Any, ...]) -> None:
@@ -161,9 +162,17 @@ class _Search:
             for entry in entries:
                 self.look_at(entry)
 
-    def _look_at_methods(self, kind: type, owner: object) -> None:
-        """Methods that run when an object is made or called; a module may have its own forward."""
-        for name in RUN_BY_USE:
+    def _look_at_class(self, kind: type) -> None:
+        """What runs where code makes an object and calls it."""
+        self._look_at_methods(RUN_BY_CALL, kind, None)
+        # A forward pass makes no modules; those of transformers are made by code that can switch
+        # checkpointing on.
+        if not issubclass(kind, nn.Module):
+            self._look_at_methods(RUN_BY_MAKING, kind, None)
+
+    def _look_at_methods(self, names: tuple[str, ...], kind: type, owner: object) -> None:
+        """Methods of a class, or what an object has in their place, e.g. a forward of its own."""
+        for name in names:
             method = _static_attribute(owner, kind, name)
             if isinstance(method, (FunctionType, MethodType, staticmethod, classmethod, partial)):
                 self.look_at(method, owner)
