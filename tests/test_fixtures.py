@@ -55,8 +55,8 @@ def test_a_run_has_its_states_and_steps(folder: Path) -> None:
         found = run.state(int(state)).params
         assert {name: tensor.tolist() for name, tensor in found.items()} == params
     moments = run.state(run.steps).moments
-    found = {name: tensors["momentum_buffer"].tolist() for name, tensors in moments.items()}
-    assert found == expected["momentum"]
+    momentum = {name: tensors["momentum_buffer"].tolist() for name, tensors in moments.items()}
+    assert momentum == expected["momentum"]
     assert run.verify().difference <= 1e-9
 
 
