@@ -1,4 +1,4 @@
-"""Queries of averaged weights, against averages kept by torch beside plain trainings."""
+"""Queries of averaged weights against torch's own averages of plain trainings."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -43,12 +43,12 @@ STATES = [2, 4, 5]
 
 
 def averaged(name: str) -> backtrail.Averaged:
-    """The queries of the other tests, of an average."""
+    """Return the standard queries of an average of the weights."""
     return backtrail.Averaged(standard_queries(), **AVERAGES[name])
 
 
 def observed(name: str) -> Callable[..., np.ndarray]:
-    """Train in plain PyTorch with torch's own AveragedModel beside it, and read that at the observed states."""
+    """Return what trains in plain PyTorch with an AveragedModel, and evaluates queries of it."""
     query = averaged(name)
 
     def observe(
@@ -82,7 +82,7 @@ def read_in_eval_mode(
     read: Callable[[nn.Module], Tensor],
     query: backtrail.Averaged,
 ) -> np.ndarray:
-    """On a copy, with the live buffers where they are not averaged (AveragedModel copies them at updates only)."""
+    """Evaluate queries of a copy in eval mode; buffers not averaged are the model's own."""
     copy = deepcopy(average.module if isinstance(average, AveragedModel) else average)
     if not query.use_buffers:
         for ours, live in zip(copy.buffers(), model.buffers(), strict=True):
@@ -97,7 +97,7 @@ def read_in_eval_mode(
 def test_the_sweep_of_an_average_equals_nudging_each_weight(
     case: Case, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At several observed states, before and after the average's start."""
+    """The influence on an average equals brute force, before and after the average's start."""
     monkeypatch.setattr(nudge, "observe", observed(name))
     truth = nudge.nudge_every_weight(case, standard_losses, STATES)
     influence = backtrail.DIT(chunk=2).attribute(
@@ -109,7 +109,7 @@ def test_the_sweep_of_an_average_equals_nudging_each_weight(
 @pytest.mark.parametrize("name", AVERAGES)
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_leaving_out_reads_the_same_average(case: Case, name: str, tmp_path: Path) -> None:
-    """Also where the re-run starts in the middle, and in small stacks."""
+    """Re-runs of any start and stack size evaluate the same average."""
     run, observe, samples = recorded_case(case, tmp_path), observed(name), [0, 4, 8]
     base = observe(case, standard_losses, STATES)
     found = retrain(
@@ -128,7 +128,7 @@ def test_leaving_out_reads_the_same_average(case: Case, name: str, tmp_path: Pat
 
 
 def test_shares_add_up_to_one_and_to_the_running_average() -> None:
-    """The closed form is what folding in one state after the other gives."""
+    """The states' shares equal those of the running average, and add up to one."""
     for name in AVERAGES:
         query = averaged(name)
         folded = np.zeros(9)
@@ -144,7 +144,7 @@ def test_shares_add_up_to_one_and_to_the_running_average() -> None:
 
 
 def test_no_decay_is_the_state_itself(tmp_path: Path) -> None:
-    """An average with decay 0 forgets everything but the last state, bit for bit."""
+    """An average with decay 0 is the last state, bit for bit."""
     run = recorded_case(CASES[3], tmp_path)
     plain = backtrail.DIT().attribute(run, standard_queries(), observed_at=STATES).values()
     found = (
@@ -158,7 +158,7 @@ def test_no_decay_is_the_state_itself(tmp_path: Path) -> None:
 def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the middle of the way back; another average does not go on in its folder."""
+    """Interrupted anywhere and resumed, it has the same bits; another average is refused."""
     monkeypatch.setattr("backtrail.methods.result.SHORTEST", 1)
     run, query = recorded_case(CASES[3], tmp_path), averaged("timm")
     whole = (
@@ -186,7 +186,7 @@ def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
 
 
 def test_trust_asks_the_average(tmp_path: Path) -> None:
-    """All three checks pass: the derivative of the average is right, and predicts removals."""
+    """Trust's derivative check passes for an average."""
     run = recorded_case(CASES[1], tmp_path)
     influence = backtrail.DIT().attribute(run, averaged("torch"))
     statement = backtrail.trust(run, influence, removals=9)
@@ -196,7 +196,7 @@ def test_trust_asks_the_average(tmp_path: Path) -> None:
 
 
 def test_a_waiting_gradient_is_in_the_estimate(tmp_path: Path) -> None:
-    """One vector of parameters per query and state."""
+    """The memory estimate has one more gradient per query and observed state."""
     run = recorded_case(CASES[0], tmp_path)
     needed = [least(run, query) for query in (standard_queries(), averaged("timm"))]
     params = sum(tensor.nbytes for tensor in run.state(0).params.values())
@@ -204,7 +204,7 @@ def test_a_waiting_gradient_is_in_the_estimate(tmp_path: Path) -> None:
 
 
 def least(run: Run, query: Query) -> int:
-    """Bytes from which on a sweep fits, by bisection of what is refused."""
+    """Return the least number of bytes that a sweep is accepted with, by bisection."""
     low, high = 1, 2**30
     while high - low > 1:
         middle = (low + high) // 2
@@ -229,6 +229,6 @@ def least(run: Run, query: Query) -> int:
     ],
 )
 def test_what_is_no_average_is_refused(made: Callable[[], Query], what: str) -> None:
-    """When it is made."""
+    """Invalid settings of an average are refused when it is made."""
     with pytest.raises(BadSetting, match=what):
         made()

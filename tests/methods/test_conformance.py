@@ -1,4 +1,4 @@
-"""What every method of attribution promises, whatever it computes."""
+"""What holds for every method of attribution."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ each_run = pytest.mark.parametrize("name", RUNS)
 @each_method
 @each_run
 def test_the_result_says_what_it_is(name: str, method: Method, tmp_path: Path) -> None:
-    """Axes, samples, sign, unit, method, run and queries."""
+    """The result has axes, samples, sign, unit, method, run and queries."""
     run = recorded_run(name, tmp_path)
     found = method.attribute(run, standard_queries(), observed_at=[1, run.steps])
     assert found.values().shape == (3, 2, run.steps, max(len(step.samples) for step in run.log))
@@ -56,7 +56,7 @@ def test_the_result_says_what_it_is(name: str, method: Method, tmp_path: Path) -
 def test_what_cannot_have_influence_has_exactly_none(
     name: str, method: Method, tmp_path: Path
 ) -> None:
-    """The padding, the steps from the observed state on, and the samples never seen."""
+    """Padding, steps from the observed state on and samples never seen have exactly zero."""
     run = recorded_run(name, tmp_path)
     found = method.attribute(
         run, standard_queries(), observed_at="epochs" if name == "adamw" else [1, 2]
@@ -74,7 +74,7 @@ def test_what_cannot_have_influence_has_exactly_none(
 @each_method
 @each_run
 def test_sums_are_the_whole(name: str, method: Method, tmp_path: Path) -> None:
-    """Visits and windows each add up to the total."""
+    """Visits, and windows, add up to the total."""
     run = recorded_run(name, tmp_path)
     found = method.attribute(run, standard_queries(), observed_at=range(1, run.steps + 1))
     total = found.total()[:, -1]
@@ -90,7 +90,7 @@ def test_sums_are_the_whole(name: str, method: Method, tmp_path: Path) -> None:
 @each_method
 @each_run
 def test_a_state_alone_has_the_same_answer(name: str, method: Method, tmp_path: Path) -> None:
-    """What else is observed changes nothing but rounding."""
+    """The influence at a state does not depend on what else is observed."""
     run = recorded_run(name, tmp_path)
     together = method.attribute(run, standard_queries(), observed_at=[1, 2, run.steps]).values()
     for column, state in enumerate(sorted({1, 2, run.steps})):
@@ -103,7 +103,7 @@ def test_a_state_alone_has_the_same_answer(name: str, method: Method, tmp_path: 
 @each_method
 @each_run
 def test_the_same_question_gives_the_same_bits(name: str, method: Method, tmp_path: Path) -> None:
-    """In memory, on disk, and read again."""
+    """Two attributions, and one read from disk, are equal bit for bit."""
     run = recorded_run(name, tmp_path)
     first = method.attribute(run, standard_queries(), observed_at="epochs").values()
     np.testing.assert_array_equal(
@@ -118,7 +118,7 @@ def test_the_same_question_gives_the_same_bits(name: str, method: Method, tmp_pa
 def test_an_attribution_killed_anywhere_resumes_to_the_same_bits(
     name: str, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After every shard in turn, marked or not."""
+    """Interrupted after any shard and resumed, an attribution has the same bits."""
     monkeypatch.setattr("backtrail.methods.result.SHORTEST", 1)
     run = recorded_run(name, tmp_path)
     states = [2, run.steps]
@@ -146,7 +146,7 @@ def test_an_attribution_killed_anywhere_resumes_to_the_same_bits(
 
 @each_method
 def test_another_question_in_the_same_folder_is_refused(method: Method, tmp_path: Path) -> None:
-    """The message says what differs."""
+    """A folder with other settings is refused; the message names them."""
     run = recorded_run("adamw", tmp_path)
     method.attribute(run, standard_queries(), out=tmp_path / "out")
     with pytest.raises(backtrail.BacktrailError, match="observed_at"):
@@ -158,7 +158,7 @@ def test_another_question_in_the_same_folder_is_refused(method: Method, tmp_path
 
 @each_method
 def test_states_that_are_not_there_are_refused(method: Method, tmp_path: Path) -> None:
-    """Before any work."""
+    """A state that the run does not have is refused."""
     with pytest.raises(NoSuchState, match="state 6: the run has states 0 to 5"):
         method.attribute(recorded_run("sgd", tmp_path), standard_queries(), observed_at=[2, 6])
 
@@ -167,7 +167,7 @@ def test_states_that_are_not_there_are_refused(method: Method, tmp_path: Path) -
 def test_the_model_at_hand_and_the_generators_are_left_alone(
     method: Method, tmp_path: Path
 ) -> None:
-    """Weights, modes and random state are those of before."""
+    """Weights, modes of modules and random state are unchanged."""
     run = recorded_run("batchnorm, adamw", tmp_path)
     model, drawn = run.task.model, torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

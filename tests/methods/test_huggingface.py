@@ -1,4 +1,4 @@
-"""Models of `transformers` and `peft` pass the exactness gate as they are, and loops as people write them work."""
+"""Models of `transformers` and `peft` pass the exactness test, and usual loops with them work."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:Fu
 
 @pytest.mark.parametrize("cell", cells(ROWS), ids=str)
 def test_influence_equals_nudging_each_weight(cell: Cell, tmp_path: Path) -> None:
-    """The gate of tests/gate.py, with models that people use."""
+    """Influence differs from brute force by at most 1e-6 of the largest."""
     assert cell.error(tmp_path / "run") <= BAR
 
 
 def test_their_own_padding_collator(tmp_path: Path) -> None:
-    """A tokenizer's rows and batches, which are no dicts, and the model's own loss in float32."""
+    """A tokenizer's rows, its padding collator and the model's own loss can be recorded."""
     words = ["[PAD]", "[UNK]", "the", "owl", "dog", "says", "hoot", "woof"]
     plain = tokenizers.models.WordLevel(
         {word: i for i, word in enumerate(words)}, unk_token="[UNK]"
@@ -61,7 +61,7 @@ def test_their_own_padding_collator(tmp_path: Path) -> None:
 def test_accumulation_with_a_mean_over_the_steps_tokens(
     make: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
-    """As their trainer does it: every micro-batch's sum is divided by the tokens of the whole step."""
+    """The trainer's loss, divided by the tokens of the whole step, can be replayed."""
     model = make().train()
     data: Any = texts(prompt=1)
     task = backtrail.language_model(model, data, reduce=backtrail.TokenMean())
@@ -98,7 +98,7 @@ def test_accumulation_with_a_mean_over_the_steps_tokens(
 def test_gradient_checkpointing_changes_nothing(
     make: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
-    """The replay goes without, and finds the same; the live model goes on with it."""
+    """Activation checkpointing does not change the influence, and the model keeps it."""
     data: Any = texts(prompt=1)
     totals = []
     for checkpointing in (False, True):

@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(params=["published", "corrected"])
 def form(request: pytest.FixtureRequest) -> Any:
-    """Both forms of the method."""
+    """Run the test once for each form of the method."""
     return request.param

@@ -1,4 +1,4 @@
-"""Diff-In from checkpoints of a training that was never recorded."""
+"""Diff-In from checkpoints of a training that was not recorded."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tests.standard_queries import standard_queries
 
 
 def test_checkpoints_give_what_the_run_gives(form: Any, tmp_path: Path) -> None:
-    """From a list, a folder of files, and a folder of safetensors; with one slot for every sample."""
+    """A list of checkpoints, a folder of .pt and one of safetensors give the results of the run."""
     run, states = recorded_sgd(tmp_path), (4, 10, 16)
     tensors = {state: run.state(state).params for state in states}
     (tmp_path / "pt").mkdir()
@@ -48,7 +48,7 @@ def test_checkpoints_give_what_the_run_gives(form: Any, tmp_path: Path) -> None:
 
 
 def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
-    """The message names the file, the tensor and what to give."""
+    """The message names the file or tensor that is wrong, and what is expected."""
     model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
     task, good = backtrail.classification(model, data), model.state_dict()
 

@@ -1,4 +1,4 @@
-"""Diff-In against plain PyTorch with dense Hessians, against leaving out, and what it promises beside."""
+"""Diff-In against dense Hessians in plain PyTorch and against leaving out, and its warnings."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ ALL = range(9)
     "name", ["sgd", "two groups", "one cycle", "penalty", "batchnorm, sgd", "tied, sgd"]
 )
 def test_sums_equal_a_loop_with_dense_hessians(name: str, form: Any, tmp_path: Path) -> None:
-    """Of queries, term by term; of the samples themselves; of a removal. By symmetry or not, in chunks or not."""
+    """Influence on queries, self-influence and the change by a removal are those of the oracle."""
     run, states = recorded_run(name, tmp_path), [2, 4, 5]
     oracle = Oracle(CASES_BY_NAME[name], states, ALL, 9, form)
     made = backtrail.DiffIn(states, form, chunk=4)
@@ -45,13 +45,13 @@ def test_sums_equal_a_loop_with_dense_hessians(name: str, form: Any, tmp_path: P
 
 
 def close(found: Any, truth: Any, within: float = 1e-7) -> None:
-    """To the accuracy of the differences, or another, of the largest."""
+    """Assert that two arrays differ by at most `within` times the largest entry."""
     found, truth = np.asarray(found), np.asarray(truth)
     np.testing.assert_allclose(found, truth, rtol=0, atol=within * np.abs(truth).max())
 
 
 def test_a_proxy_batch_is_drawn_once_by_the_seed(form: Any, tmp_path: Path) -> None:
-    """Four rows of nine: the same for a seed, others for another."""
+    """The same seed draws the same proxy batch of four samples, and another seed another."""
     run = recorded_run("sgd", tmp_path)
     made = [
         backtrail.DiffIn(1, form, batch=4, seed=seed).attribute(run, standard_queries()).total()
@@ -62,7 +62,7 @@ def test_a_proxy_batch_is_drawn_once_by_the_seed(form: Any, tmp_path: Path) -> N
 
 
 def trained_network(dtype: torch.dtype, rows: int = 200) -> backtrail.Checkpoints:
-    """A wider network, trained for a while."""
+    """Return the last checkpoint of a network of 6,661 parameters after 60 steps of SGD."""
     torch.manual_seed(3)
     data = TensorDataset(torch.randn(rows, 20, dtype=dtype), torch.randint(0, 5, (rows,)))
     model = nn.Sequential(nn.Linear(20, 256), nn.GELU(), nn.Linear(256, 5)).to(dtype)
@@ -85,7 +85,7 @@ def trained_network(dtype: torch.dtype, rows: int = 200) -> backtrail.Checkpoint
     ],
 )
 def test_curvature_products_equal_autograd(dtype: torch.dtype, sides: Any, allowed: float) -> None:
-    """At the default epsilon, along gradients, which bend most, and along random directions, long and short ones."""
+    """Differences agree with autograd along gradients and random directions, long and short."""
     trajectory = trained_network(dtype).trajectory(1)
     terms = Terms.of(
         trajectory, Corrected(), Differences(sides=sides), batch=128, seed=0, chunk=None
@@ -113,7 +113,7 @@ def test_curvature_products_equal_autograd(dtype: torch.dtype, sides: Any, allow
 
 
 def test_no_direction_has_no_derivative_and_a_huge_one_does_not_overflow() -> None:
-    """Lengths under 1e-12 give exactly zero; squares of entries are never taken as they are."""
+    """A direction shorter than 1e-12 gives exactly zero, and one of length 1e30 is not squared."""
     at = {"x": torch.ones(3)}
 
     def half_square(tree: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -129,7 +129,7 @@ def test_no_direction_has_no_derivative_and_a_huge_one_does_not_overflow() -> No
 
 @pytest.mark.parametrize(("sides", "allowed"), [("central", 1e-9), ("one-sided", 0.0)])
 def test_differences_also_tell_the_value(sides: Any, allowed: float) -> None:
-    """By their own two evaluations: the mean of both sides, or the one at the point itself."""
+    """The value at the point comes with the differences, without a further evaluation."""
     at = {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}
     slope, value = Differences(sides=sides).derivative_and_value(
         lambda tree: {"y": tree["x"] ** 3}, at, {"x": at["x"]}
@@ -139,7 +139,7 @@ def test_differences_also_tell_the_value(sides: Any, allowed: float) -> None:
 
 
 def test_the_corrected_form_predicts_leaving_out_where_training_is_short(tmp_path: Path) -> None:
-    """Slope within 3 % of 1 and no warning; the published form runs against it, and knows how far training reached."""
+    """The corrected form predicts removals within 3 %; the published one has the opposite sign."""
     run = recorded_sgd(tmp_path, epochs=5, lr=0.005)
     truth = backtrail.leave_one_out(run, standard_queries(), samples=range(24))
     corrected = backtrail.DiffIn(5, "corrected").attribute(run, standard_queries())
@@ -156,7 +156,7 @@ def test_the_corrected_form_predicts_leaving_out_where_training_is_short(tmp_pat
 
 
 def test_the_warning_comes_where_training_went_far(tmp_path: Path) -> None:
-    """T times rate times curvature is no longer small; power iteration finds it."""
+    """The warning is given where steps times rate times largest eigenvalue is not small."""
     run = recorded_sgd(tmp_path, lr=0.3)
     found = backtrail.DiffIn(2, "corrected").attribute(run, standard_queries())
     assert found.settings["warning"] == "unreliable"
@@ -180,7 +180,7 @@ def test_the_warning_comes_where_training_went_far(tmp_path: Path) -> None:
 def test_a_few_directions_stand_for_all_curvature_between_gradients(
     form: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nearly all directions are nearly exact, and one alone is told of."""
+    """A rank near the number of samples is nearly exact, and rank 1 logs a warning."""
     run = recorded_sgd(tmp_path)
     exact = backtrail.DiffIn(1, form, rank=None).self_influence(run)
     close(backtrail.DiffIn(1, form, rank=11).self_influence(run), exact, within=0.03)
@@ -192,7 +192,7 @@ def test_a_few_directions_stand_for_all_curvature_between_gradients(
 def test_total_is_the_sum_for_a_removal_and_grows_with_the_states(
     form: Any, tmp_path: Path
 ) -> None:
-    """Every state's term lies on the visits of the steps it stands for."""
+    """The term of every state is spread over the visits in the steps that it represents."""
     run = recorded_sgd(tmp_path)
     made = backtrail.DiffIn(4, form)
     assert chosen_states(run, 4) == [4, 8, 12, 16]
@@ -213,7 +213,7 @@ def test_total_is_the_sum_for_a_removal_and_grows_with_the_states(
 
 
 def test_a_query_is_the_pairing_with_the_change_of_the_parameters(tmp_path: Path) -> None:
-    """What is said of the loss is what is said of the parameters, and the sum over samples."""
+    """Influence on a parameter, summed over samples, is the change of that parameter."""
     run = recorded_sgd(tmp_path)
     made = backtrail.DiffIn(3, "corrected")
     query = backtrail.Parameter("0.weight", [(0, 1), (3, 2)])
@@ -223,7 +223,7 @@ def test_a_query_is_the_pairing_with_the_change_of_the_parameters(tmp_path: Path
 
 
 def test_only_states_that_are_needed_are_replayed(tmp_path: Path) -> None:
-    """The last kept state of every stretch; the end of a stretch that has none."""
+    """Every segment is represented by its last stored state, or by its end if it has none."""
     assert chosen_states(recorded_run("sgd", tmp_path), 1) == [5]  # kept: 0, 2, 4, 5
     assert chosen_states(recorded_run("sgd", tmp_path / "two"), 2) == [2, 5]
     assert chosen_states(recorded_run("sgd", tmp_path / "many"), 8) == [1, 2, 3, 4, 5]
@@ -232,7 +232,7 @@ def test_only_states_that_are_needed_are_replayed(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_stacked_are_taken_one_by_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A branch on the data defeats vmap: the numbers are the same, and the log says so."""
+    """A model that vmap refuses gives the same numbers, and the log says how they were computed."""
     run, other = recorded_run("sgd", tmp_path), recorded_run("sgd", tmp_path / "other")
     plain = other.task.predict
 
@@ -250,7 +250,7 @@ def test_rows_that_cannot_be_stacked_are_taken_one_by_one(
 
 
 def test_a_sample_never_visited_has_nothing(tmp_path: Path) -> None:
-    """Nor moves it the parameters."""
+    """A sample that no batch held has no influence, and its removal changes no parameter."""
     run = recorded_run("twice in a batch", tmp_path)
     assert (backtrail.DiffIn(2).attribute(run, standard_queries()).total()[..., 5:] == 0).all()
     assert (backtrail.DiffIn(2).self_influence(run)[5:] == 0).all()
@@ -260,7 +260,7 @@ def test_a_sample_never_visited_has_nothing(tmp_path: Path) -> None:
 
 
 def test_a_rate_by_group_and_idle_parameters_count_as_used(tmp_path: Path) -> None:
-    """A frozen layer does not move, whatever its gradient."""
+    """A frozen layer is not changed by a removal; the other layers are."""
     run = recorded_run("frozen", tmp_path)
     change = backtrail.DiffIn(2, "corrected").parameter_change(run, [0])
     assert all((tensor == 0).all() for name, tensor in change.items() if name.startswith("0."))
@@ -268,7 +268,7 @@ def test_a_rate_by_group_and_idle_parameters_count_as_used(tmp_path: Path) -> No
 
 
 def test_a_sum_over_the_batch_is_a_mean_with_a_larger_rate(tmp_path: Path) -> None:
-    """reduce="sum" with a third of the rate is the same training."""
+    """Summed losses of three samples with a third of the rate give the same influence."""
     torch.manual_seed(7)
     found = []
     reductions: list[tuple[Literal["mean", "sum"], float]] = [("mean", 0.3), ("sum", 0.1)]
@@ -302,7 +302,7 @@ WRONG = {
 
 
 def test_settings_that_are_none_are_refused() -> None:
-    """At once, in a process without the tests' own type checks."""
+    """Invalid settings are refused when the method is made, in a process without shape checks."""
     code = (
         "import backtrail\n"
         "for made in {!r}:\n"
@@ -317,7 +317,7 @@ def test_settings_that_are_none_are_refused() -> None:
 
 
 def test_what_a_run_does_not_have_is_refused(tmp_path: Path) -> None:
-    """States, samples, averages."""
+    """States and samples that the run does not have are refused, and so are averaged weights."""
     run = recorded_run("sgd", tmp_path)
     with pytest.raises(backtrail.BacktrailError, match="no state 6: the run has states 0 to 5"):
         backtrail.DiffIn([2, 6]).attribute(run, standard_queries())
@@ -330,7 +330,7 @@ def test_what_a_run_does_not_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_ids_are_refused(tmp_path: Path) -> None:
-    """Their rows cannot be read again by number."""
+    """A run whose samples have ids is refused, as its rows cannot be read again by number."""
     model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
     inputs, labels = data.tensors
     told = TensorDataset(inputs, labels, torch.arange(9) + 100)

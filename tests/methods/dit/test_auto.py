@@ -1,4 +1,4 @@
-"""`curvature="auto"` makes the choice of a slow measurement of all candidates, once."""
+"""`curvature="auto"` chooses the rules that predict removals best, once."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ AUTO = backtrail.DIT(curvature="auto")
 
 
 def test_the_choice_is_what_a_slow_measurement_says(tmp_path: Path) -> None:
-    """Its figures are those of the removals; the first within the margin of the best is chosen."""
+    """The reason gives the measured agreements, and the first within 0.02 of the best is chosen."""
     run = recorded_run("adamw", tmp_path)
     rules = candidate_rules(run, backtrail.Tangent())
     figures = agreement_with_removals(run, rules, standard_queries())
@@ -42,7 +42,7 @@ def test_the_choice_is_what_a_slow_measurement_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
 def test_secants_are_tried_where_they_differ(name: str, tmp_path: Path) -> None:
-    """Not for plain descent, and not where a slope was asked for."""
+    """Secants are candidates under AdamW, but not under SGD or where a slope is given."""
     run = recorded_run(name, tmp_path)
     assert len(candidate_rules(run, backtrail.Tangent())) == (2 if name == "momentum" else 4)
     assert [type(rule.slope) for rule in candidate_rules(run, backtrail.Secant(3.0))] == [
@@ -51,7 +51,7 @@ def test_secants_are_tried_where_they_differ(name: str, tmp_path: Path) -> None:
 
 
 def test_the_better_candidate_wins_and_a_tie_goes_to_the_first(tmp_path: Path) -> None:
-    """By predictions that are made up: the truth itself, and noise."""
+    """A candidate that predicts the removals wins over noise, and the first of several that do."""
     run = recorded_run("adamw", tmp_path)
     truth = backtrail.leave_one_out(run, standard_queries(), samples=range(run.samples))
     noise = np.random.default_rng(1).standard_normal(truth.shape)
@@ -73,7 +73,7 @@ def test_the_better_candidate_wins_and_a_tie_goes_to_the_first(tmp_path: Path) -
 def test_an_attribution_that_was_begun_keeps_its_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is left out a second time."""
+    """An attribution that is opened again makes no second choice."""
     run = recorded_run("adamw", tmp_path)
     begun = AUTO.attribute(run, standard_queries(), out=tmp_path / "auto")
 
@@ -87,7 +87,7 @@ def test_an_attribution_that_was_begun_keeps_its_choice(
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_few_queries_are_those_of_the_whole_set(count: int, tmp_path: Path) -> None:
-    """Same names, values and influence; also of averaged weights."""
+    """A subset of queries has their names, values and influence, also for averaged weights."""
     run = recorded_run("adamw", tmp_path)
     state, rows = run.state(run.steps), spread(3, count)
     some = evenly_spaced(standard_queries(), count)

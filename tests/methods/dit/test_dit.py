@@ -1,4 +1,4 @@
-"""Windows, visits, resuming and cutting: what one sweep promises beside exactness."""
+"""Windows, visits, resuming and chunks of queries of one sweep."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ from tests.standard_queries import standard_queries
 def test_windows_and_visits_are_derivatives_of_their_own_retrainings(
     name: str, tmp_path: Path
 ) -> None:
-    """They are what a small change of a sample's weight does, everywhere or at some visits."""
+    """They equal differences of re-runs with a sample's weight lowered, always or at some steps."""
     run = recorded_run(name, tmp_path)
     a, b = 1, run.steps
     influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[a, b])
@@ -44,7 +44,7 @@ def test_windows_and_visits_are_derivatives_of_their_own_retrainings(
 def change(
     run: Run, sample: int, size: float, steps: tuple[int, int], states: tuple[int, ...]
 ) -> np.ndarray:
-    """Central difference of the queries when a sample's weight is lowered at the steps [a, b)."""
+    """Return the derivative of the queries by a sample's weight in some steps, `[query, state]`."""
     from backtrail.methods.retrain.retrain import perturb  # noqa: PLC0415
     from backtrail.methods.retrain.weights import Perturbation  # noqa: PLC0415
 
@@ -58,12 +58,12 @@ def change(
 
 
 def assert_close(found: np.ndarray, truth: np.ndarray) -> None:
-    """To the accuracy of a central difference."""
+    """Assert that two arrays agree to the accuracy of a central difference."""
     np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-7 * np.abs(truth).max())
 
 
 def test_the_two_readings_are_different_questions(tmp_path: Path) -> None:
-    """A window is the change between two states; visits are the effect of some steps."""
+    """The change between two states differs from the effect of the steps between them."""
     run = recorded_run("momentum", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[2, run.steps])
     assert not np.allclose(influence.window(2, run.steps), influence.visits(2, run.steps))
@@ -88,7 +88,7 @@ def test_sums_over_visits_and_windows_are_the_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 7])
 def test_cutting_queries_changes_only_rounding(chunk: int, tmp_path: Path) -> None:
-    """However many queries are pulled at once, the result is the same to 1e-12."""
+    """The result does not depend on how many queries share a sweep, up to 1e-12."""
     run = recorded_run("adamw", tmp_path)
     whole = (
         backtrail.DIT(chunk=100).attribute(run, standard_queries(), observed_at="epochs").values()
@@ -100,7 +100,7 @@ def test_cutting_queries_changes_only_rounding(chunk: int, tmp_path: Path) -> No
 
 
 def test_the_same_question_gives_the_same_bits(tmp_path: Path) -> None:
-    """Twice in memory and once on disk: the same array."""
+    """Two attributions in memory and one on disk are equal bit for bit."""
     run = recorded_run("clip norm, adamw", tmp_path)
     first, second = (backtrail.DIT().attribute(run, standard_queries()).values() for _ in range(2))
     on_disk = backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit").values()
@@ -111,7 +111,7 @@ def test_the_same_question_gives_the_same_bits(tmp_path: Path) -> None:
 def test_an_interrupted_attribution_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted before every possible step in turn, and resumed."""
+    """Interrupted before any step and resumed, an attribution has the same bits."""
     monkeypatch.setattr("backtrail.methods.result.SHORTEST", 1)
     run = recorded_run("adamw", tmp_path)
     whole = (
@@ -142,7 +142,7 @@ def test_an_interrupted_attribution_goes_on_to_the_same_bits(
 def test_a_finished_attribution_is_read_and_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asking the same question of the same folder only opens it."""
+    """A finished attribution is opened from its folder."""
     run = recorded_run("adamw", tmp_path)
     first = backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit").values()
     monkeypatch.setattr(
@@ -154,7 +154,7 @@ def test_a_finished_attribution_is_read_and_not_computed_again(
 
 
 def test_another_question_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    """The message says what differs."""
+    """A folder that holds an attribution with other settings is refused; the message names them."""
     run = recorded_run("adamw", tmp_path)
     backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit")
     with pytest.raises(DifferentInfluence, match="denominator"):
@@ -164,7 +164,7 @@ def test_another_question_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_losses_of_the_visits_come_with_the_sweep(tmp_path: Path) -> None:
-    """The loss of every slot is the training loss before the step."""
+    """The loss of every slot is that of the training before the step."""
     run = recorded_run("sgd", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries())
     for step in run.log:
@@ -176,7 +176,7 @@ def test_losses_of_the_visits_come_with_the_sweep(tmp_path: Path) -> None:
 
 
 def test_states_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    """Both when attributing and when asking for a window."""
+    """States that the run does not have, or that were not observed, are refused."""
     run = recorded_run("sgd", tmp_path)
     with pytest.raises(NoSuchState, match="state 6: the run has states 0 to 5"):
         backtrail.DIT().attribute(run, standard_queries(), observed_at=[2, 6])
@@ -186,7 +186,7 @@ def test_states_that_are_not_there_are_refused(tmp_path: Path) -> None:
 
 
 def influences(run: Run) -> tuple[Influence, Influence]:
-    """With the denominator kept and renormalised."""
+    """Return the influence with the denominator kept, and with it renormalised."""
     kept = backtrail.DIT().attribute(run, standard_queries())
     return kept, backtrail.DIT(denominator="renormalize").attribute(run, standard_queries())
 
@@ -222,7 +222,7 @@ def test_a_renormalised_removal_is_what_reweighting_a_batch_does(tmp_path: Path)
 def test_renormalising_is_refused_where_it_means_nothing(
     name: str, why: str, tmp_path: Path
 ) -> None:
-    """The message says why and what to use."""
+    """The message says why the denominator cannot be renormalised, for each of three reasons."""
     with pytest.raises(CannotRenormalize, match=why):
         backtrail.DIT(denominator="renormalize").attribute(
             recorded_run(name, tmp_path), standard_queries()
@@ -230,7 +230,7 @@ def test_renormalising_is_refused_where_it_means_nothing(
 
 
 def test_a_sweep_that_cannot_fit_says_how_much_it_needs() -> None:
-    """Before any work."""
+    """A sweep that does not fit into memory is refused before it begins."""
     with pytest.raises(TooLittleMemory, match="Use fewer queries"):
         fit(Sizes(100, 300, 100, 300, 1000), rows=8, free=2000, chunk=None, steps=50)
 
@@ -239,7 +239,7 @@ def test_a_sweep_that_cannot_fit_says_how_much_it_needs() -> None:
 def test_holding_fewer_states_changes_nothing(
     held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """States are recomputed to the same bits."""
+    """States that are recomputed in the sweep have the same bits as those that are held."""
     run = recorded_run("amsgrad", tmp_path)
     whole = backtrail.DIT().attribute(run, standard_queries()).values()
     budget: Callable[..., object] = lambda *_, **__: Budget(held, 3)  # noqa: E731
@@ -250,7 +250,7 @@ def test_holding_fewer_states_changes_nothing(
 
 
 def test_the_case_table_has_what_the_method_promises() -> None:
-    """A guard against a case that quietly disappears."""
+    """The cases that cover documented properties are in the table."""
     names = {case.name for case in CASES}
     assert {
         "tied, adamw",

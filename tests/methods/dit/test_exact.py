@@ -1,4 +1,4 @@
-"""DIT is exact: every slot of every step, from recorder to sweep, against brute force."""
+"""DIT equals brute force for every slot of every step, through recorder, run and sweep."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.standard_queries import standard_losses, standard_queries
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reverse_sweep_equals_nudging_each_weight(case: Case, tmp_path: Path) -> None:
-    """The adjoint agrees with retraining after a tiny change of a slot's weight, from step 0."""
+    """The influence of every slot is the derivative by its weight of trainings from step 0 on."""
     model, data = case.built(), rows()
     record(case, model, data, tmp_path / "run")
     run = backtrail.open_run(tmp_path / "run", case.task(model, data))

@@ -1,4 +1,4 @@
-"""Whole sweeps under every curvature policy."""
+"""Sweeps with every curvature policy and both derivatives of the update."""
 
 import subprocess
 import sys
@@ -48,7 +48,7 @@ PARTED = [
 
 
 def scores(run: Run, curvature: Curvature, chunk: int = 1) -> np.ndarray:
-    """Influence of every slot."""
+    """Return the influence of every slot at the ends of the epochs."""
     return (
         backtrail.DIT(curvature=curvature, chunk=chunk)
         .attribute(run, standard_queries(), observed_at="epochs")
@@ -61,7 +61,7 @@ def scores(run: Run, curvature: Curvature, chunk: int = 1) -> np.ndarray:
 def test_differences_and_chunks_change_only_digits(
     name: str, policy: Curvature, tmp_path: Path
 ) -> None:
-    """Autograd and differences agree for every policy, for one or two queries at once."""
+    """Autograd and differences agree for every policy, with one query a sweep and with two."""
     run = recorded_case(
         CASES_BY_NAME.get(name) or Case("dropout", one_group(ADAMW, lr=0.01), model=with_dropout),
         tmp_path,
@@ -78,7 +78,7 @@ def test_differences_and_chunks_change_only_digits(
 
 
 def test_gauss_newton_is_the_hessian_where_outputs_are_linear(tmp_path: Path) -> None:
-    """Outputs of a linear classifier have no curvature to drop; the others drop something."""
+    """Of a linear model Gauss-Newton is the Hessian; the other two policies are not."""
     run = recorded_case(
         Case("linear", one_group(ADAMW, lr=0.05), model=lambda: nn.Linear(FEATURES, CLASSES)),
         tmp_path,
@@ -92,7 +92,7 @@ def test_gauss_newton_is_the_hessian_where_outputs_are_linear(tmp_path: Path) ->
 
 
 def test_the_last_step_feels_no_curvature(tmp_path: Path) -> None:
-    """All policies agree on the scores of the last step, and on no earlier one."""
+    """All policies agree on the last step's scores, and on no other step's."""
     run = recorded_case(Case("batchnorm", one_group(ADAMW, lr=0.01), model=normed), tmp_path)
     exact = scores(run, backtrail.Hessian())[:, 0]
     for other in POLICIES[1:]:
@@ -102,7 +102,7 @@ def test_the_last_step_feels_no_curvature(tmp_path: Path) -> None:
 
 
 def test_a_policy_is_part_of_the_question(tmp_path: Path) -> None:
-    """The result says which curvature made it, and another one does not go on in its folder."""
+    """The result names its curvature, and its folder is refused for another one."""
     run = recorded_case(CASES_BY_NAME["adamw"], tmp_path)
     found = backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(
         run, standard_queries(), out=tmp_path / "dit"
@@ -127,7 +127,7 @@ WRONG = {
 
 
 def test_settings_that_are_none_are_refused() -> None:
-    """At once, not in the middle of a sweep. In a process without the tests' own type checks."""
+    """Invalid settings are refused when the method is made, in a process without shape checks."""
     code = (
         "import backtrail\n"
         "for made in {!r}:\n"
@@ -142,13 +142,13 @@ def test_settings_that_are_none_are_refused() -> None:
 
 
 def test_a_secant_has_a_width() -> None:
-    """Zero and less are no width."""
+    """A secant's width has to be positive."""
     with pytest.raises(BadSetting, match="a positive number of samples"):
         backtrail.Secant(-1.0)
 
 
 def test_no_generator_is_moved(tmp_path: Path) -> None:
-    """Differences draw dropout's masks again, and leave the generator as it was."""
+    """Differences draw dropout's masks again, and leave the random generator as it was."""
     run = recorded_case(Case("dropout", one_group(ADAMW, lr=0.01), model=with_dropout), tmp_path)
     before = torch.get_rng_state()
     scores(run, backtrail.GaussNewton(product="difference"))
@@ -156,7 +156,7 @@ def test_no_generator_is_moved(tmp_path: Path) -> None:
 
 
 def test_a_secant_changes_nothing_for_sgd_and_something_for_adam(tmp_path: Path) -> None:
-    """SGD is linear in its gradient."""
+    """A secant is the tangent for SGD, which is linear in the gradient, but not for AdamW."""
     for name, same in (("nesterov with decay", True), ("adamw", False)):
         run = recorded_case(CASES_BY_NAME[name], tmp_path / name)
         exact = scores(run, backtrail.Hessian())
@@ -169,7 +169,7 @@ def test_a_secant_changes_nothing_for_sgd_and_something_for_adam(tmp_path: Path)
 
 
 def test_a_secant_survives_adams_first_step(tmp_path: Path) -> None:
-    """Entries that start with a gradient near zero decide the derivative, and no removal."""
+    """At Adam's first step the secant predicts removals, better than the tangent does."""
     data, _ = digits()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 10))
@@ -200,7 +200,7 @@ def test_a_secant_survives_adams_first_step(tmp_path: Path) -> None:
 
 
 def test_trust_leaves_the_derivative_check_out_where_there_is_no_derivative(tmp_path: Path) -> None:
-    """Such an influence is judged by removals."""
+    """Trust does not check the derivative of an influence that is not meant to be exact."""
     run = recorded_case(CASES_BY_NAME["adamw"], tmp_path)
     for dit, checked in ((backtrail.DIT(), True), (backtrail.DIT(slope=backtrail.Secant()), False)):
         statement = backtrail.trust(run, dit.attribute(run, standard_queries()), removals=4)

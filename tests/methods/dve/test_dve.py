@@ -1,4 +1,4 @@
-"""Data Value Embedding beside what it approximates, and beside itself."""
+"""Data Value Embedding against what it approximates, and its files."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -34,13 +34,13 @@ from tests.standard_queries import standard_queries
 
 
 def small(**settings: Any) -> backtrail.DataValueEmbedding:
-    """With a projection that loses something."""
+    """Return the method with a projection that loses something."""
     chosen: dict[str, Any] = {"rank": 6, "projection": "gaussian", "damping": 0.5}
     return backtrail.DataValueEmbedding(**chosen | settings)
 
 
 def by_groups(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Weights and biases with other rates and decays, which tears the parameters of a module apart."""
+    """Make an SGD with one group of weights and one of biases, which splits every layer."""
     weights, biases = ([p for p in model.parameters() if p.dim() == axes] for axes in (2, 1))
     return torch.optim.SGD(
         [{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 0.05}], lr=0.2
@@ -64,7 +64,7 @@ PLAIN = [
 def test_at_full_rank_it_is_the_sweep_with_the_empirical_fisher(
     case: Case, projection: str, tmp_path: Path
 ) -> None:
-    """For plain gradient descent, at every observed state."""
+    """Under SGD, at full rank, the influence is that of DIT with the empirical Fisher matrix."""
     run = recorded_case(case, tmp_path)
     states = [1, run.steps]
     truth = (
@@ -80,7 +80,7 @@ def test_at_full_rank_it_is_the_sweep_with_the_empirical_fisher(
 
 @pytest.mark.slow
 def test_drawn_labels_are_the_gauss_newton_matrix_on_average(tmp_path: Path) -> None:
-    """Over many draws; what is left is what so many draws leave."""
+    """With sampled labels the mean over 60 seeds is DIT with Gauss-Newton, within its error."""
     run = recorded_run("sgd", tmp_path)
     truth = (
         backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(run, standard_queries()).values()
@@ -94,7 +94,7 @@ def test_drawn_labels_are_the_gauss_newton_matrix_on_average(tmp_path: Path) -> 
 
 
 def test_adamw_on_picked_entries_is_the_explicit_product(tmp_path: Path) -> None:
-    """With a rate for every entry, and decoupled decay."""
+    """With a mask, AdamW's embeddings are the explicit product of the oracle."""
     case = Case("adamw", one_group(torch.optim.AdamW, lr=0.01, weight_decay=0.3))
     found = (
         unprojected(fisher="empirical", projection="mask")
@@ -112,7 +112,7 @@ def test_adamw_on_picked_entries_is_the_explicit_product(tmp_path: Path) -> None
     ("name", "kind"), [("sgd", "gaussian"), ("sgd", "orthonormal"), ("adamw", "mask")]
 )
 def test_projections_are_right_on_average(name: str, kind: Kind, tmp_path: Path) -> None:
-    """What a visit in the last step is worth has no recursion in it, and is unbiased."""
+    """The scores of the last step, which need no recursion, are unbiased."""
     run = recorded_run(name, tmp_path)
     truth = unprojected(fisher="empirical").attribute(run, standard_queries()).values()[:, :, -1]
     many = [
@@ -125,7 +125,7 @@ def test_projections_are_right_on_average(name: str, kind: Kind, tmp_path: Path)
 
 
 def test_layers_apart_leave_out_what_they_do_to_one_another(tmp_path: Path) -> None:
-    """Nothing in the last step, something in the first."""
+    """Treating layers apart changes nothing in the last step, and something in the first."""
     run = recorded_run("sgd", tmp_path)
     together = unprojected(fisher="empirical").attribute(run, standard_queries()).values()
     apart = (
@@ -138,7 +138,7 @@ def test_layers_apart_leave_out_what_they_do_to_one_another(tmp_path: Path) -> N
 def test_rows_and_columns_of_rates_come_near_to_those_of_entries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nearer than a plain rate does; the three ways to follow AdamW."""
+    """Rates factored by row and column are nearer to rates by entry than a single rate is."""
     run = recorded_run("adamw", tmp_path)
     exact = (
         unprojected(fisher="empirical", projection="mask")
@@ -162,7 +162,7 @@ def test_rows_and_columns_of_rates_come_near_to_those_of_entries(
 def test_segments_change_nothing_but_what_can_be_observed(
     name: str, fisher: str, tmp_path: Path
 ) -> None:
-    """The same influence on the end, and that on the ends between is the same as without the later steps."""
+    """Segments add observed states, whose influence is what an embedding towards them gives."""
     run = recorded_run(name, tmp_path)
     whole_run, cut = small(fisher=fisher).embed(run), small(fisher=fisher, segments=3).embed(run)
     assert cut.observed_at == (2, 4, 5)
@@ -188,7 +188,7 @@ def test_segments_change_nothing_but_what_can_be_observed(
 def test_killed_anywhere_it_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It never opens before it is whole."""
+    """Interrupted at any write and resumed, it has the same bits, and cannot be opened before."""
     run = recorded_run("adamw", tmp_path)
     truth = small(segments=2).embed(run, out=tmp_path / "whole").values()
     np.testing.assert_array_equal(small(segments=2).embed(run).values(), truth)
@@ -219,7 +219,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
 def test_between_kept_states_it_goes_on_to_the_same_bits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what is not killed never goes back to a kept state."""
+    """It resumes between two stored states, and goes back to one only when it was interrupted."""
     run, begun, (real, mark) = (
         recorded_run(name, tmp_path),
         list[int](),
@@ -250,7 +250,7 @@ def test_between_kept_states_it_goes_on_to_the_same_bits(
 
 
 def test_on_disk_it_is_what_it_was(tmp_path: Path) -> None:
-    """Opened again, and asked for the same; made only once."""
+    """Opened from disk it gives the same influence, and a second call does not write it again."""
     run = recorded_run("two groups", tmp_path)
     made = small(segments=2).embed(run, out=tmp_path / "out")
     opened = backtrail.open_embeddings(tmp_path / "out", run)
@@ -266,7 +266,7 @@ def test_on_disk_it_is_what_it_was(tmp_path: Path) -> None:
 
 
 def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
-    """Other settings, another run, something else, a damaged file."""
+    """Folders with other settings, another run, something else or a damaged file are refused."""
     run, other = recorded_run("adamw", tmp_path), recorded_run("sgd", tmp_path)
     out = tmp_path / "out"
     small().embed(run, out=out)
@@ -292,7 +292,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
 def test_the_best_samples_come_without_the_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same as from the influence, whatever fits at once."""
+    """`top` equals that of the influence, however many sums fit into memory."""
     run = recorded_run("adamw", tmp_path)
     embeddings = small(segments=2).embed(run)
     influence = embeddings.attribute(standard_queries())
@@ -310,7 +310,7 @@ def test_the_best_samples_come_without_the_matrix(
 
 
 def test_neighbours_are_those_of_the_summed_vectors(tmp_path: Path) -> None:
-    """By their cosine, without the sample itself; a sample never seen is like none."""
+    """The nearest samples are those with the largest cosine of summed embeddings."""
     run = recorded_run("momentum", tmp_path)
     cut, straight = small(segments=2).embed(run), small().embed(run)
     sums = np.zeros((run.samples, straight.about.rank))
@@ -329,14 +329,14 @@ def test_neighbours_are_those_of_the_summed_vectors(tmp_path: Path) -> None:
 
 
 def before_batchnorm() -> torch.nn.Module:
-    """With a bias that BatchNorm takes away again."""
+    """Make a network with a bias that BatchNorm's mean cancels."""
     return torch.nn.Sequential(
         torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.GELU(), torch.nn.Linear(5, 3)
     )
 
 
 def test_a_bias_in_front_of_batchnorm_has_no_part(tmp_path: Path) -> None:
-    """Its gradient is rounding, by which Adam divides."""
+    """A bias before BatchNorm, whose gradient is rounding, has a zero embedding."""
     case = Case("bias", one_group(torch.optim.AdamW, lr=0.003), model=before_batchnorm)
     run = recorded_case(case, tmp_path)
     embeddings = small().embed(run)
@@ -349,7 +349,7 @@ def test_a_bias_in_front_of_batchnorm_has_no_part(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_done_says_what_can(tmp_path: Path) -> None:
-    """Settings, averages, labels that nobody can draw, growth."""
+    """Invalid settings, averages, a task that cannot sample labels, and growth are refused."""
     run = recorded_run("sgd", tmp_path)
     for name, value in {"rank": 0, "damping": -1.0, "segments": 0}.items():
         with pytest.raises(BadSetting, match=f"Invalid {name}={value!r}: expected"):

@@ -1,4 +1,4 @@
-"""Rows that were made before the step are right, or are made again by a replay."""
+"""Gradients sketched before the step, with rates predicted for it, are right or replayed."""
 
 import weakref
 from collections.abc import Callable
@@ -36,12 +36,12 @@ Between = Callable[
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every parameter is settled as soon as its gradient is there."""
+    """Let the rates of every parameter be predicted as soon as its gradient is there."""
     monkeypatch.setattr(early, "WAITING_ENTRIES", 1)
 
 
 def train(path: Path, between: Between, **options: Any) -> Run:
-    """Six steps."""
+    """Record six steps with a capture; `between` is called before every step of the optimizer."""
     data, model = rows(), mlp().double()
     task, optimizer = (
         backtrail.classification(model, data),
@@ -60,22 +60,22 @@ def train(path: Path, between: Between, **options: Any) -> Run:
 
 
 def kept(run: Run) -> list[bool]:
-    """Whether a step was captured."""
+    """Return for every step whether its capture was kept."""
     found = KeptRows(run, projected()._settings_of_rows)
     return [found.step(step) is not None for step in range(run.steps)]
 
 
 def nothing(optimizer: torch.optim.Optimizer, number: int) -> None:
-    """As most loops."""
+    """Do nothing, as most loops."""
 
 
 def schedule(optimizer: torch.optim.Optimizer, number: int) -> None:
-    """Settings that the gradient did not meet."""
+    """Set the learning rate after the backward pass."""
     optimizer.param_groups[0]["lr"] = 0.01 / (1 + number)
 
 
 def clip(optimizer: torch.optim.Optimizer, number: int) -> None:
-    """A gradient that was written to."""
+    """Write to the gradients after the backward pass."""
     del number
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad.mul_(1.0)
@@ -83,19 +83,19 @@ def clip(optimizer: torch.optim.Optimizer, number: int) -> None:
 
 @pytest.mark.parametrize(("between", "lost"), [(nothing, None), (schedule, 1), (clip, 0)])
 def test_what_happens_before_the_step(between: Between, lost: int | None, tmp_path: Path) -> None:
-    """A wrong guess costs one step's capture, which is replayed; from then on rows wait for the step."""
+    """A wrong prediction loses one step's capture; all later steps wait for the optimizer."""
     run = train(tmp_path / "run", between)
     assert kept(run) == [step != lost for step in range(6)]
     assert_same_as_replayed(run, projected())
 
 
 def warm_up(optimizer: torch.optim.Optimizer, number: int) -> None:
-    """A schedule that begins at zero, as many do."""
+    """Set a learning rate that begins at zero."""
     optimizer.param_groups[0]["lr"] = 0.005 * number
 
 
 def test_a_rate_of_zero(tmp_path: Path) -> None:
-    """What is visited then has no influence, and hinders no other."""
+    """Visits in a step with rate zero have no influence, and other steps have theirs."""
     run = train(tmp_path / "run", warm_up)
     assert run.step(0).settings[0]["lr"] == 0.0
     assert_same_as_replayed(run, projected())
@@ -107,7 +107,7 @@ def test_a_rate_of_zero(tmp_path: Path) -> None:
 
 
 def test_accumulated_gradients(tmp_path: Path) -> None:
-    """A further micro-batch changes the gradient."""
+    """Accumulating a second micro-batch loses the capture of the first step alone."""
     run = captured_case(
         Case("adamw", one_group(ADAMW, lr=0.01), accumulate=2), tmp_path / "run", projected()
     )
@@ -119,7 +119,7 @@ def test_accumulated_gradients(tmp_path: Path) -> None:
 def test_cotangents_do_not_wait_for_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None is left when the backward pass is over, which is the point."""
+    """No cotangent is held any more when the backward pass is over."""
     waiting = []
 
     def note(optimizer: torch.optim.Optimizer, number: int) -> None:
@@ -140,7 +140,7 @@ def test_cotangents_do_not_wait_for_the_step(
 
 
 def test_rows_that_are_wrong_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two samples that change places, which their sum does not tell; what came since the last proof is taken back."""
+    """Swapped gradients are found at the next check, and rows since the last one are dropped."""
     real = BatchHooks.rows
 
     def swapped(self: BatchHooks, piece: MicroBatch) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ def test_rows_that_are_wrong_are_found_out(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_scaled_loss_is_refused(tmp_path: Path) -> None:
-    """Where the loop takes the scale back from the gradients, nobody takes it back from the cotangents."""
+    """A scaled loss is refused, as its cotangents are never unscaled."""
     task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with (
         refused(NotCaptured, "Step 1", "scaled loss"),

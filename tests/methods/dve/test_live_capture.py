@@ -1,4 +1,4 @@
-"""What is captured while a training runs is what a replay finds afterwards, and the training is none the wiser."""
+"""Gradients captured while a training runs are those of a replay, and the training is unchanged."""
 
 import gc
 import logging
@@ -38,7 +38,7 @@ SEPARABLE = [case for case in CASES if case.model is not normed]
 
 @pytest.fixture(autouse=True)
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are made as soon as some entries' gradients are there, of these small models, too."""
+    """Let rates be predicted for models as small as these, too."""
     monkeypatch.setattr("backtrail.methods.dve.live.early_rates.WAITING_ENTRIES", 9)
 
 
@@ -47,7 +47,7 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
     "settings", [{}, {"drawn": 0.4}, {"fisher": "empirical"}], ids=["true", "part", "empirical"]
 )
 def test_it_is_what_a_replay_finds(case: Case, settings: dict[str, Any], tmp_path: Path) -> None:
-    """For every optimizer, with accumulation, clipping, penalties, frozen, tied and unused parameters."""
+    """It is right for all optimizers, accumulation, clipping, penalty and kinds of parameters."""
     made = projected(**settings)
     assert_same_as_replayed(captured_case(case, tmp_path / "run", made), made)
 
@@ -56,7 +56,7 @@ def test_it_is_what_a_replay_finds(case: Case, settings: dict[str, Any], tmp_pat
     "settings", [{"projection": "mask"}, {"follow": "rate"}, {"layers": "together", "segments": 2}]
 )
 def test_other_settings(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Those that rows depend on, and those that only the recursion does."""
+    """The capture is right for other projections, rates, blocks and segments."""
     made = projected(**settings)
     assert_same_as_replayed(
         captured_case(Case("adamw", one_group(ADAMW, lr=0.01)), tmp_path / "run", made), made
@@ -64,7 +64,7 @@ def test_other_settings(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 def train(layer: Layer, path: Path, **options: Any) -> Run:
-    """Three steps of a model with such a layer."""
+    """Record three steps of a model with one layer."""
     torch.manual_seed(3)
     torch.set_default_dtype(torch.float64)
     try:
@@ -84,7 +84,7 @@ def train(layer: Layer, path: Path, **options: Any) -> Run:
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_every_kind_of_layer(layer: Layer, tmp_path: Path) -> None:
-    """Those whose rows only a loop over samples explains are refused, and BatchNorm, at the first step."""
+    """The capture of every layer is right; BatchNorm and layers without a rule are refused."""
     made = projected(fisher="empirical")
     if layer.slow or layer.name == "batchnorm":
         with refused(NotCaptured, "Step 0", "Record without capture="):
@@ -94,7 +94,7 @@ def test_every_kind_of_layer(layer: Layer, tmp_path: Path) -> None:
 
 
 def test_batchnorm_in_eval_mode(tmp_path: Path) -> None:
-    """Then it is a scale like others."""
+    """BatchNorm in eval mode is captured."""
     data, model = (
         rows(),
         nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double(),
@@ -105,7 +105,7 @@ def test_batchnorm_in_eval_mode(tmp_path: Path) -> None:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor]) -> None:
-    """As loops do it."""
+    """Make one step."""
     backward(cross_entropy(model(batch[0]), batch[1]))
     optimizer.step()
     optimizer.zero_grad()
@@ -119,7 +119,7 @@ def trained(
     call: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Run:
-    """Two epochs of the plainest loop."""
+    """Record two epochs of AdamW; `call` is called instead of the model."""
     task, optimizer = (
         backtrail.classification(model, data),
         torch.optim.AdamW(model.parameters(), lr=0.01),
@@ -134,7 +134,7 @@ def trained(
 
 
 def test_a_model_that_is_called_twice_a_batch(tmp_path: Path) -> None:
-    """As the task's `predict` does it, the loop must."""
+    """Both calls of the model by `predict` are captured, and one without gradients is not."""
 
     def both(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         found: Tensor = model(batch[0]) + model(-batch[0])
@@ -157,7 +157,7 @@ def test_a_model_that_is_called_twice_a_batch(tmp_path: Path) -> None:
 
 
 def test_two_steps_on_one_batch(tmp_path: Path) -> None:
-    """Each has passes of its own."""
+    """Two steps on one batch are captured as two."""
     task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with recorder:
         for batch in recorder.watch(loader):
@@ -169,7 +169,7 @@ def test_two_steps_on_one_batch(tmp_path: Path) -> None:
 
 
 def test_what_the_loop_feeds_instead(tmp_path: Path) -> None:
-    """The batch that recorder.fed was told."""
+    """The batch that the loop gives to `recorder.fed` is the one that is captured."""
     task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with recorder:
         for inputs, labels in recorder.watch(loader):
@@ -180,7 +180,7 @@ def test_what_the_loop_feeds_instead(tmp_path: Path) -> None:
 
 
 def test_under_autocast(tmp_path: Path) -> None:
-    """As coarse as the training."""
+    """Under bfloat16 autocast the capture is within 5 % of a replay in full precision."""
     data = TensorDataset(rows().tensors[0].float(), rows().tensors[1])
     model = mlp()
 
@@ -202,7 +202,7 @@ def test_under_autocast(tmp_path: Path) -> None:
 def test_what_is_made_of_parameters_alone(
     made_of: Callable[[Tensor], Tensor], tmp_path: Path
 ) -> None:
-    """It is made again, as its graph does not outlive the loop's backward pass, and with the same random numbers."""
+    """A tensor computed from parameters alone is recomputed, with the same random numbers."""
     layer = Layer(
         "made", lambda: Mapped(lambda m, x: torch.tanh(x + made_of(m.p)), p=torch.randn(1, 5, 4))
     )
@@ -215,7 +215,7 @@ def test_what_is_made_of_parameters_alone(
 def bits_of(
     capture: backtrail.DataValueEmbedding | None, path: Path
 ) -> tuple[list[bytes], list[int]]:
-    """What a training with dropout ends in, and the state of the generator."""
+    """Train with dropout; return the final parameters and the state of the random generator."""
     torch.manual_seed(1)
     model = nn.Sequential(table(9), nn.Dropout(0.3), nn.Flatten(), nn.Linear(12, 3))
     data = TensorDataset(torch.randint(0, 9, (12, 3)), torch.randint(0, 3, (12,)))
@@ -226,19 +226,19 @@ def bits_of(
 
 
 def is_untouched(path: Path) -> None:
-    """The same bits with and without."""
+    """Assert that a training ends in the same bits with and without a capture."""
     alone = bits_of(None, path / "alone")
     for fisher in ("true", "empirical"):
         assert bits_of(projected(fisher=fisher), path / fisher) == alone
 
 
 def test_the_training_keeps_its_bits(tmp_path: Path) -> None:
-    """Weights and random numbers, labels drawn or not."""
+    """A capture changes neither weights nor random numbers, with sampled labels or without."""
     in_fresh_process(is_untouched, tmp_path)
 
 
 def test_what_was_lost_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a kill, the last stretch is not there."""
+    """Steps whose captured file is missing are replayed."""
     monkeypatch.setattr("backtrail.methods.dve.live.files.FILE_STEPS", 2)
     run = captured_case(Case("adamw", one_group(ADAMW, lr=0.01)), tmp_path / "run", projected())
     assert captured_files(run) == [f"rows/{first:08d}.safetensors" for first in (0, 2, 4)]
@@ -253,7 +253,7 @@ def test_what_was_lost_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_loop_that_fails_keeps_what_was_captured(tmp_path: Path) -> None:
-    """Up to its last whole step, and takes its hooks away."""
+    """An exception in the loop keeps all complete steps, and removes the hooks from the model."""
     task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), recorder:
         for number, batch in enumerate(recorder.watch(loader)):
@@ -269,7 +269,7 @@ def test_a_loop_that_fails_keeps_what_was_captured(tmp_path: Path) -> None:
 def test_other_settings_are_replayed_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rows of another rank are of no use."""
+    """A capture for other settings is not used, and the log says so."""
     run = captured_case(Case("sgd", one_group(SGD, lr=0.3)), tmp_path / "run", projected(rank=4))
     with caplog.at_level(logging.WARNING):
         found = projected(rank=6).embed(run).values()
@@ -278,7 +278,7 @@ def test_other_settings_are_replayed_and_told(
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    """By its checksum."""
+    """A damaged file is found by its checksum, and the message names it."""
     run = captured_case(Case("sgd", one_group(SGD, lr=0.3)), tmp_path / "run", projected())
     (file,) = captured_files(run)
     content = bytearray((run.path / file).read_bytes())
@@ -289,7 +289,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_called_as_a_whole_is_refused(tmp_path: Path) -> None:
-    """Its parts called one by one are not seen."""
+    """A loop that calls the layers one by one is refused, as the model's hooks do not run."""
     model = mlp().double()
     with refused(NotCaptured, "Step 0", "was not seen"):
         trained(
@@ -302,7 +302,7 @@ def test_a_model_that_is_not_called_as_a_whole_is_refused(tmp_path: Path) -> Non
 
 
 def is_refused_compiled(path: Path) -> None:
-    """A compiled one is not seen either, and not disturbed."""
+    """Assert that a loop that calls the compiled model is refused."""
     model = mlp().double()
     wrapped = torch.compile(model, backend="eager")
     with refused(NotCaptured, "Step 0", "eagerly"):
@@ -310,12 +310,12 @@ def is_refused_compiled(path: Path) -> None:
 
 
 def test_a_compiled_model_is_refused(tmp_path: Path) -> None:
-    """At its first step."""
+    """A compiled model is refused at its first step."""
     in_fresh_process(is_refused_compiled, tmp_path / "run")
 
 
 def test_a_copy_of_the_model_is_not_listened_to(tmp_path: Path) -> None:
-    """An average of the weights, say, that is evaluated with gradients."""
+    """Calls of a copy of the model, such as an average of the weights, are not captured."""
     task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     with recorder:
         average = torch.optim.swa_utils.AveragedModel(task.model)
@@ -327,7 +327,7 @@ def test_a_copy_of_the_model_is_not_listened_to(tmp_path: Path) -> None:
 
 
 def test_nothing_of_a_batch_outlives_its_step(tmp_path: Path) -> None:
-    """No cycle of references keeps a graph until the garbage collector comes."""
+    """No reference cycle holds a batch's graph after its step."""
     task, optimizer, recorder, loader = captured_training(tmp_path / "run")
     heard: list[weakref.ref[Any]] = []
     real = BatchHooks.leave

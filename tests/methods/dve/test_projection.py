@@ -1,4 +1,4 @@
-"""Projections keep inner products: on the average over seeds, and exactly where nothing is left out."""
+"""Projections keep inner products, on average over seeds, and exactly at full rank."""
 
 from typing import Any, get_args
 
@@ -16,24 +16,24 @@ ROUND = torch.zeros((), dtype=torch.float64)
 
 
 def gradients(rows: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
-    """Random, with every row unlike."""
+    """Draw gradients of every parameter, `[row, ...]`."""
     return {name: torch.randn(rows, *shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
 def products(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
-    """Of whole gradients, `[row, row]`."""
+    """Return the inner products of all pairs of gradients, `[row, row]`."""
     rows = [[tensor.reshape(len(tensor), -1) for tensor in tree.values()] for tree in (left, right)]
     return torch.cat(rows[0], 1) @ torch.cat(rows[1], 1).T
 
 
 def sketched(left: dict[str, Tensor], right: dict[str, Tensor], drawn: Projection) -> Tensor:
-    """Of projected ones."""
+    """Return the inner products of all pairs of projected gradients, `[row, row]`."""
     return drawn.of_gradient(left) @ drawn.of_gradient(right).T
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_products_are_right_on_the_average_over_seeds(kind: Any) -> None:
-    """The mean of many sketches is within five of its standard errors of the product, for every pair of rows."""
+    """The mean over 400 seeds is within five standard errors of every product."""
     left, right = gradients(2), gradients(2)
     found = torch.stack(
         [
@@ -46,7 +46,7 @@ def test_products_are_right_on_the_average_over_seeds(kind: Any) -> None:
 
 
 def test_two_sides_drawn_alike_make_a_biased_sketch() -> None:
-    """Hence each has numbers of its own: with equal ones a square matrix's sketch is off by many standard errors."""
+    """Two sides with the same random numbers give a biased sketch, independent ones do not."""
     shapes = {"matrix": (6, 6)}
     left = {"matrix": torch.eye(6, dtype=torch.float64)[None]}
     apart, alike = [], []
@@ -63,7 +63,7 @@ def test_two_sides_drawn_alike_make_a_biased_sketch() -> None:
 
 
 def test_no_two_sides_share_numbers() -> None:
-    """Neither those of one parameter, nor those of two."""
+    """No two sides have the same random numbers, in one parameter or in two."""
     drawn = projection({"a": (9, 9), "b": (9, 9)}, rank=4)
     bases = [
         s.basis
@@ -77,21 +77,21 @@ def test_no_two_sides_share_numbers() -> None:
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_products_are_exact_at_full_rank(kind: Any) -> None:
-    """Nothing is drawn where nothing is saved."""
+    """A rank of at least the number of entries projects nothing away."""
     left, right = gradients(3), gradients(4)
     found = sketched(left, right, projection(SHAPES, kind=kind, rank=48, like=ROUND))
     torch.testing.assert_close(found, products(left, right), rtol=1e-12, atol=1e-12)
 
 
 def test_orthonormal_sides_are_orthonormal_but_for_their_scale() -> None:
-    """The columns are; the scale makes the sketch unbiased."""
+    """The columns are orthogonal, with the length that makes the sketch unbiased."""
     side = projection({"w": (50,)}, kind="orthonormal", rank=10, like=ROUND).sides["w"].left
     assert isinstance(side, Dense)
     torch.testing.assert_close(side.basis.T @ side.basis, 5.0 * torch.eye(10, dtype=torch.float64))
 
 
 def test_every_parameter_has_its_place() -> None:
-    """In the order of the names; one without a gradient has zeros."""
+    """Parameters have slices in the order of their names; one without a gradient has zeros."""
     drawn = projection(SHAPES, rank=6, like=ROUND)
     assert drawn.layout == {
         "matrix": slice(0, 6),
@@ -110,7 +110,7 @@ def test_every_parameter_has_its_place() -> None:
 
 
 def test_factors_of_rows_and_columns_go_into_the_projection() -> None:
-    """Projecting d times g with the old one is projecting g with the new one."""
+    """The scaled projection of g is the projection of d times g, d an outer product."""
     drawn, whole = projection(SHAPES, rank=6, like=ROUND), gradients(2)
     factors = {
         name: tuple(torch.rand(size).double() for size in KroneckerSketch.sizes(shape))
@@ -124,7 +124,7 @@ def test_factors_of_rows_and_columns_go_into_the_projection() -> None:
 
 
 def test_any_diagonal_is_exact_on_the_entries_of_a_mask() -> None:
-    """An optimizer's D acts on what was picked."""
+    """A mask commutes with any diagonal matrix."""
     drawn, whole = projection(SHAPES, kind="mask", rank=6, like=ROUND), gradients(2)
     diagonal = {name: torch.rand(shape).double() for name, shape in SHAPES.items()}
     wanted = drawn.of_gradient({name: whole[name] * d for name, d in diagonal.items()})
@@ -132,13 +132,13 @@ def test_any_diagonal_is_exact_on_the_entries_of_a_mask() -> None:
 
 
 def test_entries_are_asked_of_masks_only() -> None:
-    """Others mix them."""
+    """A projection that mixes entries refuses to name them."""
     with pytest.raises(BadSetting, match="mask"):
         projection(SHAPES, rank=2).entries("matrix")
 
 
 def test_a_seed_is_a_projection() -> None:
-    """The same again, in any precision, whatever other parameters there are; another seed gives another."""
+    """The seed alone gives a parameter's projection, in any precision and beside any others."""
     whole = gradients(2, {"matrix": (6, 5)})
     once, again = (projection(s, rank=6, like=ROUND) for s in ({"matrix": (6, 5)}, SHAPES))
     other = projection(SHAPES, rank=6, seed=1, like=ROUND)
@@ -150,6 +150,6 @@ def test_a_seed_is_a_projection() -> None:
 
 
 def test_a_rank_of_nothing_is_refused() -> None:
-    """By name."""
+    """Rank 0 is refused."""
     with pytest.raises(BadSetting, match="rank"):
         projection(SHAPES, rank=0)

@@ -17,7 +17,7 @@ each_damping = pytest.mark.parametrize("damping", [0.0, 0.5, 1.0])
 
 
 def steps(rank: int, dtype: torch.dtype, size: float = 0.3) -> list[Visits]:
-    """Random steps of a training whose update scales coordinates differently, and lets them decay."""
+    """Draw steps whose update scales every coordinate differently and decays it."""
     draw = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -36,7 +36,7 @@ def steps(rank: int, dtype: torch.dtype, size: float = 0.3) -> list[Visits]:
 def back(
     some: list[Visits], transport: Propagator, *, first: int = 0, damping: float = 0.0
 ) -> dict[int, Tensor]:
-    """The embeddings by step."""
+    """Run the recursion backwards; return the embeddings by step."""
     numbers = range(first + len(some) - 1, first - 1, -1)
     return {
         number: embed_step(
@@ -51,7 +51,7 @@ def back(
 
 
 def assert_close(found: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """To the precision's tolerance, relative to the largest."""
+    """Assert that two tensors agree to their precision's tolerance, relative to the largest."""
     assert found.dtype == dtype
     assert (found.double() - truth).abs().max() <= TOLERANCE[dtype] * truth.abs().max()
 
@@ -62,7 +62,7 @@ def assert_close(found: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
 def test_embeddings_and_transport_are_the_explicit_products(
     rank: int, dtype: torch.dtype, damping: float
 ) -> None:
-    """Every row of every step, and P, which is 1 - M of the paper, from the first step to the end."""
+    """The embeddings and P = I - M of the paper are the oracle's products of matrices."""
     some = steps(rank, dtype)
     transport = Propagator(some[0].decay)
     found = back(some, transport, damping=damping)
@@ -73,7 +73,7 @@ def test_embeddings_and_transport_are_the_explicit_products(
 
 @each_size
 def test_transposed_transport_is_the_transpose(rank: int) -> None:
-    """Of rows and of the matrix alike."""
+    """The transposed propagator is the transpose, stored as rows or as a matrix."""
     some, transport = steps(rank, torch.float64), Propagator(torch.zeros(rank, dtype=torch.float64))
     back(some, transport)
     one = torch.eye(rank, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_transposed_transport_is_the_transpose(rank: int) -> None:
 
 
 def test_rows_and_matrix_are_the_same() -> None:
-    """Coordinates that never move turn the one form into the other, and change nothing."""
+    """The propagator as rows and as a matrix gives the same embeddings."""
     few = steps(RANK, torch.float64)
     wide = [
         Visits(
@@ -108,7 +108,7 @@ def test_rows_and_matrix_are_the_same() -> None:
 @each_precision
 @each_size
 def test_segments_give_what_the_whole_gives(rank: int, dtype: torch.dtype) -> None:
-    """Each begins with the identity; the later ones carry the embeddings of the earlier to the end."""
+    """Segments that begin with the identity and are then joined give the whole's embeddings."""
     some, cuts = steps(rank, dtype), [(0, 4), (4, 7), (7, 9)]
     whole = back(some, Propagator(some[0].decay))
     transports = [Propagator(some[0].decay) for _ in cuts]
@@ -124,7 +124,7 @@ def test_segments_give_what_the_whole_gives(rank: int, dtype: torch.dtype) -> No
 
 
 def test_growth_beyond_all_measure_is_an_error() -> None:
-    """With the step, the block, the factor, and what to do; damping cures it."""
+    """Growth is an error that names step, block, factor and remedy; damping prevents it."""
     some = steps(RANK, torch.float32, size=40.0)
     with pytest.raises(
         EmbeddingGrew, match=r"At step \d the embeddings of 'layer' are .* times .*damping=0\.5"
@@ -139,7 +139,7 @@ def test_growth_beyond_all_measure_is_an_error() -> None:
 
 
 def test_what_is_not_finite_is_an_error() -> None:
-    """Not passed on."""
+    """A NaN in a step's rows is an error that names the step."""
     some = steps(RANK, torch.float32)
     some[4].moved[1, 2] = torch.nan
     with pytest.raises(EmbeddingGrew, match=r"At step 4 .* are not finite"):

@@ -1,4 +1,4 @@
-"""Curvature from labels drawn for some of a step's samples."""
+"""Curvature from sampled labels of some of a step's samples."""
 
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ NEARLY = 0.999  # of a step's samples: by way of a pass of their own, and all of
 
 
 def arrays(run: backtrail.Run, made: backtrail.DataValueEmbedding, step: int) -> dict[str, Tensor]:
-    """What is gathered at a step."""
+    """Return the features of a step."""
     return Walk(run, made._features(run.task, run.manifest)).step(step)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_pass_of_their_own_finds_what_that_of_all_does(case: Case, tmp_path: Path) -> None:
-    """With accumulation, clipping, BatchNorm, frozen, tied and unused parameters."""
+    """A pass of the chosen samples alone gives what the pass of all samples gives."""
     run = recorded_case(case, tmp_path)
     made = {"rank": 6, "damping": 0.5}
     found = backtrail.DataValueEmbedding(**made, drawn=NEARLY).embed(run).values()  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ def test_a_pass_of_their_own_finds_what_that_of_all_does(case: Case, tmp_path: P
 
 @pytest.mark.parametrize("rule", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_rows_are_gradients_of_single_losses(rule: Any, tmp_path: Path) -> None:
-    """By a loop over the chosen samples; each stands for as many as make up the whole."""
+    """Every row is the gradient of one chosen sample's loss, weighted to represent the batch."""
     run = recorded_case(
         Case("one", one_group(rule, lr=0.01), batches=[[0, 1, 2, 3, 4], [5, 6, 7]]), tmp_path
     )
@@ -59,7 +59,7 @@ def test_rows_are_gradients_of_single_losses(rule: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_on_average_it_is_the_gauss_newton_matrix(tmp_path: Path) -> None:
-    """Half of the samples tell as much, but with more chance in it."""
+    """With half of the samples the mean over 80 seeds is still Gauss-Newton's result."""
     run = recorded_case(Case("sgd", one_group(SGD, lr=0.3)), tmp_path)
     query = backtrail.Loss(run.task.data, samples=[0, 3])
     truth = backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(run, query).values()
@@ -72,7 +72,7 @@ def test_on_average_it_is_the_gauss_newton_matrix(tmp_path: Path) -> None:
 
 
 def test_chosen_are_spread_over_the_micro_batches(tmp_path: Path) -> None:
-    """As many as the share says of the whole step, whatever falls to one of its batches; others with another seed."""
+    """The share is that of the whole step, over all of its batches, and depends on the seed."""
     case = Case(
         "two", one_group(SGD, lr=0.1), accumulate=2, batches=[[0, 1, 2], [3, 4], [5, 6, 7], [8, 0]]
     )
@@ -104,7 +104,7 @@ def test_a_seed_chooses_these_samples_and_labels(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_done() -> None:
-    """Shares that are none, and batches that are not made of rows."""
+    """Shares outside of (0, 1], and batches that cannot be split into samples, are refused."""
     for share in (0.0, 1.5):
         with pytest.raises(BadSetting, match=f"Invalid drawn={share}: expected 0 < drawn <= 1"):
             backtrail.DataValueEmbedding(drawn=share)

@@ -1,4 +1,4 @@
-"""TracIn and gradient-dot against plain PyTorch, and what they promise beside being right."""
+"""TracIn and GradientDot against plain PyTorch, their cost, and what they refuse."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ CHOSEN = [
 def test_scores_equal_a_loop_over_samples_and_queries(
     name: str, method: str, tmp_path: Path
 ) -> None:
-    """Every slot of every step, at two observed states, through the recorder and the folder."""
+    """The score of every slot is that of the oracle's loops, at two observed states."""
     case = CASES_BY_NAME[name]
     made, gradient_state = METHODS[method]
     run = recorded_run(name, tmp_path)
@@ -78,7 +78,7 @@ def test_scores_equal_a_loop_over_samples_and_queries(
 
 
 def test_the_last_step_of_plain_descent_is_the_derivative(tmp_path: Path) -> None:
-    """There TracIn drops nothing, for a linear query: no later step, no optimizer, no curvature."""
+    """At the last step of SGD, for a query that is linear, TracIn is exact."""
     run, query = recorded_run("sgd", tmp_path), backtrail.Parameter("0.weight", [(0, 1), (3, 2)])
     exact = backtrail.DIT().attribute(run, query).values()[..., -1, :]
     found = backtrail.TracIn().attribute(run, query).values()[..., -1, :]
@@ -86,7 +86,7 @@ def test_the_last_step_of_plain_descent_is_the_derivative(tmp_path: Path) -> Non
 
 
 def test_in_a_training_that_hardly_moves_all_methods_agree(tmp_path: Path) -> None:
-    """Plain descent with a tiny rate: what they leave out is of the order of the rate."""
+    """With a tiny learning rate all gradient products approach the exact influence."""
     run = recorded_case(Case("slow", one_group(SGD, lr=1e-4)), tmp_path)
     exact = backtrail.DIT().attribute(run, standard_queries()).values()
     for made, _ in METHODS.values():
@@ -95,7 +95,7 @@ def test_in_a_training_that_hardly_moves_all_methods_agree(tmp_path: Path) -> No
 
 
 def test_a_proponent_is_positive(tmp_path: Path) -> None:
-    """A sample's own loss: taking its step away would have left that loss higher."""
+    """The influence of every sample on its own loss is positive."""
     run = recorded_run("sgd", tmp_path)
     own = backtrail.Loss(run.task.data, samples=range(9))
     for made, _ in METHODS.values():
@@ -104,7 +104,7 @@ def test_a_proponent_is_positive(tmp_path: Path) -> None:
 
 
 def test_a_model_that_drops_units_is_seen_with_the_masks_of_each_visit(tmp_path: Path) -> None:
-    """Two visits of one sample have two masks, so none stands for the other."""
+    """Every visit is multiplied with its own dropout mask, not once for its sample."""
     run = recorded_case(Case("dropout", one_group(ADAMW, lr=0.01), model=with_dropout), tmp_path)
     assert not has_one_gradient(run)
     query = gradients_at(run, run.steps)
@@ -122,7 +122,7 @@ def test_a_model_that_drops_units_is_seen_with_the_masks_of_each_visit(tmp_path:
 
 
 def gradients_at(run: Run, number: int) -> dict[str, Tensor]:
-    """Of the queries, by parameter."""
+    """Return the queries' gradients at a state, by parameter."""
     from backtrail.queries import gradients  # noqa: PLC0415
 
     state = run.state(number)
@@ -137,7 +137,7 @@ def gradients_at(run: Run, number: int) -> dict[str, Tensor]:
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Slots that products were taken of."""
+    """Count the slots of every call that takes products."""
     seen: list[int] = []
 
     def counting(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_kept_states_cost_a_product_per_sample_and_not_per_visit(
     epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two kept states a sample is multiplied once, without a replay."""
+    """Between two stored states every sample is multiplied once, and nothing is replayed."""
     run = long_run(epochs, tmp_path)
     monkeypatch.setattr(
         "backtrail.step.step.Transition.advance", lambda *_: pytest.fail("replayed")
@@ -168,7 +168,7 @@ def test_kept_states_cost_a_product_per_sample_and_not_per_visit(
 def test_groups_with_one_rate_share_a_product(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And groups with rates of their own do not."""
+    """Parameter groups share a product exactly if their learning rates are equal."""
 
     def groups(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
         def made(model: nn.Module) -> torch.optim.Optimizer:
@@ -190,7 +190,7 @@ def test_groups_with_one_rate_share_a_product(
 
 
 def long_run(epochs: int, folder: Path) -> Run:
-    """All rows in batches of three, again and again; only the first and the last state are kept."""
+    """Record epochs of batches of three; only the first and the last state are stored."""
     model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
     task, optimizer = (
         backtrail.classification(model, data),
@@ -208,7 +208,7 @@ def long_run(epochs: int, folder: Path) -> Run:
 
 
 def test_stored_batches_are_taken_as_they_were_fed(tmp_path: Path) -> None:
-    """Rows that were changed in the loop cannot be read again by number."""
+    """A run with stored batches has no gradient of a sample apart from its visits."""
     case, data = CASES_BY_NAME["sgd"], rows()
     model = case.built()
     task, optimizer = case.task(model, data), case.optimizer(model)
@@ -232,12 +232,12 @@ def test_stored_batches_are_taken_as_they_were_fed(tmp_path: Path) -> None:
 def test_samples_that_lean_on_their_batch_are_noticed(
     name: str, leans: str, tmp_path: Path
 ) -> None:
-    """Without BatchNorm a sample has one gradient at a state."""
+    """Only BatchNorm makes a sample's gradient depend on its batch."""
     assert has_one_gradient(recorded_run(name, tmp_path)) == (leans == "no")
 
 
 def test_a_head_that_starts_at_zero_hides_no_batchnorm(tmp_path: Path) -> None:
-    """At state 0 every batch has the same losses there; later it shows."""
+    """BatchNorm is found where the head starts at zero, so that state 0 shows no difference."""
 
     def zeroed() -> nn.Module:
         head = nn.Linear(5, CLASSES)
@@ -251,7 +251,7 @@ def test_a_head_that_starts_at_zero_hides_no_batchnorm(tmp_path: Path) -> None:
 
 
 def test_losses_are_those_of_the_visits_where_they_are_known(tmp_path: Path) -> None:
-    """Only a replay meets the losses of the training."""
+    """TracIn gives the losses of the visits; GradientDot, which does not replay, gives NaN."""
     run = recorded_run("adamw", tmp_path)
     exact = backtrail.DIT().attribute(run, standard_queries()).loss
     np.testing.assert_allclose(
@@ -269,7 +269,7 @@ WRONG = {
 
 
 def test_settings_that_are_none_are_refused() -> None:
-    """At once, in a process without the tests' own type checks."""
+    """Invalid settings are refused when the method is made, in a process without shape checks."""
     code = (
         "import backtrail\n"
         "for made in {!r}:\n"
@@ -284,13 +284,13 @@ def test_settings_that_are_none_are_refused() -> None:
 
 
 def test_memory_that_cannot_hold_a_gradient_is_refused(tmp_path: Path) -> None:
-    """The message names the setting to raise."""
+    """Too small a memory is refused, with the setting to raise."""
     with pytest.raises(backtrail.BacktrailError, match="allow more with memory=bytes"):
         backtrail.TracIn(memory=1).attribute(recorded_run("sgd", tmp_path), standard_queries())
 
 
 def test_averaged_weights_are_left_to_dit(tmp_path: Path) -> None:
-    """A product of gradients knows no average of states."""
+    """Queries of averaged weights are refused, with the method that has them."""
     with pytest.raises(backtrail.BacktrailError, match=r"backtrail\.DIT supports averages"):
         backtrail.TracIn().attribute(
             recorded_run("sgd", tmp_path), backtrail.Averaged(standard_queries(), decay=0.5)
@@ -298,7 +298,7 @@ def test_averaged_weights_are_left_to_dit(tmp_path: Path) -> None:
 
 
 def test_a_result_says_how_it_was_made(tmp_path: Path) -> None:
-    """Method and states, in its own words; other states do not go on in its folder."""
+    """The result names method and states, and its folder is refused for other states."""
     run = recorded_run("sgd", tmp_path)
     found = backtrail.TracIn(states="kept").attribute(
         run, standard_queries(), out=tmp_path / "tracin"
@@ -313,7 +313,7 @@ def test_a_result_says_how_it_was_made(tmp_path: Path) -> None:
 
 
 def test_the_cases_keep_every_second_state(tmp_path: Path) -> None:
-    """The oracle counts on it."""
+    """The cases store every second state, as the oracle's `KEPT` assumes."""
     assert recorded_run("sgd", tmp_path).kept == (0, 2, 4, 5)
 
 
@@ -331,7 +331,7 @@ MANY_WAYS = [
 def test_many_queries_get_what_few_get(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With per-sample gradients and without; where BatchNorm mixes samples, always without."""
+    """The two ways to take products, with and without per-sample gradients, agree."""
     run = recorded_run(name, tmp_path)
     queries = backtrail.Loss(rows(), samples=range(len(rows())))
     for method in (backtrail.TracIn(), backtrail.GradientDot()):
@@ -345,7 +345,7 @@ def test_many_queries_get_what_few_get(
 def test_many_queries_of_a_loss_that_couples_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No sample has a gradient of its own; the derivative along each direction is taken."""
+    """A loss that couples samples gets the same scores for many queries as for few."""
     model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
     task = backtrail.Task(
         model, data, lambda outputs, _: (outputs - outputs.mean(0)).square().sum(1)

@@ -1,4 +1,4 @@
-"""A bank of re-runs answers what the re-runs would, and what is in it is not run again."""
+"""Results of re-runs are stored in a folder, the bank, and not computed again."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ GROUPS = [[0], [4], [0, 3, 5]]
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on nothing can be run again."""
+    """Make any further re-run fail."""
 
     def refuse(self: Reruns, changes: object) -> None:
         raise AssertionError(f"{self} was to run {changes} again")
@@ -28,7 +28,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bank_answers_any_query_as_the_reruns_would(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, whatever is asked later, at any of the observed states, in any order."""
+    """The bank gives any query's change bit for bit, at any observed state and in any order."""
     run, bank = recorded_run(name, tmp_path), tmp_path / "bank"
     other = backtrail.Loss(rows(4), aggregate="mean")
     ours, theirs = (
@@ -46,7 +46,7 @@ def test_a_bank_answers_any_query_as_the_reruns_would(
 
 
 def test_only_what_is_missing_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups, weights and stretches that a bank has not are added to it."""
+    """Groups and weights that a bank does not have are added to it."""
     run, bank = recorded_run("adamw", tmp_path), tmp_path / "bank"
     backtrail.retrain(run, standard_queries(), GROUPS[:2], bank=bank)
     both = backtrail.retrain(run, standard_queries(), GROUPS, bank=bank).change
@@ -66,7 +66,7 @@ def test_only_what_is_missing_is_run_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_sample_that_was_never_visited_changes_nothing(tmp_path: Path) -> None:
-    """Nothing is run for it, and the bank remembers that."""
+    """A sample that was not visited in the chosen steps changes nothing, from the bank too."""
     run, bank = recorded_run("momentum", tmp_path), tmp_path / "bank"
     steps = (run.steps - 1, run.steps)
     unseen = next(row for row in range(run.samples) if row not in run.log[-1].samples)
@@ -80,7 +80,7 @@ def test_a_sample_that_was_never_visited_changes_nothing(tmp_path: Path) -> None
 
 
 def test_a_bank_of_another_run_or_of_something_else_is_refused(tmp_path: Path) -> None:
-    """And says what to do."""
+    """A bank of another run, an averaged query and damaged files are refused, with what to do."""
     run, bank = recorded_run("sgd", tmp_path), tmp_path / "bank"
     backtrail.retrain(run, standard_queries(), GROUPS, bank=bank)
     with pytest.raises(OtherRun):

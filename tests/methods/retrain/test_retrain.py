@@ -1,4 +1,4 @@
-"""Ground truth agrees with training again in plain PyTorch, with the sample's loss left out."""
+"""Re-runs agree with trainings in plain PyTorch that leave out the sample's loss."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ CHOSEN = [
 
 
 def without(case: Case, sample: int, steps: tuple[int, int], states: list[int]) -> np.ndarray:
-    """Queries after training with the sample's weight 0 at some steps, by the plain loop."""
+    """Train by the plain loop with the sample's weight 0 at some steps; return the queries."""
 
     def weights(step: int) -> Tensor:
         slots = [row for batch in case.groups[step] for row in batch]
@@ -46,7 +46,7 @@ def without(case: Case, sample: int, steps: tuple[int, int], states: list[int]) 
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_leaving_out_equals_plain_training_without(name: str, tmp_path: Path) -> None:
-    """Everywhere, in a window, and at chosen steps."""
+    """Leaving out everywhere, in a window and at chosen steps equals the plain loop."""
     case, run = CASES_BY_NAME[name], recorded_run(name, tmp_path)
     last, samples = run.steps, [0, 4]
     base = observe(case, standard_losses, [1, last])
@@ -68,7 +68,7 @@ def test_leaving_out_equals_plain_training_without(name: str, tmp_path: Path) ->
 
 
 def test_a_window_from_the_start_is_leaving_out_until_there(tmp_path: Path) -> None:
-    """No removal changes state 0."""
+    """A window from state 0 on is the change at its end, as no removal changes state 0."""
     run = recorded_run("adamw", tmp_path)
     window = backtrail.leave_one_out(run, standard_queries(), samples=[1, 3], window=(0, run.steps))
     np.testing.assert_array_equal(
@@ -78,7 +78,7 @@ def test_a_window_from_the_start_is_leaving_out_until_there(tmp_path: Path) -> N
 
 
 def test_renormalising_shares_the_batch_among_the_others(tmp_path: Path) -> None:
-    """The mean is over one sample less, at every visit."""
+    """The loss of every batch is the mean over the samples that are left."""
     case, run = CASES_BY_NAME["adamw"], recorded_run("adamw", tmp_path)
 
     def weights(step: int) -> Tensor:
@@ -96,7 +96,7 @@ def test_renormalising_shares_the_batch_among_the_others(tmp_path: Path) -> None
 
 
 def test_stacks_of_any_size_agree_and_have_no_noise(tmp_path: Path) -> None:
-    """The unperturbed run rides along, first and last in every stack."""
+    """Stacks of any size agree, and the unperturbed runs in each are equal."""
     run = recorded_run("adamw", tmp_path)
     groups = [[0], [1, 2], [8], [3, 4, 5]]
     whole = retrain(run, standard_queries(), groups, observed_at=[2, 5])
@@ -111,7 +111,7 @@ def test_stacks_of_any_size_agree_and_have_no_noise(tmp_path: Path) -> None:
 def test_large_activations_make_small_stacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between 8 and 64 at once, by the bytes that a step keeps in the precision of the re-runs."""
+    """Between 8 and 64 runs share a stack, by the bytes of a step's activations."""
     run = recorded_run("sgd", tmp_path)
     kept = bytes_of_activations(run, twice=False)
     assert stacks.runs_at_once(run, None) == 64
@@ -123,7 +123,7 @@ def test_large_activations_make_small_stacks(
 
 
 def test_a_sample_never_seen_changes_nothing(tmp_path: Path) -> None:
-    """Exactly zero."""
+    """Leaving out a sample that no batch held changes nothing at all."""
     run = recorded_run("twice in a batch", tmp_path)
     assert (backtrail.leave_one_out(run, standard_queries(), samples=[8]) == 0).all()
 
@@ -131,7 +131,7 @@ def test_a_sample_never_seen_changes_nothing(tmp_path: Path) -> None:
 def test_models_that_cannot_be_stacked_are_run_one_by_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A data-dependent branch defeats vmap; the result is the same, and the log says so."""
+    """A model that vmap refuses gives the same changes, and the log says how they were computed."""
     run = recorded_run("batchnorm, adamw", tmp_path)
     branching = recorded_run("batchnorm, adamw", tmp_path / "other")
     plain = branching.task.predict
@@ -167,7 +167,7 @@ def test_one_by_one_equals_stacked(tmp_path: Path) -> None:
 
 
 def test_impossible_removals_are_refused(tmp_path: Path) -> None:
-    """The message names the values."""
+    """Unknown samples, windows and settings are refused; the message gives the values."""
     run = recorded_run("sgd", tmp_path)
     with pytest.raises(UnknownSample, match="no sample 9: the training set has 9 rows"):
         backtrail.leave_one_out(run, standard_queries(), samples=[2, 9])
@@ -182,7 +182,7 @@ def test_impossible_removals_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_plain_loop_is_what_was_recorded(tmp_path: Path) -> None:
-    """The oracle's own training ends at the recorded weights, bit for bit."""
+    """The plain loop ends at the recorded weights, bit for bit."""
     case, run, data = CASES_BY_NAME["two groups"], recorded_run("two groups", tmp_path), rows()
     model = case.built()
     for _ in train(case, model, data):
@@ -194,7 +194,7 @@ def test_the_plain_loop_is_what_was_recorded(tmp_path: Path) -> None:
 
 
 def test_a_sample_may_keep_a_weight_or_be_counted_twice(tmp_path: Path) -> None:
-    """Near weight 1 the change is linear, and of opposite sign on both sides."""
+    """Near weight 1 the change is linear in the weight, on both sides."""
     run = recorded_run("momentum", tmp_path)
     more, less = (
         backtrail.retrain(run, standard_queries(), [[2]], weight=weight).change
