@@ -65,14 +65,14 @@ def find_mislabeled(
     """Rank the training samples by how likely their label is wrong.
 
     * "mean-loss": loss, averaged over checkpoints;
-    * "held-out": the same distance as "el2n" (the loss, where there are no classes) in 20 re-runs of
-      the training, half of it from those without the sample;
+    * "held-out": the same distance as "el2n" (the loss, where there are no classes) in 20 re-runs
+      of the training, half of it from those without the sample;
     * "margin": logit of the best other class minus that of the label, averaged over checkpoints;
     * "el2n": distance of the probabilities from the label (Paul et al., 2021, arXiv 2107.07075),
       averaged over checkpoints;
     * "loss": loss at the end;
-    * "tracin": learning rate times squared gradient of the sample's own loss, summed over checkpoints
-      (Pruthi et al., 2020, arXiv 2002.08484);
+    * "tracin": learning rate times squared gradient of the sample's own loss, summed over
+      checkpoints (Pruthi et al., 2020, arXiv 2002.08484);
     * "self-influence": size of the published self-influence of `DiffIn`, over the checkpoints;
     * "dit": harm to the mean loss of the validation rows, or else of the training set, by `DIT`;
     * "dve": the same by `DataValueEmbedding`;
@@ -91,11 +91,11 @@ def find_mislabeled(
         out: File for the table, `.csv` or `.parquet`; an existing one is overwritten.
 
     Returns:
-        All samples, the most suspicious first, with the columns rank, sample (a row number, or an id
-        where samples have ids of their own), score, label, and suggested: the most probable of the
-        other classes, averaged over the checkpoints, or over the re-runs without the sample. It is
-        what the label may be if it is wrong, not a claim that it is. Label and suggested are null
-        where the task is not a classification.
+        All samples, the most suspicious first, with the columns rank, sample (a row number, or an
+        id where samples have ids of their own), score, label, and suggested: the most probable of
+        the other classes, averaged over the checkpoints, or over the re-runs without the sample. It
+        is what the label may be if it is wrong, not a claim that it is. Label and suggested are
+        null where the task is not a classification.
 
     Raises:
         BadSetting: An option has a value that it cannot take.
@@ -123,7 +123,7 @@ def find_mislabeled(
 
 @exclusive
 def gradient_sizes(run: Run, states: Sequence[int]) -> Float64[np.ndarray, " sample"]:
-    r"""TracIn's influence of every sample on its own loss, had each state been one step of gradient descent.
+    r"""TracIn's self-influence of every sample, with one gradient descent step at each state.
 
     .. math:: \sum_t \eta_t \lVert \nabla \ell_j(\theta_t) \rVert^2
 
@@ -176,7 +176,7 @@ class _Asked:
         )
 
     def harm_of(self, influence: Influence) -> Suspicion:
-        """The negative influence, in the mean over queries: of all visits at the end, or on a window."""
+        """Negative influence, averaged over queries: at the end of training, or on a window."""
         influence.check_run(self.run)
         last = influence.observed_at[-1]
         found: np.ndarray = 0.0 - influence.window(*(self.window or (0, last))).mean(

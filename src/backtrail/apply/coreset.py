@@ -1,4 +1,4 @@
-"""A part of the training set that stands for all of it: chosen by influence, or by the usual baselines."""
+"""Select a subset of the training set: by influence, embeddings, or common baselines."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -54,16 +54,16 @@ def select_coreset(
 ) -> pl.DataFrame:
     r"""Select the part of the training set that represents all of it best.
 
-    Every sample j has a vector :math:`a_j`, and k of N samples are taken one by one so that their sum
-    follows the sum of all (herding; Welling, 2009):
+    Every sample j has a vector :math:`a_j`, and k of N samples are taken one by one so that their
+    sum follows the sum of all (herding; Welling, 2009):
 
     .. math:: j_{i+1} = \arg\min_{j} \Big\lVert
         \frac{i + 1}{N} \sum_{l} a_l - \sum_{l \le i} a_{j_l} - a_j \Big\rVert_2
 
-    For "dve" :math:`a_j` is the sample's embedding, summed over its visits: what it did to the final
-    weights. For the other influences it is the influence on every query, so that to first order no
-    query's loss differs between training on all samples and on the selected ones. The samples with
-    the largest influence would be near-duplicates of one another, and a poor coreset.
+    For "dve" :math:`a_j` is the sample's embedding, summed over its visits: what it did to the
+    final weights. For the other influences it is the influence on every query, so that to first
+    order no query's loss differs between training on all samples and on the selected ones. The
+    samples with the largest influence would be near-duplicates of one another, and a poor coreset.
 
     Args:
         run: The recorded training on all samples.
@@ -92,7 +92,8 @@ def select_coreset(
         OtherRun: The influence belongs to another run.
         EmbeddedElsewhere: The embeddings belong to another run.
         NoClasses: Classes are to be balanced, and the task has none.
-        RowsNotReadable: Queries are needed, since the samples are ids and their losses cannot be read.
+        RowsNotReadable: Queries are needed, since the samples are ids and their losses cannot be
+            read.
         UnknownSample: A sample in `among` that the training set does not have.
     """
     if not 0 < fraction <= 1:
@@ -167,7 +168,7 @@ def _labels(run: Run, *, needed: bool) -> Int64[np.ndarray, " sample"] | None:
 
 
 def _in_turns(groups: Sequence[Places], count: int, choose: Choose) -> Places:
-    """Every group's choice, one after the other in proportion, so that the first few are balanced, too."""
+    """Interleave the choices of the groups in proportion, so that every prefix is balanced."""
     shares = quotas(np.array([len(group) for group in groups]), count)
     turns = [(np.arange(share) + 0.5) / share for share in shares]
     chosen = [choose(group, int(share)) for group, share in zip(groups, shares, strict=True)]
@@ -241,7 +242,7 @@ def _attributed(
 
 
 def last_inputs(run: Run, state: int) -> Float64[np.ndarray, "sample entry"]:
-    """What the last module with parameters is given, flattened: the features of every training sample at a state."""
+    """Features of every training sample: the flattened input of the last layer at a state."""
     last = [
         module for module in run.task.binding.model.modules() if [*module.parameters(recurse=False)]
     ][-1]
@@ -275,7 +276,7 @@ BASELINES: dict[str, Callable[[Run, int], Chooser]] = {
 
 
 def herded(vectors: Float[np.ndarray, "sample entry"], count: int) -> Int64[np.ndarray, " chosen"]:
-    """Places of the first `count` rows, in the order in which herding takes them; of equals the first.
+    """Places of the first `count` rows in the order of herding; of equal rows, the first.
 
     >>> herded(np.array([[0.0], [1.0], [2.0], [9.0]]), 2).tolist()
     [2, 1]
@@ -293,7 +294,7 @@ def herded(vectors: Float[np.ndarray, "sample entry"], count: int) -> Int64[np.n
 
 
 def quotas(sizes: Int64[np.ndarray, " group"], count: int) -> Int64[np.ndarray, " group"]:
-    """How many of `count` every group may have: in proportion, what is left over to the largest remainders.
+    """Divide `count` among groups in proportion to their sizes, by largest remainders.
 
     >>> quotas(np.array([6, 3, 1]), 5).tolist()
     [3, 2, 0]

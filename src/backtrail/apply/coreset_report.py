@@ -40,14 +40,14 @@ def compare_coresets(
 ) -> pl.DataFrame:
     r"""Train again on each of several parts of the training set, and on random parts of equal size.
 
-    The recorded training is run again from its recorded start through its recorded batches, in which
-    all other samples have weight 0 and the kept ones share it:
+    The recorded training is run again from its recorded start through its recorded batches, in
+    which all other samples have weight 0 and the kept ones share it:
 
     .. math:: w_{t,b} = |S_t| / k_t \;\text{ if kept (of } k_t \text{), else } 0.
 
-    So a part is trained on for as many **steps** as all samples were: a tenth of the data is seen ten
-    times as often as in a training of its own with as many epochs, in batches a tenth as large; a
-    step with no kept sample has no gradient. BatchNorm's statistics still include the others. All
+    So a part is trained on for as many **steps** as all samples were: a tenth of the data is seen
+    ten times as often as in a training of its own with as many epochs, in batches a tenth as large;
+    a step with no kept sample has no gradient. BatchNorm's statistics still include the others. All
     parts are trained at once, in one stack.
 
     Give queries on rows that the selection did not use: a score that selected the data cannot judge
@@ -65,8 +65,8 @@ def compare_coresets(
     Returns:
         A row for all samples, one for each part, and one for random parts of each of their sizes:
         name, kept (of the samples seen in training), loss (mean of the queries after the training),
-        change (from training on all samples), and, where the queries are scores of rows with classes,
-        accuracy on these rows.
+        change (from training on all samples), and, where the queries are scores of rows with
+        classes, accuracy on these rows.
 
     Raises:
         BadSetting: There is no part, one is empty, or `draws` is negative.
@@ -127,7 +127,7 @@ def numbers(samples: Samples, *, name: str = "samples") -> Int[np.ndarray, " kep
 
 
 def _ids(run: Run, name: str, samples: Samples) -> Int[np.ndarray, " kept"]:
-    """The samples of a part that the training saw, each once; what it never saw, it cannot be trained on.
+    """Samples of a subset, each once; all must be samples that the training has seen.
 
     Raises:
         BadSetting: there are none.

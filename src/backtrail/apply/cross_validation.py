@@ -1,4 +1,4 @@
-r"""What the other samples say of each: the training run again, several times, each time without a part of the samples.
+r"""Scores of held-out samples: retrain several times, each time without a part of the data.
 
 A sample is left out of one re-run in every pass over the parts, and what the model makes of it is
 read there, unspoilt by its own label. Re-runs follow the recorded batches. Where the loss is a
@@ -55,7 +55,7 @@ class Crossed:
 def cross(
     run: Run, states: Sequence[int], *, folds: int = FOLDS, repeats: int = REPEATS, seed: int = 0
 ) -> Crossed:
-    r"""Train again `folds` times `repeats` times, each time without one part F of the samples, and read all of them.
+    r"""Retrain `folds` x `repeats` times, each time without one part F of the samples.
 
     .. math:: \mathrm{out}_j = \operatorname{mean}_{t,\, r:\, j \in F_r} d_j(\theta_t^{-F_r}),
         \qquad \mathrm{inside}_j = \operatorname{mean}_{t,\, r:\, j \notin F_r} d_j(\theta_t^{-F_r})
@@ -95,7 +95,7 @@ def cross(
 def parted(
     samples: int, *, folds: int, repeats: int, seed: int
 ) -> Bool[np.ndarray, "again sample"]:
-    """Which samples every re-run goes without: parts of nearly equal size, cut at random, one cut after the other.
+    """Which samples each re-run leaves out: random parts of nearly equal size.
 
     >>> parted(4, folds=2, repeats=3, seed=0).sum(axis=0).tolist()
     [3, 3, 3, 3]
@@ -138,7 +138,7 @@ def _trained_again(
 def _readings(
     run: Run, stack: State, classes: int
 ) -> Iterator[tuple[Int64[np.ndarray, " sample"], Float64[np.ndarray, "again sample column"]]]:
-    """Some samples at a time: their distances from the label in every re-run, and the probabilities of the classes."""
+    """Distances from the label in every re-run and class probabilities, a few samples at a time."""
     like = next(iter(stack.params.values()))
     with in_eval_mode(run.task):
         for places, slots, read in pieces(run):

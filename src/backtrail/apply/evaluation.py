@@ -1,4 +1,4 @@
-"""How good scores are: against retraining without samples, and in finding samples known to be wrong."""
+"""Evaluate scores: against retraining, and in finding samples that are known to be wrong."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,8 +60,8 @@ def evaluate(
     r"""Measure how good influence is: against retraining, and in finding samples known to be wrong.
 
     Samples removed one at a time: Pearson correlation, Spearman correlation and slope of the actual
-    over the predicted change of each query at the end of training. Samples removed in random groups:
-    the linear datamodelling score (LDS; Park et al., 2023, arXiv 2303.14186), the Spearman
+    over the predicted change of each query at the end of training. Samples removed in random
+    groups: the linear datamodelling score (LDS; Park et al., 2023, arXiv 2303.14186), the Spearman
     correlation of the actual change with the sum of the group's scores. Each is the mean over
     queries, with its 95 % bootstrap interval over removals. All methods are judged on the same
     removals.
@@ -70,8 +70,9 @@ def evaluate(
     and precision at their true number, of the mean over queries, with bootstrap intervals over
     samples.
 
-    Ground truth is computed by the replay engine, in float64, with the denominator of the influence.
-    With a bank the re-runs are made once: later calls, with other methods or other queries, read them.
+    Ground truth is computed by the replay engine, in float64, with the denominator of the
+    influence. With a bank the re-runs are made once: later calls, with other methods or other
+    queries, read them.
 
     Args:
         run: The recorded training.
@@ -191,7 +192,7 @@ def _trials(
 def _finding(
     scores: Mapping[str, Scores], guilty: Bool[np.ndarray, " sample"], *, seed: int
 ) -> Iterator[Row]:
-    """How well the most harmful samples are the wrong ones; samples are drawn again for the interval."""
+    """How well harmful scores find wrong samples; the interval is a bootstrap over samples."""
     draws = np.random.default_rng(seed).integers(len(guilty), size=(1000, len(guilty)))
     for name, found in scores.items():
         suspicion = -found.mean(0)

@@ -39,11 +39,11 @@ def regimes(
     itself, whatever the size of its batch. (Where the task's loss is a sum, v is that of the whole
     batch.) Of several parameter groups, η is the mean over all entries of the parameters.
 
-    The regimes are the three constant levels that fit :math:`\log v` best by least squares, over all
-    pairs of boundaries. There are three regimes, `found`, where the first and the last level are both
-    at least `ratio` times the one between, and the three explain at least half of the variance. The
-    rule uses no significance test; what it calls start and end may be of any length, so look at the
-    plot, :func:`backtrail.plot.regimes`.
+    The regimes are the three constant levels that fit :math:`\log v` best by least squares, over
+    all pairs of boundaries. There are three regimes, `found`, where the first and the last level
+    are both at least `ratio` times the one between, and the three explain at least half of the
+    variance. The rule uses no significance test; what it calls start and end may be of any length,
+    so look at the plot, :func:`backtrail.plot.regimes`.
 
     Steps with learning rate 0, as at the start of a warm-up, have no v; they are left out and
     counted, as are steps without any influence.
@@ -64,7 +64,7 @@ def regimes(
 
 
 def learning_rates(manifest: Manifest, log: Iterable[Step]) -> Float64[np.ndarray, " step"]:
-    """The learning rate of every step; of several parameter groups, the mean over all entries of the parameters."""
+    """Learning rate of every step; with several parameter groups, the mean over all entries."""
     entries = [
         sum(int(np.prod(manifest.params[name].shape)) for name in group)
         for group in manifest.groups
@@ -86,13 +86,13 @@ def worth_selecting(
     r"""Train again with the harmful slots left out in parts of the training, to see where it helps.
 
     In each step of a range, the k slots with the most negative influence (mean over the influence's
-    queries) are left out: a share `drop` of the batch, and never a slot with positive influence. The
-    others share their weight, so that a step stays as long as it was:
+    queries) are left out: a share `drop` of the batch, and never a slot with positive influence.
+    The others share their weight, so that a step stays as long as it was:
 
     .. math:: w_{t,b} = 0 \;\text{ if left out, else }\; |S_t| / (|S_t| - k_t).
 
-    Every range is trained again next to the training as it was, in float64, and compared with leaving
-    out as many random slots of the same steps.
+    Every range is trained again next to the training as it was, in float64, and compared with
+    leaving out as many random slots of the same steps.
 
     Three limits. The influence is that of the training as it was: it does not include what was left
     out before. It is a derivative: leaving out half of every batch is no small change, and can do

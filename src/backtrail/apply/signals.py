@@ -1,4 +1,4 @@
-"""Scores of training samples that need no influence: what the model says of every row at states of the training.
+"""Scores of training samples without influence: what the model predicts for every row.
 
 Rows are read in eval mode, from the data set by number; where samples have ids of their own, from
 the batch of their first visit. The axis `sample` is in the order of `run.ids`.
@@ -36,7 +36,7 @@ def outputs(run: Run, state: int) -> Float64[np.ndarray, "sample label"]:
 
 
 def class_count(run: Run) -> int:
-    """How many classes the task has; 0 where its outputs are no scores of classes, or its labels no classes."""
+    """Number of classes of the task; 0 where outputs or labels are not those of a classifier."""
     try:
         return int(outputs(run, run.steps).shape[1])
     except NoClasses:
@@ -56,7 +56,7 @@ def labels(run: Run) -> Int64[np.ndarray, " sample"]:
 
 
 def el2n(run: Run, states: Sequence[int]) -> Float64[np.ndarray, " sample"]:
-    r"""How far the model's probabilities are from the label (Paul et al., arXiv 2107.07075), averaged over states.
+    r"""EL2N: distance of the probabilities from the label (Paul et al., arXiv 2107.07075).
 
     .. math:: \operatorname{mean}_t \lVert p_t(x_j) - e_{y_j} \rVert_2
 
@@ -112,7 +112,7 @@ def probabilities(
 
 
 def class_scores(outputs: Any, batch: Batch) -> Float[Tensor, "slot label"]:
-    """The scores of classes in what `predict` returned; a single score per row is that of class 1 against class 0.
+    """Class scores in the output of `predict`; a single score is that of class 1 against class 0.
 
     Raises:
         NoClasses: there are none.
@@ -127,9 +127,8 @@ def class_scores(outputs: Any, batch: Batch) -> Float[Tensor, "slot label"]:
         raise NoClasses(f"predict returns shape {list(found.shape)}")
     given, classes = class_labels(batch), found.shape[1]
     if not 0 <= int(given.min()) <= int(given.max()) < classes:
-        raise NoClasses(
-            f"labels go from {int(given.min())} to {int(given.max())}, and there are {classes} classes"
-        )
+        lowest, highest = int(given.min()), int(given.max())
+        raise NoClasses(f"labels go from {lowest} to {highest}, and there are {classes} classes")
     return found
 
 
@@ -183,7 +182,7 @@ def read_rows(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -
 def pieces(
     run: Run, rows: int = ROWS
 ) -> Iterator[tuple[Int64[np.ndarray, " row"], list[int], Batch]]:
-    """Every sample once, at most so many rows at a time: places among `run.ids`, slots of a batch, and the batch.
+    """Every sample once, a few rows at a time: places in `run.ids`, slots of a batch, the batch.
 
     Where samples have ids of their own, a batch is as it was stored, whatever its size.
     """

@@ -134,8 +134,8 @@ class RemovalCheck:
             else f"; best Pearson any additive score can reach: {self.reachable:.2f}"
         )
         return (
-            f"removal     {verdict}: {len(self.samples)} samples left out one at a time: Pearson {self.pearson}, "
-            f"Spearman {self.spearman}, slope {self.slope:.2f}, noise floor {self.noise:.1e}{reach}"
+            f"removal     {verdict}: {len(self.samples)} samples left out one at a time: "
+            f"Pearson {self.pearson}, Spearman {self.spearman}, slope {self.slope:.2f}, noise floor {self.noise:.1e}{reach}"
         )
 
     def __repr__(self) -> str:
@@ -265,8 +265,8 @@ def trust(
         run: The run that the influence was computed from.
         influence: The result to check.
         queries: The queries of the influence; needed where it was opened from disk.
-        removals: Number of samples that are removed one at a time, a random choice of those that the
-            training visited.
+        removals: Number of samples that are removed one at a time, a random choice of those that
+            the training visited.
         seed: Of this choice, and of the direction of the derivative check.
 
     Returns:
@@ -327,7 +327,7 @@ def early_share(influence: Influence) -> float:
 
 
 def steadiest(slopes: Float[np.ndarray, "query observed_at size"]) -> tuple[np.ndarray, np.ndarray]:
-    """Of neighbouring sizes of the nudge, the pair that agrees best: its Richardson value, and its disagreement."""
+    """Richardson value of the two neighbouring step sizes that agree best, and their difference."""
     gaps = np.abs(np.diff(slopes, axis=2))
     best = gaps.argmin(axis=2)[..., None]
     large, small = (np.take_along_axis(slopes, best + k, 2)[..., 0] for k in (0, 1))
@@ -339,7 +339,7 @@ def steadiest(slopes: Float[np.ndarray, "query observed_at size"]) -> tuple[np.n
 def removal_check(
     run: Run, influence: Influence, queries: Query, *, samples: Sequence[int]
 ) -> RemovalCheck:
-    """Train again without each of the samples, and compare with the total at the last observed state."""
+    """Retrain without each of the samples; compare with the total at the last observed state."""
     denominator: Denominator = "keep" if influence.denominator == "keep" else "renormalize"
     last = influence.observed_at[-1]
     found = retrain(run, queries, [[s] for s in samples], observed_at=last, denominator=denominator)

@@ -1,4 +1,4 @@
-"""Forgetting: the trained model without the influence of some samples, as a new state_dict; nothing is written.
+"""Unlearning: the trained model without the influence of some samples, as a state_dict.
 
 No guarantee of law or privacy comes with it: what is returned is close to the training without the
 samples, or not, and :func:`judge_forgetting` tells how close.
@@ -51,26 +51,27 @@ def forget(
         \;\longrightarrow\; \theta_T
 
     With k = 0 that is the first-order effect alone; with k = T it is the training without the
-    samples. BatchNorm's running statistics and the optimizer's moments are part of the state. Nothing
-    is written, and nothing is guaranteed for law or privacy; :func:`backtrail.judge_forgetting`
-    measures how close the result is to a training without the samples.
+    samples. BatchNorm's running statistics and the optimizer's moments are part of the state.
+    Nothing is written, and nothing is guaranteed for law or privacy;
+    :func:`backtrail.judge_forgetting` measures how close the result is to a training without the
+    samples.
 
-    The sweep takes about three times as long as a replay of the training up to s, whatever the number
-    of samples. So `method=None, replay=run.steps` is both cheaper and exact: train again where you
-    can, and use the first order to study a training. Estimates by `DiffIn` take a few gradients, and
-    the replay of k steps alone takes k steps.
+    The sweep takes about three times as long as a replay of the training up to s, whatever the
+    number of samples. So `method=None, replay=run.steps` is both cheaper and exact: train again
+    where you can, and use the first order to study a training. Estimates by `DiffIn` take a few
+    gradients, and the replay of k steps alone takes k steps.
 
-    At 16 steps of the sweep, the actual step without the samples is computed too. Where these differ
-    from the first-order prediction by more than 30 % of what they change (all together), the log
-    warns.
+    At 16 steps of the sweep, the actual step without the samples is computed too. Where these
+    differ from the first-order prediction by more than 30 % of what they change (all together), the
+    log warns.
 
     Args:
         run: The recorded training; or, with a `DiffIn`, checkpoints of a training that was not
             recorded.
         samples: The samples to forget; one that was never visited changes nothing.
-        method: What comes before the replay. `DIT()`: the exact derivative of the training, with its
-            `curvature`, `slope` and `denominator`. `DiffIn(form="corrected")`: an estimate from a few
-            states, without replay. None: nothing; the replay starts at the recorded state.
+        method: What comes before the replay. `DIT()`: the exact derivative of the training, with
+            its `curvature`, `slope` and `denominator`. `DiffIn(form="corrected")`: an estimate from
+            a few states, without replay. None: nothing; the replay starts at the recorded state.
         replay: k, the number of last steps that run again without the samples.
         dtype: Precision of sweep and replay; by default the recorded one.
 
@@ -118,7 +119,7 @@ def forget(
 
 @exclusive
 def first_order(group: RemovedGroup, stop: int, method: DIT) -> tuple[State, float]:
-    """The state `stop` after its first-order change; and the bend: how far steps are from it, of how far they go.
+    """The state `stop` after its first-order change, and the relative error of that order.
 
     Raises:
         BadSetting: the curvature is to be chosen, by queries that there are none of.
@@ -161,7 +162,7 @@ def _by_diff_in(
 
 
 def state_dict(task: Task, state: State) -> dict[str, Tensor]:
-    """A state as `model.load_state_dict` wants it: in the model's precision, tied parameters under all their names."""
+    """A state for `model.load_state_dict`: the model's precision, all names of tied parameters."""
     named: Mapping[str, Tensor] = torch_compile.parameters(task.model) | torch_compile.buffers(
         task.model
     )

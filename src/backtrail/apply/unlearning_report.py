@@ -1,4 +1,4 @@
-"""How close a model that was to forget is to the training without the samples: measured against that training."""
+"""Evaluate unlearning: how close the model is to one trained without the samples."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +66,8 @@ class Forgotten:
             f"Forgetting {self.samples} samples, compared with retraining without them "
             "(0 = equal to it, 1 = as far from it as without forgetting)",
             f"parameters   {self.parameters:.3f}",
-            f"predictions  {self.predictions:.3f}: KL divergence {after:.2e} ({before:.2e} without forgetting)",
+            f"predictions  {self.predictions:.3f}: KL divergence {after:.2e} "
+            f"({before:.2e} without forgetting)",
         ]
         if self.agreement is not None:
             before, after = self.agreement
@@ -121,7 +122,7 @@ def judge_forgetting(
 @final
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A training without some samples, and as it was, in float64: what models that were to forget are compared with."""
+    """Retraining in float64 with and without some samples: the reference for unlearned models."""
 
     group: RemovedGroup
     trained: State
@@ -170,7 +171,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _compared(task: Task, found: Sequence[State], test: Rows) -> tuple[Pair, Pair | None]:
-    """Divergence from the last model's predictions and agreement with its classes, of the first two."""
+    """KL divergence from the last model's predictions and agreement with its classes."""
     divergence, same, divisor, classes = np.zeros(2), np.zeros(2), 0, True
     for batch in _batches(task, test):
         with in_eval_mode(task):
@@ -187,7 +188,7 @@ def _compared(task: Task, found: Sequence[State], test: Rows) -> tuple[Pair, Pai
 
 
 def _classes(outputs: Tensor, batch: Batch) -> bool:
-    """Whether outputs are scores of classes: the labels are whole numbers, one for every vector of scores."""
+    """Whether outputs are class scores: one whole-number label for every vector of scores."""
     try:
         labels = labels_of(batch)
     except (KeyError, IndexError, TypeError):
