@@ -135,7 +135,8 @@ class RemovalCheck:
         )
         return (
             f"removal     {verdict}: {len(self.samples)} samples left out one at a time: "
-            f"Pearson {self.pearson}, Spearman {self.spearman}, slope {self.slope:.2f}, noise floor {self.noise:.1e}{reach}"
+            f"Pearson {self.pearson}, Spearman {self.spearman}, slope {self.slope:.2f}, "
+            f"noise floor {self.noise:.1e}{reach}"
         )
 
     def __repr__(self) -> str:
