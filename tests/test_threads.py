@@ -28,7 +28,7 @@ from tests.processes import in_fresh_process
 
 # The answers of one run, by name: what a thread may ask for, and gets as comparable bytes.
 Answers = Mapping[str, Callable[[], object]]
-PATIENCE = 300.0  # seconds after which a thread that waits counts as deadlocked
+PATIENCE = 120.0  # seconds after which a thread that waits counts as deadlocked
 
 
 @pytest.fixture
@@ -292,6 +292,15 @@ def another_thread_inside() -> Iterator[None]:
         thread.join(PATIENCE)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have SIGINT raise KeyboardInterrupt: a shell's background jobs are started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_thread_that_waits_can_be_interrupted(tmp_path: Path) -> None:
     """Ctrl-C ends a call that waits for another thread, as it ends any other."""
     run = dropout_and_batchnorm(tmp_path / "run")
