@@ -32,6 +32,7 @@ _HOME = {
     "Query": "backtrail.queries",
     "Part": "backtrail.queries",
     "Recorder": "backtrail.record.recorder",
+    "WatchedLoader": "backtrail.record.recorder",
     "CheckpointPolicy": "backtrail.record.policy",
     "Every": "backtrail.record.policy",
     "Epochs": "backtrail.record.policy",
@@ -142,6 +143,7 @@ if TYPE_CHECKING:
     from backtrail.record.policy import Last as Last
     from backtrail.record.policy import Only as Only
     from backtrail.record.recorder import Recorder as Recorder
+    from backtrail.record.recorder import WatchedLoader as WatchedLoader
     from backtrail.run.run import Run as Run
     from backtrail.run.run import Verification as Verification
     from backtrail.run.run import open_run as open_run

@@ -408,15 +408,17 @@ class Influence:
 
     def __repr__(self) -> str:
         """Three lines: method, unit and sizes; the meaning of a positive number; the sign."""
-        states = errors.join_items(self.observed_at, most=6)
+        count_of = errors.count_of
+        observed = errors.join_items(self.observed_at, most=6)
+        states = f"{count_of(len(self.observed_at), 'state')} ({observed})"
         # The settings distinguish results only where they are not the default, exact sweep.
         is_default = self.settings.get("exact", True) and "chosen" not in self.settings
         settings = "" if is_default else layout.describe_settings(self.settings)
         meaning = self.sign.replace("; ", "\n  ")
         return (
             f"Influence by {self.method}{settings} ({self.unit}): "
-            f"{len(self.queries)} queries, {len(self.observed_at)} states ({states}), "
-            f"{self.steps} steps x {self.slots} slots, {self.samples} samples\n"
+            f"{count_of(len(self.queries), 'query')}, {states}, {count_of(self.steps, 'step')} x "
+            f"{count_of(self.slots, 'slot')}, {count_of(self.samples, 'sample')}\n"
             f"= {meaning}"
         )
 

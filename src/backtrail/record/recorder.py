@@ -449,9 +449,17 @@ class Recorder:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class WatchedLoader:
-    """The batches of a loader, unchanged, while a recorder notes their samples."""
+    """A loader whose batches are recorded: what :meth:`backtrail.Recorder.watch` returns.
+
+    Iterate over it instead of the loader: the batches are the loader's own, unchanged, and one pass
+    is one epoch.
+
+    Attributes:
+        recorder: The recorder that notes the samples of each batch.
+        batches: The loader, with the samples of each batch.
+    """
 
     recorder: Recorder
     batches: TrackedLoader | IdStream
@@ -467,6 +475,10 @@ class WatchedLoader:
             self.recorder.yielded(samples, batch, opens_epoch=opens_epoch)
             opens_epoch = False
             yield batch
+
+    def __repr__(self) -> str:
+        """The kind of the loader."""
+        return f"WatchedLoader({type(self.batches).__name__})"
 
 
 def _group_names(
