@@ -1,5 +1,6 @@
 """Pictures: what is drawn is what the tables say, into the axes given, without side effects."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,19 @@ def test_scatter_tells_the_mean_correlation() -> None:
     assert len([c for c in ax.collections if isinstance(c, PathCollection)]) == 2
     assert ax.get_title(loc="left") == "Pearson 0.00, Spearman 0.00"
     np.testing.assert_array_equal(np.asarray(ax.lines[0].get_xydata()), [[1.0, 1.0], [3.0, 3.0]])
+
+
+def test_scatter_labels_do_not_overlap() -> None:
+    """Effects of removals are small numbers, which have long labels."""
+    effects = np.array([-2.83e-3, 1.1e-3])
+    ax = plot.scatter(effects, effects)
+    ax.figure.canvas.draw()
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in ax.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [tick.label1.get_window_extent() for tick in ticks]
+    assert len(boxes) >= 3
+    for left, right in itertools.pairwise(boxes):
+        assert left.x1 < right.x0
 
 
 def test_missing_matplotlib_says_how_to_get_it() -> None:

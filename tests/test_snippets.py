@@ -85,20 +85,20 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def names_with_run(folder: Path) -> dict[str, Any]:
-    """Add what the pages have computed before: the run, its influence, and other methods."""
-    names = training()
-    task = backtrail.classification(names["model"], names["train_set"])
-    run = backtrail.open_run(folder / "runs" / "digits", task)
-    queries = backtrail.Loss(names["test_set"], samples=[3, 17, 40])
-    influence = backtrail.DIT().attribute(run, queries, observed_at="epochs")
+@pytest.fixture(scope="module")
+def names(recorded: Path) -> dict[str, Any]:
+    """What the pages have computed before: the run, its influence, and other methods."""
+    found = training()
+    task = backtrail.classification(found["model"], found["train_set"])
+    run = backtrail.open_run(recorded / "runs" / "digits", task)
+    queries = backtrail.Loss(found["test_set"], samples=[3, 17, 40])
     at_the_end = backtrail.DIT().attribute(run, queries)
-    state = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
-    return names | {
+    state = {name: tensor.clone() for name, tensor in found["model"].state_dict().items()}
+    return found | {
         "task": task,
         "run": run,
         "queries": queries,
-        "influence": influence,
+        "influence": backtrail.open_influence(recorded / "runs" / "digits" / "dit"),
         "dit": at_the_end,
         "tracin": backtrail.TracIn().attribute(run, queries),
         "scores": at_the_end.total()[:, -1],
@@ -123,12 +123,15 @@ def test_a_page_that_records(page: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("page", READING)
 def test_a_page_that_reads(
-    page: str, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    recorded: Path,
+    names: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It needs a run, and what was computed from it before."""
-    folder = shutil.copytree(recorded, tmp_path / "work")
-    monkeypatch.chdir(folder)
-    run_blocks(page, names_with_run(folder))
+    monkeypatch.chdir(shutil.copytree(recorded, tmp_path / "work"))
+    run_blocks(page, dict(names))
 
 
 @pytest.mark.parametrize("page", ALONE)

@@ -335,6 +335,8 @@ def scatter(
     rho = mean_over_queries(spearman(predicted, actual))
     _set_title(ax, f"Pearson {r:.2f}, Spearman {rho:.2f}")
     ax.set(xlabel="predicted effect of the removal", ylabel="actual effect, by retraining")
+    # Effects are small numbers with long labels, which would overlap on the x-axis.
+    ax.locator_params(axis="x", nbins=4)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
