@@ -19,9 +19,9 @@ def read_states(
     with :math:`r_t` the share of a state in the average at this very state.
 
     Args:
-        query: any query.
-        states: numbers and states, or stacks of states.
-        before: the average just before the first of them; needed if that is later than the
+        query: Any query.
+        states: Numbers and states, or stacks of states.
+        before: The average just before the first of them; needed if that is later than the
             average's start.
     """
     if not isinstance(query, Averaged):

@@ -32,11 +32,11 @@ class Sizes:
     """What a sweep is made of, in bytes.
 
     Attributes:
-        state: one state, S.
-        cotangent: one query's cotangent, C: trained parameters and their moments.
-        params: the trained parameters alone, P.
-        chunk: cotangent of the entries whose update is differentiated at once, U.
-        activations: what the forward pass of the largest micro-batch keeps for its backward pass,
+        state: One state, S.
+        cotangent: One query's cotangent, C: trained parameters and their moments.
+        params: The trained parameters alone, P.
+        chunk: Cotangent of the entries whose update is differentiated at once, U.
+        activations: What the forward pass of the largest micro-batch keeps for its backward pass,
             A.
     """
 
@@ -50,9 +50,9 @@ class Sizes:
         """Estimate the peak of a sweep; docs/memory.md has the formula and its measurement.
 
         Args:
-            rows: cotangents, queries x observed states.
-            chunk: queries pulled at once.
-            held: states in memory at once.
+            rows: Cotangents, queries x observed states.
+            chunk: Queries pulled at once.
+            held: States in memory at once.
         """
         cotangents = rows * (self.cotangent + 1.5 * self.params)
         # What one chunk frees is not all used again by the next.
@@ -77,8 +77,8 @@ class Limits:
     """What a sweep must keep to; None where that is to be decided.
 
     Attributes:
-        memory: bytes that it may use.
-        chunk: how many queries are pulled at once.
+        memory: Bytes that it may use.
+        chunk: How many queries are pulled at once.
     """
 
     memory: int | None
@@ -89,14 +89,14 @@ def budget(run: Run, queries: Query, states: int, *, limits: Limits, twice: bool
     """Cut a sweep for queries to fit the memory.
 
     Args:
-        run: the training.
-        queries: what is asked.
-        states: number of observed states.
-        limits: what the sweep must keep to.
-        twice: whether the loss is differentiated twice, for which attention takes another kernel.
+        run: The training.
+        queries: What is asked.
+        states: Number of observed states.
+        limits: What the sweep must keep to.
+        twice: Whether the loss is differentiated twice, for which attention takes another kernel.
 
     Raises:
-        TooLittleMemory: not even one state and one query at a time fit.
+        TooLittleMemory: Not even one state and one query at a time fit.
     """
     free = limits.memory or free_memory(run.task.device) // 2
     sizes = sizes_of(run, twice=twice)
@@ -113,7 +113,7 @@ def gradient_chunk(run: Run, rows: int, *, limits: Limits) -> int:
     There are no moments then, and no update.
 
     Raises:
-        TooLittleMemory: not even one query at a time fits.
+        TooLittleMemory: Not even one query at a time fits.
     """
     free = limits.memory or free_memory(run.task.device) // 2
     sizes = replace(sizes_of(run), cotangent=0, chunk=0)
@@ -124,7 +124,7 @@ def check_limits(limits: Limits) -> None:
     """Refuse limits that nothing fits into.
 
     Raises:
-        BadSetting: names the setting, and what it may be.
+        BadSetting: Names the setting, and what it may be.
     """
     for name, number in (("memory", limits.memory), ("chunk", limits.chunk)):
         if number is not None and number < 1:
@@ -135,7 +135,7 @@ def fit(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) ->
     """Take the largest chunk that is of use, then as many states as fit beside it.
 
     Raises:
-        TooLittleMemory: not even one state and one query at a time fit.
+        TooLittleMemory: Not even one state and one query at a time fit.
     """
     if sizes.activations >= ALONE and available():
         useful = 1

@@ -19,7 +19,7 @@ def observed_states(run: Run, observed_at: ObservedAt) -> tuple[int, ...]:
     replaced by the end.
 
     Raises:
-        NoSuchState: a number that the run does not have.
+        NoSuchState: A number that the run does not have.
     """
     match observed_at:
         case "end":

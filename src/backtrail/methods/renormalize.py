@@ -33,7 +33,7 @@ def check_renormalizable(run: Run) -> None:
     """Refuse runs in which removing a sample does more than drop one term of a mean.
 
     Raises:
-        CannotRenormalize: a loss that is not a mean, a batch of one, a sample twice in a batch, or
+        CannotRenormalize: A loss that is not a mean, a batch of one, a sample twice in a batch, or
             samples whose losses depend on one another.
     """
     if run.task.reduce != "mean":

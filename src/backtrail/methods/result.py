@@ -21,7 +21,7 @@ def begin_or_resume(run: Run, description: Description, path: Path | None) -> In
     """Begin the result of an attribution of all visits, or resume the one in the folder.
 
     Raises:
-        DifferentInfluence: the folder holds another influence.
+        DifferentInfluence: The folder holds another influence.
     """
     ids = run.ids if run.has_ids else None
     return InfluenceWriter.begin(

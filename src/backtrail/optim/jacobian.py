@@ -58,8 +58,8 @@ def pull_update(
     r"""Apply the VJP of an update to cotangents of the parameters and moments after it.
 
     Args:
-        derivatives: the update's derivative, chunk by chunk.
-        names: the parameters that it updates.
+        derivatives: The update's derivative, chunk by chunk.
+        names: The parameters that it updates.
         params: :math:`\lambda_\theta`, contiguous, `[query, *shape]`; overwritten with
             :math:`a_\theta`.
         moments: :math:`\lambda_m`, likewise; those of parameters without a gradient are returned
@@ -118,9 +118,9 @@ class FlatUpdate:
     """The update of one chunk, as that of an optimizer with a single flat parameter.
 
     Attributes:
-        update: with `PARAMETER` as the only parameter.
+        update: With `PARAMETER` as the only parameter.
         inputs: `PARAMETER`, `GRADIENT` and the elementwise moments before the step, `[entry]`.
-        counts: the step counts before the step, in float64.
+        counts: The step counts before the step, in float64.
     """
 
     update: Update
@@ -209,11 +209,11 @@ def jacobian(
     `GRADIENT`.
 
     Args:
-        update: of the step.
-        state: before the step.
-        grads: the gradient that the optimizer consumes.
-        chunk: the entries.
-        held: moments that are treated as constants, with the values that the update gives them.
+        update: Of the step.
+        state: Before the step.
+        grads: The gradient that the optimizer consumes.
+        chunk: The entries.
+        held: Moments that are treated as constants, with the values that the update gives them.
     """
     flat = FlatUpdate.of(update, state, grads, chunk=chunk)
     at_rest = flat.rule.divides_by_lr and flat.settings["lr"] == 0

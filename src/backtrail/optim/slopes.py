@@ -26,7 +26,15 @@ from backtrail.tree import Tree, cast
 
 
 class UpdateDerivative(abc.ABC):
-    """Says how an update is differentiated."""
+    r"""Says how an update is differentiated with respect to the gradient.
+
+    With U the update and g the gradient that it consumes, a reverse sweep multiplies cotangents by
+
+    .. math:: \frac{\partial U}{\partial g} = \lim_{s \to 0} \frac{U(g + s) - U(g - s)}{2 s}
+
+    or by the same quotient at a finite s. `Tangent` takes the limit, `Secant` a width of about one
+    sample.
+    """
 
     @abc.abstractmethod
     def diagonals(
@@ -35,18 +43,24 @@ class UpdateDerivative(abc.ABC):
         """Differentiate the update's outputs by its inputs, at a chunk's entries.
 
         Args:
-            update: of the step.
-            state: before the step.
-            grads: the gradient that the optimizer consumes.
-            chunk: the entries.
-            slots: number of slots of the step.
+            update: Of the step.
+            state: Before the step.
+            grads: The gradient that the optimizer consumes.
+            chunk: The entries.
+            slots: Number of slots of the step.
         """
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Tangent(UpdateDerivative):
-    """The derivative at the gradient of the step: what an infinitely small change does."""
+    r"""The derivative at the gradient of the step, :math:`U'(g)`: what an infinitesimal change does.
+
+    Together with the curvature `Hessian` it makes a sweep the exact derivative of the training.
+
+    >>> Tangent()
+    Tangent()
+    """
 
     def diagonals(
         self, update: Update, state: State, grads: Tree, *, chunk: FlatChunk, slots: int
@@ -69,11 +83,14 @@ class Secant(UpdateDerivative):
     Only the derivative with respect to the gradient is replaced; those with respect to parameters
     and moments stay exact.
 
+    >>> Secant(width=2.0)
+    Secant(width=2.0)
+
     Args:
-        width: how many samples wide.
+        width: How many samples wide.
 
     Raises:
-        BadSetting: the width is not positive.
+        BadSetting: The width is not positive.
     """
 
     width: float = 1.0
@@ -82,7 +99,7 @@ class Secant(UpdateDerivative):
         """Check the width.
 
         Raises:
-            BadSetting: it is not positive.
+            BadSetting: It is not positive.
         """
         if not self.width > 0:
             raise BadSetting("width", self.width, "a positive number of samples")

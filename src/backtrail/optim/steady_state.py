@@ -53,10 +53,10 @@ def steady_state(task: Task, update: Update, state: State, *, grads: Tree) -> St
     the entries.
 
     Args:
-        task: of the training.
-        update: of the step.
-        state: before the step.
-        grads: the step's gradient before clipping; of all parameters, or of some if the task does
+        task: Of the training.
+        update: Of the step.
+        state: Before the step.
+        grads: The step's gradient before clipping; of all parameters, or of some if the task does
             not clip.
     """
     # Clipping depends on the norm of the whole gradient, so it comes first.

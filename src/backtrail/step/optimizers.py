@@ -56,21 +56,21 @@ class OptimizerRule:
     optimizer's own key. All but the counts have one entry per entry of the parameter.
 
     Attributes:
-        optimizer_class: the class in `torch.optim`.
-        counts: scalars that depend on the step number alone.
-        first_moments: averages of gradients that the parameter moves along.
-        second_moments: averages, sums or maxima of squared gradients (or of their size) by which a
+        optimizer_class: The class in `torch.optim`.
+        counts: Scalars that depend on the step number alone.
+        first_moments: Averages of gradients that the parameter moves along.
+        second_moments: Averages, sums or maxima of squared gradients (or of their size) by which a
             step is divided. Zero where an entry never received a gradient.
-        gradient_means: averages of gradients that are subtracted from a second moment.
-        squared_updates: averages of squared steps, by which a step is multiplied.
-        averaged_parameters: averages of the parameter itself, which no update reads.
-        linear: the update is linear in parameter, moments and gradient, with the same coefficients
+        gradient_means: Averages of gradients that are subtracted from a second moment.
+        squared_updates: Averages of squared steps, by which a step is multiplied.
+        averaged_parameters: Averages of the parameter itself, which no update reads.
+        linear: The update is linear in parameter, moments and gradient, with the same coefficients
             for every entry. So its derivative is the same number everywhere.
-        divides_by_lr: the differentiable mode divides by the learning rate; at a rate of 0 its
+        divides_by_lr: The differentiable mode divides by the learning rate; at a rate of 0 its
             derivative is NaN. Every term of the update must then be a multiple of the rate.
-        start_values: values before the first step, where not zero: a number, or the name of the
+        start_values: Values before the first step, where not zero: a number, or the name of the
             hyperparameter that holds it.
-        differentiable_start: needed where the first step makes a moment by detaching it from the
+        differentiable_start: Needed where the first step makes a moment by detaching it from the
             gradient. From hyperparameters, parameter and gradient it computes moments before the
             first step with which the formula of later steps gives the same values, and keeps the
             derivative.
@@ -115,8 +115,8 @@ class OptimizerRule:
         Counts are in float64: in float32, Adam's 1 - 0.999 ** t is off by 1e-5.
 
         Args:
-            after: those after the step; they tell which there are, and their shapes.
-            settings: the group's hyperparameters.
+            after: Those after the step; they tell which there are, and their shapes.
+            settings: The group's hyperparameters.
         """
         before: Tree = {}
         for key, tensor in after.items():
@@ -243,7 +243,7 @@ def find_rule(optimizer_class: type[Optimizer]) -> OptimizerRule:
     subclass of Adam in torch.)
 
     Raises:
-        UnsupportedOptimizer: with the reason.
+        UnsupportedOptimizer: With the reason.
     """
     name = optimizer_class.__name__
     nearest = _nearest_torch_class(optimizer_class)
@@ -263,7 +263,7 @@ def rule_named(name: str) -> OptimizerRule:
     """Look up the rule of the optimizer that a recording names.
 
     Raises:
-        UnsupportedOptimizer: the name is not in the table.
+        UnsupportedOptimizer: The name is not in the table.
     """
     if name not in RULES:
         reason = REFUSED.get(name, "this version has no rule for it")

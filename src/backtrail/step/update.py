@@ -22,9 +22,9 @@ class Update:
     """The update U of one step.
 
     Attributes:
-        optimizer: name of the optimizer's class, a key of `backtrail.step.optimizers.RULES`.
-        groups: names of the parameters of every parameter group.
-        settings: hyperparameters of every parameter group.
+        optimizer: Name of the optimizer's class, a key of `backtrail.step.optimizers.RULES`.
+        groups: Names of the parameters of every parameter group.
+        settings: Hyperparameters of every parameter group.
     """
 
     optimizer: str

@@ -76,12 +76,12 @@ def choose_rules(
     its linear datamodelling score with the groups, over at most `QUERIES` of the queries.
 
     Args:
-        run: the training.
-        queries: those that are to be attributed.
-        candidates: the rules to choose from, the preferred ones first.
-        predict: from rules and queries to the influence of every sample.
-        state: the state that the queries read.
-        denominator: what a removal does to its batch's mean.
+        run: The training.
+        queries: Those that are to be attributed.
+        candidates: The rules to choose from, the preferred ones first.
+        predict: From rules and queries to the influence of every sample.
+        state: The state that the queries read.
+        denominator: What a removal does to its batch's mean.
     """
     some = evenly_spaced(queries, QUERIES)
     removals, singles = _removals(run)

@@ -25,7 +25,7 @@ class CotangentStore:
     """Files beside an influence on disk; does nothing for an influence in memory.
 
     Attributes:
-        folder: of the influence; None if it is in memory.
+        folder: Of the influence; None if it is in memory.
     """
 
     folder: Path | None
@@ -34,7 +34,7 @@ class CotangentStore:
         """Keep the cotangents of the state before a step, and drop all but the last two.
 
         Args:
-            step: its index.
+            step: Its index.
             cotangent: None if no query reads a state from there on.
         """
         if self.folder is None:
@@ -54,7 +54,7 @@ class CotangentStore:
         """Read the cotangents of the state before a step; None if there were none.
 
         Raises:
-            DamagedFile: the file is missing or unreadable.
+            DamagedFile: The file is missing or unreadable.
         """
         path = self._file(step)
         try:

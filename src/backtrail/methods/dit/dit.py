@@ -56,23 +56,28 @@ Policy = Curvature | Literal["auto"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DIT:
-    """Exact influence of every slot of every step, by one reverse sweep for all queries.
+    r"""Exact influence of every slot of every step, by one reverse sweep for all queries.
+
+    .. math:: I[q, \tau, t, b] = -\,\partial q(\theta_\tau) / \partial w_{t,b}
+
+    >>> DIT(denominator="renormalize", chunk=4).slope
+    Tangent()
 
     Args:
-        curvature: how the loss's second derivative is taken. "auto" leaves out some samples first
+        curvature: How the loss's second derivative is taken. "auto" leaves out some samples first
             and takes what predicts that best on this run, `Hessian` or `GaussNewton`, and for
             optimizers with a nonlinear update also with `Secant`; `influence.settings["chosen"]`
             says why.
-        slope: how the update is differentiated: exactly, or as a mean over the width of one
+        slope: How the update is differentiated: exactly, or as a mean over the width of one
             removal.
         denominator: "keep" leaves a removed sample's place in the batch's mean; "renormalize"
             divides by one less.
-        memory: bytes that a sweep may use beside the model; default half of what is free. It
+        memory: Bytes that a sweep may use beside the model; default half of what is free. It
             decides how many states are held and how many queries are pulled at once.
-        chunk: how many queries are pulled at once, if you know better.
+        chunk: How many queries are pulled at once, if you know better.
 
     Raises:
-        BadSetting: names the setting, and what it may be.
+        BadSetting: Names the setting, and what it may be.
     """
 
     curvature: Policy = field(default_factory=Hessian)
@@ -85,7 +90,7 @@ class DIT:
         """Check the settings.
 
         Raises:
-            BadSetting: names the setting, and what it may be.
+            BadSetting: Names the setting, and what it may be.
         """
         if isinstance(self.curvature, Curvature):
             if self.curvature.product not in get_args(Product):
@@ -114,10 +119,10 @@ class DIT:
         negative harmful.
 
         Args:
-            run: the recorded training.
-            queries: what is asked; all are answered by one sweep.
-            observed_at: the states that the queries read: "end", "epochs", a number, or several.
-            out: folder of the result. If it holds an unfinished attribution of the same question,
+            run: The recorded training.
+            queries: What is asked; all are answered by one sweep.
+            observed_at: The states that the queries read: "end", "epochs", a number, or several.
+            out: Folder of the result. If it holds an unfinished attribution of the same question,
                 that one is resumed, with bit-identical results. None keeps the result in memory.
         """
         # Plan: which states, by which rules, in how much memory.

@@ -22,9 +22,9 @@ class CotangentSource(abc.ABC):
         """Add what the queries read at this state to the cotangents from later states.
 
         Args:
-            number: of the state.
-            state: the state.
-            later: what later states passed on to it; overwritten. None if nothing.
+            number: Of the state.
+            state: The state.
+            later: What later states passed on to it; overwritten. None if nothing.
 
         Returns:
             The cotangents of this state; those of the queries that are observed here stand behind

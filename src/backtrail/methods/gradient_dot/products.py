@@ -48,11 +48,11 @@ def slot_products(
     r"""Compute products :math:`c_b \langle a_q, \nabla\ell_b \rangle` and losses at a state.
 
     Args:
-        micro_batches: those of one step, in order.
-        state: where the gradients are taken.
-        directions: a, for the parameters that the step updates (others are ignored),
+        micro_batches: Those of one step, in order.
+        state: Where the gradients are taken.
+        directions: The vectors a, for the parameters that the step updates (others are ignored),
             `[query, ...]`.
-        chunk: how many directions are multiplied at once.
+        chunk: How many directions are multiplied at once.
     """
     scores: list[Tensor] = []
     losses: list[Tensor] = []

@@ -36,10 +36,10 @@ class StateProducts:
     """Products of gradients at a state.
 
     Attributes:
-        run: the training.
-        state: where the gradients are taken.
-        gradients: of the queries, `[query, ...]`.
-        chunk: how many queries are multiplied at once.
+        run: The training.
+        state: Where the gradients are taken.
+        gradients: Of the queries, `[query, ...]`.
+        chunk: How many queries are multiplied at once.
     """
 
     run: Run
@@ -69,9 +69,9 @@ class StateProducts:
         """Compute products with samples in batches of their own.
 
         Args:
-            like: a step whose train/eval modes and updated parameters are used.
-            samples: rows of the training set.
-            factors: of every parameter group, instead of its rate.
+            like: A step whose train/eval modes and updated parameters are used.
+            samples: Rows of the training set.
+            factors: Of every parameter group, instead of its rate.
         """
         directions = self.scaled(factors)
         transition = self.run.transition(like.index)
@@ -108,9 +108,9 @@ class Tables:
     class and share a product.
 
     Attributes:
-        run: the training.
-        classes: class of every parameter group.
-        samples: those visited in steps of each kind, ascending.
+        run: The training.
+        classes: Class of every parameter group.
+        samples: Those visited in steps of each kind, ascending.
         products: `[class, query, sample]` for each kind.
     """
 

@@ -58,12 +58,12 @@ class TracIn:
             (TracInCP): no replay, and one product per kept state and distinct sample, however many
             steps lie between. Where a sample's gradient depends on its visit (BatchNorm,
             contrastive losses, dropout, stored batches), every visit is computed in its own batch.
-        memory: bytes that may be used beside the model; default half of what is free. It decides
+        memory: Bytes that may be used beside the model; default half of what is free. It decides
             how many queries are multiplied at once.
-        chunk: how many queries are multiplied at once, if you know better.
+        chunk: How many queries are multiplied at once, if you know better.
 
     Raises:
-        BadSetting: names the setting, and what it may be.
+        BadSetting: Names the setting, and what it may be.
     """
 
     states: States = "every"
@@ -74,7 +74,7 @@ class TracIn:
         """Check the settings.
 
         Raises:
-            BadSetting: names the setting, and what it may be.
+            BadSetting: Names the setting, and what it may be.
         """
         if self.states not in get_args(States):
             raise BadSetting("states", self.states, "'every' or 'kept'")
@@ -95,10 +95,10 @@ class TracIn:
         proponent), negative harmful (an opponent).
 
         Args:
-            run: the recorded training.
-            queries: what is asked.
-            observed_at: the states up to which visits count: "end", "epochs", a number, or several.
-            out: folder of the result. An unfinished attribution of the same question there is
+            run: The recorded training.
+            queries: What is asked.
+            observed_at: The states up to which visits count: "end", "epochs", a number, or several.
+            out: Folder of the result. An unfinished attribution of the same question there is
                 resumed, with bit-identical results. None keeps the result in memory.
         """
         method = _GradientProduct(
@@ -125,11 +125,11 @@ class GradientDot:
     batches), every visit is computed in its own batch.
 
     Args:
-        memory: bytes that may be used beside the model; default half of what is free.
-        chunk: how many queries are multiplied at once, if you know better.
+        memory: Bytes that may be used beside the model; default half of what is free.
+        chunk: How many queries are multiplied at once, if you know better.
 
     Raises:
-        BadSetting: names the setting, and what it may be.
+        BadSetting: Names the setting, and what it may be.
     """
 
     memory: int | None = None
@@ -154,11 +154,11 @@ class GradientDot:
         negative harmful.
 
         Args:
-            run: the recorded training.
-            queries: what is asked.
-            observed_at: the states at which gradients are taken: "end", "epochs", a number, or
+            run: The recorded training.
+            queries: What is asked.
+            observed_at: The states at which gradients are taken: "end", "epochs", a number, or
                 several.
-            out: folder of the result. An unfinished attribution of the same question there is
+            out: Folder of the result. An unfinished attribution of the same question there is
                 resumed, with bit-identical results. None keeps the result in memory.
         """
         method = _GradientProduct(
@@ -264,8 +264,8 @@ class _GradientStates:
     """At which states gradients are taken.
 
     Attributes:
-        columns: for every step, by state s, the columns of the observed states for which s is used.
-        steps: for every state s, the steps that use it.
+        columns: For every step, by state s, the columns of the observed states for which s is used.
+        steps: For every state s, the steps that use it.
     """
 
     columns: Sequence[dict[int, list[int]]]
