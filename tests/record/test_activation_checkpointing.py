@@ -1,4 +1,4 @@
-"""Models that compute activations again in their backward pass."""
+"""Models with activation checkpointing."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ from tests.loops import CLASSES, FEATURES, Loop, recorded_loop
 
 
 class Net(nn.Module):
-    """Two layers with dropout, of which the middle may be computed again."""
+    """Two layers with dropout between them, whose activations may be checkpointed."""
 
     def __init__(self, way: str) -> None:
         torch.manual_seed(5)
@@ -31,7 +31,7 @@ class Net(nn.Module):
         self.middle = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores."""
+        """Map inputs `[row, feature]` to logits `[row, class]`."""
         x = self.first(x)
         if self.way == "once":
             return self.last(self.middle(x))
@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def influence(way: str, path: Path) -> np.ndarray:
-    """Of a training that draws the same random numbers either way."""
+    """Return the influence of a training that draws the same random numbers in every way."""
     loop = Loop.of(Net(way).double())
     loop.data.tensors = (loop.data.tensors[0].double(), loop.data.tensors[1])
     torch.manual_seed(1)
@@ -57,7 +57,7 @@ TORCHS_OWN = implementations()
 
 @pytest.mark.parametrize("way", ["reentrant", "later"])
 def test_they_are_recorded_and_attributed_like_others(way: str, tmp_path: Path) -> None:
-    """In both of torch's ways, with the dropout masks of the loop, which still computes twice."""
+    """Both kinds of checkpointing give the influence of a model without, and stay in place."""
     found = influence(way, tmp_path / "twice")
     np.testing.assert_allclose(
         found, influence("once", tmp_path / "once"), rtol=0, atol=1e-12 * np.abs(found).max()
