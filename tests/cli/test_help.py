@@ -109,7 +109,8 @@ def test_help_loads_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'scipy', 'polars', 'zarr', 'matplotlib', 'sklearn'}"
     code = (
         "import sys\nfrom backtrail.cli import main\n"
-        f"try: main(['--help'])\nexcept SystemExit: print('HEAVY', *sorted({heavy} & set(sys.modules)))"
+        "try: main(['--help'])\n"
+        f"except SystemExit: print('HEAVY', *sorted({heavy} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].split() == ["HEAVY"]

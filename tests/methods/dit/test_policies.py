@@ -118,9 +118,15 @@ def test_a_policy_is_part_of_the_question(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "DIT(curvature='hessian')": "Invalid curvature='hessian': expected backtrail.Hessian(), GaussNewton(), ",
-    "DIT(curvature=backtrail.GaussNewton('finite'))": "Invalid product='finite': expected 'autograd' or 'difference'",
-    "DIT(slope='secant')": "Invalid slope='secant': expected backtrail.Tangent() or backtrail.Secant()",
+    "DIT(curvature='hessian')": (
+        "Invalid curvature='hessian': expected backtrail.Hessian(), GaussNewton(), "
+    ),
+    "DIT(curvature=backtrail.GaussNewton('finite'))": (
+        "Invalid product='finite': expected 'autograd' or 'difference'"
+    ),
+    "DIT(slope='secant')": (
+        "Invalid slope='secant': expected backtrail.Tangent() or backtrail.Secant()"
+    ),
     "DIT(denominator='drop')": "Invalid denominator='drop': expected 'keep' or 'renormalize'",
     "DIT(chunk=0)": "Invalid chunk=0: expected a positive integer or None",
 }
