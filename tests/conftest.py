@@ -1,4 +1,4 @@
-"""Settings of every test.
+"""Settings of all tests.
 
 This file is read before the shape checks are switched on, so it must not import backtrail.
 """
@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same random state."""
+    """Seed all random generators before every test."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A recording or an attribution that is killed at any instant loses nothing that was whole."""
+"""A recording or an attribution that is killed at any moment keeps what was complete."""
 
 import random
 import time
@@ -18,26 +18,26 @@ KILLS, EPOCHS = 20, 15
 
 
 def loop() -> Loop:
-    """A training with everything that a run stores."""
+    """Make a training that stores everything a run can store."""
     return Loop.of(stochastic_mlp(), data=rows(40))
 
 
 def record(path: Path) -> None:
-    """Train and record, batches too."""
+    """Record the training with its batches."""
     training = loop()
     with training.recorder(path, checkpoints=backtrail.Last(9), keep_batches=True) as recorder:
         training.train(recorder.watch, training.loader(), epochs=EPOCHS)
 
 
 def attribute(run: Path, out: Path) -> None:
-    """Attribute two queries at every epoch, or go on with that."""
+    """Attribute two queries at every epoch; resume what is there."""
     opened = backtrail.open_run(run, loop().task())
     queries = backtrail.Loss(opened.task.data, samples=[0, 3])
     backtrail.DIT(chunk=1).attribute(opened, queries, observed_at="epochs", out=out)
 
 
 def seconds(work: object, *args: object) -> float:
-    """How long a process takes."""
+    """Run a process to its end; return how long it took."""
     begun = time.perf_counter()
     process = start_process(work, *args)  # type: ignore[arg-type]
     process.join()
@@ -46,7 +46,7 @@ def seconds(work: object, *args: object) -> float:
 
 
 def killed(work: object, *args: object, after: float) -> None:
-    """Start a process and kill it, unless it ended before."""
+    """Start a process, and kill it after a while unless it has ended."""
     process = start_process(work, *args)  # type: ignore[arg-type]
     process.join(after)
     process.kill()
@@ -55,20 +55,20 @@ def killed(work: object, *args: object, after: float) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A recording that nothing happened to, and how long it took."""
+    """A run that was not killed, and the seconds it took to record."""
     path = tmp_path_factory.mktemp("undisturbed") / "run"
     record_first = seconds(record, path.with_name("warm"))
     return path, min(record_first, seconds(record, path))
 
 
 def instants(span: float) -> list[float]:
-    """Delays from almost nothing to about the whole span."""
+    """Draw moments from almost nothing to a little more than the whole span."""
     draw = random.Random(6)
     return [0.0, 0.01, *(draw.uniform(0, 1.05 * span) for _ in range(KILLS - 2))]
 
 
 def check_prefix(run: Run, whole: Run) -> None:
-    """Assert that the run is the beginning of the whole one, bit for bit."""
+    """Assert that a run is the beginning of the whole one, bit for bit."""
     run.verify()
     assert run.log == whole.log[: run.steps]
     for number in set(run.kept) & set(whole.kept):
@@ -78,7 +78,7 @@ def check_prefix(run: Run, whole: Run) -> None:
 
 
 def replayed(whole: Run, run: Run) -> State:
-    """The state of the whole run at the cut run's end, replayed from the same kept state."""
+    """Replay the whole run from the last state that the other run has stored to its end."""
     state = run.store.state(max(run.kept))
     for index in range(max(run.kept), run.steps):
         state = whole.transition(index).advance(state)
@@ -88,7 +88,7 @@ def replayed(whole: Run, run: Run) -> State:
 def test_a_killed_recording_opens_at_its_last_whole_step(
     undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
-    """Whatever the instant: log and states are those of the undisturbed run, up to where they go."""
+    """Log and states of a killed recording are the beginning of those of the whole one."""
     reference, span = undisturbed
     whole, ends = backtrail.open_run(reference, loop().task()), []
     for number, delay in enumerate(instants(span)):
@@ -108,7 +108,7 @@ def test_a_killed_recording_opens_at_its_last_whole_step(
 def test_a_killed_attribution_resumes_to_the_same_bits(
     undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
-    """Killed again and again, and resumed until done: the influence is that of one undisturbed sweep."""
+    """Killed five times and resumed, an attribution is equal to one sweep bit for bit."""
     reference, _ = undisturbed
     span = seconds(attribute, reference, tmp_path / "whole")
     whole = in_fresh_process(influence, tmp_path / "whole")
@@ -127,25 +127,25 @@ def test_a_killed_attribution_resumes_to_the_same_bits(
 
 
 def influence(path: Path) -> np.ndarray:
-    """All numbers of an influence."""
+    """Return the influence in a folder as an array."""
     found: np.ndarray = backtrail.open_influence(path).to_xarray()["influence"].values
     return found
 
 
 def gather(run: Path, out: Path, part: tuple[int, int]) -> None:
-    """Do a part of the pass over the training."""
+    """Do one part of the pass over the training."""
     embedding().gather(backtrail.open_run(run, loop().task()), out=out, part=part)
 
 
 def embedding() -> backtrail.DataValueEmbedding:
-    """By the samples' own gradients, as the task draws no labels."""
+    """Return the method with the empirical Fisher matrix, which samples no labels."""
     return backtrail.DataValueEmbedding(rank=4, fisher="empirical", segments=2)
 
 
 def test_processes_share_the_pass_over_a_training(
     undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
-    """Three at once, in one folder; what `embed` makes of it is what it makes alone, bit for bit."""
+    """Three processes share the pass over a training, and the embeddings are equal bit for bit."""
     run, out = backtrail.open_run(undisturbed[0], loop().task()), tmp_path / "shared"
     processes = [start_process(gather, undisturbed[0], out, (part, 3)) for part in range(3)]
     for process in processes:

@@ -96,7 +96,7 @@ def test_links_resolve(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_parse(page: Path) -> None:
-    """Every Python block is valid syntax; tests/test_snippets.py runs the first one of each page."""
+    """Every Python block is valid syntax; tests/test_snippets.py runs the first of each page."""
     for block in code_blocks(page, "python"):
         ast.parse(block)
 
@@ -130,7 +130,7 @@ def test_commands_are_documented(verb: object) -> None:
 
 
 def test_the_map_says_what_may_import_what() -> None:
-    """The table of CONTRIBUTING.md has every folder, and the imports that tests/import_directions.py allows."""
+    """The table of CONTRIBUTING.md allows the imports of tests/import_directions.py."""
     page = text_of(ROOT / "CONTRIBUTING.md")
     sets: dict[str, set[str]] = {}
     for name in SETS:

@@ -1,4 +1,4 @@
-"""Every example runs from an empty folder, in an environment with nothing set, and says something."""
+"""Every example runs in an empty folder and environment, and prints something."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ KEPT = ("PATH", "HOME", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH")
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
-    """It ends well, prints a result, warns of nothing and leaves nothing in the working folder."""
+    """It prints a result, gives no warning, and leaves no file in the working folder."""
     environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {
         "OMP_NUM_THREADS": "1"
     }
@@ -31,10 +31,10 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_says_what_it_shows(path: Path) -> None:
-    """It opens with a docstring."""
+    """It has a docstring."""
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def test_there_are_examples() -> None:
-    """The folder was found."""
+    """The examples are found."""
     assert {path.stem for path in EXAMPLES} >= {"quickstart", "language_model"}

@@ -1,4 +1,4 @@
-"""The house keeps its order: who imports whom, and which words are used."""
+"""Rules of the repository: imports, printing, names and words."""
 
 import ast
 import importlib
@@ -93,7 +93,7 @@ def test_imports_go_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("name", METHOD_MAY_IMPORT)
 def test_methods_keep_apart(name: str) -> None:
-    """A method imports only the methods that it builds on, and what methods share imports none."""
+    """A method imports only methods that it builds on, and shared modules import none."""
     folder = PACKAGE / "methods"
     imported = {
         parts[2]
@@ -142,7 +142,7 @@ def private_names(path: Path) -> set[str]:
 
 
 def test_private_names_of_torch_are_listed() -> None:
-    """Each is used in one module only, for a reason; one that is not used any more goes."""
+    """Private names of torch are used in the one module listed, and all listed are used."""
     homes: dict[str, list[str]] = {}
     for path in MODULES:
         if layer(path) != "accel":
@@ -162,13 +162,13 @@ def test_modules_are_named_for_what_they_hold() -> None:
     "path", [*PYTHON_FILES, *BENCHMARKS], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_no_module_imports_tests(path: Path) -> None:
-    """What tests share lies in modules of its own: no module imports a `test_*` module or a conftest."""
+    """No module imports a `test_*` module or a conftest."""
     parts = {part for module in imported_modules(parsed(path)) for part in module.split(".")}
     assert {p for p in parts if p == "conftest" or p.startswith("test_")} == set()
 
 
 def test_texts_speak_of_the_project_alone() -> None:
-    """No text names a package registry or a place on the machine it was written on."""
+    """No file names a package registry."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     tracked = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = {ROOT / name for name in tracked.split("\0") if name} - {Path(__file__).resolve()}
@@ -177,7 +177,7 @@ def test_texts_speak_of_the_project_alone() -> None:
 
 
 def test_public_names_resolve() -> None:
-    """Every public name can be had, and the type checker is told the same homes as the reader."""
+    """Every public name exists, and type checkers see it at the same place."""
     backtrail = importlib.import_module("backtrail")
     for name in backtrail.__all__:
         assert getattr(backtrail, name) is not None, name
@@ -187,7 +187,7 @@ def test_public_names_resolve() -> None:
 
 
 def test_importing_backtrail_is_light() -> None:
-    """`import backtrail` brings in no library that takes time."""
+    """`import backtrail` imports no library that is slow to import."""
     heavy = "{'torch', 'numpy', 'scipy', 'polars', 'zarr', 'matplotlib', 'jaxtyping', 'tyro'}"
     code = f"import sys, backtrail; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

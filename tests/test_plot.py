@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what the tables say, into the axes given, without side effects."""
+"""Plots show the numbers of the tables, in the axes given, without side effects."""
 
 import itertools
 import subprocess
@@ -45,13 +45,13 @@ def agg() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def influence() -> Influence:
-    """The random influence that the tests of sums use."""
+    """Return the random influence of the tests of sums."""
     return made()
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_draws_into_the_axes_given(influence: Influence, name: str) -> None:
-    """Given axes are used and returned, without a new figure; settings stay as they were."""
+    """Axes that are given are used and returned, and Matplotlib's settings do not change."""
     settings = dict(mpl.rcParams)
     ax = plt.figure().subplots()
     assert DRAWINGS[name](influence, ax) is ax
@@ -62,7 +62,7 @@ def test_draws_into_the_axes_given(influence: Influence, name: str) -> None:
 
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_makes_a_figure_of_its_own(influence: Influence, name: str) -> None:
-    """Without axes each picture gets a new figure, which can be drawn without a warning."""
+    """Without axes every plot makes one figure, which can be drawn without a warning."""
     ax = DRAWINGS[name](influence, None)
     assert isinstance(ax, Axes)
     ax.figure.canvas.draw()
@@ -70,7 +70,7 @@ def test_makes_a_figure_of_its_own(influence: Influence, name: str) -> None:
 
 
 def words(ax: Axes) -> str:
-    """Collect everything that is written in a figure."""
+    """Return all text of a figure."""
     ax.figure.canvas.draw()
     texts = ax.figure.findobj(lambda artist: hasattr(artist, "get_text"))
     return " ".join(text.get_text() for text in texts)  # type: ignore[attr-defined]
@@ -78,14 +78,14 @@ def words(ax: Axes) -> str:
 
 @pytest.mark.parametrize("name", ["curve", "visits", "heatmap"])
 def test_directions_have_names(influence: Influence, name: str) -> None:
-    """Pictures of influence say which way is helpful, on which query and in which unit."""
+    """Plots of influence name the helpful and the harmful direction, query and unit."""
     written = words(DRAWINGS[name](influence, None))
     for word in ("helpful →", "← harmful", "loss a", "nats"):
         assert word in written
 
 
 def test_curve_draws_its_table(influence: Influence) -> None:
-    """The line goes through the table's points, and the axis names the query asked for."""
+    """The line has the points of the table, and the axis names the query."""
     ax = plot.curve(influence, sample=5, query="loss b")
     table = influence.curve(sample=5, query="loss b")
     np.testing.assert_array_equal(ax.lines[0].get_xydata(), table.to_numpy())
@@ -93,7 +93,7 @@ def test_curve_draws_its_table(influence: Influence) -> None:
 
 
 def test_visits_are_coloured_by_sign(influence: Influence) -> None:
-    """Each visit is a stem from zero: blue where helpful, red where harmful."""
+    """Every visit is a line from zero, coloured by its sign."""
     ax = plot.visits(influence, sample=5, observed_at=7)
     table = influence.visits_curve(sample=5, observed_at=7)
     stems = next(c for c in ax.collections if isinstance(c, LineCollection))
@@ -105,7 +105,7 @@ def test_visits_are_coloured_by_sign(influence: Influence) -> None:
 
 
 def test_heatmap_is_centred_at_zero(influence: Influence) -> None:
-    """Cells are windowed influence, rows in the order asked for, and white is zero."""
+    """Cells are windows, rows are in the order given, and the colours are symmetric about zero."""
     ax = plot.heatmap(influence, samples=[5, 0, 2], query=1)
     mesh = next(c for c in ax.collections if isinstance(c, QuadMesh))
     windows = [influence.window(a, b)[1, [5, 0, 2]] for a, b in ((0, 3), (3, 7), (7, 10))]
@@ -117,7 +117,7 @@ def test_heatmap_is_centred_at_zero(influence: Influence) -> None:
 
 
 def test_heatmap_of_many_samples_stays_readable() -> None:
-    """Of many samples only some are labelled; one that is not there is an error."""
+    """Of many samples at most 40 are labelled, and an unknown sample is refused."""
     influence = made()
     ax = plot.heatmap(influence, samples=[*range(9)] * 10)
     assert len(ax.get_yticklabels()) <= 40
@@ -126,7 +126,7 @@ def test_heatmap_of_many_samples_stays_readable() -> None:
 
 
 def test_patterns_takes_a_table_too(influence: Influence) -> None:
-    """Drawn from the table or from the influence, the picture is the same."""
+    """A table of patterns gives the plot of its influence."""
     table = patterns(influence, query=1)
     texts = [
         [text.get_text() for text in ax.texts]
@@ -137,7 +137,7 @@ def test_patterns_takes_a_table_too(influence: Influence) -> None:
 
 
 def test_scatter_tells_the_mean_correlation() -> None:
-    """One colour per query; the title has the correlations averaged over queries."""
+    """Queries have a colour each, and the title has the mean correlations over queries."""
     predicted = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
     ax = plot.scatter(predicted, np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
     assert len([c for c in ax.collections if isinstance(c, PathCollection)]) == 2
@@ -159,14 +159,14 @@ def test_scatter_labels_do_not_overlap() -> None:
 
 
 def test_missing_matplotlib_says_how_to_get_it() -> None:
-    """Without matplotlib, importing the module names the extra to install."""
+    """Without Matplotlib the error names the extra to install."""
     code = "import sys; sys.modules['matplotlib.pyplot'] = None; import backtrail.plot"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "MissingExtra: Module 'matplotlib' is not installed" in done.stderr
 
 
 def test_regimes_have_their_levels_and_boundaries() -> None:
-    """Three dashed levels where the table has them, each with its name and its multiple of the basin."""
+    """The three levels are those of the table, with name and multiple of the basin."""
     ax = plot.regimes(example())
     levels = [
         line.get_segments()[0] for line in ax.collections if isinstance(line, LineCollection)
@@ -177,7 +177,7 @@ def test_regimes_have_their_levels_and_boundaries() -> None:
 
 
 def test_detection_goes_through_every_rank() -> None:
-    """Of five samples the first and the third are wrong; the dot is at two."""
+    """The curve has precision and recall of every rank, and a dot at the number of wrong ones."""
     ax = plot.detection({"one": RANKED, "other": RANKED.reverse()}, wrong=[4, 0])
     curves = {
         str(line.get_label()): line.get_xydata()
@@ -196,6 +196,6 @@ def test_detection_goes_through_every_rank() -> None:
 def test_detection_needs_wrong_labels_that_are_there(
     wrong: list[int], error: type[errors.BacktrailError]
 ) -> None:
-    """None, or one that is in no table, is told."""
+    """No wrong samples, and one that is in no table, are refused."""
     with pytest.raises(error):
         plot.detection(pl.DataFrame({"sample": [3, 5], "score": [1.0, 0.0]}), wrong=wrong)

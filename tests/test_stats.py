@@ -1,4 +1,4 @@
-"""Agreement of predicted and actual effects, against scipy one query at a time and plain loops."""
+"""Statistics of agreement and detection against SciPy and loops."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ ONE_BY_ONE: dict[str, tuple[Statistic, Callable[[np.ndarray, np.ndarray], float]
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_statistics_are_those_of_scipy(name: str) -> None:
-    """Each query has the value that scipy gives for it alone, ties included."""
+    """Every query has the value of SciPy for it alone, with ties."""
     ours, theirs = ONE_BY_ONE[name]
     expected = [theirs(p, a) for p, a in zip(PREDICTED, ACTUAL, strict=True)]
     np.testing.assert_allclose(ours(PREDICTED, ACTUAL), expected, rtol=1e-12)
@@ -31,7 +31,7 @@ def test_statistics_are_those_of_scipy(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["pearson", "spearman", "kendall"])
 def test_correlations_do_not_depend_on_scale(name: str) -> None:
-    """Influences of any size, even tiny ones, correlate the same; the wrong sign shows."""
+    """Correlations do not depend on the scale, and change sign with the prediction."""
     ours = ONE_BY_ONE[name][0]
     expected = ours(PREDICTED, ACTUAL)
     np.testing.assert_allclose(ours(1e-200 * PREDICTED, 1e200 * ACTUAL), expected, rtol=1e-12)
@@ -40,19 +40,19 @@ def test_correlations_do_not_depend_on_scale(name: str) -> None:
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_a_constant_prediction_has_no_value(name: str) -> None:
-    """Where nothing varies there is no correlation, rather than a spurious one."""
+    """A constant prediction has the value NaN."""
     constant = np.full((1, 25), 0.1)
     assert np.isnan(ONE_BY_ONE[name][0](constant, ACTUAL[:1])).all()
 
 
 def test_averaging_leaves_out_queries_without_value() -> None:
-    """One constant query does not spoil the average; all constant have none."""
+    """NaN is left out of the mean over queries, which is NaN if nothing is left."""
     assert ours.mean_over_queries(np.array([1.0, np.nan, 0.0])) == 0.5
     assert np.isnan(ours.mean_over_queries(np.array([np.nan])))
 
 
 def test_the_average_over_queries_is_not_the_pooled_value() -> None:
-    """Queries of different size that each disagree would agree if pooled."""
+    """The mean over queries differs from the correlation of all pairs together."""
     predicted = np.array([[1.0, 2.0, 3.0], [101.0, 102.0, 103.0]])
     actual = predicted[:, ::-1]
     assert ours.mean_over_queries(ours.pearson(predicted, actual)) == pytest.approx(-1)
@@ -60,7 +60,7 @@ def test_the_average_over_queries_is_not_the_pooled_value() -> None:
 
 
 def test_bootstrap_is_the_percentile_interval() -> None:
-    """The interval is that of a loop over the same draws; the same seed gives the same one."""
+    """The interval has the percentiles of a loop over the same draws."""
     rng = np.random.default_rng(3)
     found = []
     for _ in range(200):
@@ -78,13 +78,13 @@ def test_bootstrap_is_the_percentile_interval() -> None:
 
 
 def test_bootstrap_without_any_value_is_nan() -> None:
-    """A constant prediction has neither estimate nor interval, and no warning."""
+    """A constant prediction has the estimate and interval NaN, without a warning."""
     interval = ours.bootstrap(ours.pearson, np.ones(5), np.arange(5.0))
     assert str(interval) == "nan [nan, nan]"
 
 
 def test_group_sums_and_lds() -> None:
-    """Group effects are sums over members, and the score is their rank correlation."""
+    """The effect of a group is the sum over its members, and LDS its rank correlation."""
     scores = draw.normal(size=(3, 30))
     groups = [draw.choice(30, size=size, replace=False) for size in (3, 5, 8, 4, 6, 7)]
     actual = draw.normal(size=(3, 6))
@@ -99,7 +99,7 @@ GUILTY = draw.random(200) < 0.2
 
 
 def test_precision_counts_the_guilty_among_the_first() -> None:
-    """Precision at k is a count, by default at the true number."""
+    """Precision at k is the share of guilty samples among the k first."""
     order = sorted(range(200), key=lambda j: (-SUSPICION[j], j))
     count = int(GUILTY.sum())
     expected = sum(GUILTY[j] for j in order[:count]) / count
@@ -108,7 +108,7 @@ def test_precision_counts_the_guilty_among_the_first() -> None:
 
 
 def test_accuracy_counts_the_right_side() -> None:
-    """Accuracy is the share of samples whose flag is right."""
+    """Accuracy is the share of samples that are flagged correctly."""
     flagged = np.zeros(200, dtype=bool)
     flagged[np.argsort(-SUSPICION, kind="stable")[: GUILTY.sum()]] = True
     expected = float((flagged == GUILTY).mean())
@@ -116,14 +116,14 @@ def test_accuracy_counts_the_right_side() -> None:
 
 
 def test_auc_is_the_chance_to_be_ahead() -> None:
-    """AUC compares every guilty sample with every innocent one."""
+    """AUC is the share of guilty and innocent pairs in the right order."""
     guilty, innocent = SUSPICION[GUILTY][:, None], SUSPICION[~GUILTY][None]
     expected = ((guilty > innocent) + 0.5 * (guilty == innocent)).mean()
     assert ours.auc(SUSPICION, GUILTY) == pytest.approx(expected)
 
 
 def test_average_precision_steps_over_the_thresholds() -> None:
-    """The area is summed over distinct suspicions, ties together."""
+    """Average precision is the sum over distinct thresholds, ties together."""
     area, before = 0.0, 0.0
     for threshold in sorted(set(SUSPICION), reverse=True):
         flagged = threshold <= SUSPICION
@@ -137,13 +137,13 @@ def test_average_precision_steps_over_the_thresholds() -> None:
 def test_detection_of_nobody_has_no_value(
     measure: Callable[[np.ndarray, np.ndarray], float],
 ) -> None:
-    """Without guilty samples there is nothing to find."""
+    """Without guilty samples detection has the value NaN, and accuracy 1."""
     assert np.isnan(measure(SUSPICION, np.zeros(200, dtype=bool)))
     assert ours.detection_accuracy(SUSPICION, np.zeros(200, dtype=bool)) == 1.0
 
 
 def test_a_perfect_suspicion_finds_all() -> None:
-    """Every measure of detection is 1 when the guilty come first."""
+    """All measures are 1 if the guilty samples come first."""
     measures = (
         ours.precision_at,
         ours.average_precision,

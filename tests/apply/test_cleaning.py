@@ -1,4 +1,4 @@
-"""Rankings of wrong labels: each against its definition, the table, and what is refused."""
+"""Rankings of wrong labels against their definitions, the table, and what is refused."""
 
 import subprocess
 import sys
@@ -38,13 +38,13 @@ METHODS = [
 
 
 def suspicion(run: Run, **options: Any) -> np.ndarray:
-    """Scores in the order of the samples."""
+    """Return the scores in the order of the samples."""
     return backtrail.find_mislabeled(run, **options).sort("sample")["score"].to_numpy()
 
 
 @pytest.fixture(scope="module")
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A training on three clouds of points, five of them in a cloud that is not their label's."""
+    """Record a training on three clusters, with five labels of another cluster."""
     draw = torch.Generator().manual_seed(0)
     truth = torch.arange(120) % 3
     centres = torch.tensor([[2.0, 0.0], [-2.0, 1.0], [0.0, -3.0]])
@@ -68,7 +68,7 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_wrong_labels_among_clouds_come_first(blobs: Run, method: Any) -> None:
-    """Where classes are clear every ranking finds them, and the cloud that they lie in is suggested."""
+    """Every ranking finds wrong labels of separate clusters, and suggests the right ones."""
     table = backtrail.find_mislabeled(blobs, method=method)
     assert table.columns == ["rank", "sample", "score", "label", "suggested"]
     assert table["rank"].to_list() == list(range(1, 121))
@@ -82,7 +82,7 @@ def test_wrong_labels_among_clouds_come_first(blobs: Run, method: Any) -> None:
 
 
 def test_rankings_are_what_they_say(tmp_path: Path) -> None:
-    """Averages over the given states, each with suspicious at the upper end."""
+    """Every score is the mean of its quantity over the given states."""
     run, states = recorded_run("adamw", tmp_path), [2, 3, 5]
     expected = {
         "mean-loss": np.mean([scores.losses(run, state) for state in states], axis=0),
@@ -103,7 +103,7 @@ def test_rankings_are_what_they_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "two groups", "one cycle", "frozen", "tied, adamw"])
 def test_tracin_squares_the_gradient_of_every_row(name: str, tmp_path: Path) -> None:
-    """By autograd, row by row, with the rate of every parameter group at that step."""
+    """The score is the squared gradient times the rate, row by row with autograd."""
     run, data, states = recorded_run(name, tmp_path), rows(), [1, 4]
     expected = np.zeros(run.samples)
     for state in states:
@@ -125,7 +125,7 @@ def test_tracin_squares_the_gradient_of_every_row(name: str, tmp_path: Path) -> 
 
 
 def test_a_sample_never_seen_did_no_harm(tmp_path: Path) -> None:
-    """None at all, and a table does not show it as less than that."""
+    """A sample that is in no batch has a score of 0.0, not -0.0."""
     run = recorded_run("twice in a batch", tmp_path)
     table = backtrail.find_mislabeled(
         run, method=backtrail.DIT().attribute(run, backtrail.Loss(rows()))
@@ -139,7 +139,7 @@ def test_a_sample_never_seen_did_no_harm(tmp_path: Path) -> None:
 def test_harm_is_negative_influence(
     method: Any, made: backtrail.DIT | backtrail.DataValueEmbedding, tmp_path: Path
 ) -> None:
-    """On the training set's own loss, on other rows, and on a window; an influence at hand gives the same."""
+    """The score is minus the influence on the training or other loss, at the end or in a window."""
     run, other = recorded_run("momentum", tmp_path), rows(seed=1, count=6)
     own = made.attribute(run, backtrail.Loss(run.task.data, aggregate="mean"))
     np.testing.assert_allclose(suspicion(run, method=method), -own.total()[0, 0], rtol=1e-9)
@@ -156,7 +156,7 @@ def test_harm_is_negative_influence(
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_the_list_is_written(blobs: Run, suffix: str, tmp_path: Path) -> None:
-    """As it is returned, in place of what was there."""
+    """The file is the returned table, and replaces an older one."""
     path = tmp_path / f"review{suffix}"
     path.write_text("old")
     table = backtrail.find_mislabeled(blobs, method="loss", out=path)
@@ -167,7 +167,7 @@ def test_the_list_is_written(blobs: Run, suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["held-out", "mean-loss", "margin", "tracin"])
 def test_samples_with_ids_show_them(method: Any, tmp_path: Path) -> None:
-    """Every id once, with its own label."""
+    """The table has every id once, with its label."""
     run = recorded_stream(tmp_path / "run")
     table = backtrail.find_mislabeled(run, method=method)
     assert sorted(table["sample"].to_list()) == sorted(SAMPLE_IDS)
@@ -176,12 +176,12 @@ def test_samples_with_ids_show_them(method: Any, tmp_path: Path) -> None:
 
 
 def rows_of_ids() -> list[int]:
-    """Labels in the order of the ids."""
+    """Return the labels in the order of the ids."""
     return STREAM_ROWS.tensors[1].tolist()
 
 
 def test_rows_that_cannot_be_read_are_told(tmp_path: Path) -> None:
-    """A stream has no training set to ask about; validation rows will do."""
+    """Without readable training rows, methods that need them are refused."""
     run = recorded_stream(tmp_path / "run")
     with pytest.raises(BadSetting, match="validation=None"):
         backtrail.find_mislabeled(run, method="dit")
@@ -193,7 +193,7 @@ def test_rows_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     "method", ["held-out", "mean-loss", "loss", "tracin", "self-influence", "dit", "dve"]
 )
 def test_numbers_have_no_label_to_suggest(method: Any, tmp_path: Path) -> None:
-    """A regression is ranked by its losses; an outlier among the targets is the first by its loss."""
+    """A regression is ranked without labels, by "loss" in the order of the losses."""
     run = recorded_regression(tmp_path / "run")
     table = backtrail.find_mislabeled(run, method=method)
     assert table["label"].is_null().all()
@@ -205,13 +205,13 @@ def test_numbers_have_no_label_to_suggest(method: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["margin", "el2n"])
 def test_classes_that_are_not_there_are_told(method: Any, tmp_path: Path) -> None:
-    """What compares classes cannot rank a regression."""
+    """Methods that compare classes refuse a regression."""
     with pytest.raises(NoClasses, match="Functions that read only losses work"):
         backtrail.find_mislabeled(recorded_regression(tmp_path / "run"), method=method)
 
 
 def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: Path) -> None:
-    """Each with what may be given instead."""
+    """Invalid and unused settings are refused, with what is expected."""
     refused: dict[str, dict[str, Any]] = {
         "with a < b": {"window": (3, 3), "method": "dit"},
         "out='review.txt'": {"out": "review.txt"},
@@ -240,7 +240,7 @@ def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: P
 
 
 def test_a_method_that_is_none_is_told() -> None:
-    """With those that there are, in a process without the tests' own type checks."""
+    """An unknown method is refused, with the known ones, in a process without shape checks."""
     code = (
         "import backtrail\n"
         "try: backtrail.find_mislabeled(None, method='guess')\n"

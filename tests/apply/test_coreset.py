@@ -1,4 +1,4 @@
-"""What is kept of a training set: so many, of every class its share, the same again, and what the method says."""
+"""The selection of a subset: size, balance between classes, order and scores."""
 
 from itertools import combinations
 from pathlib import Path
@@ -29,7 +29,7 @@ ROWS, CLASSES = 40, 4
 
 
 def made(folder: Path, *, ids: bool = False) -> Run:
-    """A training of two layers on four classes of 16, 12, 8 and 4 rows."""
+    """Record a classifier of two layers on four classes of 16, 12, 8 and 4 rows."""
     draw = torch.Generator().manual_seed(0)
     labels = torch.tensor([0] * 16 + [1] * 12 + [2] * 8 + [3] * 4)
     numbers = torch.arange(100, 100 + ROWS)
@@ -49,13 +49,13 @@ def made(folder: Path, *, ids: bool = False) -> Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The training."""
+    """Record the training once for all tests."""
     return made(tmp_path_factory.mktemp("coreset") / "run")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_a_share_of_every_class(run: Run, method: str) -> None:
-    """Half of 16, 12, 8 and 4; each sample once, ranked from 1, with its own label; the same again."""
+    """Half of every class is kept, each sample once, and a second call gives the same."""
     table = backtrail.select_coreset(run, 0.5, method=method)
     assert table.columns == ["sample", "score", "rank", "label"]
     assert table["sample"].n_unique() == len(table) == ROWS / 2
@@ -69,7 +69,7 @@ def test_every_method_keeps_a_share_of_every_class(run: Run, method: str) -> Non
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_of_many_are_balanced_too(run: Run, method: str) -> None:
-    """No class waits for another: of any first few, every class has its share, give or take one."""
+    """Of the first k samples every class has its share, up to one."""
     labels = backtrail.select_coreset(run, 0.5, method=method)["label"].to_numpy()
     for count in range(1, len(labels)):
         shares = np.bincount(labels[:count], minlength=CLASSES)
@@ -77,7 +77,7 @@ def test_the_first_of_many_are_balanced_too(run: Run, method: str) -> None:
 
 
 def test_any_fraction_counts_samples(run: Run) -> None:
-    """From one sample to all of them."""
+    """A fraction gives from one sample to all."""
     for fraction, count in ((1e-9, 1), (0.1, 4), (0.26, 10), (1.0, ROWS)):
         assert len(backtrail.select_coreset(run, fraction, method="random")) == count
     everything = backtrail.select_coreset(run, 1.0)
@@ -85,7 +85,7 @@ def test_any_fraction_counts_samples(run: Run) -> None:
 
 
 def test_scores_order_what_is_kept(run: Run) -> None:
-    """EL2N keeps the largest, the loss the smallest; unbalanced they are the extremes of the whole set."""
+    """EL2N keeps the largest scores and "loss" the smallest."""
     state = run.state(run.steps)
     inputs, labels, _ = run.task.data.tensors
     outputs = torch.func.functional_call(run.task.model, state.params, (inputs,))
@@ -102,7 +102,7 @@ def test_scores_order_what_is_kept(run: Run) -> None:
 
 
 def test_it_may_choose_among_some(run: Run) -> None:
-    """The fraction stays one of all; of too few, all are kept; a table will do, and so will numbers."""
+    """Among some samples the fraction is still that of all samples."""
     among = backtrail.select_coreset(run, 0.5, method="loss")
     kept = backtrail.select_coreset(run, 0.2, among=among)
     assert set(kept["sample"]) <= set(among["sample"])
@@ -114,7 +114,7 @@ def test_it_may_choose_among_some(run: Run) -> None:
 
 
 def test_random_draws_follow_the_seed(run: Run) -> None:
-    """Another seed, other samples."""
+    """Another seed draws other samples."""
     first, second = (
         set(backtrail.select_coreset(run, method="random", seed=seed)["sample"]) for seed in (0, 1)
     )
@@ -122,7 +122,7 @@ def test_random_draws_follow_the_seed(run: Run) -> None:
 
 
 def test_an_influence_or_embeddings_at_hand_choose_as_their_method(run: Run) -> None:
-    """Nothing is computed twice; scores are the influence on the mean of the queries."""
+    """Given influence or embeddings select what their method would select."""
     queries = backtrail.Loss(run.task.data, samples=[0, 20, 39])
     influence = backtrail.DIT().attribute(run, queries)
     table = backtrail.select_coreset(run, method=influence)
@@ -137,7 +137,7 @@ def test_an_influence_or_embeddings_at_hand_choose_as_their_method(run: Run) -> 
 
 
 def test_a_row_has_no_say_about_itself(run: Run) -> None:
-    """Of training losses, the influence of a row on its own is left out: all of them are asked about here."""
+    """The influence of a row on its own training loss is left out of its score."""
     table = backtrail.select_coreset(run, 1.0, method="dit")
     total = backtrail.DIT().attribute(run, backtrail.Loss(run.task.data)).total()[:, -1]
     np.fill_diagonal(total, 0.0)
@@ -147,7 +147,7 @@ def test_a_row_has_no_say_about_itself(run: Run) -> None:
 
 
 def test_herding_takes_what_brings_the_sum_closest() -> None:
-    """By trying every row at every place; the mean of few is closer to that of all than nearly any other choice."""
+    """Herding is greedy, and its mean is closer to that of all than 90 % of subsets."""
     vectors = np.random.default_rng(0).normal(size=(9, 3))
     goal, left = vectors.mean(axis=0), set(range(9))
     found: list[int] = []
@@ -165,7 +165,7 @@ def test_herding_takes_what_brings_the_sum_closest() -> None:
 
 
 def test_quotas_add_up() -> None:
-    """In proportion, to the nearest whole number, and never more than there are."""
+    """Quotas are proportional, rounded, and never above the sizes."""
     draw = np.random.default_rng(0)
     for _ in range(50):
         sizes = draw.integers(1, 30, 5)
@@ -177,14 +177,14 @@ def test_quotas_add_up() -> None:
 
 
 def test_features_are_the_inputs_of_the_last_layer(run: Run) -> None:
-    """What the first two modules give."""
+    """The features are the outputs of all layers but the last."""
     params = run.state(run.steps).params
     hidden = torch.tanh(run.task.data.tensors[0] @ params["0.weight"].T + params["0.bias"])
     np.testing.assert_allclose(last_inputs(run, run.steps), hidden, rtol=1e-5, atol=1e-6)
 
 
 def test_samples_with_ids_are_told_by_their_ids(tmp_path: Path) -> None:
-    """And training losses cannot be asked about, which the error says."""
+    """Samples with ids are named by them, and training losses are refused as queries."""
     run = made(tmp_path / "run", ids=True)
     table = backtrail.select_coreset(run, 0.5, method="dve")
     assert table["sample"].is_between(100, 100 + ROWS - 1).all()
@@ -199,7 +199,7 @@ def test_samples_with_ids_are_told_by_their_ids(tmp_path: Path) -> None:
 
 
 def test_a_training_without_classes_is_not_balanced(tmp_path: Path) -> None:
-    """Whole numbers are no classes: the table has no labels, and balancing them is refused."""
+    """A regression has no labels, and balancing it is refused."""
     draw = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(12, 2, generator=draw), torch.arange(12.0)[:, None])
     model = nn.Linear(2, 1)
@@ -221,7 +221,7 @@ def test_a_training_without_classes_is_not_balanced(tmp_path: Path) -> None:
 
 
 def test_samples_never_seen_are_not_kept(tmp_path: Path) -> None:
-    """A fraction is one of those that the training saw."""
+    """The fraction is one of the samples that the training has seen."""
     table = backtrail.select_coreset(
         recorded_run("twice in a batch", tmp_path), 1.0, queries=standard_queries(), method="dit"
     )
@@ -229,7 +229,7 @@ def test_samples_never_seen_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_sense_is_refused(run: Run, tmp_path: Path) -> None:
-    """A share that is none, a method that is none, another run's influence."""
+    """Invalid fractions and methods, and influence of another run, are refused."""
     for fraction in (0.0, -0.1, 1.1):
         with pytest.raises(BadSetting, match="fraction"):
             backtrail.select_coreset(run, fraction, method="random")

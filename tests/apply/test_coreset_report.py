@@ -1,4 +1,4 @@
-"""Training again on parts of the data: the same losses as by hand, whatever the steps see of a part."""
+"""Training again on parts of the data against the plain loop."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ JUDGE = backtrail.Loss(HELD_OUT)
 
 
 def kept_alone(case: Case, part: list[int]) -> np.ndarray:
-    """Test losses of the plain loop on weights of 0, and of what the kept slots share."""
+    """Train by the plain loop on a part, whose samples share every step's weight."""
 
     def weights(step: int) -> Tensor:
         inside = torch.tensor(
@@ -36,7 +36,7 @@ def kept_alone(case: Case, part: list[int]) -> np.ndarray:
     "name", ["momentum", "adamw", "penalty", "clip norm", "clip norm, adamw", "batchnorm, sgd"]
 )
 def test_losses_are_those_of_training_on_the_part(name: str, tmp_path: Path) -> None:
-    """By hand, with plain PyTorch; the second part leaves whole steps without a sample."""
+    """The losses are those of the plain loop, also where a step has no sample of the part."""
     run, parts = recorded_run(name, tmp_path), {"first": [0, 2, 3, 5, 6], "few": [5]}
     assert sum(5 in batch for batch in BATCHES) == 1
     table = backtrail.compare_coresets(run, parts, standard_queries(), draws=0)
@@ -51,7 +51,7 @@ def test_losses_are_those_of_training_on_the_part(name: str, tmp_path: Path) -> 
 
 
 def test_it_agrees_with_retraining_without_the_others(tmp_path: Path) -> None:
-    """The same weights as those of a removal with a renormalised denominator."""
+    """A part's change is that of removing the others with a renormalised denominator."""
     run, part = recorded_run("momentum", tmp_path), [0, 1, 3, 4, 6, 8]
     table = backtrail.compare_coresets(run, {"part": part}, standard_queries(), draws=0)
     removed = backtrail.retrain(run, standard_queries(), [[2, 5, 7]], denominator="renormalize")
@@ -59,7 +59,7 @@ def test_it_agrees_with_retraining_without_the_others(tmp_path: Path) -> None:
 
 
 def test_accuracy_is_the_share_of_rows_classified_rightly(tmp_path: Path) -> None:
-    """Of every training: by hand for everything, and between 0 and 1 in steps of a row."""
+    """The accuracy of every training is the share of rows classified correctly."""
     run = recorded_run("momentum", tmp_path)
     table = backtrail.compare_coresets(run, {"part": [0, 1, 2]}, JUDGE)
     params = run.state(run.steps).params
@@ -77,7 +77,7 @@ def test_accuracy_is_the_share_of_rows_classified_rightly(tmp_path: Path) -> Non
 
 
 def test_random_parts_of_the_same_sizes_ride_along(tmp_path: Path) -> None:
-    """One row for each size, the mean over the draws; they follow the seed, and nothing else does."""
+    """Each size has a row with the mean of random parts, which depend on the seed."""
     run, parts = (
         recorded_run("momentum", tmp_path),
         {"a": [0, 1, 2], "b": [3, 4, 5], "c": [0, 1, 2, 3]},
@@ -98,7 +98,7 @@ def test_random_parts_of_the_same_sizes_ride_along(tmp_path: Path) -> None:
 
 
 def test_everything_changes_nothing(tmp_path: Path) -> None:
-    """As a list, an array, a column, or the table of a choice; twice the same sample counts once."""
+    """All samples, in any form and even twice, change nothing."""
     run = recorded_run("adamw", tmp_path)
     everything = pl.DataFrame({"sample": range(9)})
     forms: dict[str, Samples] = {
@@ -113,7 +113,7 @@ def test_everything_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_numbers_have_losses_and_no_accuracy(tmp_path: Path) -> None:
-    """A regression is compared by its loss."""
+    """A regression has losses and no accuracy."""
     draw = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(12, 2, generator=draw), torch.randn(12, 1, generator=draw))
     model = nn.Linear(2, 1)
@@ -132,7 +132,7 @@ def test_numbers_have_losses_and_no_accuracy(tmp_path: Path) -> None:
 
 
 def test_samples_that_no_batch_held_are_not_counted(tmp_path: Path) -> None:
-    """A part of them alone is none."""
+    """Samples that are in no batch do not count, and a part of them alone is refused."""
     run = recorded_run("twice in a batch", tmp_path)
     assert 8 not in run.seen
     table = backtrail.compare_coresets(run, {"part": [0, 1, 8]}, standard_queries(), draws=1)
@@ -146,7 +146,7 @@ def test_samples_that_no_batch_held_are_not_counted(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
-    """No part, an empty part, a sample that is none, fewer than no draws."""
+    """No parts, empty parts, unknown samples and negative draws are refused."""
     run = recorded_run("sgd", tmp_path)
     with pytest.raises(BadSetting, match="at least one part"):
         backtrail.compare_coresets(run, {}, JUDGE)

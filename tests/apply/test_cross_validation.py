@@ -1,4 +1,4 @@
-"""Re-runs without parts of the samples, against the plain loop with the same weights."""
+"""Re-runs without folds of the samples against the plain loop with the same weights."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ NAMES = [
 
 
 def retrained(case: Case, without: np.ndarray, states: list[int]) -> np.ndarray:
-    """Probabilities [state, sample, label] after plain trainings in which the others of a step share the weight."""
+    """Train by the plain loop without some; return probabilities `[state, sample, label]`."""
     model, data = case.built(), rows()
 
     def weights(step: int) -> Tensor:
@@ -47,7 +47,7 @@ def retrained(case: Case, without: np.ndarray, states: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_readings_are_those_of_plain_trainings(name: str, tmp_path: Path) -> None:
-    """Distances where a sample was left out and where it was not, and probabilities, each averaged by hand."""
+    """Distances and probabilities are the means over plain trainings."""
     run, states = recorded_run(name, tmp_path), [2, len(CASES_BY_NAME[name].groups)]
     found = cross(run, states, folds=3, repeats=2, seed=4)
     left_out = parted(run.samples, folds=3, repeats=2, seed=4)
@@ -66,7 +66,7 @@ def test_readings_are_those_of_plain_trainings(name: str, tmp_path: Path) -> Non
 
 
 def test_few_at_a_time_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where memory is short, stacks are smaller."""
+    """Smaller stacks give the same distances."""
     run = recorded_run("adamw", tmp_path)
     together = cross(run, [run.steps], folds=3, repeats=2)
     monkeypatch.setattr(held_out, "ROOM", 1)
@@ -76,7 +76,7 @@ def test_few_at_a_time_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_sample_is_left_out_once_a_cut() -> None:
-    """The parts of a cut are disjoint and of nearly equal size, and cuts differ."""
+    """Folds are disjoint and of nearly equal size, and repeats differ."""
     parts = parted(11, folds=3, repeats=2, seed=0)
     assert parts.shape == (6, 11)
     assert (parts[:3].sum(axis=0) == 1).all()
@@ -85,7 +85,7 @@ def test_every_sample_is_left_out_once_a_cut() -> None:
 
 
 def test_sums_are_not_shared_out(tmp_path: Path) -> None:
-    """Where the loss is a sum, a sample that goes takes its weight along: nobody else learns faster."""
+    """With a summed loss a sample that is left out is not replaced by more weight of others."""
     run = recorded_regression(tmp_path / "run")
     object.__setattr__(run.task, "reduce", "sum")
     shared = cross(run, [run.steps], folds=2, repeats=1)
@@ -110,14 +110,14 @@ def test_sums_are_not_shared_out(tmp_path: Path) -> None:
 
 
 def test_samples_with_ids_are_left_out_by_id(tmp_path: Path) -> None:
-    """A stream is run again on its stored batches; without a sample, its own label is further away."""
+    """Left out by id, a sample is mostly farther from its own label."""
     run = recorded_stream(tmp_path / "run", epochs=20)
     found = cross(run, [run.steps], folds=4, repeats=2)
     assert (found.out > found.inside).mean() > 0.6
 
 
 def test_impossible_parts_are_refused(tmp_path: Path) -> None:
-    """One part would leave nobody, and a part must have a sample."""
+    """One fold, more folds than samples and no repeats are refused."""
     run = recorded_run("sgd", tmp_path)
     for folds in (1, run.samples + 1):
         with pytest.raises(BadSetting, match=f"folds={folds}"):

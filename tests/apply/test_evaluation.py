@@ -1,4 +1,4 @@
-"""Evaluation tells good scores from bad ones, and says on how much it rests."""
+"""The evaluation of scores by removals, and by samples known to be wrong."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.standard_queries import standard_queries
 
 
 def estimate(table: pl.DataFrame, method: str, measure: str) -> float:
-    """One figure of the table."""
+    """Return one estimate of the table."""
     (found,) = table.filter(pl.col("method") == method, pl.col("measure").str.starts_with(measure))[
         "estimate"
     ]
@@ -22,7 +22,7 @@ def estimate(table: pl.DataFrame, method: str, measure: str) -> float:
 
 
 def test_methods_are_judged_on_the_same_removals(tmp_path: Path) -> None:
-    """The exact sweep predicts them, its negative predicts the opposite, and the measures are those of the oracle."""
+    """Exact influence predicts removals, and its negative predicts the opposite."""
     run, bank = recorded_run("momentum", tmp_path), tmp_path / "bank"
     found = backtrail.DIT().attribute(run, standard_queries())
     scores: dict[str, backtrail.Influence | np.ndarray] = {
@@ -46,7 +46,7 @@ def test_methods_are_judged_on_the_same_removals(tmp_path: Path) -> None:
 
 
 def test_the_score_of_groups_is_the_linear_datamodelling_score(tmp_path: Path) -> None:
-    """Against retraining of the same groups by hand."""
+    """The score of groups is that of `stats.lds` on the same removals."""
     run = recorded_run("adamw", tmp_path)
     found = backtrail.DIT().attribute(run, standard_queries())
     table = backtrail.evaluate(run, found, removals=0, shares=(0.3,), groups=5, seed=7)
@@ -61,7 +61,7 @@ def test_the_score_of_groups_is_the_linear_datamodelling_score(tmp_path: Path) -
 
 
 def test_samples_known_to_be_wrong_are_looked_for(tmp_path: Path) -> None:
-    """Scores that accuse them find all of them; no training is run for that."""
+    """Scores that are lowest for the wrong samples have measures of 1, without re-runs."""
     run = recorded_run("momentum", tmp_path)
     wrong = [1, 4]
     scores = np.ones((len(standard_queries().names), run.samples))
@@ -78,7 +78,7 @@ def test_samples_known_to_be_wrong_are_looked_for(tmp_path: Path) -> None:
 
 
 def test_an_effort_that_is_none_is_refused(tmp_path: Path) -> None:
-    """A misspelt option, a share above all, one removal, no wrong samples."""
+    """Unknown options, invalid shares and removals, and no wrong samples are refused."""
     run = recorded_run("sgd", tmp_path)
     scores = {"told": np.zeros((len(standard_queries().names), run.samples))}
     with pytest.raises(TypeError, match="unexpected keyword argument 'removal'"):
@@ -92,7 +92,7 @@ def test_an_effort_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
-    """Another run, other queries, an earlier end, other shapes, nothing to judge."""
+    """Other runs, queries, states, shapes, NaN and mixed denominators are refused."""
     run = recorded_run("sgd", tmp_path)
     found = backtrail.DIT().attribute(run, standard_queries())
     with pytest.raises(OtherRun):

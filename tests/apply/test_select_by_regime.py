@@ -1,4 +1,4 @@
-"""Where it is worth to select data: the weights are those that were said, and the losses those of such a training."""
+"""Data selection by regime: its weights, and the losses of trainings with them."""
 
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from tests.standard_queries import standard_losses, standard_queries
 
 
 def test_regimes_divide_by_the_learning_rate_of_the_run(tmp_path: Path) -> None:
-    """Slots times the mean size of the influence, over the rate of the step, step by step."""
+    """A step's value is slots * mean of |influence| / learning rate."""
     run = recorded_run("momentum", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries())
     found = backtrail.regimes(run, influence)
@@ -31,7 +31,7 @@ def test_regimes_divide_by_the_learning_rate_of_the_run(tmp_path: Path) -> None:
 
 
 def test_groups_of_parameters_count_by_their_size(tmp_path: Path) -> None:
-    """The rate of a step is the mean over all entries: 32 weights, and biases at another rate."""
+    """The learning rate of a step is its mean over all entries of the parameters."""
     run = recorded_run("two groups", tmp_path)
     weights, biases = (
         sum(run.task.parameters()[name].numel() for name in group) for group in run.manifest.groups
@@ -43,7 +43,7 @@ def test_groups_of_parameters_count_by_their_size(tmp_path: Path) -> None:
 
 
 def test_selecting_is_training_without_the_harmful_slots(tmp_path: Path) -> None:
-    """By hand, with plain PyTorch: at most half of a batch, only what did harm, the others with the weight of all."""
+    """The losses are those of the plain loop without at most half of each batch, if harmful."""
     run = recorded_run("momentum", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries())
     scores = influence.values()[:, -1].mean(axis=0)
@@ -79,7 +79,7 @@ def test_selecting_is_training_without_the_harmful_slots(tmp_path: Path) -> None
 
 
 def test_drawn_at_random_are_as_many(tmp_path: Path) -> None:
-    """The control changes with the seed, and nothing else does."""
+    """The random control depends on the seed, and nothing else does."""
     run = recorded_run("momentum", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries())
     ranges = {"always": [(0, run.steps)]}
@@ -94,14 +94,14 @@ def test_drawn_at_random_are_as_many(tmp_path: Path) -> None:
 
 
 def test_ranges_are_those_of_the_regimes() -> None:
-    """All of it, both ends, and what is between; where there are no three, the error says what was found."""
+    """The ranges are those of the three regimes and of combinations."""
     found = example()
     both = {"always": [(0, 2), (2, 9), (9, 12)], "start + end": [(0, 2), (9, 12)]}
     assert of_regimes(found) == {**both, "start": [(0, 2)], "basin": [(2, 9)], "end": [(9, 12)]}
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
-    """Another run's influence, a share that is none, a stretch outside the training, a run without regimes."""
+    """Other runs, invalid shares and ranges, and a run without regimes are refused."""
     run = recorded_run("sgd", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries())
     with pytest.raises(OtherRun):

@@ -1,4 +1,4 @@
-"""Scores of samples, against a plain model that looks at one row at a time."""
+"""Losses and outputs of samples against a plain model that evaluates one row at a time."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ CHOSEN = ["sgd", "adamw", "batchnorm, sgd", "tied, adamw"]
 
 
 def model_at(run: Run, number: int, made: nn.Module) -> nn.Module:
-    """The user's model with a state's weights, in eval mode."""
+    """Return a model with a state's weights, in eval mode."""
     state = run.state(number, replay=True)
     made.load_state_dict(state.params | state.buffers, strict=False)
     return made.eval()
@@ -26,14 +26,14 @@ def model_at(run: Run, number: int, made: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def said(model: nn.Module, data: object, place: int) -> tuple[Tensor, int]:
-    """Scores of one row, and its label."""
+    """Return the logits of one row, and its label."""
     inputs, label = data[place]
     return model(inputs[None].double())[0], int(label)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_losses_and_outputs_are_those_of_single_rows(name: str, tmp_path: Path) -> None:
-    """At a state that was kept, and at one that was not."""
+    """Losses and outputs are those of single rows, at stored and replayed states."""
     run, data = recorded_run(name, tmp_path), rows()
     for number in (run.steps - 2, run.steps):
         model = model_at(run, number, CASES_BY_NAME[name].built())
@@ -46,7 +46,7 @@ def test_losses_and_outputs_are_those_of_single_rows(name: str, tmp_path: Path) 
 
 
 def test_el2n_and_margin_average_over_states(tmp_path: Path) -> None:
-    """By hand, class by class."""
+    """EL2N and margins are means over states, computed class by class."""
     run, data, states = recorded_run("sgd", tmp_path), rows(), [2, 5]
     gaps, margins = np.zeros(run.samples), np.zeros(run.samples)
     for number in states:
@@ -64,7 +64,7 @@ def test_el2n_and_margin_average_over_states(tmp_path: Path) -> None:
 
 
 def test_samples_with_ids_stand_in_their_order(tmp_path: Path) -> None:
-    """Rows of a stream are found in the batches that were stored."""
+    """Rows of a stream are evaluated from the stored batches, in the order of ids."""
     run = recorded_stream(tmp_path / "run")
     model = model_at(run, run.steps, KeywordModel())
     found, losses, labels = (
@@ -80,7 +80,7 @@ def test_samples_with_ids_stand_in_their_order(tmp_path: Path) -> None:
 
 
 def test_a_task_without_classes_has_losses_only(tmp_path: Path) -> None:
-    """The error says what the outputs and the labels are."""
+    """A regression has losses, and its outputs and labels are refused."""
     run = recorded_regression(tmp_path / "run")
     assert scores.losses(run, run.steps).shape == (6,)
     for ask in (lambda: scores.outputs(run, run.steps), lambda: scores.labels(run)):
@@ -92,7 +92,7 @@ def test_a_task_without_classes_has_losses_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 def test_a_single_score_is_that_of_class_one(shape: tuple[int, ...]) -> None:
-    """As in a binary cross-entropy, whose labels are often floating numbers."""
+    """A single logit is that of class 1, as in a binary cross-entropy."""
     outputs, labels = torch.tensor([0.5, -2.0]).view(shape), torch.tensor([1.0, 0.0]).view(shape)
     found = scores.class_scores(outputs, [torch.zeros(2), labels])
     np.testing.assert_allclose(
@@ -128,6 +128,6 @@ def test_a_single_score_is_that_of_class_one(shape: tuple[int, ...]) -> None:
     ],
 )
 def test_what_is_no_classification_is_told(outputs: object, batch: object, problem: str) -> None:
-    """Each with what was found instead."""
+    """The message says why outputs or labels are not those of a classification."""
     with pytest.raises(NoClasses, match=problem):
         scores.class_scores(outputs, batch)

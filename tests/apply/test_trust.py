@@ -1,4 +1,4 @@
-"""The trust statement: it passes where it should, and notices what is wrong."""
+"""The trust statement passes for exact influence, and says what is wrong with others."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.standard_queries import standard_queries
 
 
 def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
-    """And the statement says so, with its numbers."""
+    """Exact influence passes all three checks, and the text says so."""
     run = recorded_run("momentum", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries(), observed_at="epochs")
     trust = backtrail.trust(run, influence, removals=8)
@@ -32,7 +32,7 @@ def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
 
 
 def test_a_wrong_influence_fails_the_derivative_check(tmp_path: Path) -> None:
-    """Scores of twice the size predict removals in the right order, and are not the derivative."""
+    """Influence of twice the size fails the derivative check, and has half the slope."""
     run = recorded_run("momentum", tmp_path)
     right = backtrail.DIT().attribute(run, standard_queries())
     wrong = from_arrays(right.description, 2 * right.values(), sample=right.sample).with_queries(
@@ -48,7 +48,7 @@ def test_a_wrong_influence_fails_the_derivative_check(tmp_path: Path) -> None:
 
 
 def test_an_influence_from_disk_needs_its_queries(tmp_path: Path) -> None:
-    """The message names them; with them the checks run."""
+    """Influence from disk needs its own queries to be checked."""
     run = recorded_run("sgd", tmp_path)
     backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit")
     influence = backtrail.open_influence(tmp_path / "dit")
@@ -63,14 +63,14 @@ def test_an_influence_from_disk_needs_its_queries(tmp_path: Path) -> None:
 
 
 def test_an_influence_of_another_run_is_refused(tmp_path: Path) -> None:
-    """Even of the same training recorded twice: its numbers may come from anywhere."""
+    """Influence of another run is refused, even of the same training."""
     influence = backtrail.DIT().attribute(recorded_run("sgd", tmp_path), standard_queries())
     with pytest.raises(OtherRun, match="belongs to the run with id"):
         backtrail.trust(recorded_run("sgd", tmp_path / "again"), influence)
 
 
 def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
-    """Where removals fail and most influence stems from the first update, the advice says so."""
+    """The advice differs where most influence comes from step 0."""
     run = recorded_run("momentum", tmp_path)
     trust = backtrail.trust(run, backtrail.DIT().attribute(run, standard_queries()), removals=8)
     failed = replace(trust.removal, pearson=Interval(0.2, 0.0, 0.5))
@@ -79,7 +79,7 @@ def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
 
 
 def test_what_an_additive_score_can_reach_is_measured(tmp_path: Path) -> None:
-    """By counting each sample twice; where a method is as good as that, no other is recommended."""
+    """The best that an additive score can reach is measured by doubling each sample."""
     run = recorded_run("momentum", tmp_path)
     trust = backtrail.trust(run, backtrail.DIT().attribute(run, standard_queries()), removals=8)
     removal = trust.removal
@@ -98,7 +98,7 @@ def test_what_an_additive_score_can_reach_is_measured(tmp_path: Path) -> None:
 
 
 def test_a_broken_recording_is_said_first(tmp_path: Path) -> None:
-    """Another data set of the same length and the same first rows."""
+    """A run that does not replay is the first line of the statement."""
     run = recorded_run("sgd", tmp_path)
     influence = backtrail.DIT().attribute(run, standard_queries())
     run.task.data.tensors[0][8] += 1.0
@@ -108,7 +108,7 @@ def test_a_broken_recording_is_said_first(tmp_path: Path) -> None:
 
 
 def test_renormalised_influence_is_checked_by_removals_alone(tmp_path: Path) -> None:
-    """The derivative check has no meaning there."""
+    """Renormalised influence is checked by removals, not as a derivative."""
     run = recorded_run("momentum", tmp_path)
     influence = backtrail.DIT(denominator="renormalize").attribute(run, standard_queries())
     trust = backtrail.trust(run, influence, removals=8)
@@ -118,7 +118,7 @@ def test_renormalised_influence_is_checked_by_removals_alone(tmp_path: Path) -> 
 
 
 def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) -> None:
-    """No derivative check, no talk of smoothness: what such a method leaves out is the first suspect."""
+    """An approximate method is checked by removals, and the advice names the method."""
     run = recorded_run("adamw", tmp_path)
     for made in (backtrail.TracIn(), backtrail.GradientDot()):
         trust = backtrail.trust(run, made.attribute(run, standard_queries()), removals=8)
@@ -137,13 +137,13 @@ def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) 
 
 
 def test_only_visited_samples_are_left_out(tmp_path: Path) -> None:
-    """Sample 8 is never seen in this run."""
+    """Only samples that the training has seen are left out."""
     run = recorded_run("twice in a batch", tmp_path)
     assert draw_visited(run, 100, seed=0) == (0, 1, 2, 3, 4)
 
 
 def test_the_steadiest_pair_of_nudges_is_believed() -> None:
-    """Curved at large sizes, noisy at small ones, steady between."""
+    """The difference quotient that changes least between sizes is used."""
     slopes = np.array([[[3.0, 1.0001, 1.0, 4.0]]])
     value, gap = steadiest(slopes)
     assert value[0, 0] == pytest.approx(1.0, abs=1e-4)
@@ -159,7 +159,7 @@ def test_the_steadiest_pair_of_nudges_is_believed() -> None:
     ids=["sgd", "adamw"],
 )
 def test_influence_predicts_leave_one_out_on_digits(optimizer: Any, tmp_path: Path) -> None:
-    """A training on real handwriting: Pearson with retraining is at least 0.99."""
+    """On handwritten digits the Pearson correlation with removals is at least 0.99."""
     torch.manual_seed(0)
     model, (train, test) = mlp(), digits()
     task, moving = backtrail.classification(model, train), optimizer(model.parameters())

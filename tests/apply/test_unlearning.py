@@ -1,4 +1,4 @@
-"""Forgetting: replayed whole it is retraining, its first order is the sweep's, and the judgement is arithmetic."""
+"""Unlearning: a full replay is retraining, the first order is the derivative; its evaluation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,14 +35,14 @@ CHOSEN = [
 
 
 def loaded(run: Run, state: dict[str, Tensor]) -> nn.Module:
-    """The user's model with a state_dict, strictly."""
+    """Return the task's model with a state_dict, loaded strictly."""
     run.task.model.load_state_dict(state)
     return run.task.model
 
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_replaying_all_steps_is_retraining(name: str, tmp_path: Path) -> None:
-    """Plain PyTorch with weight 0 for the group, every entry of the state_dict."""
+    """Every entry of the state_dict is that of plain training with weight 0 for the group."""
     run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
     found = floats(loaded(run, backtrail.forget(run, GROUP, replay=run.steps)))
     torch.testing.assert_close(
@@ -52,7 +52,7 @@ def test_replaying_all_steps_is_retraining(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_first_order_is_the_derivative_times_one(name: str, tmp_path: Path) -> None:
-    """Added to the trained model; running variances, which cannot be negative, bend."""
+    """The change is the derivative by the group's weight, but for variances kept positive."""
     run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
     trained, change = floats(trained_with(case, GROUP, 1.0)), change_by_removal(case, GROUP)
     found = floats(loaded(run, backtrail.forget(run, GROUP)))
@@ -70,14 +70,14 @@ def test_first_order_is_the_derivative_times_one(name: str, tmp_path: Path) -> N
 
 
 def kinds(run: Run) -> Iterator[bool]:
-    """Of every entry of the state_dict, whether it is a floating number."""
+    """Yield for every entry of the state_dict whether it is a floating-point number."""
     for tensor in run.task.model.state_dict().values():
         yield from [tensor.is_floating_point()] * tensor.numel()
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw", "batchnorm, sgd"])
 def test_replay_alone_leaves_early_visits_as_they_were(name: str, tmp_path: Path) -> None:
-    """Without a method, the last steps run again without the group from the recorded state."""
+    """Without a method only the last steps are trained again without the group."""
     run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
     found = floats(loaded(run, backtrail.forget(run, GROUP, method=None, replay=3)))
     expected = floats(trained_with(case, GROUP, 0.0, first=run.steps - 3))
@@ -86,7 +86,7 @@ def test_replay_alone_leaves_early_visits_as_they_were(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["momentum", "adamw", "batchnorm, sgd", "clip norm"])
 def test_a_replay_goes_on_from_the_corrected_state(name: str, tmp_path: Path) -> None:
-    """Parameters, moments and statistics: given to a plain model and optimizer, which make the last two steps."""
+    """The last steps start from corrected parameters, moments and statistics."""
     run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
     group, start = RemovedGroup.of(run, GROUP), run.steps - 2
     *_, (_, now) = group.sweep(start, Rules(backtrail.Hessian(), backtrail.Tangent()))
@@ -107,7 +107,7 @@ def test_a_replay_goes_on_from_the_corrected_state(name: str, tmp_path: Path) ->
 
 
 def test_a_sample_never_seen_leaves_the_model_as_it_is(tmp_path: Path) -> None:
-    """Bit for bit, by every method."""
+    """Removing a sample that is in no batch changes no bit, by every method."""
     run = recorded_run("twice in a batch", tmp_path)
     trained = run.state(run.steps).params
     ways = [
@@ -121,7 +121,7 @@ def test_a_sample_never_seen_leaves_the_model_as_it_is(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_and_nothing_is_changed(tmp_path: Path) -> None:
-    """Neither in the run's folder nor in the user's model."""
+    """Neither the run's folder nor the task's model is changed."""
     run = recorded_run("batchnorm, adamw", tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     before = floats(run.task.model).clone()
@@ -132,7 +132,7 @@ def test_nothing_is_written_and_nothing_is_changed(tmp_path: Path) -> None:
 
 
 def test_a_renormalised_batch_shares_the_weight(tmp_path: Path) -> None:
-    """The truth is the engine's own, which other tests compare with plain training."""
+    """With a renormalised denominator it is the re-run with the same denominator."""
     run = recorded_run("momentum", tmp_path)
     method = backtrail.DIT(denominator="renormalize")
     loss = backtrail.Loss(HELD_OUT, aggregate="mean")
@@ -149,7 +149,7 @@ def test_a_renormalised_batch_shares_the_weight(tmp_path: Path) -> None:
 
 
 def test_a_few_states_give_an_estimate(tmp_path: Path) -> None:
-    """Diff-In's change of the parameters, added; also to checkpoints of a training that was not recorded."""
+    """With Diff-In it adds the method's change, to a run or to checkpoints."""
     run = recorded_run("momentum", tmp_path)
     method = backtrail.DiffIn(checkpoints=2, form="corrected")
     change, end = method.parameter_change(run, GROUP), run.state(run.steps).params
@@ -167,7 +167,7 @@ def test_a_few_states_give_an_estimate(tmp_path: Path) -> None:
 
 
 def test_samples_with_ids_are_forgotten_by_their_ids(tmp_path: Path) -> None:
-    """The batches were stored; the judgement does without rows that cannot be read again."""
+    """Samples with ids are removed by id, and membership is not evaluated."""
     run = recorded_stream(tmp_path / "run")
     gone = [int(run.ids[0]), int(run.ids[-1])]
     state = backtrail.forget(run, gone, replay=run.steps)
@@ -184,7 +184,7 @@ def test_samples_with_ids_are_forgotten_by_their_ids(tmp_path: Path) -> None:
 def test_the_log_warns_where_steps_bend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Above the limit, with the remedy; below it there is silence."""
+    """A change beyond the limit logs a warning with the remedy."""
     run = recorded_run("adamw", tmp_path)
     monkeypatch.setattr(forgetting, "BENT", 1e9)
     backtrail.forget(run, GROUP)
@@ -195,7 +195,7 @@ def test_the_log_warns_where_steps_bend(
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
-    """Each with what to give instead."""
+    """Unknown samples, invalid replays and methods are refused, with what is expected."""
     run = recorded_run("sgd", tmp_path)
     with pytest.raises(UnknownSample, match="no sample 9"):
         backtrail.forget(run, [2, 9])
@@ -212,7 +212,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_judgement_is_what_one_would_compute(tmp_path: Path) -> None:
-    """By hand, from three models: distance, divergence, classes and membership."""
+    """Distance, divergence, agreement and membership are those computed from three models."""
     run, case = recorded_run("batchnorm, sgd", tmp_path), CASES_BY_NAME["batchnorm, sgd"]
     state = backtrail.forget(run, GROUP)
     judged = backtrail.judge_forgetting(run, GROUP, state, test=HELD_OUT)
@@ -242,7 +242,7 @@ def test_the_judgement_is_what_one_would_compute(tmp_path: Path) -> None:
 
 
 def test_retraining_is_perfect_and_doing_nothing_is_one(tmp_path: Path) -> None:
-    """The two ends of the scale; of nothing to forget, nothing is missing."""
+    """Retraining has distance 0, the trained model distance 1."""
     run = recorded_run("adamw", tmp_path)
     end = run.state(run.steps).params
     perfect = backtrail.judge_forgetting(
@@ -260,7 +260,7 @@ def test_retraining_is_perfect_and_doing_nothing_is_one(tmp_path: Path) -> None:
 
 
 def test_outputs_that_are_no_classes_are_compared_by_squares(tmp_path: Path) -> None:
-    """A regression has no classes to agree on."""
+    """A regression is compared by squared differences, and has no agreement."""
     torch.manual_seed(0)
     model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
     targets = torch.utils.data.TensorDataset(

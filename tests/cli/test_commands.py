@@ -1,4 +1,4 @@
-"""Every command on a real run: what it prints, in every form, and what it says to type next."""
+"""Every command on a real run: what it prints in every form, and what it suggests next."""
 
 import json
 import shlex
@@ -20,21 +20,21 @@ Captured = pytest.CaptureFixture[str]
 
 
 def run(capsys: Captured, *arguments: str) -> tuple[str, str]:
-    """Run a command that must succeed, and give what it wrote to stdout and stderr."""
+    """Run a command that must succeed; return what it printed to stdout and stderr."""
     capsys.readouterr()
     assert cli.main(arguments) == 0
     return capsys.readouterr()
 
 
 def next_words(text: str) -> list[str]:
-    """The words of the command that the last line proposes."""
+    """Return the words of the command that the last line suggests."""
     last = text.strip().splitlines()[-1]
     assert last.startswith("next: backtrail ")
     return shlex.split(last)[2:]
 
 
 def test_info_tells_what_a_run_holds(attributed: AttributedRun, capsys: Captured) -> None:
-    """Steps, epochs, learning rate and batches are those of the training, and no task is needed."""
+    """The numbers are those of the training, without a task."""
     out, err = run(capsys, "info", attributed.run, "--form", "json")
     told = json.loads(out)
     assert (told["steps"], told["epochs"], told["training_samples"], told["states_kept"]) == (
@@ -56,7 +56,7 @@ def test_info_tells_what_a_run_holds(attributed: AttributedRun, capsys: Captured
 def test_info_tells_of_captured_rows(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """Where a recording holds some, they are most of it."""
+    """The size of captured rows is given where there are some."""
     copy = Path(shutil.copytree(attributed.run, tmp_path / "run"))
     assert "mebibytes_of_captured_rows" not in json.loads(
         run(capsys, "info", str(copy), "--form", "json")[0]
@@ -69,7 +69,7 @@ def test_info_tells_of_captured_rows(
 
 
 def test_info_as_table_and_csv(attributed: AttributedRun, capsys: Captured) -> None:
-    """For people the names have spaces and the values units of their own; CSV has a header."""
+    """The table has readable names and values, and CSV has a header."""
     table, _ = run(capsys, "info", attributed.run)
     assert "learning rate      0.3\n" in table
     assert "finished           yes\n" in table
@@ -78,7 +78,7 @@ def test_info_as_table_and_csv(attributed: AttributedRun, capsys: Captured) -> N
 
 
 def test_verify_replays(attributed: AttributedRun, capsys: Captured) -> None:
-    """A run replays with its task, given as an object or as a function that makes it."""
+    """A run replays with a task, or with a function that makes it."""
     for name in ("task", "task_maker"):
         out, _ = run(capsys, "verify", attributed.run, "--task", attributed.at(name))
         assert out.startswith("passed: 9 steps replayed")
@@ -86,7 +86,7 @@ def test_verify_replays(attributed: AttributedRun, capsys: Captured) -> None:
 
 
 def test_attribute_answers_as_the_library_does(attributed: AttributedRun) -> None:
-    """The influence on disk is the one that DIT gives for the same task and queries."""
+    """The influence on disk is that of DIT for the same task and queries."""
     recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     queries = backtrail.Loss(recorded.task.data, samples=[0, 3])
     expected = backtrail.DIT().attribute(recorded, queries, observed_at="epochs")
@@ -96,7 +96,7 @@ def test_attribute_answers_as_the_library_does(attributed: AttributedRun) -> Non
 
 
 def test_attribute_at_given_states(attributed: AttributedRun, capsys: Captured) -> None:
-    """States can be numbers, and the result is told with the command to look at it."""
+    """States may be numbers, and the suggested command opens the result."""
     out_folder = str(attributed.folder / "two states")
     out, _ = run(
         capsys,
@@ -130,7 +130,7 @@ def test_attribute_by_another_method(
     capsys: Captured,
     tmp_path: Path,
 ) -> None:
-    """The influence on disk is the method's own, and says so."""
+    """The influence on disk is that of the method, and the output names it."""
     out, _ = run(
         capsys,
         "attribute",
@@ -151,7 +151,7 @@ def test_attribute_by_another_method(
 def test_top_lists_what_the_library_lists(
     attributed: AttributedRun, capsys: Captured, query: str
 ) -> None:
-    """A query is found by number and by name, with order and window."""
+    """Query, order and window are those of `Influence.top`."""
     flags = ("--k", "4", "--query", query, "--order", "helpful", "--window", "3", "9")
     expected = backtrail.open_influence(attributed.influence).top(
         4, query=1, order="helpful", window=(3, 9)
@@ -173,7 +173,7 @@ def test_top_lists_what_the_library_lists(
 def test_top_for_people_says_what_a_number_means(
     attributed: AttributedRun, capsys: Captured
 ) -> None:
-    """The table has the query, the window and the sign above it."""
+    """Query, window and sign stand above the table."""
     out, err = run(capsys, "top", attributed.influence)
     lines = out.splitlines()
     assert lines[0] == "loss[0], states 0 to 9"
@@ -184,7 +184,7 @@ def test_top_for_people_says_what_a_number_means(
 
 
 def test_curve_follows_one_sample(attributed: AttributedRun, capsys: Captured) -> None:
-    """The points are the library's, from zero at state 0."""
+    """The points are those of `Influence.curve`."""
     out, _ = run(capsys, "curve", attributed.influence, "--sample", "5", "--form", "csv")
     assert (
         pl.read_csv(StringIO(out)).rows()
@@ -193,7 +193,7 @@ def test_curve_follows_one_sample(attributed: AttributedRun, capsys: Captured) -
 
 
 def test_patterns_counts_every_sample_once(attributed: AttributedRun, capsys: Captured) -> None:
-    """The four patterns are listed in their order, and their shares sum to one."""
+    """The four patterns are in order, and their shares add up to one."""
     out, err = run(capsys, "patterns", attributed.influence, "--form", "json")
     rows = json.loads(out)
     assert [row["pattern"] for row in rows] == ["early", "late", "stable", "fluctuating"]
@@ -203,7 +203,7 @@ def test_patterns_counts_every_sample_once(attributed: AttributedRun, capsys: Ca
 
 
 def test_regimes_tells_what_the_library_finds(attributed: AttributedRun, capsys: Captured) -> None:
-    """A row per regime without a task, and the sentence above the table for people."""
+    """The table is that of `backtrail.regimes`, without a task."""
     recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     expected = backtrail.regimes(recorded, backtrail.open_influence(attributed.influence))
     out, err = run(capsys, "regimes", attributed.run, attributed.influence, "--form", "csv")
@@ -218,7 +218,7 @@ def test_regimes_tells_what_the_library_finds(attributed: AttributedRun, capsys:
 def test_coreset_keeps_what_the_library_keeps(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """The whole table in a file and in the forms for machines, the first ten for people."""
+    """The file and the machine-readable forms have all rows, the table the first ten."""
     recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     words = "coreset", attributed.run, "--task", attributed.at("task"), "--fraction"
     expected = backtrail.select_coreset(recorded, 0.95, method="loss")
@@ -245,7 +245,7 @@ def test_coreset_keeps_what_the_library_keeps(
 
 
 def test_trust_states_three_checks(attributed: AttributedRun, capsys: Captured) -> None:
-    """The statement has a line for each check, and success is the exit code 0."""
+    """The statement has a line for each check, and the exit code is 0."""
     out, _ = run(
         capsys,
         "trust",
@@ -265,7 +265,7 @@ def test_trust_states_three_checks(attributed: AttributedRun, capsys: Captured) 
 def test_trust_fails_with_code_one(
     attributed: AttributedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failed check is no error of the program: the statement is printed, and the exit code is 1."""
+    """A failed check is printed, and the exit code is 1."""
     monkeypatch.setattr("backtrail.apply.trust.GOOD", 1.1)
     assert (
         cli.main(
@@ -285,7 +285,7 @@ def test_trust_fails_with_code_one(
 def test_clean_lists_what_the_library_lists(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """The ranking on the screen and in the file, and for people what it is."""
+    """The ranking is that of `backtrail.find_mislabeled`, on screen and in the file."""
     recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     expected, path = backtrail.find_mislabeled(recorded), tmp_path / "review.csv"
     task = ("--task", attributed.at("task"))
@@ -309,7 +309,7 @@ def test_clean_lists_what_the_library_lists(
 def test_clean_asks_about_a_data_set_of_the_file(
     attributed: AttributedRun, capsys: Captured
 ) -> None:
-    """Validation rows are named like a task."""
+    """Validation rows are given by reference, as the task is."""
     recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
     expected = backtrail.find_mislabeled(recorded, method="dit", validation=recorded.task.data)
     flags = (
@@ -327,7 +327,7 @@ def test_clean_asks_about_a_data_set_of_the_file(
 
 
 def test_next_commands_work(attributed: AttributedRun, capsys: Captured) -> None:
-    """From a run to a curve by typing what the command before proposed, file names filled in."""
+    """Every suggested command runs, from a run to a curve."""
     out, _ = run(capsys, "info", attributed.run)
     out, _ = run(
         capsys, *(word.replace("FILE.py:task", attributed.at("task")) for word in next_words(out))
@@ -342,7 +342,7 @@ def test_next_commands_work(attributed: AttributedRun, capsys: Captured) -> None
 def test_evaluate_puts_influences_side_by_side(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """A row per influence and measure; the bank holds the re-runs."""
+    """Every influence and measure has a row, and the bank stores the re-runs."""
     sides = attributed.influence, attributed.influence
     out, err = run(
         capsys,
@@ -367,7 +367,7 @@ def test_evaluate_puts_influences_side_by_side(
 def test_forget_writes_what_the_library_returns(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """A state_dict on disk that the model loads, and the command that compares it with retraining."""
+    """The file is the state_dict of `backtrail.forget`."""
     file = tmp_path / "new" / "model.safetensors"
     flags = (
         "--task",
@@ -392,7 +392,7 @@ def test_forget_writes_what_the_library_returns(
 def test_forget_is_judged_by_a_test_set(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """Three measures beside training again; and all steps replayed is what to type next."""
+    """The three measures are printed, and a replay of all steps is suggested."""
     flags = (
         "--task",
         attributed.at("task"),

@@ -1,4 +1,4 @@
-"""The demo: its data, its measures, and once the whole of it."""
+"""The demo: its data, its measures, and the whole of it once."""
 
 import shlex
 from pathlib import Path
@@ -26,7 +26,7 @@ from backtrail.run.run import Run
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Influence]:
-    """The demo's training cut to three epochs, and its influence."""
+    """Record the demo's training cut to three epochs; return the run and its influence."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_task, "EPOCHS", 3)
@@ -37,7 +37,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Influence]:
 
 
 def test_a_tenth_of_the_labels_is_wrong() -> None:
-    """Exactly the samples said to be wrong have another label, and only in the training set."""
+    """Only the samples marked as wrong have another label, and only in the training set."""
     found = digits()
     given = found.training.tensors[1]
     assert torch.equal(given != found.truth, found.wrong)
@@ -51,7 +51,7 @@ def test_a_tenth_of_the_labels_is_wrong() -> None:
 
 
 def test_digits_are_the_same_every_time() -> None:
-    """Cuts and wrong labels come from a seed of their own, not from the global one."""
+    """Split and wrong labels do not depend on the global seed."""
     first = digits()
     digits.cache_clear()
     torch.manual_seed(123)
@@ -67,12 +67,12 @@ def test_recording_changes_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_accuracy_is_a_share() -> None:
-    """An untrained network reads about a tenth of the digits, or by luck a little more."""
+    """An untrained network's accuracy is below 0.4."""
     assert 0 <= accuracy(task()) < 0.4
 
 
 def test_rankings_count_wrong_labels(short: tuple[Run, Influence]) -> None:
-    """The count of the first ranking is the library's own list compared with the labels; the last has all of them."""
+    """The first ranking counts the wrong labels in `top`, and the last has all of them."""
     base, table = rankings(*short)
     names, found, losses = (column.to_list() for column in table)
     first = short[1].top(WRONG)["sample"].to_list()
@@ -83,7 +83,7 @@ def test_rankings_count_wrong_labels(short: tuple[Run, Influence]) -> None:
 
 
 def test_most_harmful_has_the_right_labels(short: tuple[Run, Influence]) -> None:
-    """Labels are those of the data set, and the worst epoch is where the curve falls most."""
+    """Labels are those of the data, and the worst epoch is the largest fall of the curve."""
     rank, sample, score, given, truth, verdict, epoch = most_harmful(short[1], 3).rows()[0]
     assert (rank, sample) == (1, short[1].top(1)["sample"][0])
     assert given == int(digits().training[sample][1])
@@ -94,13 +94,13 @@ def test_most_harmful_has_the_right_labels(short: tuple[Run, Influence]) -> None
 
 
 def test_windows_add_up_to_the_total(short: tuple[Run, Influence]) -> None:
-    """What happened in the epochs is what happened in all."""
+    """The windows of the epochs add up to the total."""
     assert np.allclose(windows(short[1]).sum(axis=0), short[1].total()[0, -1])
     assert -1 <= early_late(short[1]) <= 1
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    """A folder with something in it is left alone, an empty one is used."""
+    """A folder that is not empty is left alone, and an empty one is used."""
     out = tmp_path / "demo"
     assert unused_folder(out) == out
     out.mkdir()
@@ -112,7 +112,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It finds most wrong labels, every check passes, the files are there, and the commands it names work."""
+    """Most wrong labels are found, all checks pass, and the suggested commands run."""
     folder = tmp_path / "demo"
     assert cli.main(["demo", "--out", str(folder)]) == 0
     told = capsys.readouterr().out

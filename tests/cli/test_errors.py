@@ -1,4 +1,4 @@
-"""Errors end in one line on stderr, say what to do, and exit with 2."""
+"""Errors are one line on stderr that says what to do, and exit with code 2."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def failing(capsys: Captured, *arguments: str) -> str:
-    """Run a command that must fail, and give its one line."""
+    """Run a command that must fail; return its one line."""
     capsys.readouterr()
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
@@ -35,7 +35,7 @@ def failing(capsys: Captured, *arguments: str) -> str:
 def test_wrong_names_in_a_file(
     attributed: AttributedRun, capsys: Captured, *, name: str, said: str
 ) -> None:
-    """A missing name, another kind of object and a failing function are told with what is there."""
+    """A missing name, another type and a failing function are named, with the names there are."""
     assert said in failing(capsys, "verify", attributed.run, "--task", attributed.at(name))
 
 
@@ -43,7 +43,7 @@ def test_wrong_names_in_a_file(
 def test_references_that_lead_nowhere(
     attributed: AttributedRun, capsys: Captured, reference: str
 ) -> None:
-    """A reference without a file, or without a name, is told how to be written."""
+    """An incomplete reference is refused, with how to write one."""
     assert "Write FILE.py:NAME, for example my_file.py:task." in failing(
         capsys, "verify", attributed.run, "--task", reference
     )
@@ -60,14 +60,14 @@ def test_references_that_lead_nowhere(
 def test_files_that_do_not_run(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path, *, source: str, said: str
 ) -> None:
-    """What goes wrong in the user's file is told with its line."""
+    """An error in the user's file is given with its line."""
     path = tmp_path / "mine.py"
     path.write_text(source)
     assert said in failing(capsys, "verify", attributed.run, "--task", f"{path}:task")
 
 
 def test_no_queries_in_a_file(capsys: Captured, attributed: AttributedRun, tmp_path: Path) -> None:
-    """A file without what is wanted says so."""
+    """A file without a query is refused."""
     path = tmp_path / "empty.py"
     path.write_text("x = 1\n")
     flags = (
@@ -84,7 +84,7 @@ def test_no_queries_in_a_file(capsys: Captured, attributed: AttributedRun, tmp_p
 def test_only_data_sets_are_named_as_such(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """Strings and classes have a length and items, too; and nothing is written before the rows are found."""
+    """Only data sets are suggested as such, and nothing is written before they are found."""
     flags = (
         "--task",
         attributed.at("task"),
@@ -115,7 +115,7 @@ def test_only_data_sets_are_named_as_such(
 def test_files_and_samples_that_are_none(
     attributed: AttributedRun, capsys: Captured, *, words: tuple[str, ...], said: str
 ) -> None:
-    """A file is not written in a format that its name denies, and nothing is not forgotten."""
+    """File names with another ending, and no samples, are refused."""
     assert said in failing(
         capsys, words[0], attributed.run, "--task", attributed.at("task"), *words[1:]
     )
@@ -124,7 +124,7 @@ def test_files_and_samples_that_are_none(
 def test_errors_of_the_library_are_lines_too(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """A folder without a run or an influence, an unknown sample, query or window: no traceback."""
+    """Errors of the library are one line, without a traceback."""
     assert "holds no run" in failing(capsys, "info", str(tmp_path))
     assert "holds no influence" in failing(capsys, "top", str(tmp_path))
     assert "no sample 99" in failing(capsys, "curve", attributed.influence, "--sample", "99")
@@ -137,7 +137,7 @@ def test_errors_of_the_library_are_lines_too(
 def test_trust_wants_the_influences_own_run(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """An influence is not checked against another recording, however alike."""
+    """Influence of another run is refused, even of the same training."""
     other = tmp_path / "other"
     _load(attributed.folder / "my_file.py").train(str(other))
     said = failing(capsys, "trust", str(other), attributed.influence, *attributed.references)
@@ -147,7 +147,7 @@ def test_trust_wants_the_influences_own_run(
 def test_system_errors_are_lines_too(
     attributed: AttributedRun, capsys: Captured, tmp_path: Path
 ) -> None:
-    """A folder that cannot be written is told as the system tells it."""
+    """Errors of the operating system are one line, too."""
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "out")
     assert "file" in failing(
@@ -158,7 +158,7 @@ def test_system_errors_are_lines_too(
 def test_demo_without_its_extra(
     capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is missing is told with the command that installs it, before any file is written."""
+    """A missing extra is named before any file is written."""
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert "pip install 'backtrail[demo]'" in failing(
         capsys, "demo", "--out", str(tmp_path / "demo")
@@ -169,7 +169,7 @@ def test_demo_without_its_extra(
 def test_ctrl_c_ends_quietly(
     attributed: AttributedRun, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupt is no error: nothing is printed, and the code is 130."""
+    """An interrupt prints nothing, and exits with code 130."""
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -180,7 +180,7 @@ def test_ctrl_c_ends_quietly(
 
 
 def test_wrong_flags_end_with_two(capsys: Captured) -> None:
-    """A flag that does not exist is refused with a pointer to the help."""
+    """An unknown flag is refused, and the help is named."""
     with pytest.raises(SystemExit) as stopped:
         cli.main(["top", "somewhere", "--kk", "3"])
     assert stopped.value.code == 2

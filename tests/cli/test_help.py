@@ -1,4 +1,4 @@
-"""The flags are few and frozen, every command explains itself, and asking for help is instant."""
+"""Flags are frozen, every command has help, and help is printed at once."""
 
 import inspect
 import os
@@ -37,7 +37,7 @@ Verb = Callable[..., object]
 
 
 def helped(capsys: Captured, *arguments: str) -> str:
-    """What a call for help prints."""
+    """Return what a call for help prints."""
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 0
@@ -45,7 +45,7 @@ def helped(capsys: Captured, *arguments: str) -> str:
 
 
 def spelled(verb: Verb) -> list[str]:
-    """Arguments of a command as they are typed: positional ones in capitals."""
+    """Return the arguments of a command as they are typed, positional ones in capitals."""
     arguments = inspect.signature(verb).parameters.values()
     dashed = [(a.name.upper(), "--" + a.name.replace("_", "-")) for a in arguments]
     return [
@@ -55,7 +55,7 @@ def spelled(verb: Verb) -> list[str]:
 
 
 def test_flags_are_frozen() -> None:
-    """Commands and flags are exactly these, at most six flags each."""
+    """Commands and flags are exactly these, with at most six flags each."""
     assert {verb.__name__: spelled(verb) for verb in cli.VERBS} == FLAGS
     assert all(
         len([word for word in words if word.startswith("--")]) <= 6 for words in FLAGS.values()
@@ -64,7 +64,7 @@ def test_flags_are_frozen() -> None:
 
 @pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.__name__)
 def test_every_command_explains_itself(verb: Verb, capsys: Captured) -> None:
-    """The help has every argument, an explanation of each, and an example that begins like a command."""
+    """The help has all arguments, their descriptions and an example."""
     told = helped(capsys, verb.__name__, "--help")
     assert f"Example: backtrail {verb.__name__}" in told
     assert (verb.__doc__ or "").splitlines()[0] in " ".join(told.split())
@@ -74,7 +74,7 @@ def test_every_command_explains_itself(verb: Verb, capsys: Captured) -> None:
 
 
 def test_descriptions_are_wrapped_once(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line breaks of the docstring are not in the help, which has the terminal's width."""
+    """The help is wrapped to the terminal's width, not as the docstring is."""
     monkeypatch.setenv("COLUMNS", "300")
     said = helped(capsys, "verify", "--help")
     assert "the name of the task in it, or of a function that returns it. (required)" in said
@@ -91,7 +91,7 @@ def test_examples_name_real_flags() -> None:
 
 
 def test_help_lists_all_commands(capsys: Captured) -> None:
-    """`backtrail --help`, and `backtrail` alone, list every command with one line."""
+    """`backtrail --help`, and `backtrail` alone, list all commands."""
     told = helped(capsys, "--help")
     assert all(f"• {name} " in told for name in FLAGS)
     assert "Example" not in told
@@ -105,18 +105,19 @@ def test_the_version_is_printed(capsys: Captured) -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """Asking for help brings in no library that takes time."""
+    """Help imports no library that is slow to import."""
     heavy = "{'torch', 'numpy', 'scipy', 'polars', 'zarr', 'matplotlib', 'sklearn'}"
     code = (
         "import sys\nfrom backtrail.cli import main\n"
-        f"try: main(['--help'])\nexcept SystemExit: print('HEAVY', *sorted({heavy} & set(sys.modules)))"
+        "try: main(['--help'])\n"
+        f"except SystemExit: print('HEAVY', *sorted({heavy} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
 
 
 def test_the_program_is_installed() -> None:
-    """The entry point runs, and a broken pipe is no error."""
+    """The entry point runs, and a closed pipe gives no traceback."""
     program = Path(sys.executable).with_name("backtrail")
     if not program.exists():
         pytest.skip("backtrail is not installed in this environment")
@@ -138,7 +139,7 @@ def test_the_program_is_installed() -> None:
 def test_suggested_commands_can_be_typed(
     monkeypatch: pytest.MonkeyPatch, *, found: str | None, started: str, said: str
 ) -> None:
-    """A program that the shell does not find is named by its place."""
+    """A program that is not on the PATH is suggested by its path."""
     monkeypatch.setattr(shutil, "which", {"backtrail": found}.get)
     monkeypatch.setattr(sys, "argv", [str(Path.cwd() / started)])
     assert show.command("top", "run/dit") == f"{said} top run/dit"

@@ -1,4 +1,4 @@
-"""Random influences, and the slow obvious way to sum them."""
+"""Random influence, and its sums by loops."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def description(**changes: object) -> Description:
 
 
 def slots(seed: int = 0) -> np.ndarray:
-    """Draw batches with a sample twice in one, short ones, and samples 7 and 8 never visited."""
+    """Draw batches: one with a sample twice, two short ones, samples 7 and 8 in none."""
     sample = np.random.default_rng(seed).integers(0, 7, size=(STEPS, SLOTS))
     sample[0, :2] = 5
     sample[4, 2:] = -1
@@ -39,7 +39,7 @@ def slots(seed: int = 0) -> np.ndarray:
 
 
 def numbers(seed: int = 0, about: Description | None = None) -> np.ndarray:
-    """Draw influence: zero at the steps from the observed state on, and in the padding."""
+    """Draw influence, zero from the observed state on and in the padding."""
     about = about or description()
     values = np.random.default_rng(seed).normal(size=about.shape)
     for column, state in enumerate(about.observed_at):
@@ -48,7 +48,7 @@ def numbers(seed: int = 0, about: Description | None = None) -> np.ndarray:
 
 
 def losses() -> np.ndarray:
-    """Give every slot a loss; that of the last slot is not known."""
+    """Return losses `[step, slot]`, of which that of the last slot is unknown."""
     loss = np.arange(STEPS * SLOTS, dtype=np.float64).reshape(STEPS, SLOTS)
     loss[:, -1] = np.nan
     return loss
@@ -61,7 +61,7 @@ def made(path: Path | None = None, *, dtype: str = "float64") -> Influence:
 
 
 def summed(start: int = 0, stop: int = STEPS) -> np.ndarray:
-    """Sum over the visits in some steps by four loops: [query, observed_at, sample]."""
+    """Sum over the visits in steps [start, stop) by four loops, `[query, observed_at, sample]`."""
     values, sample = numbers(), slots()
     result = np.zeros((len(QUERIES), len(OBSERVED), SAMPLES))
     for q in range(len(QUERIES)):

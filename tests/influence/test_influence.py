@@ -1,4 +1,4 @@
-"""Sums, windows, visits and tables of an influence, against loops over every number."""
+"""Sums, windows, visits and tables of an influence against loops over all entries."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ ORDERS: dict[Order, Callable[[float], float]] = {
 
 @pytest.fixture(params=["memory", "folder"])
 def influence(request: pytest.FixtureRequest, tmp_path: Path) -> Influence:
-    """The same influence, in memory and reopened from a folder."""
+    """Return the same influence, in memory and opened from a folder."""
     if request.param == "memory":
         return made()
     made(tmp_path / "influence")
@@ -47,19 +47,19 @@ def test_total_is_the_sum_over_visits(influence: Influence) -> None:
 
 
 def test_unseen_samples_have_exactly_zero(influence: Influence) -> None:
-    """Samples 7 and 8 are in no batch; not the smallest rounding reaches them."""
+    """Samples that are in no batch have exactly zero."""
     assert (influence.total()[:, :, 7:] == 0).all()
     assert (influence.window(3, 10)[:, 7:] == 0).all()
     assert (influence.visits(2, 9)[:, 7:] == 0).all()
 
 
 def test_total_of_one_query_keeps_its_axis(influence: Influence) -> None:
-    """Asking for one query, by name, gives its rows of the whole, bit for bit."""
+    """One query by name has its row of the total, bit for bit."""
     np.testing.assert_array_equal(influence.total(query="loss b"), influence.total()[1:2])
 
 
 def test_total_into_a_file_is_the_same(influence: Influence, tmp_path: Path) -> None:
-    """A total summed into a .npy file is mapped, read-only, and equal; nothing else is left there."""
+    """A total written to a .npy file is memory-mapped and equal; no other file is left."""
     target = tmp_path / "totals" / "total.npy"
     target.parent.mkdir()
     mapped = influence.total(out=target)
@@ -70,14 +70,14 @@ def test_total_into_a_file_is_the_same(influence: Influence, tmp_path: Path) -> 
 
 
 def test_padding_adds_nothing_whatever_stands_there() -> None:
-    """Even NaN in a padded slot reaches no sum."""
+    """NaN in the padding is in no sum."""
     values = np.where(slots() >= 0, numbers(), np.nan)
     total = from_arrays(description(), values, sample=slots()).total()
     np.testing.assert_allclose(total, summed(), rtol=1e-14, atol=1e-15)
 
 
 def test_sums_of_float32_are_made_in_float64() -> None:
-    """Storing in float32 costs one rounding of each number, not of the sums."""
+    """Influence stored in float32 is summed in float64."""
     total = made(dtype="float32").total()
     assert total.dtype == np.float64
     np.testing.assert_allclose(total, summed(), atol=1e-6)
@@ -85,20 +85,20 @@ def test_sums_of_float32_are_made_in_float64() -> None:
 
 @pytest.mark.parametrize(("a", "b"), [(0, 3), (0, 10), (3, 7), (3, 10), (7, 7), (0, 0)])
 def test_window_is_the_difference_of_totals(influence: Influence, a: int, b: int) -> None:
-    """A window takes each total at its own state; at state 0 it is zero."""
+    """A window is the difference of the totals at its two states, zero at state 0."""
     expected = summed()[:, OBSERVED.index(b)] - summed()[:, OBSERVED.index(a)]
     np.testing.assert_allclose(influence.window(a, b), expected, rtol=1e-13, atol=1e-14)
 
 
 def test_window_may_begin_at_state_0_unobserved() -> None:
-    """State 0 need not be observed to begin a window."""
+    """A window may begin at state 0 without observing it."""
     about = description(observed_at=(3, 10))
     influence = from_arrays(about, numbers()[:, [1, 3]], sample=slots())
     np.testing.assert_array_equal(influence.window(0, 3), influence.total()[:, 0])
 
 
 def test_windows_add_up_to_the_whole(influence: Influence) -> None:
-    """Consecutive windows, and consecutive stretches of visits, sum to the total."""
+    """Consecutive windows, and consecutive ranges of visits, add up to the total."""
     total = influence.total()[:, -1]
     windows = sum(influence.window(a, b) for a, b in ((0, 3), (3, 7), (7, 10)))
     visits = sum(influence.visits(a, b) for a, b in ((0, 1), (1, 6), (6, STEPS)))
@@ -111,26 +111,26 @@ def test_windows_add_up_to_the_whole(influence: Influence) -> None:
 def test_visits_sum_some_steps(
     influence: Influence, steps: tuple[int, int], observed_at: int | str
 ) -> None:
-    """Visits sum over the steps [a, b) only, seen from one state; the end is the last state."""
+    """Visits are summed over the steps [a, b), at one observed state, by default the last."""
     column = -1 if observed_at == "end" else OBSERVED.index(int(observed_at))
     found = influence.visits(*steps, observed_at=observed_at)  # type: ignore[arg-type]
     np.testing.assert_allclose(found, summed(*steps)[:, column], rtol=1e-14, atol=1e-15)
 
 
 def test_window_and_visits_are_different_questions(influence: Influence) -> None:
-    """Over the same stretch, a window and its visits differ."""
+    """A window differs from the visits in the same steps."""
     assert not np.allclose(influence.window(3, 10), influence.visits(3, 10))
 
 
 def test_same_question_same_bits(influence: Influence) -> None:
-    """Asking twice, one query or all, one state or all, gives the same bits."""
+    """The same sum is equal bit for bit, by whichever call."""
     np.testing.assert_array_equal(influence.total(), influence.total())
     np.testing.assert_array_equal(influence.window(0, 7), influence.total()[:, 2])
 
 
 @pytest.mark.parametrize("query", [1, "loss b"])
 def test_curve_is_the_total_by_state(influence: Influence, query: int | str) -> None:
-    """A curve holds the totals of one sample, from zero at state 0."""
+    """A curve has the totals of a sample at all observed states."""
     table = influence.curve(sample=5, query=query)
     assert table.columns == ["observed_at", "influence"]
     assert table["observed_at"].to_list() == list(OBSERVED)
@@ -138,7 +138,7 @@ def test_curve_is_the_total_by_state(influence: Influence, query: int | str) -> 
 
 
 def test_curve_begins_at_state_0_unobserved() -> None:
-    """Where state 0 was not observed, the curve still begins there."""
+    """A curve begins with zero at state 0, though that was not observed."""
     about = description(observed_at=(3, 10))
     influence = from_arrays(about, numbers()[:, [1, 3]], sample=slots())
     assert influence.curve(sample=5)["observed_at"].to_list() == [0, 3, 10]
@@ -147,7 +147,7 @@ def test_curve_begins_at_state_0_unobserved() -> None:
 
 @pytest.mark.parametrize("state", [3, "end"])
 def test_visits_curve_has_one_row_per_visit(influence: Influence, state: int | str) -> None:
-    """Every visit before the state is there, twice if the batch held the sample twice."""
+    """Every visit before the state has a row, two where the batch holds the sample twice."""
     until = 10 if state == "end" else int(state)
     column = OBSERVED.index(until)
     expected = [
@@ -162,7 +162,7 @@ def test_visits_curve_has_one_row_per_visit(influence: Influence, state: int | s
 
 
 def test_visits_curve_of_an_unseen_sample_is_empty(influence: Influence) -> None:
-    """A sample never visited has no rows, but the columns and their types."""
+    """A sample that is in no batch has no rows, but all columns and types."""
     table = influence.visits_curve(sample=8)
     assert table.shape == (0, 4)
     assert table.schema == influence.visits_curve(sample=5).schema
@@ -170,7 +170,7 @@ def test_visits_curve_of_an_unseen_sample_is_empty(influence: Influence) -> None
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_top_sorts_the_totals(influence: Influence, order: Order) -> None:
-    """The top samples are those that sorting all of them puts first."""
+    """The top samples are the first of all, sorted by total."""
     scores = influence.total()[1, -1]
     expected = sorted(range(SAMPLES), key=lambda j: ORDERS[order](scores[j]))[:4]
     table = influence.top(4, query="loss b", order=order)
@@ -181,7 +181,7 @@ def test_top_sorts_the_totals(influence: Influence, order: Order) -> None:
 
 
 def test_top_of_a_window_and_of_a_state(influence: Influence) -> None:
-    """The ranking can be of a window, or of the total at an earlier state."""
+    """The ranking may be of a window, or of an earlier state."""
     window = influence.top(SAMPLES, window=(3, 7))
     np.testing.assert_array_equal(window["influence"], np.sort(influence.window(3, 7)[0]))
     early = influence.top(SAMPLES, observed_at=3)
@@ -189,13 +189,13 @@ def test_top_of_a_window_and_of_a_state(influence: Influence) -> None:
 
 
 def test_top_breaks_ties_by_row_and_takes_any_length(influence: Influence) -> None:
-    """Of equal samples the lower row comes first; asking for more than there are gives all."""
+    """Ties are in the order of samples, and a larger k than samples gives all."""
     assert influence.top(99, observed_at=0)["sample"].to_list() == list(range(SAMPLES))
     assert influence.top(0).height == 0
 
 
 def test_attributes_tell_what_it_is(influence: Influence) -> None:
-    """Names, sizes and meaning come back as they were given."""
+    """Names, sizes, unit, sign and settings are those given."""
     assert (influence.queries, influence.observed_at) == (QUERIES, OBSERVED)
     assert (influence.steps, influence.slots, influence.samples) == (STEPS, 4, SAMPLES)
     assert (influence.method, influence.unit, influence.run) == ("made", "nats", "run-1")
@@ -207,7 +207,7 @@ def test_attributes_tell_what_it_is(influence: Influence) -> None:
 
 
 def test_arrays_come_back(influence: Influence) -> None:
-    """The numbers themselves, the samples and the losses are what was written."""
+    """Values, samples and losses are those written."""
     np.testing.assert_array_equal(influence.values(), numbers())
     np.testing.assert_array_equal(influence.values(3, 6), numbers()[:, :, 3:6])
     np.testing.assert_array_equal(influence.sample, slots())
@@ -215,14 +215,14 @@ def test_arrays_come_back(influence: Influence) -> None:
 
 
 def test_with_queries_remembers_the_query_object(influence: Influence) -> None:
-    """The query object rides along in memory; the original knows nothing of it."""
+    """`with_queries` returns a copy that has the query object."""
     query = object()
     assert influence.with_queries(query).query_object is query
     assert influence.query_object is None
 
 
 def long_rows() -> list[tuple[str, int, int, int, int, float]]:
-    """List by loops what the long table must hold."""
+    """Return the rows of the long table by loops."""
     return [
         (name, state, t, b, int(slots()[t, b]), float(numbers()[q, o, t, b]))
         for q, name in enumerate(QUERIES)
@@ -234,14 +234,14 @@ def long_rows() -> list[tuple[str, int, int, int, int, float]]:
 
 
 def test_long_table_lists_every_real_number(influence: Influence) -> None:
-    """No padding, no step from the observed state on, and nothing missing."""
+    """The long table has all entries but padding and steps from the observed state on."""
     table = influence.to_polars()
     assert table.columns == ["query", "observed_at", "step", "slot", "sample", "influence"]
     assert sorted(table.rows()) == sorted(long_rows())
 
 
 def test_parquet_holds_the_long_table(influence: Influence, tmp_path: Path) -> None:
-    """The Parquet file is the long table, in the same order, and no scratch file stays."""
+    """The Parquet file is the long table in the same order, and no other file is left."""
     target = tmp_path / "tables" / "long.parquet"
     target.parent.mkdir()
     influence.to_parquet(target)
@@ -274,7 +274,7 @@ def test_parquet_holds_the_long_table(influence: Influence, tmp_path: Path) -> N
     ],
 )
 def test_errors_say_what_is_there(influence: Influence, case: Case) -> None:
-    """A question that cannot be answered names what was asked, what there is, and what to do."""
+    """Every error names what was asked for, what there is, and what to do."""
     ask, error, words = case
     with pytest.raises(error) as caught:
         ask(influence)

@@ -1,4 +1,4 @@
-"""Sums and orders on plain arrays."""
+"""Sums and orders of plain arrays."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from backtrail.influence.tables import add_by_sample, ranking
 
 @given(seed=st.integers(0, 10_000), steps=st.integers(1, 5), slots=st.integers(1, 6))
 def test_adding_by_sample_is_the_loop(seed: int, steps: int, slots: int) -> None:
-    """One-hot products give the sums of a loop over the slots, added to what was there."""
+    """Sums by sample are those of a loop over slots, added to what was there."""
     draw = np.random.default_rng(seed)
     sample = draw.integers(-1, 7, size=(steps, slots))
     block = draw.normal(size=(2, 3, steps, slots))
@@ -25,14 +25,14 @@ def test_adding_by_sample_is_the_loop(seed: int, steps: int, slots: int) -> None
 
 
 def test_nothing_but_padding_adds_nothing() -> None:
-    """A block of padding alone leaves the sums as they are."""
+    """A block of padding does not change the sums."""
     into = np.ones((1, 1, 3))
     add_by_sample(into, np.full((1, 1, 2, 2), np.nan), np.full((2, 2), -1))
     assert (into == 1).all()
 
 
 def test_samples_without_a_number_come_last() -> None:
-    """NaN is neither harmful nor helpful."""
+    """NaN comes last in every order."""
     scores = np.array([np.nan, 1.0, -1.0])
     assert ranking(scores, "harmful").tolist() == [2, 1, 0]
     assert ranking(scores, "helpful").tolist() == [1, 2, 0]
@@ -43,7 +43,7 @@ def test_samples_without_a_number_come_last() -> None:
     "shard", [(1, 1, 1, 1), (7, 13, 101, 257), (64, 10, 50, 512), (1, 1, 3, 1_000_003)]
 )
 def test_chunks_divide_their_shard(shard: tuple[int, ...]) -> None:
-    """Every chunk is a whole part of the shard and at most about 1 MB."""
+    """A chunk's length divides its shard's, and a chunk has at most about 1 MB."""
     chunk = chunk_shape(shard, 4)
     assert all(extent % part == 0 for extent, part in zip(shard, chunk, strict=True))
     assert np.prod(chunk) * 4 <= CHUNK_BYTES

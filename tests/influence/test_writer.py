@@ -1,4 +1,4 @@
-"""Writing shard by shard: what a kill leaves, what resuming accepts, and what is refused."""
+"""Influence is written shard by shard: interruption, resuming and what is refused."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.influence.made import SAMPLES, STEPS, description, losses, made, numb
 
 
 def begun(path: Path | None, *done: int) -> InfluenceWriter:
-    """Begin the influence of these tests, and write and mark some shards."""
+    """Begin the influence of these tests; write some shards and mark them as done."""
     writer = InfluenceWriter.begin(path, description(), sample=slots(), dtype="float64")
     for shard in done:
         write(writer, shard)
@@ -21,14 +21,14 @@ def begun(path: Path | None, *done: int) -> InfluenceWriter:
 
 
 def write(writer: InfluenceWriter, shard: int) -> None:
-    """Write one shard, without its mark."""
+    """Write one shard without marking it."""
     start, stop = writer.shards[shard]
     writer.write(start, numbers()[:, :, start:stop], losses()[start:stop])
 
 
 @pytest.mark.parametrize("place", ["memory", "folder"])
 def test_marks_are_remembered(tmp_path: Path, place: str) -> None:
-    """Shards cover the steps, the last one short; those marked are known, in any order."""
+    """Shards cover all steps, and those marked as done are known."""
     writer = begun(None if place == "memory" else tmp_path / "influence", 2, 0)
     assert writer.shards == [(0, 4), (4, 8), (8, 11)]
     assert writer.done == {0, 2}
@@ -38,7 +38,7 @@ def test_marks_are_remembered(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("shard", [1, 2, 3, 11, 1000])
 def test_the_shard_length_does_not_change_the_numbers(shard: int) -> None:
-    """Sums agree to rounding whatever the shard, even one longer than the run."""
+    """The sums do not depend on the shard length, up to rounding."""
     influence = from_arrays(description(shard=shard), numbers(), sample=slots())
     assert len(influence.description.shards) == -(-STEPS // shard)
     np.testing.assert_array_equal(influence.values(), numbers())
@@ -50,7 +50,7 @@ def test_the_shard_length_does_not_change_the_numbers(shard: int) -> None:
 def test_resuming_after_a_kill_gives_the_same_bits(
     tmp_path: Path, shard: int, cut: int | None
 ) -> None:
-    """A shard whose file was cut short, or written but not marked, is written again."""
+    """A shard that is truncated, or written but not marked, is written again."""
     path = tmp_path / "influence"
     write(begun(path, 0), shard)
     if cut is not None:
@@ -66,7 +66,7 @@ def test_resuming_after_a_kill_gives_the_same_bits(
 
 
 def test_a_kill_while_marking_leaves_no_mark(tmp_path: Path) -> None:
-    """The scratch file of a mark is not a mark."""
+    """The temporary file of a mark does not count as a mark."""
     path = tmp_path / "influence"
     writer = begun(path, 0)
     (path / "done" / "000001.4711").write_text("{")
@@ -74,7 +74,7 @@ def test_a_kill_while_marking_leaves_no_mark(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_creating_leaves_nothing_in_the_way(tmp_path: Path) -> None:
-    """What an earlier attempt left beside the place is cleared away."""
+    """What an earlier attempt left next to the folder is removed."""
     scratch = tmp_path / ".influence.new"
     scratch.mkdir()
     (scratch / "zarr.json").write_text("{")
@@ -83,7 +83,7 @@ def test_a_kill_while_creating_leaves_nothing_in_the_way(tmp_path: Path) -> None
 
 
 def test_an_unfinished_folder_says_how_far_it_is(tmp_path: Path) -> None:
-    """Opening it tells how many shards are done and how to resume."""
+    """The message says how many shards are done, and how to resume."""
     begun(tmp_path / "influence", 0)
     with pytest.raises(errors.UnfinishedInfluence) as caught:
         open_influence(tmp_path / "influence")
@@ -92,7 +92,7 @@ def test_an_unfinished_folder_says_how_far_it_is(tmp_path: Path) -> None:
 
 
 def test_resuming_with_other_arguments_lists_them(tmp_path: Path) -> None:
-    """Each field and setting that differs is named with both values; equal ones are not."""
+    """Fields and settings that differ are named with both values, and others are not."""
     path = tmp_path / "influence"
     begun(path, 0)
     other = description(method="TracIn", settings={"seed": 4, "curvature": "Hessian"})
@@ -105,7 +105,7 @@ def test_resuming_with_other_arguments_lists_them(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
-    """Nothing is written into a folder that is not empty; an empty one will do."""
+    """A folder that is not empty is refused, and an empty one is used."""
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(errors.FolderTaken, match="exists and is not empty"):
         begun(tmp_path)
@@ -128,7 +128,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     ],
 )
 def test_a_description_must_fit(changes: dict[str, object], words: str) -> None:
-    """What does not fit together is named before anything is written."""
+    """A description that contradicts itself is refused, with what is wrong."""
     with pytest.raises(errors.IllFormedInfluence) as caught:
         InfluenceWriter.create(None, description(**changes), sample=slots(), dtype="float64")
     assert words in str(caught.value)
@@ -145,14 +145,14 @@ def test_only_whole_shards_are_written(start: int, size: int) -> None:
 
 
 def test_unknown_losses_are_nan() -> None:
-    """Where no losses are given, none are made up."""
+    """Without losses all are NaN."""
     influence = from_arrays(description(), numbers(), sample=slots())
     assert np.isnan(influence.loss).all()
     assert influence.loss.shape == (STEPS, 4)
 
 
 def test_stretches_without_influence_are_whole(tmp_path: Path) -> None:
-    """Shards behind the last observed state hold only zeros, and open like any other."""
+    """Shards after the last observed state, which hold only zeros, can be opened."""
     about = description(observed_at=(3,))
     path = tmp_path / "influence"
     from_arrays(about, numbers()[:, [1]], sample=slots(), path=path)
@@ -162,7 +162,7 @@ def test_stretches_without_influence_are_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["influence/c/0/0/1/0", "sample/c/0/0", "loss/c/2/0"])
 @pytest.mark.parametrize("harm", ["missing", "short"])
 def test_a_missing_or_short_file_is_named(tmp_path: Path, name: str, harm: str) -> None:
-    """Opening says which file is not as it was written."""
+    """A missing or truncated file is named when the folder is opened."""
     path = tmp_path / "influence"
     made(path)
     if harm == "missing":
@@ -177,7 +177,7 @@ def test_a_missing_or_short_file_is_named(tmp_path: Path, name: str, harm: str) 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["influence/c/0/0/1/0", "sample/c/1/0"])
 def test_a_changed_byte_is_noticed(tmp_path: Path, name: str) -> None:
-    """A flipped bit meets the checksum when it is read."""
+    """A changed byte is found by its checksum when it is read."""
     path = tmp_path / "influence"
     made(path)
     data = bytearray((path / name).read_bytes())
@@ -189,7 +189,7 @@ def test_a_changed_byte_is_noticed(tmp_path: Path, name: str) -> None:
 
 
 def test_a_damaged_description_is_noticed(tmp_path: Path) -> None:
-    """Metadata that is cut short, or that lacks a field, is named."""
+    """Metadata that is truncated, or lacks a field, is named."""
     path = tmp_path / "influence"
     made(path)
     text = (path / "zarr.json").read_text()
@@ -202,7 +202,7 @@ def test_a_damaged_description_is_noticed(tmp_path: Path) -> None:
 
 
 def test_what_is_no_influence_is_refused(tmp_path: Path) -> None:
-    """A missing folder, an empty one and a later format each get their own reason."""
+    """A missing folder, an empty one and another format are refused, each with its reason."""
     with pytest.raises(errors.NotAnInfluence, match="no such folder"):
         open_influence(tmp_path / "nowhere")
     with pytest.raises(errors.NotAnInfluence, match=r"no zarr\.json there"):
@@ -221,7 +221,7 @@ def test_what_is_no_influence_is_refused(tmp_path: Path) -> None:
 
 
 def test_many_samples_few_visits(tmp_path: Path) -> None:
-    """A training set far larger than the batches costs only its own length."""
+    """A training set much larger than the batches is summed like others."""
     about = description(samples=1_000_000)
     influence = from_arrays(about, numbers(), sample=slots(), path=tmp_path / "influence")
     total = influence.total(query=0)

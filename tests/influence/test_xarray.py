@@ -1,4 +1,4 @@
-"""The folder of an influence, read by xarray and zarr without this library."""
+"""The folder of an influence can be read by xarray and zarr alone."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.influence.made import OBSERVED, QUERIES, STEPS, losses, made, numbers
 
 
 def check(dataset: xr.Dataset) -> None:
-    """Compare every variable, coordinate and attribute with what was written."""
+    """Assert that all variables, coordinates and attributes are those written."""
     assert dataset["influence"].dims == ("query", "observed_at", "step", "slot")
     assert dataset["sample"].dims == dataset["loss"].dims == ("step", "slot")
     np.testing.assert_array_equal(dataset["influence"], numbers())
@@ -29,20 +29,20 @@ def check(dataset: xr.Dataset) -> None:
 
 
 def test_xarray_opens_the_folder_alone(tmp_path: Path) -> None:
-    """`xarray.open_zarr` needs no option, and warns of nothing."""
+    """`xarray.open_zarr` needs no option and gives no warning."""
     made(tmp_path / "influence")
     check(xr.open_zarr(tmp_path / "influence"))
 
 
 def test_to_xarray_gives_the_same(tmp_path: Path) -> None:
-    """In memory and from a folder, the dataset is the same."""
+    """The data set is the same from memory and from a folder."""
     check(made().to_xarray())
     made(tmp_path / "influence")
     check(open_influence(tmp_path / "influence").to_xarray())
 
 
 def test_names_select(tmp_path: Path) -> None:
-    """A query is selected by its name, a state by its number."""
+    """Queries are selected by name and states by number."""
     made(tmp_path / "influence")
     part = open_influence(tmp_path / "influence").to_xarray()["influence"]
     found = part.sel(query="größe", observed_at=7)
@@ -50,7 +50,7 @@ def test_names_select(tmp_path: Path) -> None:
 
 
 def test_one_shard_file_per_stretch_of_steps(tmp_path: Path) -> None:
-    """The array is sharded along step alone, and chunks stay inside their shard."""
+    """The array is sharded along the steps alone."""
     made(tmp_path / "influence", dtype="float32")
     array = zarr.open_array(tmp_path / "influence" / "influence", mode="r")
     assert array.dtype == np.float32

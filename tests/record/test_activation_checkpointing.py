@@ -1,4 +1,4 @@
-"""Models that compute activations again in their backward pass."""
+"""Models with activation checkpointing."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ from tests.loops import CLASSES, FEATURES, Loop, recorded_loop
 
 
 class Net(nn.Module):
-    """Two layers with dropout, of which the middle may be computed again."""
+    """Two layers with dropout between them, whose activations may be checkpointed."""
 
     def __init__(self, way: str) -> None:
         torch.manual_seed(5)
@@ -31,7 +31,7 @@ class Net(nn.Module):
         self.middle = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores."""
+        """Map inputs `[row, feature]` to logits `[row, class]`."""
         x = self.first(x)
         if self.way == "once":
             return self.last(self.middle(x))
@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def influence(way: str, path: Path) -> np.ndarray:
-    """Of a training that draws the same random numbers either way."""
+    """Return the influence of a training that draws the same random numbers in every way."""
     loop = Loop.of(Net(way).double())
     loop.data.tensors = (loop.data.tensors[0].double(), loop.data.tensors[1])
     torch.manual_seed(1)
@@ -48,7 +48,7 @@ def influence(way: str, path: Path) -> np.ndarray:
 
 
 def implementations() -> tuple[object, object]:
-    """Torch's two, or what is in their place."""
+    """Return torch's two implementations, or what replaces them at the moment."""
     return recompute.CheckpointFunction, recompute._checkpoint_without_reentrant_generator
 
 
@@ -57,7 +57,7 @@ TORCHS_OWN = implementations()
 
 @pytest.mark.parametrize("way", ["reentrant", "later"])
 def test_they_are_recorded_and_attributed_like_others(way: str, tmp_path: Path) -> None:
-    """In both of torch's ways, with the dropout masks of the loop, which still computes twice."""
+    """Both kinds of checkpointing give the influence of a model without, and stay in place."""
     found = influence(way, tmp_path / "twice")
     np.testing.assert_allclose(
         found, influence("once", tmp_path / "once"), rtol=0, atol=1e-12 * np.abs(found).max()
@@ -74,12 +74,12 @@ class Calling(nn.Module):
         self.call = call
 
     def forward(self, x: Tensor) -> Any:
-        """Whatever the function makes of it."""
+        """Call the function."""
         return self.call(self, x)
 
 
 class Seen(nn.Module):
-    """Notes, while it is called, whether torch's implementations are in their place."""
+    """A layer that notes at every call whether torch's implementations are in place."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -87,14 +87,14 @@ class Seen(nn.Module):
         self.untouched: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """A linear layer."""
+        """Apply the layer."""
         found: Tensor = self.layer(x)
         self.untouched.append(implementations() == TORCHS_OWN)
         return found
 
 
 def test_a_model_without_it_is_called_with_torch_untouched() -> None:
-    """Recorded, replayed, and differentiated."""
+    """A model without checkpointing is called with torch's own implementations."""
     data = torch.utils.data.TensorDataset(torch.randn(4, 3), torch.randint(0, 2, (4,)))
     task = backtrail.classification(Seen(), data)
     assert not task.uses_checkpointing
@@ -104,32 +104,32 @@ def test_a_model_without_it_is_called_with_torch_untouched() -> None:
 
 
 def own_helper(module: nn.Module, x: Tensor) -> Any:
-    """A function that a forward calls."""
+    """Call a module with checkpointing."""
     return checkpoint(module, x, use_reentrant=False)
 
 
 class Switchable(nn.Module):
-    """Can be switched to checkpointing, but was not."""
+    """A module with a switch for checkpointing, which is off."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.inner = nn.Linear(3, 3)
 
     def switch(self) -> None:
-        """As transformers' `gradient_checkpointing_enable`."""
+        """Switch checkpointing on, as transformers' `gradient_checkpointing_enable` does."""
         self.call = partial(checkpoint, use_reentrant=False)
 
     def forward(self, x: Tensor) -> Any:
-        """The inner layer."""
+        """Apply the inner layer."""
         return self.inner(x)
 
 
 def switched() -> nn.Module:
-    """With the attribute that the switch sets, which forward reads."""
+    """Make a module whose forward reads the attribute that the switch sets."""
 
     class Reading(Switchable):
         def forward(self, x: Tensor) -> Any:
-            """By what the switch left, if it did."""
+            """Use the attribute, if it is set."""
             return self.call(self.inner, x) if hasattr(self, "call") else self.inner(x)
 
     model = Reading()
@@ -138,14 +138,14 @@ def switched() -> nn.Module:
 
 
 def in_the_function(module: Any, x: Tensor) -> Any:
-    """Imports it by itself."""
+    """Import checkpointing in the function that uses it."""
     from torch.utils.checkpoint import checkpoint_sequential  # noqa: PLC0415 - what is tested
 
     return checkpoint_sequential(nn.Sequential(module.inner), 1, x, use_reentrant=False)
 
 
 class Unreadable(nn.Module):
-    """Has a property that must not be read, and an attribute that refers to itself."""
+    """A module with a property that must not be read, and a list that contains itself."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -155,11 +155,11 @@ class Unreadable(nn.Module):
 
     @property
     def costly(self) -> Tensor:
-        """Fails."""
+        """Raise an error."""
         raise MemoryError
 
     def forward(self, x: Tensor) -> Any:
-        """Refers to both, and to a closure and a recursion."""
+        """Refer to both, to a closure and to a recursion."""
 
         def again(count: int) -> Any:
             return again(count - 1) if count else self.inner(x)
@@ -191,18 +191,18 @@ WITHOUT: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", WITH)
 def test_its_use_is_found(name: str) -> None:
-    """However the code comes to it."""
+    """Checkpointing is found however the code refers to it."""
     assert uses_checkpointing(WITH[name]())
 
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_nothing_else_is_taken_for_it(name: str) -> None:
-    """Nothing is called in search of it."""
+    """Modules without checkpointing are recognised without a call."""
     assert not uses_checkpointing(WITHOUT[name]())
 
 
 def test_a_function_beside_the_model_may_use_it() -> None:
-    """As `predict` of a task."""
+    """Checkpointing is found in `predict` of a task, too."""
     model = nn.Linear(3, 3)
     assert not uses_checkpointing(model, lambda model, batch: model(batch[0]))
     assert uses_checkpointing(model, lambda model, batch: own_helper(model, batch[0]))
@@ -210,7 +210,7 @@ def test_a_function_beside_the_model_may_use_it() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_other_threads_keep_torchs_own(*, reentrant: bool) -> None:
-    """A training that goes on meanwhile computes twice, as ever; blocks may be nested."""
+    """Other threads compute twice, as without the context, which can be nested."""
     calls: list[Tensor] = []
 
     def inner(x: Tensor) -> Tensor:

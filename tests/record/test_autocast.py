@@ -1,4 +1,4 @@
-"""Trainings under autocast: recorded as such, replayed to the bit, and attributed in the parameters' own precision."""
+"""Trainings under autocast are replayed under it, and attributed in the parameters' precision."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ LOW = torch.bfloat16
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """With momentum."""
+    """Make an SGD with momentum."""
     return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
 
 
@@ -41,7 +41,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def test_a_run_under_autocast_is_replayed_to_rounding(
     model: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
-    """The log says which steps were under it; the check says so too, and how far the plain gradients are."""
+    """Log and check say which steps were under autocast, and how far plain gradients are."""
     loop = Loop.of(model())
     run = recorded_loop(loop, tmp_path / "run", autocast_training(loop, full=(1, 2)))
     assert [step.autocast for step in run.log[:4]] == ["bfloat16", "", "", "bfloat16"]
@@ -56,7 +56,7 @@ def test_a_run_under_autocast_is_replayed_to_rounding(
 
 
 def test_the_recorder_leaves_a_training_under_autocast_alone(tmp_path: Path) -> None:
-    """The weights are the same bits with and without it."""
+    """The weights are equal bit for bit with a recorder and without."""
     torch.manual_seed(1)
     alone = Loop.of(stochastic_mlp())
     autocast_training(alone)(lambda loader: loader)
@@ -69,14 +69,14 @@ def test_the_recorder_leaves_a_training_under_autocast_alone(tmp_path: Path) -> 
 
 
 def test_without_autocast_nothing_is_said_of_it(tmp_path: Path) -> None:
-    """Neither in the log nor in the check."""
+    """Neither log nor check of a plain training mention autocast."""
     run = recorded_loop(Loop.of(mlp()), tmp_path / "run")
     assert {step.autocast for step in run.log} == {""}
     assert "autocast" not in str(run.verify())
 
 
 def test_a_loss_outside_of_autocast_is_within_the_tolerance(tmp_path: Path) -> None:
-    """The replay takes the loss inside: the gradients differ by rounding, and the states meet within the default."""
+    """A loss taken outside of autocast replays within the default tolerance."""
     loop = Loop.of(mlp())
     with loop.recorder(tmp_path / "run") as recorder:
         autocast_training(loop, outside=True)(recorder.watch)
@@ -85,7 +85,7 @@ def test_a_loss_outside_of_autocast_is_within_the_tolerance(tmp_path: Path) -> N
 
 
 def test_a_loop_that_does_something_else_is_still_found_out(tmp_path: Path) -> None:
-    """The proof is wider under autocast, and not blind."""
+    """A loss that differs from the task's is found in spite of the wider tolerance."""
     loop = Loop.of(
         mlp(), options={"reduce": lambda batches: torch.full((len(batches[0][0]),), 1 / 5)}
     )
@@ -94,14 +94,14 @@ def test_a_loop_that_does_something_else_is_still_found_out(tmp_path: Path) -> N
 
 
 def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replay as a machine would whose kernels round elsewhere."""
+    """Replay without autocast, as a stand-in for a machine whose kernels round otherwise."""
     monkeypatch.setattr(Transition, "precision", lambda _: nullcontext())
 
 
 def test_a_replay_that_rounds_elsewhere_passes_up_to_a_threshold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """5e-2 over a segment; it can be set."""
+    """A replay that rounds otherwise passes with the default tolerance, and not with 1e-6."""
     loop = Loop.of(mlp())
     run = recorded_loop(loop, tmp_path / "run", autocast_training(loop))
     without_autocast(monkeypatch)
@@ -117,7 +117,7 @@ def test_trust_checks_the_derivative_along_the_recorded_training(
     optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     tmp_path: Path,
 ) -> None:
-    """What autocast added to every gradient is held as it was, in the sweep and in the re-runs alike."""
+    """The derivative is right where sweep and re-runs add autocast's change of every gradient."""
     loop = Loop.of(model(), optimizer)
     run = recorded_loop(loop, tmp_path / "run", autocast_training(loop))
     influence = backtrail.DIT().attribute(run, backtrail.Loss(rows(5, seed=1), aggregate="mean"))
@@ -129,7 +129,7 @@ def test_trust_checks_the_derivative_along_the_recorded_training(
 
 
 def test_re_runs_stay_on_the_recorded_training(tmp_path: Path) -> None:
-    """The unperturbed one, in float64, ends where the training did."""
+    """The unperturbed re-run, in float64, ends at the recorded training's queries."""
     loop = Loop.of(mlp(), sgd)
     run, query = (
         recorded_loop(loop, tmp_path / "run", autocast_training(loop)),
@@ -143,6 +143,6 @@ def test_re_runs_stay_on_the_recorded_training(tmp_path: Path) -> None:
 
 
 def test_logs_from_before_autocast_was_noted_are_read(tmp_path: Path) -> None:
-    """They have no such column."""
+    """A log without the column for autocast can be read."""
     run: Run = recorded_loop(Loop.of(mlp()), tmp_path / "run")
     assert journal.from_table(run.table().drop("autocast")) == list(run.log)

@@ -1,4 +1,4 @@
-"""Data that has no row numbers: batches tell the ids of their samples, and are stored."""
+"""Data without row numbers: batches carry the ids of their samples, and are stored."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.streams import SAMPLE_IDS, STREAM_ROWS, KeywordModel, Stream, recorde
 
 
 def test_a_stream_is_recorded_by_id_and_attributed(tmp_path: Path) -> None:
-    """The log, every table and every question speak of ids; removals agree with the derivative."""
+    """Log and influence name samples by id, and removals agree with the derivative."""
     run = recorded_stream(tmp_path / "run")
     assert run.verify().difference < 1e-12
     assert all(
@@ -50,7 +50,7 @@ def test_a_stream_is_recorded_by_id_and_attributed(tmp_path: Path) -> None:
 
 
 def query() -> backtrail.Custom:
-    """The mean loss of other rows."""
+    """Return the mean loss of other rows as a query."""
     inputs, labels = rows(6, seed=1).tensors
     return backtrail.Custom(
         lambda model: cross_entropy(model(inputs.double()), labels), labels=["loss"]
@@ -63,7 +63,7 @@ def query() -> backtrail.Custom:
     ids=lambda m: type(m).__name__,
 )
 def test_every_method_counts_by_id(method: Any, tmp_path: Path) -> None:
-    """A total is the sum over the slots in which the log has the id."""
+    """The total of an id is the sum over the slots that hold it."""
     run = recorded_stream(tmp_path / "run")
     influence = method.attribute(run, query())
     values, expected = influence.values()[0, -1], dict.fromkeys(sorted(SAMPLE_IDS), 0.0)
@@ -76,7 +76,7 @@ def test_every_method_counts_by_id(method: Any, tmp_path: Path) -> None:
 
 
 def test_tables_show_ids(tmp_path: Path) -> None:
-    """Rankings, curves, visits, patterns and the long table agree about who is who."""
+    """All tables, curves and plots give the same numbers for an id."""
     run = recorded_stream(tmp_path / "run")
     backtrail.DIT().attribute(run, query(), observed_at="epochs", out=tmp_path / "dit")
     influence = backtrail.open_influence(tmp_path / "dit")
@@ -103,7 +103,7 @@ def test_tables_show_ids(tmp_path: Path) -> None:
 
 
 def test_unknown_ids_are_refused(tmp_path: Path) -> None:
-    """By the run and by the influence, with some of those there are."""
+    """Run and influence refuse an unknown id, and name some of those they have."""
     run = recorded_stream(tmp_path / "run")
     influence = backtrail.DIT().attribute(run, query())
     asked: list[Callable[[], object]] = [
@@ -116,7 +116,7 @@ def test_unknown_ids_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_choice_of_a_sweep_finds_samples_by_their_ids(tmp_path: Path) -> None:
-    """The figures told are those of the removals of these ids."""
+    """`curvature="auto"` measures the agreement with removals of the right ids."""
     run = recorded_stream(tmp_path / "run")
     chosen = str(backtrail.DIT(curvature="auto").attribute(run, query()).settings["chosen"])
     rules = candidate_rules(run, backtrail.Tangent())
@@ -130,7 +130,7 @@ def test_the_choice_of_a_sweep_finds_samples_by_their_ids(tmp_path: Path) -> Non
     ids=["place", "function", "list"],
 )
 def test_ids_in_tuples_and_by_function(ids: Any, tmp_path: Path) -> None:
-    """A column of a tuple, also where the data could be indexed, in a plain list of batches."""
+    """Ids may be a column of a tuple or a function of the batch, in a list of batches too."""
     data = TensorDataset(*STREAM_ROWS.tensors, torch.tensor(SAMPLE_IDS))
     model = mlp()
     task, optimizer = backtrail.classification(model, data, ids=ids), adam(model)
@@ -175,14 +175,14 @@ WRONG: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_ids_that_are_none_are_refused(name: str, tmp_path: Path) -> None:
-    """With what the batch tells instead."""
+    """What is not one non-negative integer a row is refused, and the message describes it."""
     ids, change, words = WRONG[name]
     with refused(BadIds, *words):
         recorded_stream(tmp_path / "run", ids, change=change)
 
 
 def test_a_stream_without_ids_is_told_of_them(tmp_path: Path) -> None:
-    """Both as the task's data and as a loader."""
+    """A stream without ids is refused as data and as a loader; the message names `ids`."""
     model = mlp()
     with refused(UnreadableData, "Stream", "Task(ids=...)"):
         backtrail.Recorder(
@@ -198,7 +198,7 @@ def test_a_stream_without_ids_is_told_of_them(tmp_path: Path) -> None:
 
 
 def test_a_run_with_ids_needs_a_task_with_ids(tmp_path: Path) -> None:
-    """And has no renormalised denominators, which would need to read rows one by one."""
+    """A run with ids needs a task with `ids`, and cannot renormalise denominators."""
     run = recorded_stream(tmp_path / "run", epochs=1)
     with refused(WrongData, "no ids="):
         backtrail.open_run(tmp_path / "run", backtrail.Task(KeywordModel(), None, row_losses))

@@ -1,4 +1,4 @@
-"""Which rows a loader fed, and loaders that cannot be followed."""
+"""The row numbers of a loader's batches, and loaders that cannot be recorded."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ Watch = Callable[[Any], Any]
 
 
 def test_an_epoch_may_end_early(tmp_path: Path) -> None:
-    """A loop that breaks off leaves no trace of the batches that workers had fetched ahead."""
+    """Batches that workers fetched ahead of a loop that broke off are not recorded."""
     loop = Loop.of(stochastic_mlp())
     loader = loop.loader(num_workers=2, **ORDER)
 
@@ -53,18 +53,18 @@ def test_an_epoch_may_end_early(tmp_path: Path) -> None:
 
 
 def with_replacement() -> Any:
-    """A sampler that draws rows again."""
+    """Make a sampler that draws with replacement."""
     return RandomSampler(range(22), replacement=True, num_samples=30)
 
 
 def weighted() -> Any:
-    """A sampler that prefers some rows."""
+    """Make a sampler that draws some rows more often."""
     return WeightedRandomSampler([1.0] * 11 + [3.0] * 11, 25)
 
 
 @pytest.mark.parametrize("sampler", [with_replacement, weighted])
 def test_sampled_rows_are_the_fed_rows(sampler: Callable[[], Any], tmp_path: Path) -> None:
-    """With replacement or weights, the noted row numbers are those of the rows that were fed."""
+    """The recorded row numbers are those of the batches that the loop got."""
     loop, seen = Loop.of(mlp()), []
 
     def train(watch: Watch) -> None:
@@ -81,7 +81,7 @@ def test_sampled_rows_are_the_fed_rows(sampler: Callable[[], Any], tmp_path: Pat
 
 
 def test_a_batch_sampler_of_ones_own_is_followed(tmp_path: Path) -> None:
-    """Batches of changing size, from any iterable of row numbers."""
+    """Batches of any size, given by any iterable of row numbers, are recorded."""
     chosen = [[3, 1, 1], [0], [21, 20, 19, 18], [5, 6]]
     loop = Loop.of(mlp())
     run = recorded_loop(
@@ -101,7 +101,7 @@ def test_a_batch_sampler_of_ones_own_is_followed(tmp_path: Path) -> None:
 
 
 def test_two_loaders_take_turns(tmp_path: Path) -> None:
-    """Batches of two loaders over one data set, in turn."""
+    """A step's batch is the one that the loop got last, from whichever loader."""
     loop = Loop.of(mlp())
 
     def train(watch: Watch) -> None:
@@ -119,12 +119,12 @@ class Stream(IterableDataset[Any]):
     """Rows without numbers."""
 
     def __iter__(self) -> Iterator[Any]:
-        """The rows."""
+        """Iterate over all rows."""
         return iter(rows())
 
 
 def other_collate(items: list[Any]) -> Any:
-    """Another one."""
+    """Collate as a function other than the task's."""
     return torch.utils.data.default_collate(items)
 
 
@@ -155,26 +155,26 @@ LOADERS: list[tuple[Callable[[Any], Any], str, str]] = [
 def test_loaders_that_cannot_be_followed(
     make: Callable[[Any], Any], what: str, cure: str, *, tmp_path: Path
 ) -> None:
-    """What differs, and what to do."""
+    """The message says what is wrong with a loader and what to change."""
     loop = Loop.of(mlp())
     with refused(UnwatchableLoader, what, "Fix:", cure), loop.recorder(tmp_path) as recorder:
         recorder.watch(make(loop.data))
 
 
 def watched_list(path: Path) -> None:
-    """A recorder that watches a list of batches."""
+    """Watch a list instead of a loader."""
     with Loop.of(mlp()).recorder(path) as recorder:
         recorder.watch([])
 
 
 def test_what_is_no_loader(tmp_path: Path) -> None:
-    """What it is instead is told."""
+    """What is not a loader is refused by its type."""
     with refused(UnwatchableLoader, "it is a list", "torch.utils.data.DataLoader"):
         in_fresh_process(watched_list, tmp_path)
 
 
 def test_a_loader_of_other_rows_of_the_same_number(tmp_path: Path) -> None:
-    """A data set of the same length with other rows is found out by reading the rows again."""
+    """Another data set of the same length is found, as the rows are read again."""
     loop = Loop.of(mlp())
     with (
         refused(UnrepeatableRows, "another data set than the task's"),
@@ -184,7 +184,7 @@ def test_a_loader_of_other_rows_of_the_same_number(tmp_path: Path) -> None:
 
 
 def test_a_stream(tmp_path: Path) -> None:
-    """A data set without row numbers."""
+    """A data set without row numbers is refused as the task's data."""
     loop = Loop.of(mlp())
     task = backtrail.Task(loop.model, Stream(), cross_entropy)
     with refused(UnreadableData, "Stream", "map-style"):

@@ -1,4 +1,4 @@
-"""What cannot be recorded is refused: the message says what, where, and what to do."""
+"""What cannot be recorded is refused, and the message says what, where and what to do."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ from tests.processes import in_fresh_process
 
 
 def record(loop: Loop, path: Path, **options: Any) -> None:
-    """The plain loop, recorded."""
+    """Record the loop of `Loop.train`."""
     with loop.recorder(path / "run", **options) as recorder:
         loop.train(recorder.watch, loop.loader(collate_fn=loop.options.get("collate")))
 
@@ -56,7 +56,7 @@ LATER = {
 
 @pytest.mark.parametrize("name", [*NEVER, *LATER])
 def test_optimizers_without_a_derivative(name: str, tmp_path: Path) -> None:
-    """The optimizer is named, and those that can be used."""
+    """An optimizer that is not supported is named, with those that are."""
     layer = nn.Linear(3, 3, bias=False)
     optimizer = (NEVER | LATER)[name](layer.parameters())
     with refused(UnsupportedOptimizer, name, "Supported: SGD, Adam"):
@@ -64,7 +64,7 @@ def test_optimizers_without_a_derivative(name: str, tmp_path: Path) -> None:
 
 
 def test_the_optimizer_of_another_model(tmp_path: Path) -> None:
-    """Its tensors are counted, their shapes shown."""
+    """An optimizer of another model's parameters is refused, with their shapes."""
     loop = Loop(mlp(), Loop.of(mlp()).optimizer)
     with refused(
         BadOptimizer, "4 tensors that are not the task model's", "(8, 3)", "pass the model"
@@ -73,33 +73,31 @@ def test_the_optimizer_of_another_model(tmp_path: Path) -> None:
 
 
 def test_several_optimizers(tmp_path: Path) -> None:
-    """A list of them is none."""
+    """A list of optimizers is refused."""
     with refused(BadOptimizer, "got a list", "one torch.optim optimizer"):
-        in_fresh_process(
-            with_two_optimizers, tmp_path
-        )  # the shape checks would be faster to refuse a list
+        in_fresh_process(with_two_optimizers, tmp_path)
 
 
 def with_two_optimizers(path: Path) -> None:
-    """A recorder that is given a list."""
+    """Record with a list of optimizers, which the shape checks would refuse first."""
     loop = Loop.of(mlp())
     loop.optimizer = [loop.optimizer, loop.optimizer]  # type: ignore[assignment]
     record(loop, path)
 
 
 def test_only_embeddings_are_captured(tmp_path: Path) -> None:
-    """Another method is named, and what can be captured."""
+    """Methods other than DataValueEmbedding cannot be captured."""
     with refused(BadSetting, "capture=TracIn", "a backtrail.DataValueEmbedding"):
         in_fresh_process(with_another_method, tmp_path)
 
 
 def with_another_method(path: Path) -> None:
-    """A recorder that is to capture scores of another kind."""
+    """Record with a capture for TracIn."""
     Loop.of(mlp()).recorder(path, capture=backtrail.TracIn())
 
 
 def test_a_second_optimizer_moves_a_parameter(tmp_path: Path) -> None:
-    """The parameter and the two steps are named."""
+    """A change by a second optimizer is found, with the parameter and the steps."""
     loop = Loop.of(mlp())
     other = torch.optim.SGD(loop.model[2].parameters(), lr=0.1)
     with (
@@ -114,7 +112,7 @@ def test_a_second_optimizer_moves_a_parameter(tmp_path: Path) -> None:
 
 
 def test_weights_loaded_between_steps(tmp_path: Path) -> None:
-    """load_state_dict in the middle of a training is noticed."""
+    """Loading a state_dict between steps is found."""
     loop = Loop.of(mlp())
     with (
         refused(ChangedOutside, "'0.weight'", "load_state_dict"),
@@ -127,7 +125,7 @@ def test_weights_loaded_between_steps(tmp_path: Path) -> None:
 
 
 def test_groups_that_change(tmp_path: Path) -> None:
-    """A group added in the middle of a training is noticed."""
+    """A parameter group that is added later is refused."""
     model = mlp()
     loop = Loop(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
     with (
@@ -142,7 +140,7 @@ def test_groups_that_change(tmp_path: Path) -> None:
 
 
 def test_a_step_without_a_watched_batch(tmp_path: Path) -> None:
-    """Looping over the loader itself is told to loop over watch(loader)."""
+    """A loop over the loader itself is refused, and pointed to `watch`."""
     loop = Loop.of(mlp())
     with (
         refused(UnwatchedStep, "Step 0 has no batch", "recorder.watch(loader)"),
@@ -152,14 +150,14 @@ def test_a_step_without_a_watched_batch(tmp_path: Path) -> None:
 
 
 def test_a_batch_fed_before_any_was_yielded(tmp_path: Path) -> None:
-    """recorder.fed() stands for a batch of the loader, so there must be one."""
+    """`recorder.fed` is refused before the first batch."""
     loop = Loop.of(mlp())
     with refused(UnwatchedStep, "Step 0"), loop.recorder(tmp_path) as recorder:
         recorder.fed(loop.data[:4])
 
 
 def test_another_number_of_rows_is_fed(tmp_path: Path) -> None:
-    """Both numbers are told."""
+    """`recorder.fed` is refused for another number of rows than the batch had."""
     loop = Loop.of(mlp())
     with (
         refused(OtherSlots, "3 rows for a batch of 4 samples"),
@@ -170,7 +168,7 @@ def test_another_number_of_rows_is_fed(tmp_path: Path) -> None:
 
 
 def test_a_closure(tmp_path: Path) -> None:
-    """step(closure) is refused."""
+    """A step with a closure is refused."""
     loop = Loop.of(mlp())
     with refused(BadOptimizer, "step(closure)", "without one"), loop.recorder(tmp_path) as recorder:
         for batch in recorder.watch(loop.loader()):
@@ -179,7 +177,7 @@ def test_a_closure(tmp_path: Path) -> None:
 
 
 def test_no_closure_given_by_position(tmp_path: Path) -> None:
-    """step(None), as wrappers of an optimizer call it, is an ordinary step."""
+    """`step(None)`, as wrappers of an optimizer call it, is an ordinary step."""
     loop = Loop.of(mlp())
     with loop.recorder(tmp_path / "run") as recorder:
         for batch in recorder.watch(loop.loader()):
@@ -190,7 +188,7 @@ def test_no_closure_given_by_position(tmp_path: Path) -> None:
 
 
 def test_gradients_never_cleared(tmp_path: Path) -> None:
-    """The step is named, and zero_grad."""
+    """A step whose gradient holds that of the step before is refused."""
     loop = Loop.of(mlp())
     with refused(StaleGradient, "Step 1", "zero_grad()"), loop.recorder(tmp_path) as recorder:
         for batch in recorder.watch(loop.loader()):
@@ -199,7 +197,7 @@ def test_gradients_never_cleared(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
-    """The step is named; the steps before it are in the run."""
+    """A NaN in the gradient is refused, and the steps before are in the run."""
     loop = Loop.of(mlp())
     with (
         refused(Diverged, "gradient of step 3", "nan", "complete up to step 2"),
@@ -214,24 +212,24 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
 
 
 def summed(loop: Loop, batch: Any) -> None:
-    """A loop that sums what the task averages."""
+    """Take the sum of losses where the task takes the mean."""
     backward(cross_entropy(loop.model(batch[0]), batch[1], reduction="sum"))
 
 
 def clipped(loop: Loop, batch: Any) -> None:
-    """A loop that clips."""
+    """Clip, which the task does not say."""
     loop.backward(batch)
     nn.utils.clip_grad_norm_(loop.model.parameters(), 0.1)
 
 
 def penalized(loop: Loop, batch: Any) -> None:
-    """A loop that adds a regulariser."""
+    """Add a penalty, which the task does not say."""
     loop.backward(batch)
     backward(sum(p.square().sum() for p in loop.model.parameters()))
 
 
 def mixed(loop: Loop, batch: Any) -> None:
-    """A loop that changes its batch."""
+    """Change the batch without telling the recorder."""
     loop.backward((batch[0].flip(0), batch[1]))
 
 
@@ -240,7 +238,7 @@ def mixed(loop: Loop, batch: Any) -> None:
 def test_a_loop_that_does_something_else(
     pull: Callable[[Loop, Any], None], cause: str, tmp_path: Path
 ) -> None:
-    """The step, both norms, and every usual cause are told."""
+    """A gradient that the task does not explain is refused, with the usual causes."""
     loop = Loop.of(mlp())
     with refused(UnexplainedGradient, "Step 0", "norm", cause), loop.recorder(tmp_path) as recorder:
         for batch in recorder.watch(loop.loader()):
@@ -249,7 +247,7 @@ def test_a_loop_that_does_something_else(
 
 
 def test_random_rows_that_are_not_stored(tmp_path: Path) -> None:
-    """The rows are named, and keep_batches=True."""
+    """Rows that read differently every time are refused, with `keep_batches=True` as the remedy."""
     loop = Loop.of(mlp(), data=Augmented(lambda: float(torch.randn(()))))
     with refused(UnrepeatableRows, "Step 0: rows", "keep_batches=True"):
         record(loop, tmp_path)
@@ -267,7 +265,7 @@ def test_random_rows_that_are_not_stored(tmp_path: Path) -> None:
 def test_losses_that_are_not_one_value_per_slot(
     loss: Callable[[Any, Any], Any], got: str, tmp_path: Path
 ) -> None:
-    """What the loss returned instead is shown."""
+    """A loss that is not one number a slot is refused, with its shape."""
     loop = Loop.of(mlp())
     task = backtrail.Task(loop.model, loop.data, loss)
     with (
@@ -278,21 +276,21 @@ def test_losses_that_are_not_one_value_per_slot(
 
 
 def test_a_reduction_of_another_length(tmp_path: Path) -> None:
-    """Both lengths are told."""
+    """A reduction that returns another number of factors is refused, with both numbers."""
     loop = Loop.of(mlp(), options={"reduce": lambda _: torch.ones(3)})
     with refused(BadReduction, "4 slots", "[3]"):
         record(loop, tmp_path)
 
 
 def test_a_folder_with_a_run(tmp_path: Path) -> None:
-    """Nothing recorded is overwritten."""
+    """A folder that holds a run is refused."""
     record(Loop.of(mlp()), tmp_path)
     with refused(RunExists, str(tmp_path / "run"), "another folder"):
         record(Loop.of(mlp()), tmp_path)
 
 
 def test_two_parameters_on_one_storage(tmp_path: Path) -> None:
-    """Both are named."""
+    """Two parameters that share memory are refused by name."""
     model = mlp()
     model.append(nn.Linear(CLASSES, CLASSES))
     model.append(nn.Linear(CLASSES, CLASSES))
@@ -309,29 +307,29 @@ class Bag(nn.Module):
         self.table = nn.Embedding(22, CLASSES, sparse=True)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Rows of the table."""
+        """Return the rows of the table."""
         found: Tensor = self.table(inputs[:, 0].abs().long())
         return found
 
 
 def test_sparse_gradients(tmp_path: Path) -> None:
-    """The parameter is named, and sparse=False."""
+    """A sparse gradient is refused, with `sparse=False` as the remedy."""
     loop = Loop.of(Bag(), lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
     with refused(SparseGradient, "Step 0", "'table.weight'", "sparse=False"):
         record(loop, tmp_path)
 
 
 class Box:
-    """Something that is no tensor."""
+    """Something that is not a tensor."""
 
 
 def boxed(items: list[Any]) -> Any:
-    """A batch with a box in it."""
+    """Collate a batch with a `Box` in it."""
     return [*torch.utils.data.default_collate(items), Box()]
 
 
 def test_batches_that_cannot_be_stored(tmp_path: Path) -> None:
-    """The kind of the value is named."""
+    """A value that cannot be stored is refused by its type."""
     with refused(BadBatch, "contains a Box", "collate function"):
         record(Loop.of(mlp(), options={"collate": boxed}), tmp_path, keep_batches=True)
 
@@ -346,6 +344,6 @@ def test_batches_that_cannot_be_stored(tmp_path: Path) -> None:
     ],
 )
 def test_policies_that_keep_nothing(make: Callable[[], object]) -> None:
-    """Periods and windows of nothing are refused at once."""
+    """Checkpoint policies with a period or window of zero are refused when they are made."""
     with refused(BadPolicy, "is not a valid checkpoint policy", "must be >= 1"):
         make()

@@ -1,4 +1,4 @@
-"""Trainings with a GradScaler: a run holds the steps that were taken, with the gradients that they consumed."""
+"""A run with a GradScaler holds the steps that were made, with the gradients they used."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ CLIP = 0.5
 def scaled(
     loop: Loop, *, every: int, low: torch.dtype | None, clips: bool
 ) -> Callable[[Watch], None]:
-    """The loop of torch's own documentation, with accumulation, and batches whose loss is infinite."""
+    """Return the loop of torch's documentation, with accumulation and some infinite losses."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 
     def train(watch: Watch) -> None:
@@ -42,14 +42,14 @@ def scaled(
 
 
 def taken(every: int) -> list[list[tuple[int, ...]]]:
-    """Samples of the steps without an infinite loss."""
+    """Return the samples of the steps without an infinite loss."""
     batches = sequential_batches(40, 4)
     groups = [range(first, first + every) for first in range(0, len(batches), every)]
     return [[batches[number] for number in group] for group in groups if not BROKEN & set(group)]
 
 
 def adam(*, fused: bool) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """A fused optimizer is called for skipped steps too, and unscales by itself."""
+    """Make an AdamW; a fused one is called for skipped steps too, and unscales by itself."""
     return lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
 
 
@@ -59,7 +59,7 @@ def adam(*, fused: bool) -> Callable[[nn.Module], torch.optim.Optimizer]:
 def test_the_steps_taken_are_the_steps_recorded(
     every: int, low: torch.dtype | None, tmp_path: Path, *, fused: bool
 ) -> None:
-    """Infinite losses make no step; the proof accepts all others, and the states replay."""
+    """Only steps with finite losses are recorded, and their states replay."""
     loop = Loop.of(mlp(), adam(fused=fused), data=rows(40))
     run = opened(loop, tmp_path / "run", scaled(loop, every=every, low=low, clips=False))
     assert sample_numbers(run) == taken(every)
@@ -70,7 +70,7 @@ def test_the_steps_taken_are_the_steps_recorded(
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_gradients_clipped_after_unscaling_are_explained(every: int, tmp_path: Path) -> None:
-    """The clip is the task's, of the unscaled gradient."""
+    """Clipping of the unscaled gradient is that of the task."""
     loop = Loop.of(
         mlp(), adam(fused=False), data=rows(40), options={"clip": backtrail.ClipNorm(CLIP)}
     )
@@ -81,14 +81,14 @@ def test_gradients_clipped_after_unscaling_are_explained(every: int, tmp_path: P
 
 
 def opened(loop: Loop, path: Path, train: Callable[[Watch], None]) -> Run:
-    """The recording of a loop, which the recorder has proved as it went."""
+    """Record a loop and open its run."""
     with loop.recorder(path) as recorder:
         train(recorder.watch)
     return backtrail.open_run(path, loop.task())
 
 
 def test_trust_understands_a_training_in_float16(tmp_path: Path) -> None:
-    """Sweep and re-runs agree to what the replay's precision allows."""
+    """Sweep and re-runs of a training in float16 agree."""
     loop = Loop.of(mlp(), lambda model: torch.optim.SGD(model.parameters(), lr=0.2), data=rows(40))
     run = opened(loop, tmp_path / "run", scaled(loop, every=1, low=torch.float16, clips=False))
     statement = backtrail.trust(

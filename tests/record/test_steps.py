@@ -1,4 +1,4 @@
-"""Which batches a step consumed, whatever the shape of the loop."""
+"""The batches of a step, for every shape of loop."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ Watch = Callable[[Any], Any]
 
 
 def halves(batches: Sequence[Sequence[Tensor]]) -> Tensor:
-    """What a loop divides by that accumulates two batches and divides by two, even when the last group has one."""
+    """Return the factors of a loop that always divides by two accumulated batches."""
     return torch.cat([torch.full((len(labels),), 1 / (2 * len(labels))) for _, labels in batches])
 
 
@@ -37,7 +37,7 @@ def halves(batches: Sequence[Sequence[Tensor]]) -> Tensor:
 def test_accumulated_batches_form_one_step(
     tmp_path: Path, *, set_to_none: bool, first: bool
 ) -> None:
-    """Two batches a step, a last group of one, gradients cleared before or after, to None or to zero."""
+    """Two batches form a step, however the gradients are cleared; the last has one."""
     loop = Loop.of(stochastic_mlp(), data=rows(19), options={"reduce": halves})
     loader = loop.loader(**ORDER)
 
@@ -59,7 +59,7 @@ def test_accumulated_batches_form_one_step(
 
 
 def test_epochs_that_end_within_a_step_keep_their_states(tmp_path: Path) -> None:
-    """Steps of two batches that straddle epochs: a state is kept where the last batch opens a new epoch."""
+    """`Epochs` stores the state after a step whose last batch begins a new epoch."""
     loop = Loop.of(mlp(), data=rows(12))
     loader, waiting = loop.loader(**ORDER), 0
 
@@ -85,7 +85,7 @@ def test_epochs_that_end_within_a_step_keep_their_states(tmp_path: Path) -> None
 
 
 def test_validation_in_between_is_not_a_step(tmp_path: Path) -> None:
-    """Validation with and without gradients, over its own loader or the training's, belongs to no step."""
+    """Validation, with gradients or without and over any loader, is not recorded."""
     loop = Loop.of(stochastic_mlp())
     loader, other = loop.loader(**ORDER), DataLoader(rows(9, seed=4), batch_size=3, shuffle=True)
 
@@ -117,7 +117,7 @@ def test_validation_in_between_is_not_a_step(tmp_path: Path) -> None:
 
 
 def test_a_loop_that_draws_before_its_forward_pass_says_so(tmp_path: Path) -> None:
-    """Random numbers drawn between the loader and dropout are an error that names the cure, and the cure works."""
+    """Random numbers drawn between loader and dropout are refused, and `fed` is the remedy."""
 
     def train(loop: Loop, recorder: backtrail.Recorder, *, cured: bool) -> None:
         with recorder:
@@ -137,7 +137,7 @@ def test_a_loop_that_draws_before_its_forward_pass_says_so(tmp_path: Path) -> No
 
 
 def test_several_losses_on_one_batch_are_one_feeding(tmp_path: Path) -> None:
-    """Two backward passes on one batch make a step whose batch counts once."""
+    """Two backward passes on one batch make a step with that batch once."""
 
     def twice(model: nn.Module, batch: Any) -> Any:
         return model(batch[0]), model(2 * batch[0])
@@ -165,7 +165,7 @@ def test_several_losses_on_one_batch_are_one_feeding(tmp_path: Path) -> None:
 
 
 def test_two_steps_on_one_batch_are_two_steps(tmp_path: Path) -> None:
-    """Each of them has its own dropout mask, and the same samples."""
+    """Two steps on one batch are replayed with two dropout masks."""
     loop = Loop.of(stochastic_mlp())
 
     def train(watch: Watch) -> None:
@@ -179,7 +179,7 @@ def test_two_steps_on_one_batch_are_two_steps(tmp_path: Path) -> None:
 
 
 def test_a_skipped_step_is_none(tmp_path: Path) -> None:
-    """Where the loop throws a gradient away, as a GradScaler does, the batch belongs to no step."""
+    """A batch whose gradient the loop drops belongs to no step."""
     loop = Loop.of(mlp(nn.Dropout(0.2)))
 
     def train(watch: Watch) -> None:
@@ -199,7 +199,7 @@ def test_a_skipped_step_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_real_gradient_scaler_skips_and_scales(tmp_path: Path, *, fused: bool) -> None:
-    """The scale overflows at first and is halved: those steps are none; later ones record the unscaled gradient."""
+    """Steps that overflow are not recorded; the others have the unscaled gradient."""
     loop = Loop.of(
         mlp(),
         lambda model: torch.optim.Adam(model.parameters(), lr=0.01, fused=fused),
@@ -232,7 +232,7 @@ def test_a_real_gradient_scaler_skips_and_scales(tmp_path: Path, *, fused: bool)
 def test_a_skipped_step_still_moves_batch_norm(
     skipped: set[int], tmp_path: Path, *, backwards: bool
 ) -> None:
-    """The forward pass of a batch that led to no step moved the running statistics; replay moves them as well."""
+    """The replay updates BatchNorm's statistics by batches without a step, too."""
     loop = Loop.of(stochastic_mlp())
 
     def train(watch: Watch) -> None:

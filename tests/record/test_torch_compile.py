@@ -1,7 +1,7 @@
 """Compiled models are recorded and attributed like plain ones.
 
-In processes of their own: the shape checks replace functions, which `torch.compile` cannot look
-into.
+In processes of their own: the shape checks replace functions, and `torch.compile` cannot trace
+into these.
 """
 
 from collections.abc import Callable
@@ -27,37 +27,37 @@ Way = Callable[[nn.Sequential, str], Parts]
 
 
 def given_compiled(model: nn.Sequential, backend: str) -> Parts:
-    """Task(torch.compile(model)); a graph without breaks, so the recorder's hooks do not break it."""
+    """Compile the task's model, as one graph that the recorder's hooks must not break."""
     wrapped: Any = torch.compile(model, backend=backend, fullgraph=True)
     return wrapped, wrapped
 
 
 def called_compiled(model: nn.Sequential, backend: str) -> Parts:
-    """The loop has a wrapper of its own."""
+    """Call a compiled model in the loop, and give the plain one to the task."""
     return torch.compile(model, backend=backend), model
 
 
 def partly(model: nn.Sequential, backend: str) -> Parts:
-    """A layer is compiled, and sits in the model as a wrapper."""
+    """Compile one layer of the model."""
     layer: Any = torch.compile(model[0], backend=backend)
     model[0] = layer
     return model, model
 
 
 def in_place(model: nn.Sequential, backend: str) -> Parts:
-    """model.compile() leaves no wrapper."""
+    """Compile by `model.compile()`, which makes no wrapper."""
     model.compile(backend=backend)
     return model, model
 
 
 def by_method(model: nn.Sequential, backend: str) -> Parts:
-    """The forward alone is compiled."""
+    """Compile the forward method alone."""
     model.forward = torch.compile(model.forward, backend=backend)  # type: ignore[method-assign]
     return model, model
 
 
 def untouched(model: nn.Sequential, backend: str) -> Parts:
-    """No compilation."""
+    """Compile nothing."""
     del backend
     return model, model
 
@@ -66,13 +66,13 @@ WAYS = [given_compiled, called_compiled, partly, in_place, by_method]
 
 
 def in_double(count: int, seed: int = 0) -> TensorDataset:
-    """Rows in float64, so that only real differences count."""
+    """Draw rows in float64, so that rounding does not hide differences."""
     inputs, labels = rows(count, seed).tensors
     return TensorDataset(inputs.double(), labels)
 
 
 def recorded(make: Make, way: Way, at: tuple[str, Path]) -> Run:
-    """A training with the model in the loop compiled in one way, opened with the plain model."""
+    """Record a training with a compiled model, and open it with a plain one."""
     torch.manual_seed(3)
     backend, path = at
     call, told = way(make().double(), backend)
@@ -86,7 +86,7 @@ def recorded(make: Make, way: Way, at: tuple[str, Path]) -> Run:
 
 
 def compare(make: Callable[[], nn.Sequential], way: Way, at: tuple[str, Path]) -> None:
-    """Against the training that was not compiled."""
+    """Assert that log and influence are those of a plain training."""
     plain, found = (
         recorded(make, w, (at[0], at[1] / name))
         for name, w in (("plain", untouched), ("found", way))
@@ -109,7 +109,7 @@ def compare(make: Callable[[], nn.Sequential], way: Way, at: tuple[str, Path]) -
 
 
 def test_names_have_no_trace_of_wrappers() -> None:
-    """Wherever they sit."""
+    """Names and modules of a compiled model are those of the plain one."""
     model = mlp()
     layer: Any = torch.compile(model[0], backend="eager")
     model[0] = layer
@@ -129,12 +129,12 @@ def test_names_have_no_trace_of_wrappers() -> None:
 def test_compiled_models_are_recorded_and_attributed_alike(
     backend: str, way: Way, tmp_path: Path
 ) -> None:
-    """With BatchNorm and dropout between the layers."""
+    """Every way to compile gives the log and influence of a plain model."""
     in_fresh_process(compare, stochastic_mlp, way, (backend, tmp_path))
 
 
 def autocasts(path: Path) -> list[str]:
-    """What is noted of a compiled model that is called under autocast every second time."""
+    """Record a compiled model with every second step under autocast; return the log's column."""
     model = mlp()
     call: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     loop = Loop.of(model, data=rows(16))
@@ -150,12 +150,12 @@ def autocasts(path: Path) -> list[str]:
 
 
 def test_autocast_around_a_compiled_model_is_noticed(tmp_path: Path) -> None:
-    """By hooks that are part of its graph."""
+    """Autocast is recorded by hooks that are part of the compiled graph."""
     assert in_fresh_process(autocasts, tmp_path / "run") == ["bfloat16", "", "bfloat16", ""]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[:3], ids=lambda way: way.__name__)
 def test_generated_code_is_recorded_and_attributed_alike(way: Way, tmp_path: Path) -> None:
-    """By the default backend, which rounds in other places; it draws other dropout masks, so there is none."""
+    """Inductor's code gives the same without dropout, whose masks it draws otherwise."""
     in_fresh_process(compare, mlp, way, ("inductor", tmp_path))

@@ -1,4 +1,4 @@
-"""The recorder never touches the training."""
+"""The recorder does not change the training."""
 
 import random
 from collections.abc import Callable
@@ -38,27 +38,27 @@ SHARED = np.random.default_rng()
 
 
 def torch_global() -> float:
-    """Noise from torch's global generator."""
+    """Draw from torch's global generator."""
     return float(torch.randn(()))
 
 
 def numpy_global() -> float:
-    """Noise from numpy's global generator."""
+    """Draw from NumPy's global generator."""
     return float(np.random.normal())
 
 
 def python_global() -> float:
-    """Noise from Python's global generator."""
+    """Draw from Python's global generator."""
     return random.gauss(0, 1)
 
 
 def module_global() -> float:
-    """Noise from a generator that is a global of the user's module."""
+    """Draw from a generator that is a global variable of the user's module."""
     return float(SHARED.normal())
 
 
 class Private:
-    """Noise from generators of the data set's own."""
+    """Draws from generators that belong to the data set."""
 
     def __init__(self) -> None:
         self.torch = torch.Generator().manual_seed(1)
@@ -67,25 +67,25 @@ class Private:
         self.python = random.Random(4)
 
     def __call__(self) -> float:
-        """A sum of all of them."""
+        """Return a sum of draws of all generators."""
         noise = float(self.numpy["deep"][0].normal() + self.old.normal())
         return float(torch.randn((), generator=self.torch)) + noise + self.python.gauss(0, 1)
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer with one moment."""
+    """Make an SGD with momentum."""
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def world() -> tuple[Any, ...]:
-    """The states of the global generators."""
+    """Return the states of the global generators."""
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
 
 def final(
     loop: Loop, recorder: backtrail.Recorder | None, loader: dict[str, Any]
 ) -> tuple[State, tuple[Any, ...]]:
-    """The training's last state, and the state that it leaves the generators in."""
+    """Train; return the last state, and the states of all generators after it."""
     SHARED.bit_generator.state = np.random.PCG64(3).state
     torch.manual_seed(11), np.random.seed(12), random.seed(13)
     with recording(recorder):
@@ -94,7 +94,7 @@ def final(
 
 
 def unchanged(make: Callable[[], Loop], path: Path, loader: dict[str, Any], **options: Any) -> None:
-    """Assert that the training ends in the same bits with and without a recorder."""
+    """Assert that the training ends in the same bits with a recorder and without."""
     alone = final(make(), None, loader)
     loop = make()
     accompanied = final(loop, loop.recorder(path, **options), loader)
@@ -108,12 +108,12 @@ def unchanged(make: Callable[[], Loop], path: Path, loader: dict[str, Any], **op
 def test_weights_and_moments_keep_their_bits(
     make: Callable[[], nn.Module], optimizer: Any, loader: str, *, tmp_path: Path
 ) -> None:
-    """Dropout, batch norm, shuffling and workers: the recorder changes neither weights, moments, buffers nor draws."""
+    """Weights, moments, buffers and generators are the same with a recorder."""
     in_fresh_process(partial(is_unchanged, make, optimizer, loader, path=tmp_path / "run"))
 
 
 def is_unchanged(make: Callable[[], nn.Module], optimizer: Any, named: str, *, path: Path) -> None:
-    """A training, alone and accompanied."""
+    """Assert that a training is unchanged with one of the loaders."""
     loader = LOADERS[named]
 
     def fresh() -> Loop:
@@ -126,7 +126,7 @@ def is_unchanged(make: Callable[[], nn.Module], optimizer: Any, named: str, *, p
 
 
 def augmented_is_unchanged(noise: Any, workers: int, path: Path) -> None:
-    """A training on random rows, alone and accompanied."""
+    """Assert that a training on random rows is unchanged."""
 
     def fresh() -> Loop:
         return Loop.of(stochastic_mlp(), data=Augmented(noise() if noise is Private else noise))
@@ -139,12 +139,12 @@ def augmented_is_unchanged(noise: Any, workers: int, path: Path) -> None:
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_draws_as_without_a_recorder(noise: Any, workers: int, tmp_path: Path) -> None:
-    """Random rows stay the same rows, wherever their noise is drawn from."""
+    """Random rows are the same with a recorder, from every generator."""
     in_fresh_process(augmented_is_unchanged, noise, workers, tmp_path / "run")
 
 
 def wasting_is_unchanged(noise: Any, path: Path) -> None:
-    """A training on rows that draw noise and add none of it, alone and accompanied."""
+    """Assert that a training on rows that draw noise and do not use it is unchanged."""
     draw = noise() if noise is Private else noise
 
     def fresh() -> Loop:
@@ -158,12 +158,12 @@ def wasting_is_unchanged(noise: Any, path: Path) -> None:
     "noise", [torch_global, numpy_global, python_global, module_global, Private]
 )
 def test_the_proof_gives_back_what_it_draws(noise: Any, tmp_path: Path) -> None:
-    """A data set that draws and throws away is read again by the recorder, and draws on as if it had not been."""
+    """Rows that the recorder reads again leave the generators as they were."""
     in_fresh_process(wasting_is_unchanged, noise, tmp_path / "run")
 
 
 def test_a_collate_function_with_its_own_generator_draws_on(tmp_path: Path) -> None:
-    """Generators are put back wherever the task keeps them, not only in its data set."""
+    """A generator of the collate function is left as it was, too."""
 
     def fresh() -> Loop:
         draw = torch.Generator().manual_seed(8)

@@ -1,4 +1,4 @@
-"""How a step was made: settings, frozen and tied parameters, penalties, clipping, reductions."""
+"""What the run says of a step: settings, frozen and tied parameters, penalty, clipping."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ Watch = Callable[[Any], Any]
 
 
 def test_settings_of_every_group_are_those_of_the_update(tmp_path: Path) -> None:
-    """One-cycle schedules move rate and momentum of two groups: each step notes what it used."""
+    """Every step has the rate and momentum of both groups that its update used."""
     model = mlp()
     groups: list[dict[str, Any]] = [
         {"params": model[0].named_parameters()},
@@ -45,7 +45,7 @@ def test_settings_of_every_group_are_those_of_the_update(tmp_path: Path) -> None
 
 
 def test_frozen_and_unused_parameters_stay(tmp_path: Path) -> None:
-    """Frozen layers, layers without a gradient, and layers unfrozen later are noted as they were."""
+    """Every step names the parameters without a gradient, and these do not change."""
     model = mlp()
     model.add_module("extra", nn.Identity())
     model.extra.register_parameter("unused", nn.Parameter(torch.ones(2)))  # type: ignore[union-attr]
@@ -67,7 +67,7 @@ def test_frozen_and_unused_parameters_stay(tmp_path: Path) -> None:
 
 
 def test_everything_may_be_frozen_but_what_comes_later(tmp_path: Path) -> None:
-    """A parameter that alone receives gradients is heard, though it was frozen when the recording began."""
+    """A parameter that is frozen at first may later be the only one that learns."""
     model = mlp()
     model[0].requires_grad_(False)
     loop = Loop.of(model)
@@ -82,7 +82,7 @@ def test_everything_may_be_frozen_but_what_comes_later(tmp_path: Path) -> None:
 
 
 class Tied(nn.Module):
-    """Two layers with one matrix."""
+    """Two layers with one weight."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -91,24 +91,24 @@ class Tied(nn.Module):
         self.outer.weight = self.inner.weight
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The matrix twice."""
+        """Use the weight twice."""
         found: Tensor = self.outer(torch.tanh(self.inner(inputs)))
         return found
 
 
 def test_tied_parameters_are_one(tmp_path: Path) -> None:
-    """A tied matrix is in the run once, under its first name."""
+    """A tied weight is in the run once, under its first name."""
     run = recorded_loop(Loop.of(Tied()), tmp_path / "run")
     assert run.trained == ("inner.weight", "inner.bias", "outer.bias")
 
 
 def square(params: dict[str, Tensor]) -> Tensor:
-    """A penalty."""
+    """Return the penalty, 0.1 * sum of squares."""
     return 0.1 * sum((p.square().sum() for p in params.values()), torch.zeros(()))
 
 
 def test_a_penalty_counts_once_a_step(tmp_path: Path) -> None:
-    """A regulariser that the loop adds once to the loss of two batches."""
+    """A penalty that the loop adds once for two batches replays."""
     loop = Loop.of(mlp(), options={"penalty": square})
 
     def train(watch: Watch) -> None:
@@ -130,7 +130,7 @@ def test_a_penalty_counts_once_a_step(tmp_path: Path) -> None:
 def test_clipping_is_part_of_the_update(
     clip: backtrail.ClipNorm | backtrail.ClipValue, tmp_path: Path, *, unused: bool
 ) -> None:
-    """Norm and value clipping, with and without a parameter that has no gradient."""
+    """Clipping by norm and by value replays, also with a parameter without a gradient."""
     model = mlp()
     loop = Loop.of(model, options={"clip": clip})
     parameters = list(model.parameters())
@@ -155,7 +155,7 @@ def test_clipping_is_part_of_the_update(
     ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD"],
 )
 def test_every_supported_optimizer_replays(kind: str, tmp_path: Path) -> None:
-    """All of torch's elementwise optimizers, with their moments."""
+    """All of torch's elementwise optimizers replay."""
     loop = Loop.of(
         stochastic_mlp(), lambda model: getattr(torch.optim, kind)(model.parameters(), lr=0.01)
     )
@@ -163,7 +163,7 @@ def test_every_supported_optimizer_replays(kind: str, tmp_path: Path) -> None:
 
 
 def test_sums_and_own_reductions_replay(tmp_path: Path) -> None:
-    """A loss that is summed, and one that is divided by a constant."""
+    """A summed loss, and one divided by a constant, replay."""
     loop = Loop.of(mlp(), options={"reduce": "sum"})
     other = Loop.of(
         mlp(),
@@ -182,7 +182,7 @@ def test_sums_and_own_reductions_replay(tmp_path: Path) -> None:
 def test_weights_changed_after_the_last_step_are_not_the_runs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Loading other weights before the recorder closes does not damage the run, and is said."""
+    """Weights changed before the recorder closes are not stored, and the log says so."""
     loop = Loop.of(stochastic_mlp(), adam)
 
     def train(watch: Watch) -> None:

@@ -1,4 +1,4 @@
-"""Opening a run with the wrong model, the wrong data, or files that are missing or changed."""
+"""Runs with the wrong model, the wrong data, or files that are missing or damaged."""
 
 import json
 from pathlib import Path
@@ -28,12 +28,12 @@ from tests.loops import ROWS, Loop, mlp, recorded_loop, refused, rows, stochasti
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A run of twelve steps."""
+    """Record a run of twelve steps."""
     return recorded_loop(Loop.of(stochastic_mlp()), tmp_path / "run")
 
 
 def reopened(run: Run, model: nn.Module | None = None, data: Any = None) -> Run:
-    """The run, opened with another model or data set."""
+    """Open a run with another model or data set."""
     return backtrail.open_run(
         run.path,
         backtrail.classification(
@@ -43,7 +43,7 @@ def reopened(run: Run, model: nn.Module | None = None, data: Any = None) -> Run:
 
 
 def test_another_model(run: Run) -> None:
-    """Every tensor that differs is named, with both shapes."""
+    """The message names every tensor that differs, with both shapes."""
     other = stochastic_mlp()
     other[4] = nn.Linear(8, 5)
     with refused(
@@ -65,19 +65,19 @@ def test_another_model(run: Run) -> None:
 
 
 def test_data_of_another_length(run: Run) -> None:
-    """Both lengths are told."""
+    """A data set of another length is refused, with both lengths."""
     with refused(WrongData, "23 rows", f"had {ROWS}", "the data set of the training"):
         reopened(run, data=rows(23))
 
 
 def test_other_rows_of_the_first_step(run: Run) -> None:
-    """Rows that read differently are found when the run is opened."""
+    """Other rows of the first step are found when the run is opened."""
     with refused(WrongData, "rows [", "of step 0"):
         reopened(run, data=rows(seed=1))
 
 
 def test_other_rows_of_a_later_step(run: Run) -> None:
-    """One changed row is found by verify(), with its step."""
+    """A single other row of a later step is found by `verify`."""
     changed = next(row for row in range(ROWS) if row not in run.log[0].samples)
     inputs, labels = (tensor.clone() for tensor in run.task.data.tensors)
     inputs[changed] += 1
@@ -87,14 +87,14 @@ def test_other_rows_of_a_later_step(run: Run) -> None:
 
 
 def test_another_loss(run: Run) -> None:
-    """A task whose loss is not the recorded one does not replay."""
+    """A task with another loss does not replay."""
     task = backtrail.classification(stochastic_mlp(), run.task.data, reduce="sum")
     with refused(ReplayMismatch, "Step 0", "norm of its gradient"):
         backtrail.open_run(run.path, task).verify()
 
 
 def test_another_end_of_a_segment(run: Run) -> None:
-    """A kept state that the steps before do not lead to is named."""
+    """A stored state that is not what the steps before lead to is found."""
     store = run.store
     path = run.path / "states" / "00000004.safetensors"
     path.write_bytes((run.path / "states" / "00000000.safetensors").read_bytes())
@@ -109,7 +109,7 @@ def test_another_end_of_a_segment(run: Run) -> None:
 
 @pytest.mark.parametrize("name", ["states/00000004.safetensors", "steps/00000000.parquet"])
 def test_a_damaged_file(run: Run, name: str) -> None:
-    """The file is named with both checksums."""
+    """A damaged file is named, with both checksums."""
     path = run.path / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -122,14 +122,14 @@ def test_a_damaged_file(run: Run, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["states/00000004.safetensors", "steps/00000000.parquet"])
 def test_a_missing_file(run: Run, name: str) -> None:
-    """The file is named."""
+    """A missing file is named."""
     (run.path / name).unlink()
     with refused(DamagedFile, str(run.path / name), "it is missing"):
         reopened(run).verify()
 
 
 def test_missing_and_damaged_batches(tmp_path: Path) -> None:
-    """Stored batches are checked when they are read."""
+    """Stored batches that are damaged or missing are found when they are read."""
     run = recorded_loop(Loop.of(mlp()), tmp_path / "run", keep_batches=True)
     path = run.path / "batches" / "00000002.safetensors"
     content = bytearray(path.read_bytes())
@@ -143,7 +143,7 @@ def test_missing_and_damaged_batches(tmp_path: Path) -> None:
 
 
 def test_a_damaged_journal(tmp_path: Path) -> None:
-    """A torn last line is no step; a damaged line in the middle is an error."""
+    """A truncated last line is ignored, and a damaged one before it refused."""
     loop = Loop.of(mlp())
     with pytest.raises(KeyError), loop.recorder(tmp_path) as recorder:
         loop.train(recorder.watch)
@@ -161,14 +161,14 @@ def test_a_damaged_journal(tmp_path: Path) -> None:
 
 
 def test_no_manifest(run: Run) -> None:
-    """A folder without a manifest is no run, and how to make one is said."""
+    """A folder without a manifest is refused, with how to record a run."""
     (run.path / "manifest.json").unlink()
     with refused(NotARun, str(run.path), "backtrail.Recorder("):
         reopened(run)
 
 
 def test_another_format(run: Run) -> None:
-    """Both formats are told."""
+    """A run of another format is refused, with both formats."""
     path = run.path / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 7}))
     with refused(WrongFormat, str(path), "format 7", "reads format 2"):
@@ -177,14 +177,14 @@ def test_another_format(run: Run) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}'])
 def test_a_manifest_that_does_not_parse(run: Run, text: str) -> None:
-    """The manifest is named."""
+    """A manifest that does not parse is named."""
     (run.path / "manifest.json").write_text(text)
     with refused(DamagedFile, "manifest.json"):
         reopened(run)
 
 
 def test_a_run_without_steps(tmp_path: Path) -> None:
-    """A recorder that saw no step leaves nothing to open."""
+    """A run without a complete step is refused."""
     loop = Loop.of(mlp())
     with loop.recorder(tmp_path):
         pass
@@ -193,7 +193,7 @@ def test_a_run_without_steps(tmp_path: Path) -> None:
 
 
 def test_states_and_steps_that_are_not_there(run: Run) -> None:
-    """What there is instead is told."""
+    """The message names the states or steps that there are, and how to replay."""
     with refused(
         MissingState, "State 6 was not stored", "0, 4, 8, 12", "replay=True", "from state 4"
     ):
@@ -206,7 +206,7 @@ def test_states_and_steps_that_are_not_there(run: Run) -> None:
 
 
 def test_queries_of_rows_that_are_not_there(run: Run) -> None:
-    """Samples out of range are named, with the length of the data set."""
+    """Queries of samples out of range, or of none, are refused."""
     for samples in ([3, 99], [-1]):
         with refused(
             BadQuery, f"samples={[s for s in samples if s != 3]}", f"the data set has {ROWS} rows"
@@ -217,7 +217,7 @@ def test_queries_of_rows_that_are_not_there(run: Run) -> None:
 
 
 def test_opening_leaves_the_model_alone(run: Run) -> None:
-    """A run never reads or writes the weights and modes of the task's model."""
+    """Opening and verifying neither read nor write the weights and modes of the task's model."""
     model = stochastic_mlp().eval()
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""Which states a run keeps, and that they are the ones that the loop went through."""
+"""The states that a run stores are those that the loop went through."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ POLICIES: list[tuple[CheckpointPolicy, tuple[int, ...]]] = [
 
 
 def on_disk(path: Path) -> list[int]:
-    """States that have a file."""
+    """Return the states that have a file."""
     return sorted(int(file.stem) for file in (path / "states").iterdir())
 
 
@@ -37,7 +37,7 @@ def on_disk(path: Path) -> list[int]:
 def test_states_are_those_of_the_live_loop(
     policy: CheckpointPolicy, kept: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """A policy keeps what it says; kept states equal the loop's bit for bit, and the others replay to them."""
+    """Stored states have the bits of the loop's, and the others replay to them."""
     loop = Loop.of(stochastic_mlp())
     run = recorded_loop(
         loop, tmp_path / "run", lambda watch: loop.train(watch, epochs=3), checkpoints=policy
@@ -58,7 +58,7 @@ def assert_close(found: State, lived: State) -> None:
 
 
 def test_a_state_has_the_buffers_before_the_first_of_its_batches(tmp_path: Path) -> None:
-    """With two batches a step, state t holds the statistics before the forward passes of step t."""
+    """State t has the statistics before the first forward pass of step t."""
     loop = Loop.of(stochastic_mlp())
 
     def train(watch: Any) -> None:
@@ -73,7 +73,7 @@ def test_a_state_has_the_buffers_before_the_first_of_its_batches(tmp_path: Path)
 
 
 def test_the_final_state_is_what_the_last_step_left(tmp_path: Path) -> None:
-    """Evaluation after the last step, inside the recorder, changes nothing that is kept."""
+    """Evaluation after the last step does not change the last state."""
     loop = Loop.of(stochastic_mlp())
 
     def train(watch: Any) -> None:
@@ -86,7 +86,7 @@ def test_the_final_state_is_what_the_last_step_left(tmp_path: Path) -> None:
 
 
 class Wandering(nn.Module):
-    """A layer whose gradient depends on buffers that its forward pass moves: in place, and by assignment."""
+    """A layer whose output depends on buffers that its forward pass changes in several ways."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -110,7 +110,7 @@ class Wandering(nn.Module):
 
 
 def test_buffers_of_any_kind_are_replayed(tmp_path: Path) -> None:
-    """Buffers moved in place or by assignment, small and large, are those before the forward pass."""
+    """Buffers changed in place or by assignment, large or small, are stored and replayed."""
     loop = Loop.of(mlp(Wandering()))
     run = recorded_loop(loop, tmp_path / "run", checkpoints=backtrail.Every(3))
     for number in run.kept:
@@ -118,7 +118,7 @@ def test_buffers_of_any_kind_are_replayed(tmp_path: Path) -> None:
 
 
 def test_views_of_one_memory_are_kept_apart(tmp_path: Path) -> None:
-    """Two buffers on one storage are two tensors in the run."""
+    """Two buffers that share memory are two tensors in the run."""
     base = torch.arange(6.0)
     layer = nn.Identity()
     layer.register_buffer("all", base)
@@ -129,7 +129,7 @@ def test_views_of_one_memory_are_kept_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stored_batches_replay_random_rows(workers: int, tmp_path: Path) -> None:
-    """keep_batches=True: rows that read differently every time replay to the loop's own states."""
+    """With `keep_batches=True` rows that read differently every time replay."""
     loop = Loop.of(stochastic_mlp(), data=Augmented(lambda: float(torch.randn(()))))
     run = recorded_loop(
         loop,
@@ -143,14 +143,14 @@ def test_stored_batches_replay_random_rows(workers: int, tmp_path: Path) -> None
 
 
 def mixed(batch: Any) -> Any:
-    """Mixup with itself in reverse."""
+    """Mix a batch with itself in reverse."""
     share = float(torch.rand(()))
     return share * batch[0] + (1 - share) * batch[0].flip(0), batch[1]
 
 
 @pytest.mark.parametrize("every", [1, 2], ids=["all", "every second"])
 def test_what_the_loop_made_of_a_batch_is_replayed(every: int, tmp_path: Path) -> None:
-    """recorder.fed: batches mixed in the loop are stored, the others of the same step are read again."""
+    """Batches given to `fed` are stored, and others of the same step are read again."""
     loop = Loop.of(stochastic_mlp())
 
     def train(watch: Any) -> None:
@@ -172,11 +172,11 @@ def test_what_the_loop_made_of_a_batch_is_replayed(every: int, tmp_path: Path) -
 
 
 class Odd:
-    """A value that says nothing of itself but where it lies."""
+    """A value whose text is only its address."""
 
 
 def collated(items: list[Any]) -> dict[Any, Any]:
-    """A batch of nested dicts, lists, plain values, and one tensor in two places."""
+    """Collate to nested dicts, lists and plain values, with one tensor in two places."""
     inputs = torch.stack([item[0] for item in items])
     return {
         "x": inputs,
@@ -187,7 +187,7 @@ def collated(items: list[Any]) -> dict[Any, Any]:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_batches_may_be_nested(tmp_path: Path, *, keep: bool) -> None:
-    """Dicts, lists and plain values come back from disk as they were."""
+    """Dicts, lists and plain values of a batch are restored from disk."""
     loop = Loop.of(mlp())
     task = backtrail.Task(
         loop.model,
@@ -207,7 +207,7 @@ def test_batches_may_be_nested(tmp_path: Path, *, keep: bool) -> None:
 
 
 def test_values_without_content_do_not_disturb(tmp_path: Path) -> None:
-    """An object in a batch whose text is only its address does not make the batch look changed."""
+    """A value whose text is its address does not make a batch look changed."""
     loop = Loop.of(mlp())
 
     def collate(items: list[Any]) -> Any:
@@ -222,7 +222,7 @@ def test_values_without_content_do_not_disturb(tmp_path: Path) -> None:
 def test_a_long_run_turns_its_journal_into_segments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps in Parquet segments and in the journal read as one log."""
+    """Parquet segments and the journal are read as one log."""
     monkeypatch.setattr("backtrail.run.store.SEGMENT", 5)
     loop = Loop.of(mlp())
     run = recorded_loop(loop, tmp_path / "run")
@@ -244,7 +244,7 @@ def test_a_long_run_turns_its_journal_into_segments(
 
 
 def test_a_kill_while_a_journal_becomes_a_segment_loses_no_step(tmp_path: Path) -> None:
-    """Until the manifest names the segment, its journal and the next one are both read."""
+    """Journals are read until the manifest names their segments."""
     run = recorded_loop(Loop.of(mlp()), tmp_path / "run")
     path = run.path / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -259,7 +259,7 @@ def test_a_kill_while_a_journal_becomes_a_segment_loses_no_step(tmp_path: Path) 
 
 
 def stop_after(loop: Loop, recorder: backtrail.Recorder, *, steps: int) -> None:
-    """Train until something goes wrong."""
+    """Train some steps, then raise an error."""
     for number, batch in enumerate(recorder.watch(loop.loader(batch_size=2))):
         if number == steps:
             raise ValueError("stop here")
@@ -268,7 +268,7 @@ def stop_after(loop: Loop, recorder: backtrail.Recorder, *, steps: int) -> None:
 
 
 def test_a_loop_that_fails_leaves_the_states_that_were_on_their_way(tmp_path: Path) -> None:
-    """Files are written beside the training; what it had handed over when it failed gets there."""
+    """States that were handed to the writer are stored when the loop fails."""
     loop = Loop.of(stochastic_mlp())
 
     def train(watch: Any) -> None:
@@ -287,7 +287,7 @@ def test_a_loop_that_fails_leaves_the_states_that_were_on_their_way(tmp_path: Pa
 
 
 def test_a_state_that_cannot_be_written_stops_the_training(tmp_path: Path) -> None:
-    """What the disk says of a file reaches the loop, at the next file or at the end."""
+    """An error of the writer is raised in the loop."""
     loop = Loop.of(stochastic_mlp())
     with (
         pytest.raises(OSError, match="states"),

@@ -1,4 +1,4 @@
-"""Patterns over time, on series whose class is plain to see."""
+"""Patterns over time of series whose pattern is obvious."""
 
 import numpy as np
 import polars as pl
@@ -31,13 +31,13 @@ OBVIOUS = {
 @pytest.mark.parametrize("scale", [1e-200, 1.0, -1e200])
 @pytest.mark.parametrize("name", OBVIOUS)
 def test_plain_series_get_their_class(name: str, scale: float) -> None:
-    """The class is the one to be seen, whatever the scale and sign."""
+    """The pattern is the obvious one, whatever the scale and sign."""
     series, pattern = OBVIOUS[name]
     assert classify(scale * series[None])["pattern"].to_list() == [pattern]
 
 
 def one_sample_per_slot(series: np.ndarray, edges: list[int]) -> Influence:
-    """Make an influence in which sample j, visited once, has the given windowed influences."""
+    """Make an influence in which sample j, visited once, has the given influence by window."""
     samples, windows = series.shape
     about = Description(
         method="made",
@@ -59,7 +59,7 @@ def one_sample_per_slot(series: np.ndarray, edges: list[int]) -> Influence:
 
 
 def test_patterns_reads_the_windows_of_an_influence() -> None:
-    """The windowed influence is rebuilt from totals; samples that never moved are left out."""
+    """Windows are differences of totals, and samples without influence are left out."""
     series = np.stack([series for series, _ in OBVIOUS.values()])
     series = np.insert(series, 1, 0.0, axis=0)
     influence = one_sample_per_slot(series, list(range(1, WINDOWS + 1)))
@@ -71,7 +71,7 @@ def test_patterns_reads_the_windows_of_an_influence() -> None:
 
 
 def test_columns_are_what_they_say() -> None:
-    """Early, late, slope and spread are recomputed one by one."""
+    """Early, late, slope and spread are those of NumPy, series by series."""
     series = np.random.default_rng(1).normal(size=(20, 8)) + 0.5
     table = classify(series)
     for row, x in zip(table.iter_rows(named=True), series, strict=True):
@@ -84,7 +84,7 @@ def test_columns_are_what_they_say() -> None:
 
 
 def test_influence_is_taken_per_step() -> None:
-    """The same influence per step is stable, however uneven the windows."""
+    """A series that is constant per step is stable, however uneven the windows."""
     edges = [2, 4, 8, 16]
     per_step = np.diff([0, *edges])[None] * 0.5
     table = patterns(one_sample_per_slot(per_step, edges), query="loss")
@@ -93,7 +93,7 @@ def test_influence_is_taken_per_step() -> None:
 
 
 def test_thresholds_are_the_users() -> None:
-    """A larger ratio makes fewer samples early, a larger spread fewer fluctuating."""
+    """A larger ratio or spread makes a series stable."""
     series = np.array([[3.0, 2.0, 1.0], [1.0, -1.0, 1.0]])
     assert classify(series)["pattern"].to_list() == ["early", "fluctuating"]
     calm = classify(series, ratio=4.0, spread=3.0)
@@ -101,7 +101,7 @@ def test_thresholds_are_the_users() -> None:
 
 
 def test_state_0_observed_makes_no_window() -> None:
-    """Observing state 0, where all is zero, changes nothing."""
+    """Observing state 0, where influence is zero, changes nothing."""
     series = np.array([[1.0, 2.0, 3.0]])
     plain = one_sample_per_slot(series, [1, 2, 3])
     padded = one_sample_per_slot(np.insert(series, 0, 0.0, axis=1), [0, 1, 2, 3])
@@ -109,21 +109,21 @@ def test_state_0_observed_makes_no_window() -> None:
 
 
 def test_two_windows_are_too_few() -> None:
-    """The error says how many there are, how many are needed, and how to get them."""
+    """Fewer than three windows are refused, with how to get more."""
     influence = one_sample_per_slot(np.ones((1, 2)), [1, 2])
     with pytest.raises(errors.TooFewWindows, match=r'at least 3 .* has 2.*observed_at="epochs"'):
         patterns(influence)
 
 
 def test_overflow_is_named() -> None:
-    """Influence that is not finite is no pattern."""
+    """Infinite influence is refused, and the sample is named."""
     influence = one_sample_per_slot(np.array([[1.0, 1.0, 1.0], [1.0, np.inf, 1.0]]), [1, 2, 3])
     with pytest.raises(errors.NotFinite, match="1 sample is NaN or infinite: 1"):
         patterns(influence, query="loss")
 
 
 def test_shares_add_up_to_one() -> None:
-    """Every pattern has its share, also those that nobody shows."""
+    """Every pattern has a share, zero if no sample has it."""
     table = pl.DataFrame({"pattern": ["late"] * 3 + ["stable"]})
     assert shares(table) == {"early": 0.0, "late": 0.75, "stable": 0.25, "fluctuating": 0.0}
     assert tuple(shares(table)) == PATTERNS

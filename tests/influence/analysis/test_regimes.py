@@ -1,4 +1,4 @@
-"""Regimes of influence ÷ learning rate, on curves whose regimes are plain to see."""
+"""Regimes of influence divided by learning rate, on curves whose regimes are obvious."""
 
 from itertools import combinations
 
@@ -18,7 +18,7 @@ PLANTED = np.repeat([50.0, 1.0, 8.0], [5, 70, 25])
 def made(
     level: np.ndarray, rates: np.ndarray, *, slots: int = 4, queries: int = 2, noise: float = 0.0
 ) -> Influence:
-    """Make an influence of a mean loss: level x rate ÷ slots in every slot, half of it negative."""
+    """Make an influence of level * rate / slots in every slot, half of it negative."""
     draw = np.random.default_rng(0)
     steps = len(level)
     sign = np.where(np.arange(slots) % 2, -1.0, 1.0)
@@ -44,7 +44,7 @@ def made(
 
 
 def brute(series: np.ndarray) -> tuple[int, int]:
-    """The best two boundaries by trying all."""
+    """Find the best two boundaries by trying all pairs."""
     tried = {
         ends: sum(((part - part.mean()) ** 2).sum() for part in np.split(series, ends))
         for ends in combinations(range(1, len(series)), 2)
@@ -54,7 +54,7 @@ def brute(series: np.ndarray) -> tuple[int, int]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_fit_is_the_best_of_all(seed: int) -> None:
-    """Dynamic programming finds what trying every pair of boundaries finds."""
+    """Dynamic programming finds the boundaries that brute force finds."""
     series = np.random.default_rng(seed).normal(size=40).cumsum()
     assert best_boundaries(series) == brute(series)
 
@@ -62,7 +62,7 @@ def test_the_fit_is_the_best_of_all(seed: int) -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 @pytest.mark.parametrize("slots", [1, 16])
 def test_planted_regimes_are_found(slots: int, noise: float) -> None:
-    """With their boundaries and levels, whatever the schedule of the learning rate and the size of the batch."""
+    """Boundaries and levels are found for every batch size, with noise or without."""
     rates = 1e-3 * np.linspace(1.0, 0.01, 100)
     found = regimes_from_rates(made(PLANTED, rates, slots=slots, noise=noise), rates)
     assert found.found
@@ -76,7 +76,7 @@ def test_planted_regimes_are_found(slots: int, noise: float) -> None:
 
 
 def test_the_table_and_the_curve_say_what_was_found() -> None:
-    """A row per regime, whose steps add up, and a row per step, with the step's regime."""
+    """The table has a row for each regime, and the curve one for each step with its regime."""
     rates = np.full(100, 0.1)
     found = regimes_from_rates(made(PLANTED, rates), rates)
     table, curve = found.table(), found.curve()
@@ -100,7 +100,7 @@ def test_the_table_and_the_curve_say_what_was_found() -> None:
     ids=["constant", "falling", "rising", "waves"],
 )
 def test_other_curves_have_no_three_regimes(level: np.ndarray) -> None:
-    """Neither a constant, nor noise, nor a curve that goes one way; and the sentence says so."""
+    """A constant, a monotonic curve and waves have no three regimes, and the text says so."""
     rates = np.full(100, 1e-2)
     for noise in (0.0, 0.3):
         found = regimes_from_rates(made(level, rates, noise=noise), rates)
@@ -109,13 +109,13 @@ def test_other_curves_have_no_three_regimes(level: np.ndarray) -> None:
 
 
 def test_a_constant_explains_nothing() -> None:
-    """What rounding leaves of a constant is not explained by three levels."""
+    """Three levels explain nothing of a constant with rounding errors."""
     rates = np.geomspace(1e-4, 1e-2, 100)
     assert regimes_from_rates(made(np.ones(100), rates), rates).explained == 0.0
 
 
 def test_steps_without_a_learning_rate_are_left_out_and_counted() -> None:
-    """A warm-up from 0 divides nothing by zero, and boundaries stay numbers of steps."""
+    """Steps with rate 0 are left out, and boundaries are still numbers of steps."""
     rates = np.full(100, 0.1)
     rates[[0, 1, 40]] = 0.0
     found = regimes_from_rates(made(PLANTED, rates), rates)
@@ -126,7 +126,7 @@ def test_steps_without_a_learning_rate_are_left_out_and_counted() -> None:
 
 
 def test_a_short_batch_counts_like_a_whole_one() -> None:
-    """A mean over fewer slots divides by less, and that is taken back."""
+    """The value of a step does not depend on the size of its batch."""
     values = np.ones((1, 1, 8, 2)) / 2
     values[0, 0, 3] = 1.0, 0.0
     sample = np.tile([0, 1], (8, 1))
@@ -149,7 +149,7 @@ def test_a_short_batch_counts_like_a_whole_one() -> None:
 
 
 def test_one_query_can_be_asked_for() -> None:
-    """By number or name; another is refused, as is a state that was not observed."""
+    """A query is given by number or name; unknown queries and states are refused."""
     rates = np.full(100, 0.1)
     influence = made(PLANTED, rates, noise=0.2)
     by_name, by_number = (
@@ -165,7 +165,7 @@ def test_one_query_can_be_asked_for() -> None:
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
-    """Too few steps, and influence that overflowed."""
+    """Too few steps, and infinite influence, are refused."""
     with pytest.raises(errors.TooFewSteps, match=r"at least 5 steps .* there are 4"):
         regimes_from_rates(made(np.ones(4), np.ones(4)), np.ones(4))
     level = np.ones(9)
@@ -175,6 +175,6 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 
 
 def test_long_trainings_are_fitted_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Boundaries are then right to the length of a stretch."""
+    """The boundaries of a long training are right up to the length of a block of steps."""
     monkeypatch.setattr(regimes, "MAX_POINTS", 30)
     assert best_boundaries(np.log(PLANTED)) == (4, 76)
