@@ -95,7 +95,7 @@ def test_a_loop_that_does_something_else_is_still_found_out(tmp_path: Path) -> N
 
 def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replay without autocast, as a stand-in for a machine whose kernels round otherwise."""
-    monkeypatch.setattr(Transition, "precision", lambda _: nullcontext())
+    monkeypatch.setattr(Transition, "recorded_autocast", lambda _: nullcontext())
 
 
 def test_a_replay_that_rounds_elsewhere_passes_up_to_a_threshold(
