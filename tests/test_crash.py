@@ -14,7 +14,8 @@ from backtrail.step.state import State
 from tests.loops import Loop, bytes_of, rows, stochastic_mlp
 from tests.processes import in_fresh_process, start_process
 
-KILLS, EPOCHS = 20, 15
+KILLS = 20
+EPOCHS = 15
 
 
 def loop() -> Loop:
@@ -90,7 +91,8 @@ def test_a_killed_recording_opens_at_its_last_whole_step(
 ) -> None:
     """Log and states of a killed recording are the beginning of those of the whole one."""
     reference, span = undisturbed
-    whole, ends = backtrail.open_run(reference, loop().task()), []
+    whole = backtrail.open_run(reference, loop().task())
+    ends = []
     for number, delay in enumerate(instants(span)):
         path = tmp_path / str(number)
         killed(record, path, after=delay)
@@ -112,10 +114,9 @@ def test_a_killed_attribution_resumes_to_the_same_bits(
     reference, _ = undisturbed
     span = seconds(attribute, reference, tmp_path / "whole")
     whole = in_fresh_process(influence, tmp_path / "whole")
-    delays, done = (
-        instants(span / 2),
-        set[int](),
-    )  # five kills an attribution, which goes on between them
+    # Five kills an attribution, which is resumed between them.
+    delays = instants(span / 2)
+    done: set[int] = set()
     for number in range(4):
         out = tmp_path / str(number)
         for delay in delays[number::4]:
@@ -146,7 +147,8 @@ def test_processes_share_the_pass_over_a_training(
     undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
     """Three processes share the pass over a training, and the embeddings are equal bit for bit."""
-    run, out = backtrail.open_run(undisturbed[0], loop().task()), tmp_path / "shared"
+    run = backtrail.open_run(undisturbed[0], loop().task())
+    out = tmp_path / "shared"
     processes = [start_process(gather, undisturbed[0], out, (part, 3)) for part in range(3)]
     for process in processes:
         process.join()

@@ -117,14 +117,16 @@ def test_accuracy_counts_the_right_side() -> None:
 
 def test_auc_is_the_chance_to_be_ahead() -> None:
     """AUC is the share of guilty and innocent pairs in the right order."""
-    guilty, innocent = SUSPICION[GUILTY][:, None], SUSPICION[~GUILTY][None]
+    guilty = SUSPICION[GUILTY][:, None]
+    innocent = SUSPICION[~GUILTY][None]
     expected = ((guilty > innocent) + 0.5 * (guilty == innocent)).mean()
     assert ours.auc(SUSPICION, GUILTY) == pytest.approx(expected)
 
 
 def test_average_precision_steps_over_the_thresholds() -> None:
     """Average precision is the sum over distinct thresholds, ties together."""
-    area, before = 0.0, 0.0
+    area = 0.0
+    before = 0.0
     for threshold in sorted(set(SUSPICION), reverse=True):
         flagged = threshold <= SUSPICION
         recall = (flagged & GUILTY).sum() / GUILTY.sum()

@@ -48,14 +48,14 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Run:
     draw = torch.Generator().manual_seed(0)
     truth = torch.arange(120) % 3
     centres = torch.tensor([[2.0, 0.0], [-2.0, 1.0], [0.0, -3.0]])
-    inputs, labels = centres[truth] + 0.5 * torch.randn(120, 2, generator=draw), truth.clone()
+    inputs = centres[truth] + 0.5 * torch.randn(120, 2, generator=draw)
+    labels = truth.clone()
     labels[WRONG] = (truth[WRONG] + 1) % 3
     torch.manual_seed(0)
-    model, data = (
-        nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, 3)),
-        TensorDataset(inputs, labels),
-    )
-    task, folder = backtrail.classification(model, data), tmp_path_factory.mktemp("blobs") / "run"
+    model = nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, 3))
+    data = TensorDataset(inputs, labels)
+    task = backtrail.classification(model, data)
+    folder = tmp_path_factory.mktemp("blobs") / "run"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with backtrail.Recorder(folder, task, optimizer, checkpoints=backtrail.Epochs()) as recorder:
         for _ in range(6):
@@ -83,7 +83,8 @@ def test_wrong_labels_among_clouds_come_first(blobs: Run, method: Any) -> None:
 
 def test_rankings_are_what_they_say(tmp_path: Path) -> None:
     """Every score is the mean of its quantity over the given states."""
-    run, states = recorded_run("adamw", tmp_path), [2, 3, 5]
+    run = recorded_run("adamw", tmp_path)
+    states = [2, 3, 5]
     expected = {
         "mean-loss": np.mean([scores.losses(run, state) for state in states], axis=0),
         "margin": -scores.margins(run, states),
@@ -104,7 +105,9 @@ def test_rankings_are_what_they_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sgd", "two groups", "one cycle", "frozen", "tied, adamw"])
 def test_tracin_squares_the_gradient_of_every_row(name: str, tmp_path: Path) -> None:
     """The score is the squared gradient times the rate, row by row with autograd."""
-    run, data, states = recorded_run(name, tmp_path), rows(), [1, 4]
+    run = recorded_run(name, tmp_path)
+    data = rows()
+    states = [1, 4]
     expected = np.zeros(run.samples)
     for state in states:
         model = CASES_BY_NAME[name].built()
@@ -140,7 +143,8 @@ def test_harm_is_negative_influence(
     method: Any, made: backtrail.DIT | backtrail.DataValueEmbedding, tmp_path: Path
 ) -> None:
     """The score is minus the influence on the training or other loss, at the end or in a window."""
-    run, other = recorded_run("momentum", tmp_path), rows(seed=1, count=6)
+    run = recorded_run("momentum", tmp_path)
+    other = rows(seed=1, count=6)
     own = made.attribute(run, backtrail.Loss(run.task.data, aggregate="mean"))
     np.testing.assert_allclose(suspicion(run, method=method), -own.total()[0, 0], rtol=1e-9)
     on_others = made.attribute(run, backtrail.Loss(other, aggregate="mean"), observed_at=[2, 5])

@@ -25,7 +25,8 @@ from tests.recorded_runs import recorded_run
 from tests.standard_queries import standard_queries
 
 METHODS = "dve", "dit", "diff-in", "tracin", "herding", "el2n", "loss", "random"
-ROWS, CLASSES = 40, 4
+ROWS = 40
+CLASSES = 4
 
 
 def made(folder: Path, *, ids: bool = False) -> Run:
@@ -149,7 +150,8 @@ def test_a_row_has_no_say_about_itself(run: Run) -> None:
 def test_herding_takes_what_brings_the_sum_closest() -> None:
     """Herding is greedy, and its mean is closer to that of all than 90 % of subsets."""
     vectors = np.random.default_rng(0).normal(size=(9, 3))
-    goal, left = vectors.mean(axis=0), set(range(9))
+    goal = vectors.mean(axis=0)
+    left = set(range(9))
     found: list[int] = []
     for place in range(4):
         sums = {row: vectors[[*found, row]].sum(axis=0) for row in left}

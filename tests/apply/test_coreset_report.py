@@ -37,7 +37,8 @@ def kept_alone(case: Case, part: list[int]) -> np.ndarray:
 )
 def test_losses_are_those_of_training_on_the_part(name: str, tmp_path: Path) -> None:
     """The losses are those of the plain loop, also where a step has no sample of the part."""
-    run, parts = recorded_run(name, tmp_path), {"first": [0, 2, 3, 5, 6], "few": [5]}
+    run = recorded_run(name, tmp_path)
+    parts = {"first": [0, 2, 3, 5, 6], "few": [5]}
     assert sum(5 in batch for batch in BATCHES) == 1
     table = backtrail.compare_coresets(run, parts, standard_queries(), draws=0)
     expected = [
@@ -52,7 +53,8 @@ def test_losses_are_those_of_training_on_the_part(name: str, tmp_path: Path) -> 
 
 def test_it_agrees_with_retraining_without_the_others(tmp_path: Path) -> None:
     """A part's change is that of removing the others with a renormalised denominator."""
-    run, part = recorded_run("momentum", tmp_path), [0, 1, 3, 4, 6, 8]
+    run = recorded_run("momentum", tmp_path)
+    part = [0, 1, 3, 4, 6, 8]
     table = backtrail.compare_coresets(run, {"part": part}, standard_queries(), draws=0)
     removed = backtrail.retrain(run, standard_queries(), [[2, 5, 7]], denominator="renormalize")
     np.testing.assert_allclose(table["change"][1], removed.change.mean(), rtol=1e-9)
@@ -78,10 +80,8 @@ def test_accuracy_is_the_share_of_rows_classified_rightly(tmp_path: Path) -> Non
 
 def test_random_parts_of_the_same_sizes_ride_along(tmp_path: Path) -> None:
     """Each size has a row with the mean of random parts, which depend on the seed."""
-    run, parts = (
-        recorded_run("momentum", tmp_path),
-        {"a": [0, 1, 2], "b": [3, 4, 5], "c": [0, 1, 2, 3]},
-    )
+    run = recorded_run("momentum", tmp_path)
+    parts = {"a": [0, 1, 2], "b": [3, 4, 5], "c": [0, 1, 2, 3]}
     first, second = (
         backtrail.compare_coresets(run, parts, JUDGE, draws=2, seed=seed) for seed in (0, 1)
     )
@@ -117,7 +117,8 @@ def test_numbers_have_losses_and_no_accuracy(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(12, 2, generator=draw), torch.randn(12, 1, generator=draw))
     model = nn.Linear(2, 1)
-    task, optimizer = backtrail.regression(model, data), torch.optim.SGD(model.parameters(), lr=0.1)
+    task = backtrail.regression(model, data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with backtrail.Recorder(
         tmp_path / "run", task, optimizer, checkpoints=backtrail.Every(2)
     ) as recorder:

@@ -27,7 +27,8 @@ NAMES = [
 
 def retrained(case: Case, without: np.ndarray, states: list[int]) -> np.ndarray:
     """Train by the plain loop without some; return probabilities `[state, sample, label]`."""
-    model, data = case.built(), rows()
+    model = case.built()
+    data = rows()
 
     def weights(step: int) -> Tensor:
         samples = [sample for batch in case.groups[step] for sample in batch]
@@ -48,7 +49,8 @@ def retrained(case: Case, without: np.ndarray, states: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("name", NAMES)
 def test_readings_are_those_of_plain_trainings(name: str, tmp_path: Path) -> None:
     """Distances and probabilities are the means over plain trainings."""
-    run, states = recorded_run(name, tmp_path), [2, len(CASES_BY_NAME[name].groups)]
+    run = recorded_run(name, tmp_path)
+    states = [2, len(CASES_BY_NAME[name].groups)]
     found = cross(run, states, folds=3, repeats=2, seed=4)
     left_out = parted(run.samples, folds=3, repeats=2, seed=4)
     again = np.array([retrained(CASES_BY_NAME[name], without, states) for without in left_out])

@@ -23,7 +23,8 @@ def estimate(table: pl.DataFrame, method: str, measure: str) -> float:
 
 def test_methods_are_judged_on_the_same_removals(tmp_path: Path) -> None:
     """Exact influence predicts removals, and its negative predicts the opposite."""
-    run, bank = recorded_run("momentum", tmp_path), tmp_path / "bank"
+    run = recorded_run("momentum", tmp_path)
+    bank = tmp_path / "bank"
     found = backtrail.DIT().attribute(run, standard_queries())
     scores: dict[str, backtrail.Influence | np.ndarray] = {
         "exact": found,

@@ -34,10 +34,12 @@ def said(model: nn.Module, data: object, place: int) -> tuple[Tensor, int]:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_losses_and_outputs_are_those_of_single_rows(name: str, tmp_path: Path) -> None:
     """Losses and outputs are those of single rows, at stored and replayed states."""
-    run, data = recorded_run(name, tmp_path), rows()
+    run = recorded_run(name, tmp_path)
+    data = rows()
     for number in (run.steps - 2, run.steps):
         model = model_at(run, number, CASES_BY_NAME[name].built())
-        found, losses = scores.outputs(run, number), scores.losses(run, number)
+        found = scores.outputs(run, number)
+        losses = scores.losses(run, number)
         for place in range(run.samples):
             logits, label = said(model, data, place)
             np.testing.assert_allclose(found[place], logits, rtol=1e-12)
@@ -47,8 +49,11 @@ def test_losses_and_outputs_are_those_of_single_rows(name: str, tmp_path: Path) 
 
 def test_el2n_and_margin_average_over_states(tmp_path: Path) -> None:
     """EL2N and margins are means over states, computed class by class."""
-    run, data, states = recorded_run("sgd", tmp_path), rows(), [2, 5]
-    gaps, margins = np.zeros(run.samples), np.zeros(run.samples)
+    run = recorded_run("sgd", tmp_path)
+    data = rows()
+    states = [2, 5]
+    gaps = np.zeros(run.samples)
+    margins = np.zeros(run.samples)
     for number in states:
         model = model_at(run, number, CASES_BY_NAME["sgd"].built())
         for place in range(run.samples):
@@ -67,11 +72,9 @@ def test_samples_with_ids_stand_in_their_order(tmp_path: Path) -> None:
     """Rows of a stream are evaluated from the stored batches, in the order of ids."""
     run = recorded_stream(tmp_path / "run")
     model = model_at(run, run.steps, KeywordModel())
-    found, losses, labels = (
-        scores.outputs(run, run.steps),
-        scores.losses(run, run.steps),
-        scores.labels(run),
-    )
+    found = scores.outputs(run, run.steps)
+    losses = scores.losses(run, run.steps)
+    labels = scores.labels(run)
     for place, sample in enumerate(run.ids.tolist()):
         logits, label = said(model, STREAM_ROWS, SAMPLE_IDS.index(sample))
         np.testing.assert_allclose(found[place], logits, rtol=1e-12)
@@ -93,7 +96,8 @@ def test_a_task_without_classes_has_losses_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 def test_a_single_score_is_that_of_class_one(shape: tuple[int, ...]) -> None:
     """A single logit is that of class 1, as in a binary cross-entropy."""
-    outputs, labels = torch.tensor([0.5, -2.0]).view(shape), torch.tensor([1.0, 0.0]).view(shape)
+    outputs = torch.tensor([0.5, -2.0]).view(shape)
+    labels = torch.tensor([1.0, 0.0]).view(shape)
     found = scores.class_scores(outputs, [torch.zeros(2), labels])
     np.testing.assert_allclose(
         scores.probabilities(found.numpy())[:, 1], outputs.flatten().sigmoid(), rtol=1e-6

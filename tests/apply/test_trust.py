@@ -162,7 +162,8 @@ def test_influence_predicts_leave_one_out_on_digits(optimizer: Any, tmp_path: Pa
     """On handwritten digits the Pearson correlation with removals is at least 0.99."""
     torch.manual_seed(0)
     model, (train, test) = mlp(), digits()
-    task, moving = backtrail.classification(model, train), optimizer(model.parameters())
+    task = backtrail.classification(model, train)
+    moving = optimizer(model.parameters())
     loader = DataLoader(train, batch_size=50, shuffle=True)
     with backtrail.Recorder(tmp_path / "run", task, moving) as recorder:
         for _ in range(7):

@@ -43,7 +43,8 @@ def loaded(run: Run, state: dict[str, Tensor]) -> nn.Module:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_replaying_all_steps_is_retraining(name: str, tmp_path: Path) -> None:
     """Every entry of the state_dict is that of plain training with weight 0 for the group."""
-    run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
+    run = recorded_run(name, tmp_path)
+    case = CASES_BY_NAME[name]
     found = floats(loaded(run, backtrail.forget(run, GROUP, replay=run.steps)))
     torch.testing.assert_close(
         found, floats(trained_with(case, GROUP, 0.0)), rtol=1e-11, atol=1e-12
@@ -53,8 +54,10 @@ def test_replaying_all_steps_is_retraining(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_first_order_is_the_derivative_times_one(name: str, tmp_path: Path) -> None:
     """The change is the derivative by the group's weight, but for variances kept positive."""
-    run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
-    trained, change = floats(trained_with(case, GROUP, 1.0)), change_by_removal(case, GROUP)
+    run = recorded_run(name, tmp_path)
+    case = CASES_BY_NAME[name]
+    trained = floats(trained_with(case, GROUP, 1.0))
+    change = change_by_removal(case, GROUP)
     found = floats(loaded(run, backtrail.forget(run, GROUP)))
     shrinks = [
         "running_var" in key
@@ -78,7 +81,8 @@ def kinds(run: Run) -> Iterator[bool]:
 @pytest.mark.parametrize("name", ["momentum", "adamw", "batchnorm, sgd"])
 def test_replay_alone_leaves_early_visits_as_they_were(name: str, tmp_path: Path) -> None:
     """Without a method only the last steps are trained again without the group."""
-    run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
+    run = recorded_run(name, tmp_path)
+    case = CASES_BY_NAME[name]
     found = floats(loaded(run, backtrail.forget(run, GROUP, method=None, replay=3)))
     expected = floats(trained_with(case, GROUP, 0.0, first=run.steps - 3))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
@@ -87,10 +91,13 @@ def test_replay_alone_leaves_early_visits_as_they_were(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["momentum", "adamw", "batchnorm, sgd", "clip norm"])
 def test_a_replay_goes_on_from_the_corrected_state(name: str, tmp_path: Path) -> None:
     """The last steps start from corrected parameters, moments and statistics."""
-    run, case = recorded_run(name, tmp_path), CASES_BY_NAME[name]
-    group, start = RemovedGroup.of(run, GROUP), run.steps - 2
+    run = recorded_run(name, tmp_path)
+    case = CASES_BY_NAME[name]
+    group = RemovedGroup.of(run, GROUP)
+    start = run.steps - 2
     *_, (_, now) = group.sweep(start, Rules(backtrail.Hessian(), backtrail.Tangent()))
-    begun, model = changed_state(now), case.built()
+    begun = changed_state(now)
+    model = case.built()
     model.load_state_dict(begun.params | begun.buffers)
     model.train()
     optimizer = case.optimizer(model)
@@ -152,7 +159,8 @@ def test_a_few_states_give_an_estimate(tmp_path: Path) -> None:
     """With Diff-In it adds the method's change, to a run or to checkpoints."""
     run = recorded_run("momentum", tmp_path)
     method = backtrail.DiffIn(checkpoints=2, form="corrected")
-    change, end = method.parameter_change(run, GROUP), run.state(run.steps).params
+    change = method.parameter_change(run, GROUP)
+    end = run.state(run.steps).params
     found = backtrail.forget(run, GROUP, method=method)
     assert all(torch.equal(found[name], tensor + change[name]) for name, tensor in end.items())
     given = [(state, dict(run.state(state).params), 0.3) for state in (2, 4)]
@@ -213,7 +221,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
 
 def test_the_judgement_is_what_one_would_compute(tmp_path: Path) -> None:
     """Distance, divergence, agreement and membership are those computed from three models."""
-    run, case = recorded_run("batchnorm, sgd", tmp_path), CASES_BY_NAME["batchnorm, sgd"]
+    run = recorded_run("batchnorm, sgd", tmp_path)
+    case = CASES_BY_NAME["batchnorm, sgd"]
     state = backtrail.forget(run, GROUP)
     judged = backtrail.judge_forgetting(run, GROUP, state, test=HELD_OUT)
     models = [trained_with(case, GROUP, 1.0), case.built(), trained_with(case, GROUP, 0.0)]
@@ -262,14 +271,13 @@ def test_retraining_is_perfect_and_doing_nothing_is_one(tmp_path: Path) -> None:
 def test_outputs_that_are_no_classes_are_compared_by_squares(tmp_path: Path) -> None:
     """A regression is compared by squared differences, and has no agreement."""
     torch.manual_seed(0)
-    model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
+    model = nn.Linear(FEATURES, CLASSES).double()
+    data = rows()
     targets = torch.utils.data.TensorDataset(
         data.tensors[0], torch.randn(len(data), CLASSES, dtype=torch.float64)
     )
-    task, optimizer = (
-        backtrail.regression(model, targets),
-        torch.optim.SGD(model.parameters(), lr=0.1),
-    )
+    task = backtrail.regression(model, targets)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
         for inputs, wanted in recorder.watch(torch.utils.data.DataLoader(targets, 3)):
             task.loss(model(inputs), (inputs, wanted)).mean().backward()

@@ -287,7 +287,8 @@ def test_clean_lists_what_the_library_lists(
 ) -> None:
     """The ranking is that of `backtrail.find_mislabeled`, on screen and in the file."""
     recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
-    expected, path = backtrail.find_mislabeled(recorded), tmp_path / "review.csv"
+    expected = backtrail.find_mislabeled(recorded)
+    path = tmp_path / "review.csv"
     task = ("--task", attributed.at("task"))
     out, err = run(capsys, "clean", attributed.run, *task, "--out", str(path), "--form", "json")
     assert [row["sample"] for row in json.loads(out)] == expected["sample"].to_list()
@@ -382,7 +383,8 @@ def test_forget_writes_what_the_library_returns(
     )
     out, _ = run(capsys, "forget", attributed.run, *flags)
     recorded = backtrail.open_run(attributed.run, task_at(attributed.at("task")))
-    expected, found = backtrail.forget(recorded, [3, 5], replay=4), load_file(file)
+    expected = backtrail.forget(recorded, [3, 5], replay=4)
+    found = load_file(file)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert out.startswith("2 samples forgotten, 4 tensors written")

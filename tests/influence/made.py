@@ -8,7 +8,11 @@ from backtrail.influence.influence import Influence
 from backtrail.influence.layout import Description
 from backtrail.influence.writer import from_arrays
 
-QUERIES, OBSERVED, STEPS, SLOTS, SAMPLES = ("loss a", "loss b", "größe"), (0, 3, 7, 10), 11, 4, 9
+QUERIES = ("loss a", "loss b", "größe")
+OBSERVED = (0, 3, 7, 10)
+STEPS = 11
+SLOTS = 4
+SAMPLES = 9
 
 
 def description(**changes: object) -> Description:
@@ -62,7 +66,8 @@ def made(path: Path | None = None, *, dtype: str = "float64") -> Influence:
 
 def summed(start: int = 0, stop: int = STEPS) -> np.ndarray:
     """Sum over the visits in steps [start, stop) by four loops, `[query, observed_at, sample]`."""
-    values, sample = numbers(), slots()
+    values = numbers()
+    sample = slots()
     result = np.zeros((len(QUERIES), len(OBSERVED), SAMPLES))
     for q in range(len(QUERIES)):
         for o, state in enumerate(OBSERVED):

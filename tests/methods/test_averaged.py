@@ -110,7 +110,9 @@ def test_the_sweep_of_an_average_equals_nudging_each_weight(
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_leaving_out_reads_the_same_average(case: Case, name: str, tmp_path: Path) -> None:
     """Re-runs of any start and stack size evaluate the same average."""
-    run, observe, samples = recorded_case(case, tmp_path), observed(name), [0, 4, 8]
+    run = recorded_case(case, tmp_path)
+    observe = observed(name)
+    samples = [0, 4, 8]
     base = observe(case, standard_losses, STATES)
     found = retrain(
         run, averaged(name), [[sample] for sample in samples], observed_at=STATES, batch=1
@@ -160,7 +162,8 @@ def test_an_interrupted_attribution_of_an_average_goes_on_to_the_same_bits(
 ) -> None:
     """Interrupted anywhere and resumed, it has the same bits; another average is refused."""
     monkeypatch.setattr("backtrail.methods.result.SHORTEST", 1)
-    run, query = recorded_case(CASES[3], tmp_path), averaged("timm")
+    run = recorded_case(CASES[3], tmp_path)
+    query = averaged("timm")
     whole = (
         backtrail.DIT().attribute(run, query, observed_at=STATES, out=tmp_path / "whole").values()
     )
@@ -205,7 +208,8 @@ def test_a_waiting_gradient_is_in_the_estimate(tmp_path: Path) -> None:
 
 def least(run: Run, query: Query) -> int:
     """Return the least number of bytes that a sweep is accepted with, by bisection."""
-    low, high = 1, 2**30
+    low = 1
+    high = 2**30
     while high - low > 1:
         middle = (low + high) // 2
         try:

@@ -61,7 +61,8 @@ def test_what_cannot_have_influence_has_exactly_none(
     found = method.attribute(
         run, standard_queries(), observed_at="epochs" if name == "adamw" else [1, 2]
     )
-    values, total = found.values(), found.total()
+    values = found.values()
+    total = found.total()
     assert np.isfinite(values).all()
     assert np.abs(values).max() > 0
     assert (values[..., found.sample < 0] == 0).all()
@@ -125,7 +126,8 @@ def test_an_attribution_killed_anywhere_resumes_to_the_same_bits(
     whole = method.attribute(run, standard_queries(), observed_at=states).values()
     real = InfluenceWriter.mark_done
     for survived in range(run.steps):
-        left, out = [survived], tmp_path / f"out{survived}"
+        left = [survived]
+        out = tmp_path / f"out{survived}"
 
         def failing(self: InfluenceWriter, shard: int, left: list[int] = left) -> None:
             if not left[0]:
@@ -169,7 +171,8 @@ def test_the_model_at_hand_and_the_generators_are_left_alone(
 ) -> None:
     """Weights, modes of modules and random state are unchanged."""
     run = recorded_run("batchnorm, adamw", tmp_path)
-    model, drawn = run.task.model, torch.get_rng_state()
+    model = run.task.model
+    drawn = torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     method.attribute(run, standard_queries())

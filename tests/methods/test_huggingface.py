@@ -37,10 +37,8 @@ def test_their_own_padding_collator(tmp_path: Path) -> None:
     data: Any = [tokenizer(line) for line in lines]
     collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
     model = gpt2().train()
-    task, optimizer = (
-        backtrail.language_model(model, data, collate=collate, reduce=backtrail.TokenMean()),
-        adam(model),
-    )
+    task = backtrail.language_model(model, data, collate=collate, reduce=backtrail.TokenMean())
+    optimizer = adam(model)
     loader: DataLoader[object] = DataLoader(
         data, batch_sampler=[[0, 1], [2, 4], [3], [1, 3, 2]], collate_fn=collate
     )

@@ -131,10 +131,8 @@ def test_trust_checks_the_derivative_along_the_recorded_training(
 def test_re_runs_stay_on_the_recorded_training(tmp_path: Path) -> None:
     """The unperturbed re-run, in float64, ends at the recorded training's queries."""
     loop = Loop.of(mlp(), sgd)
-    run, query = (
-        recorded_loop(loop, tmp_path / "run", autocast_training(loop)),
-        backtrail.Loss(rows(5, seed=1)),
-    )
+    run = recorded_loop(loop, tmp_path / "run", autocast_training(loop))
+    query = backtrail.Loss(rows(5, seed=1))
     end = run.state(run.steps)
     truth = values(query, run.task, params=end.params, buffers=end.buffers)
     found = retrain(run, query, [[0]])

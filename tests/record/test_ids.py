@@ -66,7 +66,8 @@ def test_every_method_counts_by_id(method: Any, tmp_path: Path) -> None:
     """The total of an id is the sum over the slots that hold it."""
     run = recorded_stream(tmp_path / "run")
     influence = method.attribute(run, query())
-    values, expected = influence.values()[0, -1], dict.fromkeys(sorted(SAMPLE_IDS), 0.0)
+    values = influence.values()[0, -1]
+    expected = dict.fromkeys(sorted(SAMPLE_IDS), 0.0)
     for step in run.log:
         for slot, sample in enumerate(step.samples):
             expected[sample] += float(values[step.index, slot])
@@ -133,7 +134,8 @@ def test_ids_in_tuples_and_by_function(ids: Any, tmp_path: Path) -> None:
     """Ids may be a column of a tuple or a function of the batch, in a list of batches too."""
     data = TensorDataset(*STREAM_ROWS.tensors, torch.tensor(SAMPLE_IDS))
     model = mlp()
-    task, optimizer = backtrail.classification(model, data, ids=ids), adam(model)
+    task = backtrail.classification(model, data, ids=ids)
+    optimizer = adam(model)
     batches = list(DataLoader(data, batch_size=5))
     with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
         watched = recorder.watch(batches)

@@ -65,7 +65,8 @@ def weighted() -> Any:
 @pytest.mark.parametrize("sampler", [with_replacement, weighted])
 def test_sampled_rows_are_the_fed_rows(sampler: Callable[[], Any], tmp_path: Path) -> None:
     """The recorded row numbers are those of the batches that the loop got."""
-    loop, seen = Loop.of(mlp()), []
+    loop = Loop.of(mlp())
+    seen = []
 
     def train(watch: Watch) -> None:
         for batch in watch(DataLoader(loop.data, batch_size=4, sampler=sampler())):

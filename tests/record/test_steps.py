@@ -61,7 +61,8 @@ def test_accumulated_batches_form_one_step(
 def test_epochs_that_end_within_a_step_keep_their_states(tmp_path: Path) -> None:
     """`Epochs` stores the state after a step whose last batch begins a new epoch."""
     loop = Loop.of(mlp(), data=rows(12))
-    loader, waiting = loop.loader(**ORDER), 0
+    loader = loop.loader(**ORDER)
+    waiting = 0
 
     def train(watch: Watch) -> None:
         nonlocal waiting
@@ -87,7 +88,8 @@ def test_epochs_that_end_within_a_step_keep_their_states(tmp_path: Path) -> None
 def test_validation_in_between_is_not_a_step(tmp_path: Path) -> None:
     """Validation, with gradients or without and over any loader, is not recorded."""
     loop = Loop.of(stochastic_mlp())
-    loader, other = loop.loader(**ORDER), DataLoader(rows(9, seed=4), batch_size=3, shuffle=True)
+    loader = loop.loader(**ORDER)
+    other = DataLoader(rows(9, seed=4), batch_size=3, shuffle=True)
 
     def validate(batches: Iterable[Any]) -> None:
         loop.model.eval()
@@ -206,12 +208,14 @@ def test_a_real_gradient_scaler_skips_and_scales(tmp_path: Path, *, fused: bool)
         data=rows(40),
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127 * 1.9)
-    weight, made = loop.model.get_parameter("0.weight"), list[int]()
+    weight = loop.model.get_parameter("0.weight")
+    made = list[int]()
 
     def train(watch: Watch) -> None:
         for number, batch in enumerate(watch(loop.loader(**ORDER))):
             backward(scaler.scale(20 * cross_entropy(loop.model(batch[0]), batch[1])))
-            before, scale = weight.detach().clone(), scaler.get_scale()
+            before = weight.detach().clone()
+            scale = scaler.get_scale()
             scaler.step(loop.optimizer)
             scaler.update()
             loop.optimizer.zero_grad()

@@ -79,7 +79,8 @@ def test_the_table_and_the_curve_say_what_was_found() -> None:
     """The table has a row for each regime, and the curve one for each step with its regime."""
     rates = np.full(100, 0.1)
     found = regimes_from_rates(made(PLANTED, rates), rates)
-    table, curve = found.table(), found.curve()
+    table = found.table()
+    curve = found.curve()
     assert table["regime"].to_list() == ["start", "basin", "end"]
     assert table["share"].to_list() == [0.05, 0.7, 0.25]
     np.testing.assert_allclose(table["ratio"], [50, 1, 8])

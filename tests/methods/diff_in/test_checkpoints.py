@@ -17,7 +17,8 @@ from tests.standard_queries import standard_queries
 
 def test_checkpoints_give_what_the_run_gives(form: Any, tmp_path: Path) -> None:
     """A list of checkpoints, a folder of .pt and one of safetensors give the results of the run."""
-    run, states = recorded_sgd(tmp_path), (4, 10, 16)
+    run = recorded_sgd(tmp_path)
+    states = (4, 10, 16)
     tensors = {state: run.state(state).params for state in states}
     (tmp_path / "pt").mkdir()
     (tmp_path / "safe").mkdir()
@@ -42,15 +43,18 @@ def test_checkpoints_give_what_the_run_gives(form: Any, tmp_path: Path) -> None:
         np.testing.assert_allclose(
             made.self_influence(left, [3]), made.self_influence(run, [3]), rtol=1e-9
         )
-        change, other = made.parameter_change(left, [1, 2]), made.parameter_change(run, [1, 2])
+        change = made.parameter_change(left, [1, 2])
+        other = made.parameter_change(run, [1, 2])
         np.testing.assert_allclose(change["0.bias"], other["0.bias"], rtol=1e-9)
     assert backtrail.DiffIn(2).attribute(left, standard_queries()).settings["states"] == [10, 16]
 
 
 def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     """The message names the file or tensor that is wrong, and what is expected."""
-    model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
-    task, good = backtrail.classification(model, data), model.state_dict()
+    model = nn.Linear(FEATURES, CLASSES).double()
+    data = rows()
+    task = backtrail.classification(model, data)
+    good = model.state_dict()
 
     def refused(source: Any, said: str, steps: int = 10, lr: Any = None) -> None:
         with pytest.raises(backtrail.BacktrailError, match=said):

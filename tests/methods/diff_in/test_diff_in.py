@@ -32,7 +32,8 @@ ALL = range(9)
 )
 def test_sums_equal_a_loop_with_dense_hessians(name: str, form: Any, tmp_path: Path) -> None:
     """Influence on queries, self-influence and the change by a removal are those of the oracle."""
-    run, states = recorded_run(name, tmp_path), [2, 4, 5]
+    run = recorded_run(name, tmp_path)
+    states = [2, 4, 5]
     oracle = Oracle(CASES_BY_NAME[name], states, ALL, 9, form)
     made = backtrail.DiffIn(states, form, chunk=4)
     truth = oracle.of_queries(standard_losses)
@@ -46,7 +47,8 @@ def test_sums_equal_a_loop_with_dense_hessians(name: str, form: Any, tmp_path: P
 
 def close(found: Any, truth: Any, within: float = 1e-7) -> None:
     """Assert that two arrays differ by at most `within` times the largest entry."""
-    found, truth = np.asarray(found), np.asarray(truth)
+    found = np.asarray(found)
+    truth = np.asarray(truth)
     np.testing.assert_allclose(found, truth, rtol=0, atol=within * np.abs(truth).max())
 
 
@@ -90,7 +92,8 @@ def test_curvature_products_equal_autograd(dtype: torch.dtype, sides: Any, allow
     terms = Terms.of(
         trajectory, Corrected(), Differences(sides=sides), batch=128, seed=0, chunk=None
     )
-    model, at = terms._local_models()[0], trajectory.end.trained
+    model = terms._local_models()[0]
+    at = trajectory.end.trained
     with in_eval_mode(trajectory.task):
         directions = model.gradients(model.rows.read([0, 1, 2, 3]))
         directions = {
@@ -165,7 +168,9 @@ def test_the_warning_comes_where_training_went_far(tmp_path: Path) -> None:
     hessians = []
     for model in terms._local_models():
         size = sum(t.numel() for t in model.point.trained.values())
-        eye, begin, unit = torch.eye(size, dtype=torch.float64), 0, {}
+        eye = torch.eye(size, dtype=torch.float64)
+        begin = 0
+        unit = {}
         for name, tensor in model.point.trained.items():
             unit[name] = eye[:, begin : begin + tensor.numel()].reshape(size, *tensor.shape)
             begin += tensor.numel()
@@ -233,7 +238,8 @@ def test_rows_that_cannot_be_stacked_are_taken_one_by_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A model that vmap refuses gives the same numbers, and the log says how they were computed."""
-    run, other = recorded_run("sgd", tmp_path), recorded_run("sgd", tmp_path / "other")
+    run = recorded_run("sgd", tmp_path)
+    other = recorded_run("sgd", tmp_path / "other")
     plain = other.task.predict
 
     def predict(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -273,11 +279,10 @@ def test_a_sum_over_the_batch_is_a_mean_with_a_larger_rate(tmp_path: Path) -> No
     found = []
     reductions: list[tuple[Literal["mean", "sum"], float]] = [("mean", 0.3), ("sum", 0.1)]
     for reduce, lr in reductions:
-        model, data = CASES_BY_NAME["sgd"].built(), rows()
-        task, optimizer = (
-            backtrail.classification(model, data, reduce=reduce),
-            SGD(model.parameters(), lr=lr),
-        )
+        model = CASES_BY_NAME["sgd"].built()
+        data = rows()
+        task = backtrail.classification(model, data, reduce=reduce)
+        optimizer = SGD(model.parameters(), lr=lr)
         with backtrail.Recorder(tmp_path / reduce, task, optimizer) as recorder:
             for inputs, labels in recorder.watch(DataLoader(data, 3)):
                 nn.functional.cross_entropy(model(inputs), labels, reduction=reduce).backward()
@@ -331,10 +336,12 @@ def test_what_a_run_does_not_have_is_refused(tmp_path: Path) -> None:
 
 def test_ids_are_refused(tmp_path: Path) -> None:
     """A run whose samples have ids is refused, as its rows cannot be read again by number."""
-    model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
+    model = nn.Linear(FEATURES, CLASSES).double()
+    data = rows()
     inputs, labels = data.tensors
     told = TensorDataset(inputs, labels, torch.arange(9) + 100)
-    task, optimizer = backtrail.classification(model, told, ids=2), SGD(model.parameters(), lr=0.1)
+    task = backtrail.classification(model, told, ids=2)
+    optimizer = SGD(model.parameters(), lr=0.1)
     with backtrail.Recorder(tmp_path / "run", task, optimizer, keep_batches=True) as recorder:
         for batch in recorder.watch(DataLoader(told, 3)):
             nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()

@@ -89,7 +89,8 @@ def test_an_attribution_that_was_begun_keeps_its_choice(
 def test_few_queries_are_those_of_the_whole_set(count: int, tmp_path: Path) -> None:
     """A subset of queries has their names, values and influence, also for averaged weights."""
     run = recorded_run("adamw", tmp_path)
-    state, rows = run.state(run.steps), spread(3, count)
+    state = run.state(run.steps)
+    rows = spread(3, count)
     some = evenly_spaced(standard_queries(), count)
     whole = values(standard_queries(), run.task, params=state.params, buffers=state.buffers)
     assert (

@@ -31,7 +31,8 @@ def test_windows_and_visits_are_derivatives_of_their_own_retrainings(
 ) -> None:
     """They equal differences of re-runs with a sample's weight lowered, always or at some steps."""
     run = recorded_run(name, tmp_path)
-    a, b = 1, run.steps
+    a = 1
+    b = run.steps
     influence = backtrail.DIT().attribute(run, standard_queries(), observed_at=[a, b])
     tiny = 1e-4
     for sample in (0, 4):
@@ -195,8 +196,10 @@ def test_a_renormalised_removal_is_what_reweighting_a_batch_does(tmp_path: Path)
     """At the last step of SGD it is the query's gradient times the change of the update."""
     run = recorded_run("sgd", tmp_path)
     _, found = influences(run)
-    last, lr = run.steps - 1, run.step(run.steps - 1).settings[0]["lr"]
-    state, end = run.state(last, replay=True), run.state(run.steps)
+    last = run.steps - 1
+    lr = run.step(run.steps - 1).settings[0]["lr"]
+    state = run.state(last, replay=True)
+    end = run.state(run.steps)
     transition = run.transition(last)
     weights = torch.ones(3, dtype=torch.float64)
     without = torch.tensor([0.0, 1.5, 1.5], dtype=torch.float64)

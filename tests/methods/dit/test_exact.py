@@ -13,7 +13,8 @@ from tests.standard_queries import standard_losses, standard_queries
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reverse_sweep_equals_nudging_each_weight(case: Case, tmp_path: Path) -> None:
     """The influence of every slot is the derivative by its weight of trainings from step 0 on."""
-    model, data = case.built(), rows()
+    model = case.built()
+    data = rows()
     record(case, model, data, tmp_path / "run")
     run = backtrail.open_run(tmp_path / "run", case.task(model, data))
     run.verify()

@@ -179,20 +179,16 @@ def test_a_secant_survives_adams_first_step(tmp_path: Path) -> None:
     data, _ = digits()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 10))
-    task, optimizer = (
-        backtrail.classification(model, data),
-        torch.optim.AdamW(model.parameters(), lr=1e-3),
-    )
+    task = backtrail.classification(model, data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
         for inputs, labels in recorder.watch(DataLoader(data, batch_size=50, shuffle=True)):
             cross_entropy(model(inputs), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
     run = backtrail.open_run(tmp_path / "run", task)
-    query, samples = (
-        backtrail.Loss(data, samples=range(200), aggregate="mean"),
-        run.step(0).samples[:24],
-    )
+    query = backtrail.Loss(data, samples=range(200), aggregate="mean")
+    samples = run.step(0).samples[:24]
     truth = backtrail.leave_one_out(run, query, samples=samples)
     found = [
         float(

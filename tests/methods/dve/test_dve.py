@@ -164,7 +164,8 @@ def test_segments_change_nothing_but_what_can_be_observed(
 ) -> None:
     """Segments add observed states, whose influence is what an embedding towards them gives."""
     run = recorded_run(name, tmp_path)
-    whole_run, cut = small(fisher=fisher).embed(run), small(fisher=fisher, segments=3).embed(run)
+    whole_run = small(fisher=fisher).embed(run)
+    cut = small(fisher=fisher, segments=3).embed(run)
     assert cut.observed_at == (2, 4, 5)
     truth = whole_run.attribute(standard_queries()).values()
     assert relative_error(cut.attribute(standard_queries()).values(), truth) <= 1e-10
@@ -193,7 +194,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
     truth = small(segments=2).embed(run, out=tmp_path / "whole").values()
     np.testing.assert_array_equal(small(segments=2).embed(run).values(), truth)
     monkeypatch.setattr("backtrail.methods.dve.store.SHORTEST_SHARD", 2)
-    real, writes = EmbeddingStore.write, 0
+    real = EmbeddingStore.write
+    writes = 0
 
     def failing(self: EmbeddingStore, name: str, values: np.ndarray, start: int) -> None:
         nonlocal writes
@@ -203,7 +205,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
         real(self, name, values, start)
 
     for survived in (1, 4, 9, 14, 22, 24, 27, 28):
-        writes, out = survived, tmp_path / f"out{survived}"
+        writes = survived
+        out = tmp_path / f"out{survived}"
         with monkeypatch.context() as patch:
             patch.setattr(EmbeddingStore, "write", failing)
             with pytest.raises(Interrupted):
@@ -267,7 +270,8 @@ def test_on_disk_it_is_what_it_was(tmp_path: Path) -> None:
 
 def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     """Folders with other settings, another run, something else or a damaged file are refused."""
-    run, other = recorded_run("adamw", tmp_path), recorded_run("sgd", tmp_path)
+    run = recorded_run("adamw", tmp_path)
+    other = recorded_run("sgd", tmp_path)
     out = tmp_path / "out"
     small().embed(run, out=out)
     with pytest.raises(DifferentEmbeddings, match="seed: 0 in the folder, 1 now"):
@@ -312,7 +316,8 @@ def test_the_best_samples_come_without_the_matrix(
 def test_neighbours_are_those_of_the_summed_vectors(tmp_path: Path) -> None:
     """The nearest samples are those with the largest cosine of summed embeddings."""
     run = recorded_run("momentum", tmp_path)
-    cut, straight = small(segments=2).embed(run), small().embed(run)
+    cut = small(segments=2).embed(run)
+    straight = small().embed(run)
     sums = np.zeros((run.samples, straight.about.rank))
     for step in run.log:
         for slot, sample in enumerate(step.samples):

@@ -42,11 +42,10 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(path: Path, between: Between, **options: Any) -> Run:
     """Record six steps with a capture; `between` is called before every step of the optimizer."""
-    data, model = rows(), mlp().double()
-    task, optimizer = (
-        backtrail.classification(model, data),
-        torch.optim.AdamW(model.parameters(), lr=0.01),
-    )
+    data = rows()
+    model = mlp().double()
+    task = backtrail.classification(model, data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     with backtrail.Recorder(path, task, optimizer, capture=projected(**options)) as recorder:
         for _ in range(2):
             for number, (inputs, labels) in enumerate(
@@ -153,7 +152,8 @@ def test_rows_that_are_wrong_are_found_out(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(kept_rows, "FILE_STEPS", 1)
     with refused(NotCaptured, "Step 4", "do not add up to the gradient of"):
         train(tmp_path / "run", nothing)
-    data, model = rows(), mlp().double()
+    data = rows()
+    model = mlp().double()
     run = backtrail.open_run(tmp_path / "run", backtrail.classification(model, data))
     assert kept(run) == [True, True, False, False]
     assert_same_as_replayed(run, projected())

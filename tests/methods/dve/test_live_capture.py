@@ -68,7 +68,8 @@ def train(layer: Layer, path: Path, **options: Any) -> Run:
     torch.manual_seed(3)
     torch.set_default_dtype(torch.float64)
     try:
-        model, inputs = layer.model(), torch.cat([layer.inputs() for _ in range(3)])
+        model = layer.model()
+        inputs = torch.cat([layer.inputs() for _ in range(3)])
     finally:
         torch.set_default_dtype(torch.float32)
     data = TensorDataset(inputs, torch.randn(len(inputs), dtype=torch.float64))
@@ -95,10 +96,8 @@ def test_every_kind_of_layer(layer: Layer, tmp_path: Path) -> None:
 
 def test_batchnorm_in_eval_mode(tmp_path: Path) -> None:
     """BatchNorm in eval mode is captured."""
-    data, model = (
-        rows(),
-        nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double(),
-    )
+    data = rows()
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
     model[1].eval()
     run = trained(model, data, tmp_path / "run", capture=projected())
     assert_same_as_replayed(run, projected())
@@ -120,10 +119,8 @@ def trained(
     **options: Any,
 ) -> Run:
     """Record two epochs of AdamW; `call` is called instead of the model."""
-    task, optimizer = (
-        backtrail.classification(model, data),
-        torch.optim.AdamW(model.parameters(), lr=0.01),
-    )
+    task = backtrail.classification(model, data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     with backtrail.Recorder(path, task, optimizer, **options) as recorder:
         for _ in range(2):
             for inputs, labels in recorder.watch(DataLoader(data, batch_size=3)):
@@ -140,7 +137,8 @@ def test_a_model_that_is_called_twice_a_batch(tmp_path: Path) -> None:
         found: Tensor = model(batch[0]) + model(-batch[0])
         return found
 
-    data, model = rows(), mlp().double()
+    data = rows()
+    model = mlp().double()
     task = backtrail.Task(
         model, data, lambda out, batch: cross_entropy(out, batch[1], reduction="none"), predict=both
     )

@@ -34,7 +34,8 @@ def sketched(left: dict[str, Tensor], right: dict[str, Tensor], drawn: Projectio
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_products_are_right_on_the_average_over_seeds(kind: Any) -> None:
     """The mean over 400 seeds is within five standard errors of every product."""
-    left, right = gradients(2), gradients(2)
+    left = gradients(2)
+    right = gradients(2)
     found = torch.stack(
         [
             sketched(left, right, projection(SHAPES, kind=kind, rank=6, seed=s, like=ROUND))
@@ -49,7 +50,8 @@ def test_two_sides_drawn_alike_make_a_biased_sketch() -> None:
     """Two sides with the same random numbers give a biased sketch, independent ones do not."""
     shapes = {"matrix": (6, 6)}
     left = {"matrix": torch.eye(6, dtype=torch.float64)[None]}
-    apart, alike = [], []
+    apart = []
+    alike = []
     for seed in range(SEEDS):
         own = projection(shapes, rank=4, seed=seed, like=ROUND)
         side = own.sides["matrix"].left
@@ -78,7 +80,8 @@ def test_no_two_sides_share_numbers() -> None:
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_products_are_exact_at_full_rank(kind: Any) -> None:
     """A rank of at least the number of entries projects nothing away."""
-    left, right = gradients(3), gradients(4)
+    left = gradients(3)
+    right = gradients(4)
     found = sketched(left, right, projection(SHAPES, kind=kind, rank=48, like=ROUND))
     torch.testing.assert_close(found, products(left, right), rtol=1e-12, atol=1e-12)
 
@@ -111,7 +114,8 @@ def test_every_parameter_has_its_place() -> None:
 
 def test_factors_of_rows_and_columns_go_into_the_projection() -> None:
     """The scaled projection of g is the projection of d times g, d an outer product."""
-    drawn, whole = projection(SHAPES, rank=6, like=ROUND), gradients(2)
+    drawn = projection(SHAPES, rank=6, like=ROUND)
+    whole = gradients(2)
     factors = {
         name: tuple(torch.rand(size).double() for size in KroneckerSketch.sizes(shape))
         for name, shape in SHAPES.items()
@@ -125,7 +129,8 @@ def test_factors_of_rows_and_columns_go_into_the_projection() -> None:
 
 def test_any_diagonal_is_exact_on_the_entries_of_a_mask() -> None:
     """A mask commutes with any diagonal matrix."""
-    drawn, whole = projection(SHAPES, kind="mask", rank=6, like=ROUND), gradients(2)
+    drawn = projection(SHAPES, kind="mask", rank=6, like=ROUND)
+    whole = gradients(2)
     diagonal = {name: torch.rand(shape).double() for name, shape in SHAPES.items()}
     wanted = drawn.of_gradient({name: whole[name] * d for name, d in diagonal.items()})
     torch.testing.assert_close(drawn.of_gradient(whole) * drawn.of_diagonal(diagonal), wanted)

@@ -9,7 +9,9 @@ from backtrail.errors import EmbeddingGrew
 from backtrail.methods.dve.recursion import Propagator, Visits, curvature_weights, embed_step
 from tests.oracles.value_recursion import products, value_embeddings
 
-STEPS, SLOTS, RANK = 9, 3, 12
+STEPS = 9
+SLOTS = 3
+RANK = 12
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 each_precision = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 each_size = pytest.mark.parametrize("rank", [RANK, 200], ids=["matrix", "rows"])  # 27 visits in all
@@ -25,8 +27,10 @@ def steps(rank: int, dtype: torch.dtype, size: float = 0.3) -> list[Visits]:
 
     found = []
     for _ in range(STEPS):
-        rate, decay = size * normal(rank).square(), 1 - 0.05 * normal(rank).square()
-        gradient, fisher = normal(SLOTS, rank), normal(SLOTS, rank) * (RANK / rank) ** 0.5
+        rate = size * normal(rank).square()
+        decay = 1 - 0.05 * normal(rank).square()
+        gradient = normal(SLOTS, rank)
+        fisher = normal(SLOTS, rank) * (RANK / rank) ** 0.5
         share = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
         parts = (share, rate * gradient, share, fisher, rate * fisher, decay)
         found.append(Visits(*(part.to(dtype) for part in parts)))
@@ -74,7 +78,8 @@ def test_embeddings_and_transport_are_the_explicit_products(
 @each_size
 def test_transposed_transport_is_the_transpose(rank: int) -> None:
     """The transposed propagator is the transpose, stored as rows or as a matrix."""
-    some, transport = steps(rank, torch.float64), Propagator(torch.zeros(rank, dtype=torch.float64))
+    some = steps(rank, torch.float64)
+    transport = Propagator(torch.zeros(rank, dtype=torch.float64))
     back(some, transport)
     one = torch.eye(rank, dtype=torch.float64)
     torch.testing.assert_close(transport.transposed(one), transport.matrix())
@@ -95,8 +100,10 @@ def test_rows_and_matrix_are_the_same() -> None:
         )
         for v in few
     ]
-    as_matrix, as_rows = Propagator(few[0].decay), Propagator(wide[0].decay)
-    matrix, rows = back(few, as_matrix), back(wide, as_rows)
+    as_matrix = Propagator(few[0].decay)
+    as_rows = Propagator(wide[0].decay)
+    matrix = back(few, as_matrix)
+    rows = back(wide, as_rows)
     for number in matrix:
         torch.testing.assert_close(rows[number][:, :RANK], matrix[number], rtol=1e-12, atol=1e-12)
         assert (rows[number][:, RANK:] == 0).all()
@@ -109,7 +116,8 @@ def test_rows_and_matrix_are_the_same() -> None:
 @each_size
 def test_segments_give_what_the_whole_gives(rank: int, dtype: torch.dtype) -> None:
     """Segments that begin with the identity and are then joined give the whole's embeddings."""
-    some, cuts = steps(rank, dtype), [(0, 4), (4, 7), (7, 9)]
+    some = steps(rank, dtype)
+    cuts = [(0, 4), (4, 7), (7, 9)]
     whole = back(some, Propagator(some[0].decay))
     transports = [Propagator(some[0].decay) for _ in cuts]
     parts = [

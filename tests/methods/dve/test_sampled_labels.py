@@ -42,8 +42,10 @@ def test_rows_are_gradients_of_single_losses(rule: Any, tmp_path: Path) -> None:
         Case("one", one_group(rule, lr=0.01), batches=[[0, 1, 2, 3, 4], [5, 6, 7]]), tmp_path
     )
     made = unprojected(drawn=0.4, seed=3)
-    found, task = arrays(run, made, 0), run.task
-    step, params = run.transition(0), run.state(0).params
+    found = arrays(run, made, 0)
+    task = run.task
+    step = run.transition(0)
+    params = run.state(0).params
     chosen = Drawn(task, 0.4, 3).chosen(step)
     slots = chosen.slots[0]
     assert len(slots) == len(found["fisher"]) == 2

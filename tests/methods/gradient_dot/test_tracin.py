@@ -79,7 +79,8 @@ def test_scores_equal_a_loop_over_samples_and_queries(
 
 def test_the_last_step_of_plain_descent_is_the_derivative(tmp_path: Path) -> None:
     """At the last step of SGD, for a query that is linear, TracIn is exact."""
-    run, query = recorded_run("sgd", tmp_path), backtrail.Parameter("0.weight", [(0, 1), (3, 2)])
+    run = recorded_run("sgd", tmp_path)
+    query = backtrail.Parameter("0.weight", [(0, 1), (3, 2)])
     exact = backtrail.DIT().attribute(run, query).values()[..., -1, :]
     found = backtrail.TracIn().attribute(run, query).values()[..., -1, :]
     np.testing.assert_allclose(found, exact, rtol=1e-10)
@@ -191,11 +192,10 @@ def test_groups_with_one_rate_share_a_product(
 
 def long_run(epochs: int, folder: Path) -> Run:
     """Record epochs of batches of three; only the first and the last state are stored."""
-    model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
-    task, optimizer = (
-        backtrail.classification(model, data),
-        SGD(model.parameters(), lr=0.1, momentum=0.9),
-    )
+    model = nn.Linear(FEATURES, CLASSES).double()
+    data = rows()
+    task = backtrail.classification(model, data)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     with backtrail.Recorder(
         folder / "run", task, optimizer, checkpoints=backtrail.Only([0])
     ) as recorder:
@@ -209,9 +209,11 @@ def long_run(epochs: int, folder: Path) -> Run:
 
 def test_stored_batches_are_taken_as_they_were_fed(tmp_path: Path) -> None:
     """A run with stored batches has no gradient of a sample apart from its visits."""
-    case, data = CASES_BY_NAME["sgd"], rows()
+    case = CASES_BY_NAME["sgd"]
+    data = rows()
     model = case.built()
-    task, optimizer = case.task(model, data), case.optimizer(model)
+    task = case.task(model, data)
+    optimizer = case.optimizer(model)
     with backtrail.Recorder(tmp_path / "run", task, optimizer, keep_batches=True) as recorder:
         for inputs, labels in recorder.watch(DataLoader(data, 3)):
             nn.functional.cross_entropy(model(inputs), labels).backward()
@@ -346,7 +348,8 @@ def test_many_queries_of_a_loss_that_couples_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss that couples samples gets the same scores for many queries as for few."""
-    model, data = nn.Linear(FEATURES, CLASSES).double(), rows()
+    model = nn.Linear(FEATURES, CLASSES).double()
+    data = rows()
     task = backtrail.Task(
         model, data, lambda outputs, _: (outputs - outputs.mean(0)).square().sum(1)
     )

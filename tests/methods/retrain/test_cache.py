@@ -29,7 +29,8 @@ def test_a_bank_answers_any_query_as_the_reruns_would(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bank gives any query's change bit for bit, at any observed state and in any order."""
-    run, bank = recorded_run(name, tmp_path), tmp_path / "bank"
+    run = recorded_run(name, tmp_path)
+    bank = tmp_path / "bank"
     other = backtrail.Loss(rows(4), aggregate="mean")
     ours, theirs = (
         backtrail.retrain(run, q, GROUPS, observed_at=[1, run.steps]).change
@@ -47,7 +48,8 @@ def test_a_bank_answers_any_query_as_the_reruns_would(
 
 def test_only_what_is_missing_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups and weights that a bank does not have are added to it."""
-    run, bank = recorded_run("adamw", tmp_path), tmp_path / "bank"
+    run = recorded_run("adamw", tmp_path)
+    bank = tmp_path / "bank"
     backtrail.retrain(run, standard_queries(), GROUPS[:2], bank=bank)
     both = backtrail.retrain(run, standard_queries(), GROUPS, bank=bank).change
     np.testing.assert_allclose(
@@ -67,7 +69,8 @@ def test_only_what_is_missing_is_run_again(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_sample_that_was_never_visited_changes_nothing(tmp_path: Path) -> None:
     """A sample that was not visited in the chosen steps changes nothing, from the bank too."""
-    run, bank = recorded_run("momentum", tmp_path), tmp_path / "bank"
+    run = recorded_run("momentum", tmp_path)
+    bank = tmp_path / "bank"
     steps = (run.steps - 1, run.steps)
     unseen = next(row for row in range(run.samples) if row not in run.log[-1].samples)
     for _ in range(2):
@@ -81,7 +84,8 @@ def test_a_sample_that_was_never_visited_changes_nothing(tmp_path: Path) -> None
 
 def test_a_bank_of_another_run_or_of_something_else_is_refused(tmp_path: Path) -> None:
     """A bank of another run, an averaged query and damaged files are refused, with what to do."""
-    run, bank = recorded_run("sgd", tmp_path), tmp_path / "bank"
+    run = recorded_run("sgd", tmp_path)
+    bank = tmp_path / "bank"
     backtrail.retrain(run, standard_queries(), GROUPS, bank=bank)
     with pytest.raises(OtherRun):
         backtrail.retrain(

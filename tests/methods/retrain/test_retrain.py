@@ -47,8 +47,10 @@ def without(case: Case, sample: int, steps: tuple[int, int], states: list[int]) 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_leaving_out_equals_plain_training_without(name: str, tmp_path: Path) -> None:
     """Leaving out everywhere, in a window and at chosen steps equals the plain loop."""
-    case, run = CASES_BY_NAME[name], recorded_run(name, tmp_path)
-    last, samples = run.steps, [0, 4]
+    case = CASES_BY_NAME[name]
+    run = recorded_run(name, tmp_path)
+    last = run.steps
+    samples = [0, 4]
     base = observe(case, standard_losses, [1, last])
     for place, sample in enumerate(samples):
         everywhere = without(case, sample, (0, last), [1, last]) - base
@@ -79,7 +81,8 @@ def test_a_window_from_the_start_is_leaving_out_until_there(tmp_path: Path) -> N
 
 def test_renormalising_shares_the_batch_among_the_others(tmp_path: Path) -> None:
     """The loss of every batch is the mean over the samples that are left."""
-    case, run = CASES_BY_NAME["adamw"], recorded_run("adamw", tmp_path)
+    case = CASES_BY_NAME["adamw"]
+    run = recorded_run("adamw", tmp_path)
 
     def weights(step: int) -> Tensor:
         slots = case.batches[step]
@@ -183,7 +186,9 @@ def test_impossible_removals_are_refused(tmp_path: Path) -> None:
 
 def test_the_plain_loop_is_what_was_recorded(tmp_path: Path) -> None:
     """The plain loop ends at the recorded weights, bit for bit."""
-    case, run, data = CASES_BY_NAME["two groups"], recorded_run("two groups", tmp_path), rows()
+    case = CASES_BY_NAME["two groups"]
+    run = recorded_run("two groups", tmp_path)
+    data = rows()
     model = case.built()
     for _ in train(case, model, data):
         pass
