@@ -336,7 +336,7 @@ def scatter(
     _set_title(ax, f"Pearson {r:.2f}, Spearman {rho:.2f}")
     ax.set(xlabel="predicted effect of the removal", ylabel="actual effect, by retraining")
     # Effects are small numbers with long labels, which would overlap on the x-axis.
-    ax.locator_params(axis="x", nbins=4)
+    ax.locator_params(axis="x", nbins=4, min_n_ticks=3)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
