@@ -110,6 +110,8 @@ def test_what_cannot_be_done() -> None:
     for share in (0.0, 1.5):
         with pytest.raises(BadSetting, match=f"Invalid drawn={share}: expected 0 < drawn <= 1"):
             backtrail.DataValueEmbedding(drawn=share)
+    with pytest.raises(BadSetting, match=r'Invalid drawn=0.5: expected drawn=1 with fisher="emp'):
+        backtrail.DataValueEmbedding(fisher="empirical", drawn=0.5)
     with pytest.raises(
         NotCut, match=r"of shape \[2, 4\] in this batch does not have the 4 samples .* Use drawn=1"
     ):

@@ -111,6 +111,10 @@ class DataValueEmbedding:
                 raise BadSetting(name, value, f"a number of at least {least}")
         if not 0 < self.drawn <= 1:
             raise BadSetting("drawn", self.drawn, "0 < drawn <= 1")
+        if self.drawn < 1 and self.fisher == "empirical":
+            raise BadSetting(
+                "drawn", self.drawn, 'drawn=1 with fisher="empirical", which samples no labels'
+            )
 
     @exclusive
     def embed(
