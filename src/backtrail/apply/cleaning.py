@@ -105,6 +105,7 @@ def find_mislabeled(
         NotFinite: Some score is NaN or infinite.
     """
     _check(method, validation=validation, window=window, out=out)
+    run.check_kept_steps()
     asked = _Asked(run, tuple(chosen_states(run, checkpoints)), validation, window)
     if method == "held-out":
         crossed = cross(run, asked.states, folds=min(FOLDS, run.samples))

@@ -99,6 +99,7 @@ def select_coreset(
     if not 0 < fraction <= 1:
         raise BadSetting("fraction", fraction, "0 < fraction <= 1")
     _check_options(method, queries, seed=seed)
+    run.check_kept_steps()
     labels = _labels(run, needed=balanced is True)
     seen = _seen(run)
     pool = seen

@@ -103,6 +103,7 @@ def forget(
         )
     if not 0 <= replay <= run.steps:
         raise BadSetting("replay", replay, f"0 <= replay <= {run.steps} (number of steps)")
+    run.check_steps()
     start, renormalize = (
         run.steps - replay,
         method is not None and method.denominator == "renormalize",

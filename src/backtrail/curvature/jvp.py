@@ -20,9 +20,18 @@ from torch import Tensor
 from torch.func import jvp
 
 from backtrail.curvature.gauss_newton import Backbone, SplitPoint, add_to_some, penalty_of
-from backtrail.curvature.vjp import Product, Tensors, differentiable_inputs, step_along
+from backtrail.curvature.vjp import (
+    GradientGraph,
+    Product,
+    Tensors,
+    differentiable_inputs,
+    graph_vjp,
+    step_along,
+)
+from backtrail.errors import BacktrailError
 from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
+from backtrail.task.surrogate import TrueDerivatives, surrogate_gradients
 from backtrail.tree import Tree, each
 
 
@@ -48,12 +57,33 @@ def gradient_jvp(
 ) -> GradientJVP:
     """Gradient and exact JVP, by forward mode over reverse mode.
 
+    Or, where the model cannot be called under `torch.func`, by transposing its VJP.
+
     Args:
         micro_batch: The loss.
         state: Parameters and buffers before the forward pass.
         tangent: Of the trained parameters and the running statistics.
         weights: Tangent of the sample weights, `[slot]`.
+
+    Raises:
+        BacktrailError: The task is wrong, whichever way it is computed.
     """
+    # torch.func refuses to write to a buffer in place.
+    if micro_batch.transition.task.binding.moving:
+        return gradient_jvp_by_transposition(micro_batch, state, tangent, weights=weights)
+    try:
+        return _gradient_jvp_forward(micro_batch, state, tangent, weights=weights)
+    except BacktrailError:
+        # It says what is wrong, and would be raised either way.
+        raise
+    except (RuntimeError, NotImplementedError):
+        return gradient_jvp_by_transposition(micro_batch, state, tangent, weights=weights)
+
+
+def _gradient_jvp_forward(
+    micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
+) -> GradientJVP:
+    """Gradient and exact JVP, by forward mode over reverse mode."""
     trained, running = differentiable_inputs(micro_batch, state.params, state.buffers)
 
     def gradient(part: Tree, statistics: Tree, w: Tensor) -> tuple[Tree, Tree]:
@@ -62,12 +92,44 @@ def gradient_jvp(
         )
         return value, after
 
-    (value, after), (value_tangent, after_tangent) = value_and_jvp(
-        gradient,
-        (trained, running, torch.ones_like(weights)),
-        (tangent.params, tangent.buffers, weights),
-    )
+    # The backward pass is the training's; tangents are the true ones.
+    with TrueDerivatives(), surrogate_gradients():
+        (value, after), (value_tangent, after_tangent) = value_and_jvp(
+            gradient,
+            (trained, running, torch.ones_like(weights)),
+            (tangent.params, tangent.buffers, weights),
+        )
     return GradientJVP(value, after, value_tangent, {name: after_tangent[name] for name in running})
+
+
+def gradient_jvp_by_transposition(
+    micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
+) -> GradientJVP:
+    r"""Gradient and exact JVP by reverse mode alone.
+
+    The VJP :math:`a \mapsto J^\top a` is linear, and its own VJP is :math:`J`, whatever the point
+    a = 0 at which it is taken.
+    """
+    graph = GradientGraph.record(
+        micro_batch, state.params, state.buffers, weights=torch.ones_like(weights)
+    )
+    outputs = graph.outputs(graph.running)
+    zeros = tuple(torch.zeros_like(output).requires_grad_() for output in outputs)
+    tangents = (
+        *(tangent.params[name] for name in graph.trained),
+        *(tangent.buffers[name] for name in graph.running),
+        weights,
+    )
+    with torch.enable_grad():
+        pulled = graph_vjp(outputs, graph.inputs, zeros, create_graph=True)
+    pushed = graph_vjp(pulled, zeros, tangents)
+    count = len(graph.gradient)
+    return GradientJVP(
+        gradient=each(Tensor.detach, graph.gradient),
+        buffers=each(Tensor.detach, graph.after),
+        gradient_tangent=dict(zip(graph.gradient, pushed[:count], strict=True)),
+        buffers_tangent=dict(zip(graph.running, pushed[count:], strict=True)),
+    )
 
 
 def gradient_jvp_by_differences(

@@ -13,17 +13,20 @@ No per-sample gradient is formed, and losses that couple the samples of a batch 
 contrastive losses) are exact.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import vjp, vmap
 
 from backtrail.accel.allocator import trim
 from backtrail.accel.context import accelerated
 from backtrail.step.step import MicroBatch
+from backtrail.task.surrogate import TrueDerivatives, surrogate_gradients
 from backtrail.tree import Tree, add, each
 
 Tensors = tuple[Tensor, ...]
@@ -61,29 +64,84 @@ def gradient_vjp(
     micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
 ) -> GradientVJP:
     """Gradient and exact VJP, by reverse mode over reverse mode."""
-    trained, running = differentiable_inputs(micro_batch, params, buffers)
-    trained = as_leaves(trained)
-    running = as_leaves(running)
-    w = weights.detach().requires_grad_()
-    updated = {name: trained[name] for name in micro_batch.transition.updated}
-    with torch.enable_grad(), accelerated(second_order="forward"):
-        total, (after, losses) = micro_batch.loss(params | trained, buffers | running, w)
-        gradient = graph_vjp(
-            (total,), tuple(updated.values()), (torch.ones_like(total),), create_graph=True
-        )
+    graph = GradientGraph.record(micro_batch, params, buffers, weights=weights)
 
     def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
-        outputs = (*gradient, *(after[name] for name in b))
-        cotangents = (*(a[name] for name in updated), *b.values())
-        inputs = (*trained.values(), *running.values(), w)
+        cotangents = (*(a[name] for name in graph.gradient), *b.values())
         # The loss is linear in w, so the cotangent of w is the scores.
-        *found, scores = graph_vjp(outputs, inputs, cotangents)
-        by_params = dict(zip(trained, found[: len(trained)], strict=True))
-        by_running = dict(zip(running, found[len(trained) :], strict=True))
+        *found, scores = graph_vjp(graph.outputs(b), graph.inputs, cotangents)
+        by_params = dict(zip(graph.trained, found[: len(graph.trained)], strict=True))
+        by_running = dict(zip(graph.running, found[len(graph.trained) :], strict=True))
         return by_params, by_running, scores
 
-    value = {name: part.detach() for name, part in zip(updated, gradient, strict=True)}
-    return GradientVJP(value, each(Tensor.detach, after), losses.detach(), pull)
+    value = each(Tensor.detach, graph.gradient)
+    after = each(Tensor.detach, graph.after)
+    return GradientVJP(value, after, graph.losses.detach(), pull)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GradientGraph:
+    """The gradient of a micro-batch with its graph, in which it can be differentiated once more.
+
+    Attributes:
+        trained: Leaves: the parameters that the optimizer may change.
+        running: Leaves: the running statistics before the forward pass.
+        weights: Leaf: the sample weights, `[slot]`.
+        gradient: By the parameters that the step updates.
+        after: The buffers after the forward pass.
+        losses: Of the samples, `[slot]`.
+    """
+
+    trained: Tree
+    running: Tree
+    weights: Tensor
+    gradient: Tree
+    after: Tree
+    losses: Tensor
+
+    @staticmethod
+    def record(
+        micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
+    ) -> "GradientGraph":
+        """Run the forward and the backward pass, and keep the graph of both."""
+        trained, running = differentiable_inputs(micro_batch, params, buffers)
+        trained = as_leaves(trained)
+        running = as_leaves(running)
+        w = weights.detach().requires_grad_()
+        updated = {name: trained[name] for name in micro_batch.transition.updated}
+        with torch.enable_grad(), accelerated(second_order="forward"):
+            with TrueDerivatives() as mode, _buffers_copied(mode, micro_batch):
+                total, (after, losses) = micro_batch.loss(params | trained, buffers | running, w)
+            # The gradient is the training's; its derivative is the true one.
+            with surrogate_gradients():
+                gradient = graph_vjp(
+                    (total,), tuple(updated.values()), (torch.ones_like(total),), create_graph=True
+                )
+        by_name = dict(zip(updated, gradient, strict=True))
+        return GradientGraph(trained, running, w, by_name, after, losses)
+
+    @property
+    def inputs(self) -> Tensors:
+        """Trained parameters, running statistics and weights."""
+        return (*self.trained.values(), *self.running.values(), self.weights)
+
+    def outputs(self, running: Iterable[str]) -> Tensors:
+        """The gradient, and the named running statistics after the forward pass."""
+        return (*self.gradient.values(), *(self.after[name] for name in running))
+
+
+def _buffers_copied(
+    mode: TrueDerivatives, micro_batch: MicroBatch
+) -> AbstractContextManager[object]:
+    """Copies of the buffers in the graph, where the forward pass overwrites them later."""
+    if not micro_batch.transition.task.binding.moving:
+        return nullcontext()
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor.clone() if mode.is_buffer(tensor) else tensor
+
+    return saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def gradient_vjp_by_differences(

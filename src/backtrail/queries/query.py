@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backtrail.errors import BacktrailError, join_items
 from backtrail.exclusive import exclusive
+from backtrail.task.surrogate import TrueDerivatives, note_buffers
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree, each, tree_flatten, tree_leaves, tree_unflatten
 
@@ -259,7 +260,9 @@ class _PartGradients:
 
         def numbers(trained: Tree, running: Tree) -> Tensor:
             buffers = _copied(self.buffers) | running
-            return self.task.bind(self.params | trained, buffers, part.numbers)
+            note_buffers(buffers.values())
+            with TrueDerivatives():
+                return self.task.bind(self.params | trained, buffers, part.numbers)
 
         found, pull = vjp(numbers, self.trained, self.running)  # type: ignore[misc]
         return found, pull

@@ -13,7 +13,14 @@ import torch
 from jaxtyping import Int64
 from tqdm.auto import tqdm
 
-from backtrail.errors import EmptyRun, MissingState, NoSuchState, ReplayMismatch, WrongData
+from backtrail.errors import (
+    BadSetting,
+    EmptyRun,
+    MissingState,
+    NoSuchState,
+    ReplayMismatch,
+    WrongData,
+)
 from backtrail.exclusive import exclusive, exclusive_steps
 from backtrail.run import journal
 from backtrail.run.check import check_data, check_model
@@ -21,14 +28,22 @@ from backtrail.run.manifest import Manifest, read_manifest
 from backtrail.run.store import Store
 from backtrail.run.tensors import digest
 from backtrail.step.state import State, Step
-from backtrail.step.step import Transition
+from backtrail.step.step import StepCheck, Transition
 from backtrail.step.update import Update
 from backtrail.task.task import Batch, Task
-from backtrail.tree import cast, norm
+from backtrail.tree import Tree, cast, norm
 
 Precision = torch.dtype | None
 AUTOCAST = 5e-2  # relative rounding of a gradient in bfloat16
+# A sweep's kernels are not always the training's, so its steps may differ by this many times what
+# `verify` allows, which replays with the training's own.
+OTHER_KERNELS = 10.0
+# Gradients below this share of the run's largest one are compared relative to that share: of a
+# gradient that nearly vanishes, rounding is a large part.
+SMALL_GRADIENT = 1e-3
 TOLERANCE_STEPS = 50  # steps that a tolerance of `verify` is meant for
+FLOATING = ("float", "bfloat")  # how the names of real dtypes begin
+MOST_KEPT = 32  # states whose steps `check_kept_steps` compares
 TINY = 1e-30  # in place of a norm that is zero
 
 
@@ -44,11 +59,14 @@ class Run:
         store: The files of the run.
         task: Model, data and loss of the training.
         log: One entry per completed step, in order.
+        tolerance: Relative difference from the recording that replayed steps may have; None for
+            the default of the run's precision.
     """
 
     store: Store
     task: Task
     log: tuple[Step, ...]
+    tolerance: float | None = None
 
     @property
     def path(self) -> Path:
@@ -114,6 +132,30 @@ class Run:
         """Names of the parameters that the optimizer holds."""
         return tuple(name for group in self.manifest.groups for name in group)
 
+    @cached_property
+    def moving_buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that the training changed, other than BatchNorm's statistics."""
+        known = set(self.task.batchnorm_statistics)
+        candidates = [
+            name
+            for name, layout in self.manifest.buffers.items()
+            if name not in known and layout.dtype.startswith(FLOATING)
+        ]
+        if not candidates:
+            return ()
+        first = self.state(self.kept[0])
+        if len(self.kept) > 1:
+            later = [self.state(number) for number in {self.kept[1], self.kept[-1]}]
+        else:
+            # Without the comparison with the recording: a task that fails it can be opened.
+            transition = replace(self.transition(self.kept[0]), check=None)
+            later = [transition.advance(first)]
+        return tuple(
+            name
+            for name in candidates
+            if any(not torch.equal(state.buffers[name], first.buffers[name]) for state in later)
+        )
+
     def table(self) -> pl.DataFrame:
         """The step log as a table, one row per step.
 
@@ -138,14 +180,19 @@ class Run:
         Raises:
             NoSuchState: The run has no such step.
             DamagedFile: The stored batches are missing or changed.
+            WrongData: A batch does not read as it was recorded.
         """
         fed = self.step(index).fed
         stored: tuple[Batch, ...] = (None,) * len(fed)
         if any(record.stored for record in fed):
             stored = self.store.batches(index, fed)
         batches: list[Batch] = []
-        for record, content in zip(fed, stored, strict=True):
-            batches.append(content if record.stored else self.task.batch(record.samples))
+        for place, (record, content) in enumerate(zip(fed, stored, strict=True)):
+            batch = content if record.stored else self.task.batch(record.samples)
+            # The store compares a file as a whole with its checksum.
+            if not record.stored:
+                _check_content(batch, record.digest, place=place, step=index)
+            batches.append(batch)
         return tuple(batches)
 
     def transition(self, index: int, dtype: Precision = None) -> Transition:
@@ -161,7 +208,9 @@ class Run:
         step = self.step(index)
         update = Update(self.manifest.optimizer, self.manifest.groups, step.settings)
         batches = cast(self.batches(index), dtype, self.task.device)
-        return Transition(self.task, update, step, batches)
+        # In another precision the steps drift away from the recorded ones.
+        check = RecordedStep(self, index) if dtype is None else None
+        return Transition(self.task, update, step, batches, check)
 
     @exclusive
     def state(self, number: int, *, replay: bool = False, dtype: Precision = None) -> State:
@@ -180,13 +229,13 @@ class Run:
             raise NoSuchState(number, self.steps, "state")
         if number not in self.kept and not replay:
             raise MissingState(number, self.kept)
-        nearest = self._nearest_kept(number)
+        nearest = self.nearest_kept(number)
         state = self.store.state(nearest).cast(dtype, self.task.device)
         for index in range(nearest, number):
             state = self.transition(index, dtype).advance(state)
         return state
 
-    def _nearest_kept(self, number: int) -> int:
+    def nearest_kept(self, number: int) -> int:
         """The last state on disk that is not after the given one; state 0 always is on disk."""
         place = bisect_right(self.kept, number) - 1
         return self.kept[place]
@@ -215,6 +264,82 @@ class Run:
             yield number, state
 
     @exclusive
+    def check_steps(self, first: int = 0, last: int | None = None) -> None:
+        """Replay the steps first … last - 1 that this object has not compared yet, and compare.
+
+        Every method does so before it answers, for the steps that it does not compute itself: a
+        task that does not reproduce the recorded steps (other labels, another loss, reduction or
+        layer) has numbers that are not about this training.
+
+        Args:
+            first: The first step.
+            last: The step after the last; None: the end.
+
+        Raises:
+            ReplayMismatch: A step differs from the recorded one; the message names the first one.
+            WrongData: A batch does not read as it was recorded.
+        """
+        stop = self.steps if last is None else last
+        state = None
+        for index in range(first, stop):
+            if index in self.checked_steps:
+                state = None
+                continue
+            if state is None or index in self.kept:
+                state = self.state(index, replay=True)
+            state = self.transition(index).advance(state)
+
+    @exclusive
+    def check_kept_steps(self) -> None:
+        """Compare every sample, and the steps that start at states on disk (`MOST_KEPT` at most).
+
+        For methods that read few states: replaying every step would cost more than they do.
+
+        Raises:
+            ReplayMismatch: A step differs from the recorded one; the message names the first one.
+            WrongData: A batch does not read as it was recorded.
+        """
+        self._check_samples()
+        starts = [number for number in self.kept if number < self.steps]
+        places = np.linspace(0, len(starts) - 1, min(len(starts), MOST_KEPT)).round().astype(int)
+        for place in dict.fromkeys(places.tolist()):
+            number = starts[place]
+            if number not in self.checked_steps:
+                transition = self.transition(number)
+                raw = transition.raw_gradient(self.state(number))
+                RecordedStep(self, number).check_gradient(transition.clip(raw.gradient))
+
+    def _check_samples(self) -> None:
+        """Compare what every sample reads, at its first visit, with what was recorded.
+
+        Raises:
+            WrongData: a batch does not read as it was recorded.
+        """
+        new = set(self.seen.tolist()) - self.checked_samples
+        for index, step in enumerate(self.log):
+            if not new:
+                return
+            if new.intersection(step.samples):
+                self.batches(index)
+                new.difference_update(step.samples)
+                self.checked_samples.update(step.samples)
+
+    @cached_property
+    def checked_samples(self) -> set[int]:
+        """Samples whose content was compared with the recording."""
+        return set()
+
+    @cached_property
+    def checked_steps(self) -> set[int]:
+        """Steps whose gradient was compared with the recorded one."""
+        return set()
+
+    @cached_property
+    def largest_gradient(self) -> float:
+        """The largest norm of a gradient that the optimizer consumed."""
+        return max(step.norm for step in self.log)
+
+    @exclusive
     def verify(self, *, tolerance: float | None = None) -> "Verification":
         """Replay the whole run and compare it with what was recorded.
 
@@ -223,8 +348,8 @@ class Run:
 
         Args:
             tolerance: Relative difference allowed in a segment of up to 50 steps (more in
-                proportion for longer ones); by default 1e-9 in float64, 5e-2 for a training under
-                autocast, else 1e-4.
+                proportion for longer ones); by default that of `open_run`, or else 1e-9 in float64,
+                5e-2 for a training under autocast, else 1e-4.
 
         Raises:
             ReplayMismatch: A step differs, or a segment does not end in the recorded state; the
@@ -258,7 +383,8 @@ class Run:
         """
         state = self.state(start)
         autocast = any(step.autocast for step in self.log[start:stop])
-        per_tolerance_steps = tolerance or default_replay_tolerance(state, autocast=autocast)
+        chosen = tolerance or self.tolerance
+        per_tolerance_steps = chosen or default_replay_tolerance(state, autocast=autocast)
         allowed = per_tolerance_steps * max(1.0, (stop - start) / TOLERANCE_STEPS)
         for index in range(start, stop):
             gap = self._autocast_gap(index, state)
@@ -296,11 +422,7 @@ class Run:
         """
         step = self.step(index)
         for place, (record, batch) in enumerate(zip(step.fed, self.batches(index), strict=True)):
-            found = digest(batch)
-            if found != record.digest:
-                raise WrongData(
-                    f"batch {place} of step {index} reads {found}, and was {record.digest}"
-                )
+            _check_content(batch, record.digest, place=place, step=index)
         transition = self.transition(index)
         raw_gradient, buffers, _ = transition.raw_gradient(state)
         consumed = transition.clip(raw_gradient)
@@ -316,6 +438,72 @@ class Run:
             f"Run({str(self.path)!r}: {self.steps} steps of {self.manifest.optimizer} on "
             f"{self.samples} samples, {len(self.kept)} states kept{end})"
         )
+
+
+def _check_content(batch: Batch, recorded: str, *, place: int, step: int) -> None:
+    """Compare what a batch contains with its recorded digest.
+
+    Raises:
+        WrongData: it differs.
+    """
+    found = digest(batch)
+    if found != recorded:
+        raise WrongData(f"batch {place} of step {step} reads {found}, and was {recorded}")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RecordedStep(StepCheck):
+    """Compares one step of a run, whenever it is computed again, with its recording.
+
+    Attributes:
+        run: the run.
+        index: number of the step.
+    """
+
+    run: Run
+    index: int
+
+    @property
+    def state_is_known(self) -> bool:
+        """Whether the state after the step is on disk."""
+        return self.index + 1 in self.run.kept
+
+    def check_gradient(self, consumed: Tree) -> None:
+        """Compare the norm of the gradient.
+
+        Raises:
+            ReplayMismatch: it differs from the recorded one.
+        """
+        recorded = self.run.step(self.index).norm
+        scale = max(recorded, SMALL_GRADIENT * self.run.largest_gradient, TINY)
+        off = abs(norm(consumed) - recorded) / scale
+        allowed = self._tolerance(consumed)
+        if not off <= allowed:
+            raise ReplayMismatch(self.index, "the norm of its gradient", (off, allowed))
+        self.run.checked_steps.add(self.index)
+
+    def check_state(self, after: State) -> None:
+        """Compare the state after the step with the one on disk.
+
+        Raises:
+            ReplayMismatch: it differs from the recorded one.
+        """
+        recorded = self.run.state(self.index + 1)
+        off = relative_difference(after, recorded)
+        allowed = self._tolerance(after.params)
+        if not off <= allowed:
+            raise ReplayMismatch(self.index, "the state after it", (off, allowed))
+
+    def _tolerance(self, tensors: Tree) -> float:
+        """Allowed relative difference; it grows with the steps since the last state on disk."""
+        allowed = self.run.tolerance
+        if allowed is None:
+            autocast = bool(self.run.step(self.index).autocast)
+            own_kernels = default_replay_tolerance(State(tensors), autocast=autocast)
+            allowed = own_kernels if autocast else OTHER_KERNELS * own_kernels
+        replayed = self.index + 1 - self.run.nearest_kept(self.index)
+        return allowed * max(1.0, replayed / TOLERANCE_STEPS)
 
 
 @final
@@ -369,7 +557,7 @@ class Verification:
         )
 
 
-def open_run(path: str | Path, task: Task) -> Run:
+def open_run(path: str | Path, task: Task, *, tolerance: float | None = None) -> Run:
     """Open a recorded run.
 
     A run whose process was killed can be opened as well: it ends at its last completed step.
@@ -383,8 +571,12 @@ def open_run(path: str | Path, task: Task) -> Run:
     Args:
         path: Folder of the run.
         task: Model, data and loss of the training. The weights of its model are not read.
+        tolerance: Relative difference from the recording that replayed gradients and states may
+            have, for a task that computes the same on another device or with other kernels. None
+            for the default: 1e-8 in float64, 5e-2 for a training under autocast, else 1e-3.
 
     Raises:
+        BadSetting: `tolerance` is not a positive number.
         NotARun: The folder holds no run.
         WrongFormat: The run was written by a version of backtrail with another layout.
         EmptyRun: No step was completed.
@@ -392,13 +584,16 @@ def open_run(path: str | Path, task: Task) -> Run:
         WrongData: The task's data set has another length or other rows.
         DamagedFile: A file is missing or changed; the message names it.
     """
+    if tolerance is not None and not tolerance > 0:
+        raise BadSetting("tolerance", tolerance, "a positive number or None")
     folder = Path(path)
     store = Store(folder, read_manifest(folder))
     check_model(store.manifest, task)
-    run = Run(store, task, tuple(store.log()))
+    run = Run(store, task, tuple(store.log()), tolerance)
     if not run.log:
         raise EmptyRun(folder)
     check_data(store.manifest, task, run.log[0])
+    task.binding.moving.update(run.moving_buffers)
     return run
 
 

@@ -13,7 +13,7 @@ the random generators, and each micro-batch with the buffers that the one before
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple, final
+from typing import NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,32 @@ class Gradient(NamedTuple):
     losses: Tensor
 
 
+@runtime_checkable
+class StepCheck(Protocol):
+    """Compares a step that is computed again with what was recorded about it."""
+
+    @property
+    def state_is_known(self) -> bool:
+        """Whether the state after the step was recorded."""
+        ...
+
+    def check_gradient(self, consumed: Tree) -> None:
+        """Compare the gradient that the optimizer consumes.
+
+        Raises:
+            ReplayMismatch: it differs from the recorded one.
+        """
+        ...
+
+    def check_state(self, after: State) -> None:
+        """Compare the state after the step.
+
+        Raises:
+            ReplayMismatch: it differs from the recorded one.
+        """
+        ...
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Transition:
@@ -57,12 +83,15 @@ class Transition:
         step: what was recorded about the step.
         batches: the content of its micro-batches, on the task's device and in the replay's
             precision.
+        check: compares the step with the recording whenever its gradient is computed; None where
+            it is computed on purpose in another way (in another precision, with other weights).
     """
 
     task: Task
     update: Update
     step: Step
     batches: tuple[Batch, ...]
+    check: StepCheck | None = None
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -145,9 +174,19 @@ class Transition:
 
     @exclusive
     def advance(self, state: State) -> State:
-        """The state after the step, as it happened."""
+        """The state after the step, as it happened.
+
+        Raises:
+            ReplayMismatch: the task does not reproduce the recorded step.
+        """
         raw = self.raw_gradient(state)
-        return self.apply_update(state, self.clip(raw.gradient), raw.buffers)
+        consumed = self.clip(raw.gradient)
+        if self.check is not None:
+            self.check.check_gradient(consumed)
+        after = self.apply_update(state, consumed, raw.buffers)
+        if self.check is not None and self.check.state_is_known:
+            self.check.check_state(after)
+        return after
 
     def apply_update(self, state: State, grads: Tree, buffers: Tree) -> State:
         """The state after an update.

@@ -137,6 +137,7 @@ def pull_back(
     with transition.replaying(double_backward=rules.curvature.product == "autograd"):
         primal = _StepGradient.of(transition, state, rules)
         clipped, clip_vjp = _clip_with_vjp(transition, primal.consumed)
+        _check_step(transition, state, primal, clipped)
         # The update overwrites λ_θ and λ_m with a_θ and a_m in place.
         params = cotangent.params
         moments, grads = pull_update(
@@ -152,6 +153,22 @@ def pull_back(
             scores.append(_pull_micro_batch(gradient_vjp, grads, before, chunk=chunk))
     in_order = scores[::-1]
     return PulledBack(before, -torch.cat(in_order, 1), primal.losses)
+
+
+def _check_step(
+    transition: Transition, state: State, primal: "_StepGradient", clipped: Tree
+) -> None:
+    """Compare the step with what was recorded about it.
+
+    Raises:
+        ReplayMismatch: the task does not reproduce the recorded step.
+    """
+    check = transition.check
+    if check is None:
+        return
+    check.check_gradient(clipped)
+    if check.state_is_known:
+        check.check_state(transition.apply_update(state, clipped, primal.buffers))
 
 
 def _clip_with_vjp(transition: Transition, raw: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
@@ -251,11 +268,13 @@ class _StepGradient:
 
     Attributes:
         consumed: the gradient that the training's update was made of, before clipping.
+        buffers: the model's buffers after the step.
         losses: of every slot, `[slot]`.
         vjps_from_last: gradient and VJP of each micro-batch, from the last to the first.
     """
 
     consumed: Tree
+    buffers: Tree
     losses: Tensor
     vjps_from_last: Callable[[], Iterator[GradientVJP]]
 
@@ -267,7 +286,9 @@ class _StepGradient:
         micro_batches = transition.micro_batches()
         if len(micro_batches) == 1:
             only = _gradient_vjp(micro_batches[0], state, state.buffers, rules=rules)
-            return _StepGradient(trained or only.gradient, only.losses, lambda: iter([only]))
+            return _StepGradient(
+                trained or only.gradient, only.buffers, only.losses, lambda: iter([only])
+            )
 
         # Accumulation exists to save memory: first the gradients, of which no graph is left, and
         # then the graph of one micro-batch at a time.
@@ -285,7 +306,7 @@ class _StepGradient:
                 before = buffers_before[index]
                 yield _gradient_vjp(micro_batches[index], state, before, rules=rules)
 
-        return _StepGradient(trained or total.gradient, total.losses, vjps_from_last)
+        return _StepGradient(trained or total.gradient, total.buffers, total.losses, vjps_from_last)
 
 
 def _gradient_vjp(

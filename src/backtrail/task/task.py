@@ -30,6 +30,7 @@ from backtrail.task import torch_compile
 from backtrail.task.activation_checkpointing import computed_once, uses_checkpointing
 from backtrail.task.batchnorm import STATISTICS, RunningStatistics, batchnorm_layers
 from backtrail.task.clipping import ClipNorm, ClipValue
+from backtrail.task.surrogate import note_buffers
 from backtrail.tree import Tree, cast, mapping_to_dict, tree_leaves, tree_map
 
 log = logging.getLogger(__name__)
@@ -158,9 +159,17 @@ class Task:
         """The live model's buffers under unique names (shared, not copied)."""
         return {name: b.detach() for name, b in torch_compile.buffers(self.model).items()}
 
-    @cached_property
+    @property
     def running(self) -> tuple[str, ...]:
-        """Names of BatchNorm's running statistics, which training changes and evaluation reads."""
+        """Names of the buffers that forward passes change: running statistics and the like.
+
+        BatchNorm's are known from the model; other ones once a run was opened with this task.
+        """
+        return (*self.batchnorm_statistics, *sorted(self.binding.moving))
+
+    @cached_property
+    def batchnorm_statistics(self) -> tuple[str, ...]:
+        """Names of BatchNorm's running statistics."""
         names: list[str] = []
         for layer in batchnorm_layers(self.model):
             prefix = f"{layer}." if layer else ""
@@ -214,6 +223,7 @@ class Task:
 
         # A module may write to its buffers in place.
         copies = {name: tensor.clone() for name, tensor in buffers.items()}
+        note_buffers(copies.values())
         with self.binding.statistics.collect() as statistics:
             outputs, assigned = self.bind(params, copies, forward)
         after = {name: assigned.get(name, copy) for name, copy in copies.items()}
@@ -282,6 +292,7 @@ class _Binding(nn.Module):
         statistics: what its BatchNorm layers would have written.
         modules_by_name: all modules of the skeleton.
         one_by_one: rows of this model cannot be differentiated under `vmap`.
+        moving: names of the buffers, other than BatchNorm's, that forward passes change.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -290,6 +301,7 @@ class _Binding(nn.Module):
         self.statistics = RunningStatistics(model)
         self.modules_by_name = dict(model.named_modules())
         self.one_by_one = False
+        self.moving: set[str] = set()
 
     def forward(self, function: Callable[[nn.Module], Any]) -> Any:
         """Call the function on the skeleton, while its tensors are swapped."""

@@ -232,6 +232,7 @@ class DiffIn:
     def _trajectory(self, run: "Run | Checkpoints") -> Trajectory:
         if isinstance(run, Checkpoints):
             return run.trajectory(self.checkpoints)
+        run.check_kept_steps()
         return trajectory_of(run, self.checkpoints)
 
     def _terms(self, trajectory: Trajectory) -> Terms:

@@ -174,6 +174,7 @@ class DataValueEmbedding:
         Raises:
             NoDraw: The task does not say how labels are sampled from the model.
         """
+        run.check_kept_steps()
         what = self._features(run.task, run.manifest)
         ends = {-(-run.steps * part // self.segments) for part in range(1, self.segments + 1)}
         layout = what.projection.layout

@@ -224,6 +224,7 @@ class _GradientProduct:
         writer = begin_or_resume(run, description, path)
         missing = sorted({*range(len(writer.shards))} - writer.done)
         if missing:
+            run.check_kept_steps()
             gradient_states = _GradientStates.of(run, states, self.state_of)
             _Attribution(run, queries, writer, gradient_states, chunk).fill(missing)
         return writer.finish().with_queries(queries)

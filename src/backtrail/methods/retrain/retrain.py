@@ -201,6 +201,7 @@ def retrain(
     renormalize = denominator == "renormalize"
     if renormalize:
         check_renormalizable(run)
+    run.check_steps()
     stretch = (0, run.steps) if steps is None else steps
     changes = [
         Removal(frozenset(group), stretch, renormalize=renormalize, weight=weight)
