@@ -36,6 +36,7 @@ EXACT = {"float32": 5e-3, "float64": 1e-5}
 # otherwise a check that measures nothing would pass.
 KNOWN = 1e-2
 GOOD = 0.9  # lowest Pearson correlation of a passed removal check
+ENOUGH = 10  # removals; a correlation over fewer is mostly chance
 CLOSE = 0.05  # a Pearson correlation less than this below the best one to expect is as good as it
 RIGHT_SIZE = 1.5  # the advice mentions the slope of an approximation beyond this factor from 1
 EARLY = 0.5  # share of the influence above which the advice names step 0 as the cause
@@ -107,8 +108,9 @@ class RemovalCheck:
         slope: Slope of actual over predicted, mean over queries; 1 means the right size.
         noise: Largest difference of two unperturbed re-runs; smaller changes mean nothing.
         reachable: Pearson correlation of the actual changes with their own linear part, mean over
-            queries: the best that any score additive over samples can be expected to reach. None
-            where the batch's denominator is renormalised.
+            queries: the best that any score additive over samples can be expected to reach. It is
+            an estimate like `pearson`, so it can be the lower of the two by chance. None where the
+            batch's denominator is renormalised.
     """
 
     samples: tuple[int, ...]
@@ -126,9 +128,14 @@ class RemovalCheck:
         return self.pearson.estimate >= GOOD
 
     @property
+    def too_few(self) -> bool:
+        """Whether fewer than 10 samples were left out, so that the correlations say little."""
+        return len(self.samples) < ENOUGH
+
+    @property
     def exhausted(self) -> bool:
         """Whether the correlation is about as good as that of any additive score can be."""
-        if self.reachable is None:
+        if self.reachable is None or self.too_few:
             return False
         return self.pearson.estimate >= self.reachable - CLOSE
 
@@ -140,9 +147,15 @@ class RemovalCheck:
             f"Pearson {self.pearson}, Spearman {self.spearman}, slope {self.slope:.2f}, "
             f"noise floor {self.noise:.1e}"
         )
-        if self.reachable is None:
+        if self.too_few:
+            return f"{figures}; fewer than {ENOUGH} removals are too few for a reliable correlation"
+        if self.reachable is None or not np.isfinite(self.reachable):
             return figures
-        return f"{figures}; best Pearson any additive score can reach: {self.reachable:.2f}"
+        reach = f"best Pearson any additive score can reach: {self.reachable:.2f}"
+        # Compared as printed: two equal figures need no explanation.
+        if round(self.reachable, 2) < round(self.pearson.estimate, 2):
+            reach += " (lower than the measured one: both are noisy estimates)"
+        return f"{figures}; {reach}"
 
     def __repr__(self) -> str:
         """The main figures in one line; never the arrays."""
@@ -164,8 +177,9 @@ class Trust:
     >>> from backtrail.run.run import Verification
     >>> from backtrail.stats import Interval
     >>> one = Interval(1.0, 1.0, 1.0)
-    >>> effects = np.array([[0.1, -0.2]])
-    >>> removal = RemovalCheck((3, 8), effects, effects, one, one, slope=1.0, noise=0.0)
+    >>> samples = tuple(range(12))
+    >>> effects = np.array([samples]) / 100
+    >>> removal = RemovalCheck(samples, effects, effects, one, one, slope=1.0, noise=0.0)
     >>> Trust(Verification(40, 2, 1e-7), None, removal, early=0.0).advice
     'Influence predicts removals on this run.'
 
@@ -210,6 +224,12 @@ class Trust:
             return "Do not use these scores: the recording does not reproduce the training."
         if self.derivative is not None and not self.derivative.passed:
             return "Do not use these scores: they are not the derivative of this training."
+        if self.removal.too_few:
+            return (
+                f"Too few samples were left out ({len(self.removal.samples)}) to tell whether "
+                f"influence predicts removals on this run. Leave out at least {ENOUGH}, for example "
+                "with removals=32."
+            )
         if self.method != "DIT":
             return self._advice_on_an_approximation()
         if self.removal.passed:
