@@ -227,8 +227,8 @@ class Trust:
         if self.removal.too_few:
             return (
                 f"Too few samples were left out ({len(self.removal.samples)}) to tell whether "
-                f"influence predicts removals on this run. Leave out at least {ENOUGH}, for example "
-                "with removals=32."
+                f"influence predicts removals on this run. Leave out at least {ENOUGH}, for "
+                "example with removals=32."
             )
         if self.method != "DIT":
             return self._advice_on_an_approximation()
@@ -249,19 +249,19 @@ class Trust:
         else:
             what = "The derivative is correct, but a poor predictor of removals"
         why = (
-            "at the scale of one sample this training is not smooth (common causes: ReLU with Adam, "
-            "a large learning rate)"
+            "at the scale of one sample this training is not smooth (common causes: ReLU with "
+            "Adam, a large learning rate)"
         )
         if self.removal.exhausted:
             return (
                 f"{what}: {why}. No additive score does much better: counting a sample twice does "
-                "not have the opposite effect of leaving it out. Scores of groups are more reliable "
-                "than scores of single samples."
+                "not have the opposite effect of leaving it out. Scores of groups are more "
+                "reliable than scores of single samples."
             )
         return (
-            f'{what}: {why}. DIT(curvature="auto") measures whether another curvature or slope does '
-            "better. Ranks are more reliable than sizes, and scores of groups more than scores of "
-            "single samples."
+            f'{what}: {why}. DIT(curvature="auto") measures whether another curvature or slope '
+            "does better. Ranks are more reliable than sizes, and scores of groups more than "
+            "scores of single samples."
         )
 
     def _advice_on_an_approximation(self) -> str:
