@@ -1,1 +1,1 @@
-"""Measurements: ratios inside one run, never absolute times, because machines are shared and noisy."""
+"""Measurements: ratios within one run, not absolute times, since machines are shared and noisy."""

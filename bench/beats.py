@@ -1,4 +1,4 @@
-"""Steps of plain training between those of what is measured: a slow minute of a shared machine is one for both."""
+"""Steps of plain training between those of what is measured, so that a slow minute slows both."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -169,7 +169,10 @@ class Bench:
     def aside(self) -> str:
         """What bergson's command costs as typed, and how close its training is to the loop."""
         whole = " and ".join(f"{self.unit('its whole command', count):.1f}" for count in COUNTS)
-        return f"bergson's whole command: {whole}; its weights: {max(self.apart):.0e} of the way from the loop's"
+        return (
+            f"bergson's whole command: {whole}; its weights: {max(self.apart):.0e} of the way from "
+            "the loop's"
+        )
 
 
 def checked(folder: Path) -> str:
@@ -202,9 +205,8 @@ def main() -> None:
             f"backtrail {backtrail.__version__}, "
             + ", ".join(f"{name} {version(name)}" for name in names)
         )
-        print(
-            f"{rounds} rounds, {threads} threads; plain loop {min(bench.times['plain', TRAINING]):.2f} s\n"
-        )
+        seconds = min(bench.times["plain", TRAINING])
+        print(f"{rounds} rounds, {threads} threads; plain loop {seconds:.2f} s\n")
         print(bench.table() + "\n\n" + bench.against() + "\n\n" + bench.bars())
         print("\n" + bench.aside() + "\n\n" + checked(Path(folder)), flush=True)
 

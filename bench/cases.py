@@ -1,4 +1,4 @@
-"""The trainings that the table compares methods on, and one such training as every method is told of it."""
+"""The trainings that the table compares methods on, and what every method is given of one."""
 
 import copy
 import time
@@ -100,7 +100,7 @@ class Case:
         return time.process_time() - begun
 
     def train_ready(self, train: TensorDataset) -> float:
-        """The same where the batches are ready-made: without what a loader spends on collating rows."""
+        """The same where the batches are ready-made: without the time for collating rows."""
         model, optimizer = self.begin()
         ready = [(inputs, targets) for inputs, targets in self.loader(train)]
         begun = time.process_time()
@@ -161,7 +161,7 @@ class TrainedCase:
 
     @cached_property
     def checkpoints(self) -> list[tuple[dict[str, Tensor], float]]:
-        """Evenly spaced states, the last one last, each with the learning rate of the step before it."""
+        """Evenly spaced states up to the last, each with the learning rate of the step before."""
         numbers = sorted(
             {max(1, self.run.steps * part // CHECKPOINTS) for part in range(1, CHECKPOINTS + 1)}
         )
@@ -212,7 +212,7 @@ HEADLINE = Case(
 
 
 def _one_epoch(activation: type[nn.Module], rate: float) -> Case:
-    """A small network and every sample seen once, so that leaving it out is leaving out its one visit."""
+    """A small network that sees every sample once, so that a sample and its visit are the same."""
 
     def build() -> nn.Module:
         width = data.mnist_rows(1, 1)[0].tensors[0].shape[1]
@@ -222,7 +222,9 @@ def _one_epoch(activation: type[nn.Module], rate: float) -> Case:
 
     return Case(
         name=f"once-{activation.__name__.lower()}-{rate:.0e}",
-        about=f"MLP 784-16-16-10, {activation.__name__}, AdamW (0.9, 0.95) lr {rate:.0e}, one epoch",
+        about=(
+            f"MLP 784-16-16-10, {activation.__name__}, AdamW (0.9, 0.95) lr {rate:.0e}, one epoch"
+        ),
         kind="mlp",
         build=build,
         load=partial(data.mnist_rows, 6000),

@@ -100,7 +100,7 @@ def halved(
 
 
 def letters(train: int, test: int = 64, *, context: int = 32) -> Split:
-    """Sequences of ASCII letters and the same shifted by one: Shakespeare, or the source of torch's own functions."""
+    """Sequences of ASCII and the same shifted by one: Shakespeare, or torch's own source."""
     place = folder("shakespeare")
     source = (
         (place / "input.txt").read_bytes()

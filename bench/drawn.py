@@ -1,4 +1,6 @@
-"""What labels drawn for some of the samples cost an embedding in fidelity: python -m bench.drawn [seeds].
+"""The fidelity that an embedding loses with labels drawn for some samples.
+
+python -m bench.drawn [seeds]
 
 A GPT of 31 k parameters, 3 epochs of 768 sequences of 32 in batches of 32. Mean over 8 test losses
 of the Pearson correlation over visits with the exact sweep: of all visits, and of the last quarter

@@ -67,7 +67,7 @@ def embedded(
 
 
 def swept(folder: Path) -> float:
-    """Of all queries by the exact sweep over all steps, extrapolated from a few of both: its growth is linear."""
+    """Of all queries by the exact sweep; the cost is linear, so a few queries and steps suffice."""
     run = sweep.swept_run(folder, SHORT)
     one, many = (
         seconds(

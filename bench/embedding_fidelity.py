@@ -1,4 +1,4 @@
-"""How far Data Value Embedding is from the exact sweep and from leaving visits out: python -m bench.embedding_fidelity.
+"""How far Data Value Embedding is from the exact sweep, and from leaving visits out.
 
 python -m bench.embedding_fidelity [part of a training's name [seeds [part of a row's name]]]
 
@@ -72,7 +72,10 @@ def train(name: str, seed: int) -> tuple[backtrail.Run, Any]:
 
 
 def removed(run: backtrail.Run, asked: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Visits `[removal, step and slot]`, first those of the first quarter, and what queries gain `[query, removal]`."""
+    """Visits `[removal, step and slot]`, and the change of the queries `[query, removal]`.
+
+    The first half of the visits is of the first quarter of the steps, the others of the last.
+    """
     draw, quarter = np.random.default_rng(seed), run.steps // 4
     steps = np.concatenate(
         [draw.integers(first, first + quarter, REMOVALS) for first in (0, run.steps - quarter)]

@@ -1,4 +1,6 @@
-"""Three methods judged on the same re-runs, and what that costs with and without a bank: python -m bench.evaluation.
+"""Three methods judged on the same re-runs, and the cost of that with and without a bank.
+
+python -m bench.evaluation
 
 The digits and network of bench.policies, GELU: 196 steps of AdamW. 200 samples left out one at a
 time and 100 groups of 5 %, in float64; then the same again from the bank. Processor time, on as

@@ -69,7 +69,8 @@ def main() -> None:
     """Print the table."""
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(
-        "training              seed  accuracy  update   Pearson  interval            Spearman            slope"
+        "training              seed  accuracy  update   Pearson  interval            "
+        "Spearman            slope"
     )
     for name in TRAININGS:
         for seed in range(seeds):
@@ -81,7 +82,8 @@ def main() -> None:
                     run, influence, queries, samples=draw_visited(run, SAMPLES, seed=seed)
                 )
                 print(
-                    f"{name:21} {seed:4}  {accuracy:8.3f}  {type(slope).__name__:7}  {check.pearson.estimate:.4f}   "
+                    f"{name:21} {seed:4}  {accuracy:8.3f}  {type(slope).__name__:7}  "
+                    f"{check.pearson.estimate:.4f}   "
                     f"{check.pearson}   {check.spearman}   {check.slope:.2f}",
                     flush=True,
                 )

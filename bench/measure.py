@@ -148,7 +148,7 @@ def asdict_of(interval: stats.Interval) -> dict[str, float]:
 
 
 def measure(name: str, what: str, *, quick: bool) -> float:
-    """Measure one row of one case, or its truth, and write the figures to a file; processor seconds that it took."""
+    """Write the figures of one row of a case, or its truth, to a file; return processor seconds."""
     torch.set_num_threads(1)
     case, folder, out = (
         find_case(name, quick=quick),

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.data import TensorDataset
 
-WORDS = "the a one some old new small bright river stone tree bird light sea wind road sings falls turns waits runs"
+WORDS = (
+    "the a one some old new small bright river stone tree bird light sea wind road "
+    "sings falls turns waits runs"
+)
 LETTERS = string.ascii_letters + string.digits + " .\n"
 
 
@@ -83,7 +86,7 @@ def digits(*, standardised: bool = False) -> tuple[TensorDataset, TensorDataset]
 
 
 class ViT(nn.Module):
-    """A small vision transformer: square patches, attention without a mask, the mean of all patches."""
+    """A small vision transformer: square patches, full attention, the mean of all patches."""
 
     def __init__(
         self, shape: tuple[int, int, int], patch: int, *, width: int = 32, layers: int = 2

@@ -1,4 +1,6 @@
-"""Does a sweep by differences fit into training's own memory, and capturing beside it? python -m bench.own_memory.
+"""Whether a sweep by differences fits into training's own memory, and capturing beside it.
+
+python -m bench.own_memory
 
 Peak resident memory of the GPT of bench.sweep, trained, captured while it trains, or swept for one
 query, each in a process of its own that has done everything once in small, so that imported

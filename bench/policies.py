@@ -1,4 +1,6 @@
-"""How well each curvature policy predicts, smooth or not, and its cost: python -m bench.policies [seeds [name ...]].
+"""How well each curvature policy predicts, smooth or not, and its cost.
+
+python -m bench.policies [seeds [name ...]]
 
 Fidelity: digits, 64-128-128-10, AdamW, 200 steps of 50, with GELU and with ReLU, and with ReLU
 under the milder recipe of bench.fidelity (lr 3.5e-4, warm-up, decay) and on standardised pixels;
@@ -86,7 +88,7 @@ def train_mildly(activation: type[nn.Module], seed: int) -> tuple[backtrail.Run,
 
 
 def fidelity(run: backtrail.Run, test: TensorDataset, seed: int) -> list[tuple[float, float]]:
-    """Pearson with single removals and LDS of groups, for every kind of sweep; at last, of half, twice, and sums."""
+    """Pearson and LDS for every kind of sweep; at last, of half, twice, and sums."""
     query = backtrail.Loss(test, aggregate="mean")
     draw = np.random.default_rng(seed)
     ones = draw.choice(run.samples, REMOVALS, replace=False)

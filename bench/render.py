@@ -38,14 +38,15 @@ def table(case: Case, folder: Path) -> str:
     if "without_loader" in about:
         loader = f"the same without a loader {about['without_loader']:.2f} x, "
     lines = [
-        f"**{case.name}**: {about['about']}; {about['data']}, {about['samples']} samples, {about['steps']} steps of "
-        f"{case.slots}, {about['parameters']:,} parameters; {about['queries']} queries, {about['removals']} single "
-        f"removals, {about['groups']} groups of 5 %. Plain training {about['training_s']:.2f} s on "
-        f"{about['threads']} thread; {loader}recording "
-        f"{about['recording']:.2f} x, each retraining for the ground truth {about['retraining']:.2f} x of that.",
+        f"**{case.name}**: {about['about']}; {about['data']}, {about['samples']} samples, "
+        f"{about['steps']} steps of {case.slots}, {about['parameters']:,} parameters; "
+        f"{about['queries']} queries, {about['removals']} single removals, "
+        f"{about['groups']} groups of 5 %. Plain training {about['training_s']:.2f} s on "
+        f"{about['threads']} thread; {loader}recording {about['recording']:.2f} x, each retraining "
+        f"for the ground truth {about['retraining']:.2f} x of that.",
         "",
-        f"| method | cost ÷ training: {' / '.join(map(str, counts))} queries | memory MiB: the same | "
-        "Spearman [95 %] | Pearson | LDS | |",
+        f"| method | cost ÷ training: {' / '.join(map(str, counts))} queries | "
+        "memory MiB: the same | Spearman [95 %] | Pearson | LDS | |",
         "|---|---|---|---|---|---|---|",
     ]
     return "\n".join(
@@ -70,7 +71,8 @@ def row(case: Case, method: Method, *, folder: Path, counts: list[int]) -> str:
     note = found["note"]
     if "not_numbers" in found:
         note = "; ".join(filter(None, (f"{found['not_numbers']} scores are not finite", note)))
-    return f"| {method.label} | {cost} | {memory} | {' | '.join(told(found.get(name)) for name in FIGURES)} | {note} |"
+    figures = " | ".join(told(found.get(name)) for name in FIGURES)
+    return f"| {method.label} | {cost} | {memory} | {figures} | {note} |"
 
 
 def short(number: float | None) -> str:

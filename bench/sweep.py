@@ -62,7 +62,7 @@ def train(task: backtrail.Task, optimizer: torch.optim.Optimizer, batches: Itera
 
 
 def stepping() -> Callable[[], None]:
-    """Takes a step of a plain training, whose batches are ready-made, without what a loader spends on them."""
+    """Takes a step of a plain training on ready-made batches, without the time for collating."""
     task, optimizer, loader = prepared(16)
     batches = cycle(list(loader))
     return lambda: train(task, optimizer, [next(batches)])

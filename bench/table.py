@@ -82,10 +82,8 @@ def measure_each(
         futures = {pool.submit(measure, case.name, row, quick=chosen.quick): row for row in rows}
         for future in as_completed(futures):
             outcome = keep(future, folder / f"{futures[future]}.json")
-            print(
-                f"{time.perf_counter() - begun:6.0f} s  {case.name:14} {futures[future]:36} {outcome}",
-                flush=True,
-            )
+            seconds = time.perf_counter() - begun
+            print(f"{seconds:6.0f} s  {case.name:14} {futures[future]:36} {outcome}", flush=True)
 
 
 def keep(future: "Future[float]", path: Path) -> str:
@@ -113,7 +111,8 @@ def main() -> None:
     missing = sorted({method.library for method in METHODS if not method.installed})
     if missing:
         print(
-            f"not installed, so left out: {', '.join(missing)}; `make bench-env` installs them into .venv-bench"
+            f"not installed, so left out: {', '.join(missing)}; "
+            "`make bench-env` installs them into .venv-bench"
         )
     for case in cases:
         if not chosen.show:

@@ -1,4 +1,4 @@
-"""Folders that earlier versions wrote are opened with the right numbers, or refused by their format."""
+"""Folders of earlier versions are opened with the right numbers, or refused by their format."""
 
 import json
 import shutil

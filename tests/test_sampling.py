@@ -81,7 +81,7 @@ def test_subsets_take_every_number_equally_often() -> None:
 
 
 def test_uniform_numbers_stay_inside() -> None:
-    """The smallest and largest random bits give neither 0 nor 1, and the largest probability is safe."""
+    """The smallest and largest random bits give neither 0 nor 1, and always a possible label."""
     steps = np.array([0, 2**64 - 1], dtype=np.uint64) >> np.uint64(64 - sampling.BITS)
     lowest, highest = (steps + 0.5) * 2.0**-sampling.BITS
     assert lowest > 0
@@ -111,7 +111,7 @@ def test_labels_do_not_depend_on_chunks_or_precision(monkeypatch: pytest.MonkeyP
 
 
 def test_logits_that_are_not_finite_have_some_label() -> None:
-    """The loss is then NaN, which is seen where it is used; a label out of range would be an index error."""
+    """The loss is then NaN, which is noticed; a label out of range would be an index error."""
     logits = torch.tensor([[0.0, torch.nan, 1.0], [0.0, torch.inf, 1.0]])
     labels = sample_classes(logits, seeded(0))
     assert ((labels >= 0) & (labels < 3)).all()

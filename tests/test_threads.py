@@ -294,7 +294,7 @@ def another_thread_inside() -> Iterator[None]:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Have SIGINT raise KeyboardInterrupt: a shell's background jobs are started with it ignored."""
+    """Have SIGINT raise KeyboardInterrupt: background jobs of a shell start with it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,1 +1,1 @@
-"""Language models beside two libraries for them: one training, the same data, order and weights for all three."""
+"""Language models beside two libraries for them: the same training, data, order and weights."""

@@ -1,4 +1,4 @@
-"""dattri-llm's AdamW influence through its public interface: captured beside the same loop, then scored."""
+"""dattri-llm's AdamW influence by its public interface: captured beside the loop, then scored."""
 
 import time
 from contextlib import AbstractContextManager
@@ -30,7 +30,7 @@ from bench.language.case import Case, adamw, train
 @final
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Seconds of the captured training and of scoring, and the scores `[query, document]`, summed over the steps."""
+    """Seconds of training and of scoring, and the scores `[query, document]`, summed over steps."""
 
     forward: float
     scoring: float
@@ -82,7 +82,7 @@ def named(data: TensorDataset) -> list[str]:
 
 
 def placed(model: nn.Module, batch: Any) -> Tensor:
-    """The outputs, with a row of positions for every document: its hooks want a gradient for each."""
+    """The outputs, with positions for each document, since the hooks want a gradient for each."""
     ids = batch[0]
     found: Tensor = model(
         input_ids=ids, position_ids=torch.arange(ids.shape[1]).expand_as(ids)

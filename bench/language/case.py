@@ -1,4 +1,4 @@
-"""The training that all libraries attribute: a small GPT-2 of Hugging Face, AdamW, a linearly falling rate."""
+"""The training that all libraries attribute: a small GPT-2, AdamW, a linearly falling rate."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -50,14 +50,14 @@ SMALL = Size(words=32, context=16, documents=64, slots=8, width=16, eps=1e-4)
 @final
 @dataclass(frozen=True)
 class Case:
-    """One training: its size, whether the output layer is the embedding, transposed, and its precision."""
+    """One training: its size, its precision, and whether the output layer is the embedding."""
 
     size: Size
     tied: bool = field(default=False, kw_only=True)
     dtype: torch.dtype = field(default=torch.float32, kw_only=True)
 
     def model(self) -> GPT2LMHeadModel:
-        """The network at its start; without dropout, and with the attention that bergson insists on."""
+        """The network at its start; without dropout, and with the attention that bergson needs."""
         torch.manual_seed(0)
         shape: dict[str, Any] = {
             "n_positions": self.size.context,
@@ -117,7 +117,7 @@ def logits(model: nn.Module, batch: Any) -> Tensor:
 
 
 def documents(size: Size, count: int, *, seed: int) -> TensorDataset:
-    """Chains of words, each followed by one of four; and the same shifted by one, with -100 where nothing follows."""
+    """Chains of words, each followed by one of four; and the same shifted by one, then -100."""
     followers = torch.randint(
         size.words, (size.words, 4), generator=torch.Generator().manual_seed(0)
     )
@@ -130,7 +130,7 @@ def documents(size: Size, count: int, *, seed: int) -> TensorDataset:
 
 
 def adamw(case: Case, model: nn.Module) -> Rule:
-    """One group, decay for all, as bergson has it; its rate falls linearly from the first step on."""
+    """One group, decay for all, as bergson has it; the rate falls linearly from the first step."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=RATE, betas=BETAS, eps=case.size.eps, weight_decay=DECAY
     )

@@ -1,4 +1,4 @@
-"""Are the scores of a tied and of an untied network derivatives? Each library against nudges of its own training."""
+"""Whether scores are derivatives: each library against small changes of its own training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ Read = Callable[
 @final
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Differences from central differences: the largest as a share of the largest, and every document's own share."""
+    """Largest error relative to the largest derivative, and every document's own relative error."""
 
     overall: float
     shares: np.ndarray
@@ -85,7 +85,7 @@ def nudging(case: Case, queries: TensorDataset) -> Read:
 
 
 def slope(read: Read, document: int) -> float:
-    """Central differences, their Richardson values, and of these the one that agrees best with its neighbour."""
+    """A central difference, extrapolated where two neighbouring sizes agree best."""
     central = np.array(
         [(read(document, size) - read(document, -size)) / (2 * size) for size in SIZES]
     )

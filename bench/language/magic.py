@@ -28,7 +28,7 @@ PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}
 @final
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one command gave: seconds of its training, of each backward pass and of the whole, and its scores.
+    """What one command gave: seconds of training, of each backward pass, of the whole; and scores.
 
     The scores are d query / d weight, `[query, document]`: the negative of an influence.
     """
@@ -118,7 +118,7 @@ def quiet() -> Iterator[None]:
 
 
 def retrained(case: Case, folder: Path, queries: TensorDataset) -> Callable[[int, float], float]:
-    """Its own training again, with the weight of one document moved by so much: the mean loss of the queries."""
+    """Its own training with the weight of one document changed: the mean loss of the queries."""
     asked = config(case, folder, queries, aggregation="mean")
     ordered = rows(TensorDataset(case.data.tensors[0][case.order]))
     ids = queries.tensors[0]

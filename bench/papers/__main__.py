@@ -18,7 +18,10 @@ from bench.papers.rows import RESULTS, Row
 MODULES = (a1, a2, a4, a6, c1, c3, d1, stress)
 ROWS: tuple[Row, ...] = tuple(row for module in MODULES for row in module.ROWS)
 OWN_TABLES = ("A3", "B1", "B2", "B3", "C2", "C4_forgetting", "C4_coreset")
-HEAD = "| row | quantity | published | required | here: mean ± 95 %, median | seeds |\n|---|---|---|---|---|---|"
+HEAD = (
+    "| row | quantity | published | required | here: mean ± 95 %, median | seeds |\n"
+    "|---|---|---|---|---|---|"
+)
 
 
 def names() -> list[str]:

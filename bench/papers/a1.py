@@ -24,7 +24,7 @@ SAMPLES, SLOTS, EPOCHS, COMMON = 256, 64, 21, 0.05
 
 
 def people(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """Two parts of Adult, drawn by the seed and standardised; breast cancer where it is not at hand."""
+    """Two parts of Adult, drawn by the seed and standardised; without it, of breast cancer."""
     x, y = _adult() if data.folder("adult") else _breast_cancer()
     order = np.random.default_rng(seed).permutation(len(x))[: 2 * SAMPLES]
     first, second = np.array_split(order, 2)
@@ -38,7 +38,7 @@ def people(seed: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 def _adult() -> tuple[np.ndarray, np.ndarray]:
-    """Numbers as they are; of every question, a column for each answer that at least one in twenty gives."""
+    """Numbers as they are; for every question, a column per answer that one in twenty gives."""
     place = data.folder("adult")
     assert place is not None
     lines = (place / "adult-train.csv").read_text().split("\n")

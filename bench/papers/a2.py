@@ -1,4 +1,4 @@
-"""A2 and A5: a small network on ones and sevens, published and trained: exactness, removals, windows, and patterns.
+"""A2 and A5: a small network on ones and sevens: exactness, removals, windows, and patterns.
 
 The set-up is bench.papers.ones_and_sevens; the query is the mean validation loss, and every sample
 is left out. "step by step": every slot of one step is nudged along a random direction, for each
@@ -26,7 +26,7 @@ PATTERNS = ("stable", "early", "late", "fluctuating")
 def step_by_step(
     run: backtrail.Run, influence: backtrail.Influence, query: backtrail.Loss, *, seed: int
 ) -> float:
-    """Largest error of the derivative by one step's weights, as a share of the largest derivative."""
+    """Largest error of the derivative by one step's weights, relative to the largest derivative."""
     draw = np.random.default_rng(seed).standard_normal(influence.sample.shape)
     nudges = []
     for step in range(run.steps):

@@ -1,4 +1,4 @@
-"""Wrong labels among ones and sevens, as the tracker's paper finds them: python -m bench.papers.a3 [seed ...].
+"""Wrong labels among ones and sevens, by the tracker's paper: python -m bench.papers.a3 [seed ...].
 
 The set-up is bench.papers.ones_and_sevens with the published rate, and trained; 4 to 30 % of the
 training labels are turned round. "whole run" and "last epoch" rank by the exact influence on the

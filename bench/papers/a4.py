@@ -1,4 +1,4 @@
-"""A4: wrong labels found with a vision transformer, and how a sweep over the whole run compares with the last epoch.
+"""A4: wrong labels found with a vision transformer, by the whole run and by the last epoch alone.
 
 1,000 CIFAR-10 images at half size, 10 % of the labels replaced by another class, a transformer of 2
 layers (width 32), AdamW, 12 epochs; the query is the mean loss of 200 other images with right

@@ -1,4 +1,4 @@
-"""A6: what the tracker's paper leaves to be checked: halves of training, less storage, fluctuating samples, two phases.
+"""A6: more of the tracker's paper: halves of training, storage, fluctuating samples, two phases.
 
 "halves": ones and sevens at a rate that trains; each half's window against leave-one-out, and the
 whole effect as told by the visits of the last W steps alone. "flips": 10 % wrong labels, looked for
@@ -66,7 +66,7 @@ def flips(seed: int) -> Figures:
 
 
 def phases(seed: int) -> Figures:
-    """Whether the sweep knows which half of training a sample was in, and what the second did to the first."""
+    """Whether the sweep tells the halves of the training apart, and the second's effect."""
     run, test, first = _two_phases(seed)
     early, late = np.flatnonzero(first), np.flatnonzero(~first)
     old = backtrail.Loss(

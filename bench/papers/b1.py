@@ -1,4 +1,4 @@
-"""Data Value Embedding on MNIST, beside what leaving out a visit does: python -m bench.papers.b1 [slow] [fast].
+"""Data Value Embedding on MNIST, and leaving a visit out: python -m bench.papers.b1 [slow] [fast].
 
 784-128-64-10 with GELU, 5,000 images, plain SGD in batches of 64: "slow" with a rate of 1e-3 for 3
 epochs (published), "fast" with 0.05 for 10. Truth: the training run again in float64 without one
@@ -149,7 +149,7 @@ def ours(method: Any, trained: TrainedCase) -> np.ndarray:
 
 
 def dattri(trained: TrainedCase, factors: str, dimensions: int) -> np.ndarray:
-    """The same by dattri's embeddings, which it sums over the visits of an epoch: here there is one."""
+    """The same by dattri's embeddings, summed over the visits of an epoch: here there is one."""
     from bench.peers.dattri import embedded  # noqa: PLC0415
 
     attributor = embedded(trained, factors=factors, dimensions=dimensions)
@@ -203,7 +203,7 @@ def predictions(trained: TrainedCase, folder: Path) -> Iterator[tuple[str, np.nd
 
 
 def figures(predicted: np.ndarray, actual: np.ndarray) -> Iterator[str]:
-    """By kind of removal: of the mean loss with its interval over removals, and of the single losses."""
+    """By kind of removal: of the mean loss, with its interval over removals; of single losses."""
     for kind in range(len(COLUMNS)):
         mean: Interval = bootstrap(spearman, predicted[0, kind], actual[0, kind])
         single = spearman(predicted[1:, kind], actual[1:, kind]).mean()
@@ -220,7 +220,8 @@ def measure(chosen: Case) -> None:
     model, (inputs, labels) = trained.model(), trained.queries(TEST).tensors
     accuracy = float((model(inputs).argmax(1) == labels).float().mean())
     print(
-        f"\n{trained.split[2]}, {len(trained.train)} samples, {chosen.about}, test accuracy {accuracy:.2f}"
+        f"\n{trained.split[2]}, {len(trained.train)} samples, {chosen.about}, "
+        f"test accuracy {accuracy:.2f}"
     )
     print(
         f"{'Spearman: mean loss [95 %], single':32}" + "".join(f"{column:29}" for column in COLUMNS)

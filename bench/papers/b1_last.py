@@ -35,7 +35,7 @@ def drawn(run: backtrail.Run) -> list[Visit]:
 
 
 def truth(trained: TrainedCase, visits: list[Visit]) -> np.ndarray:
-    """What leaving out each does to the mean test loss and to some single ones, `[1 + loss, visit]`."""
+    """How leaving out each changes the mean test loss and some single ones, `[1 + loss, visit]`."""
     run, losses = trained.run, backtrail.Loss(trained.queries(TEST))
     change = perturb(
         run, losses, left_out(run, visits), observed_at=(run.steps,), batch=TOGETHER

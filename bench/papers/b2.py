@@ -1,4 +1,6 @@
-"""Three regimes of influence ÷ learning rate, on a small language model: python -m bench.papers.b2 [seed ...].
+"""Three regimes of influence ÷ learning rate, on a small language model.
+
+python -m bench.papers.b2 [seed ...]
 
 Published (GPT-2): 6.1e-4 in a very short start, 1.1e-6 in a long basin, 1.6e-5 at the end. Here:
 `backtrail.regimes` of the exact influence on the mean loss of 64 validation rows and on four of
@@ -48,7 +50,10 @@ def line(name: str, seed: int, found: Regimes) -> str:
 
 def main(seeds: list[int]) -> None:
     """Print the table, and draw the picture."""
-    columns = "three? | explained | boundaries | share of steps | levels | start, end ÷ basin | Pearson with DIT"
+    columns = (
+        "three? | explained | boundaries | share of steps | levels | start, end ÷ basin | "
+        "Pearson with DIT"
+    )
     print(f"| seed | influence | {columns} |")
     print("|---|---|---|---|---|---|---|---|---|")
     for seed in seeds:

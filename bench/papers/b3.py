@@ -69,12 +69,14 @@ def selected(seed: int) -> None:
 def main(seeds: list[int]) -> None:
     """Print both tables."""
     print(
-        "| seed | influence | passages | share of rank 1 | median rank | worst rank |\n|---|---|---|---|---|---|"
+        "| seed | influence | passages | share of rank 1 | median rank | worst rank |\n"
+        "|---|---|---|---|---|---|"
     )
     for seed in seeds:
         repeated(seed)
     print(
-        "\n| seed | of a batch | select | share of steps | slots left out | test loss | change | at random |"
+        "\n| seed | of a batch | select | share of steps | slots left out | test loss | change | "
+        "at random |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for seed in seeds:

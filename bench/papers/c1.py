@@ -1,4 +1,4 @@
-"""C1: Diff-In's two forms against leave-one-out on a narrow ResNet, beside how well retraining knows itself.
+"""C1: Diff-In's two forms against leave-one-out on a narrow ResNet, and how retraining varies.
 
 1,000 CIFAR-10 images at half size, a ResNet of width 16 with BatchNorm, SGD with rate 0.1 in
 batches of 64, 6 epochs; 30 samples left out; five states. Noise floor: the same 30 removals trained

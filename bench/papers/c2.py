@@ -162,7 +162,7 @@ def held_out(trained: Trained) -> np.ndarray:
 
 
 def el2n_early(trained: Trained) -> np.ndarray:
-    """EL2N over the first half of the checkpoints: nearer to its paper, which looks at early training."""
+    """EL2N over the first half of the checkpoints: nearer to its paper, on early training."""
     states = chosen_states(trained.run, 10)
     return scores.el2n(trained.run, states[: len(states) // 2])
 

@@ -1,4 +1,4 @@
-"""C3: what Diff-In owes to the number of states, to their places, and to the length of a difference.
+"""C3: Diff-In by number of states, by their places, and by the length of a difference.
 
 Digits, 64-64-10 with GELU, SGD; two speeds, so that a step is small (T lr curvature about 0.1) or
 is not. Correlation: signed Pearson with leave-one-out of 40 samples. Precision: of self-influence

@@ -101,7 +101,7 @@ JUDGES = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One training with one seed, which draws the rows, the wrong labels, the weights and the batches."""
+    """One training with one seed, which draws rows, wrong labels, weights and batches."""
 
     setting: Setting
     wrong: float
@@ -189,7 +189,7 @@ class Trial:
         return order[::-1][: round(fraction * len(order))]
 
     def most_helpful(self, fraction: float) -> list[int]:
-        """Those with the largest influence on the mean validation loss, of every class its share."""
+        """Those with the largest influence on the mean validation loss, balanced by class."""
         found = self.influence.total()[:, -1].mean(axis=0)
         labels = self.parts[0][1].numpy()
         ranks = np.zeros(len(found))
@@ -296,7 +296,8 @@ def table(setting: Setting, wrong: float, *, judge: str, seeds: list[int]) -> No
         fraction: [accuracies(trial, judge, fraction) for trial in trials] for fraction in fractions
     }
     print(
-        f"\n{setting.name}, {wrong:.0%} of the labels wrong, as many {judge}; on everything {full:.1f}\n"
+        f"\n{setting.name}, {wrong:.0%} of the labels wrong, as many {judge}; "
+        f"on everything {full:.1f}\n"
     )
     print("| kept | " + " | ".join(f"{fraction:.0%}" for fraction in fractions) + " |")
     print("|---|" + "---|" * len(fractions))

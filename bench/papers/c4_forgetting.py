@@ -1,4 +1,6 @@
-"""Deletion beside retraining: python -m bench.papers.c4_forgetting [digits-sgd] [digits-adamw] [letters] [seed ...].
+"""Deletion beside retraining.
+
+python -m bench.papers.c4_forgetting [digits-sgd] [digits-adamw] [letters] [seed ...]
 
 1, 5 and 20 % of the training set are to be forgotten. Truth: the recorded training again in
 float64, with weight 0 for them. Figures: distance from it in parameters, and divergence of
@@ -292,7 +294,8 @@ def table(name: str, seeds: list[int]) -> None:
         + "; ".join(f"{b:.2f} {e:.2f}" for b, e in sorted(zip(bends, errors, strict=True)))
     )
     print(
-        f"first order took {np.median(cost):.1f} times as long as retraining (processor time, median)",
+        f"first order took {np.median(cost):.1f} times as long as retraining "
+        "(processor time, median)",
         flush=True,
     )
 

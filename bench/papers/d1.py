@@ -1,4 +1,4 @@
-"""D1: one epoch of MNIST with AdamW, every visit left out: Spearman of the exact sweep, mean over 100 queries.
+"""D1: one epoch of MNIST with AdamW, every visit left out: Spearman of the sweep, 100 queries.
 
 The trainings, their 150 x 100 removals and the figures are those of bench.table's cases once-*,
 where every peer is beside them; what is not there yet is measured. One seed, as there.

@@ -1,10 +1,11 @@
-"""The set-up of the tracker's paper (arXiv 2502.10793): MNIST, ones against sevens, 256 to train on, 256 to ask about.
+"""The set-up of the tracker's paper (arXiv 2502.10793): ones against sevens of MNIST.
 
-d-8-1 with ReLU and one score a row (binary cross-entropy), plain SGD in batches of 64 for 21
-epochs, and a penalty of half of 1e-3 times the squared weights. The published rate of 5e-4 hardly
-trains; "trained" takes 0.05 instead. Data, flips, weights and order all follow from the seed;
-everything is in float64. MNIST from the folder BACKTRAIL_DATA, else the ones and sevens of
-scikit-learn's digits, 180 and 180. Recordings are kept in runs/papers/ones-and-sevens.
+256 images to train on and 256 to validate. d-8-1 with ReLU and one score a row (binary
+cross-entropy), plain SGD in batches of 64 for 21 epochs, and a penalty of half of 1e-3 times the
+squared weights. The published rate of 5e-4 hardly trains; "trained" takes 0.05 instead. Data,
+flips, weights and order all follow from the seed; everything is in float64. MNIST from the folder
+BACKTRAIL_DATA, else the ones and sevens of scikit-learn's digits, 180 and 180. Recordings are kept
+in runs/papers/ones-and-sevens.
 """
 
 from pathlib import Path
@@ -73,7 +74,7 @@ def task_on(rows: TensorDataset, seed: int) -> backtrail.Task:
 def recorded(
     seed: int, *, trained: bool, flipped: float = 0.0
 ) -> tuple[backtrail.Run, TensorDataset, Bool[np.ndarray, " sample"]]:
-    """The recorded training, the validation rows (whose labels are right), and which training labels are wrong."""
+    """The recorded training, validation rows (with right labels), and which labels are wrong."""
     rows, validation = digits(seed)
     labels, mask = flip(rows.tensors[1], flipped, seed)
     task = task_on(TensorDataset(rows.tensors[0], labels), seed)

@@ -1,4 +1,4 @@
-"""A row of the papers' tables: what is measured of one seed, kept in a file, and told as a mean with its interval."""
+"""A row of the papers' tables: figures of each seed, kept in files, and their mean and interval."""
 
 import datetime
 import json

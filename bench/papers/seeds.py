@@ -1,4 +1,4 @@
-"""What every row of the papers' tables does with its seeds: keep what was found, and tell a mean with its interval."""
+"""What every row of the papers' tables does with its seeds: store each result, print the mean."""
 
 import json
 from collections.abc import Callable, Sequence

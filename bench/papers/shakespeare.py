@@ -1,4 +1,4 @@
-"""The small language model that B2 and B3 ask about: 34 k parameters, three passes over 4,096 rows of Shakespeare.
+"""The small language model of B2 and B3: 34 k parameters, three passes over 4,096 rows.
 
 AdamW (0.9, 0.95) with weight decay 0.1, batches of 32 rows of 32 letters; the rate rises over the
 first 5 % of steps, and falls as a cosine to a tenth. Shakespeare from the folder BACKTRAIL_DATA,
@@ -81,7 +81,7 @@ EMBEDDINGS = {
 def influence(
     run: backtrail.Run, name: str, queries: Query, *, method: str = "dit"
 ) -> backtrail.Influence:
-    """The influence on some queries, kept under a name; computed first where it is not there yet."""
+    """The influence on some queries, stored under a name; computed where it is not there yet."""
     out = run.path / f"{method}-{name}"
     if method == "dve-adam-body":
         return without(run, queries, "head")
@@ -96,7 +96,7 @@ def influence(
 
 
 def without(run: backtrail.Run, queries: Query, layer: str) -> backtrail.Influence:
-    """The influence by the embeddings that follow Adam, without the part that goes through one layer."""
+    """The influence by embeddings that follow Adam, without the part through one layer."""
     vectors = EMBEDDINGS["dve-adam"].embed(run, out=run.path / "dve-adam")
     found, part = vectors.attribute(queries), slice(*vectors.about.blocks[layer])
     asked = vectors._slopes(queries, run.steps)[:, part].double().numpy()

@@ -1,4 +1,4 @@
-"""Stress: how every method bears large learning rates, and how many states those need that look at a few.
+"""Stress: every method at large learning rates, and how many states some of them need.
 
 Digits, 64-64-10 with GELU, 500 samples, SGD in batches of 50 for 10 epochs, and ones and sevens at
 a rate that trains (bench.papers.ones_and_sevens). Pearson with leave-one-out of 40 samples, mean

@@ -1,4 +1,4 @@
-"""The methods of the table: `backtrail` and what users would pick instead, each behind one signature.
+"""The methods of the table: `backtrail` and its alternatives, each behind one signature.
 
     score(trained: TrainedCase, queries: TensorDataset) -> [query, sample]
 
@@ -22,7 +22,7 @@ Score = Callable[..., np.ndarray]
 
 
 def dimensions(trained: TrainedCase) -> int:
-    """Of TRAK's projection: dattri's default, or fewer where as many as rows could not be inverted."""
+    """Of TRAK's projection: dattri's default, or fewer where so many cannot be inverted."""
     return min(512, len(trained.train) // 2)
 
 

@@ -69,7 +69,7 @@ def tracin(trained: TrainedCase, queries: TensorDataset) -> np.ndarray:
 
 
 def hessian_rows(trained: TrainedCase) -> "Dataset[Any]":
-    """All rows, or a few where 200 products with the Hessian of all of them would take longer than everything else."""
+    """All rows; a few where 200 Hessian products with all would take longer than all the rest."""
     return (
         trained.train
         if trained.case.kind == "mlp"

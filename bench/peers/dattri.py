@@ -1,4 +1,4 @@
-"""dattri's attributors. Losses are written as its documentation asks: functions of flat parameters and one row."""
+"""dattri's attributors. Losses are functions of flat parameters and one row, as it documents."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

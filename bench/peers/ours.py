@@ -18,7 +18,7 @@ def exact(
     curvature: Curvature = "Hessian",
     slope: Literal["Tangent", "Secant"] = "Tangent",
 ) -> np.ndarray:
-    """One sweep over the recording for all queries; "auto" re-runs the training and sweeps a few times before."""
+    """One sweep over the recording for all queries; "auto" first re-runs and sweeps a few times."""
     policy = curvature if curvature == "auto" else getattr(backtrail, curvature)()
     dit = backtrail.DIT(curvature=policy, slope=getattr(backtrail, slope)())
     return dit.attribute(trained.run, backtrail.Loss(queries)).total()[:, 0]

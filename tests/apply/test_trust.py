@@ -18,6 +18,8 @@ from bench.models import digits, mlp
 from tests.recorded_runs import recorded_run
 from tests.standard_queries import standard_queries
 
+MANY = tuple(range(32))  # samples left out, where a test sets the figures of a check itself
+
 
 def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
     """Exact influence passes all three checks, and the text says so."""
@@ -73,7 +75,7 @@ def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
     """The advice differs where most influence comes from step 0."""
     run = recorded_run("momentum", tmp_path)
     trust = backtrail.trust(run, backtrail.DIT().attribute(run, standard_queries()), removals=8)
-    failed = replace(trust.removal, pearson=Interval(0.2, 0.0, 0.5))
+    failed = replace(trust.removal, samples=MANY, pearson=Interval(0.2, 0.0, 0.5))
     assert "step 0" in replace(trust, removal=failed, early=0.8).advice
     assert "not smooth" in replace(trust, removal=failed, early=0.1).advice
 
@@ -90,11 +92,38 @@ def test_what_an_additive_score_can_reach_is_measured(tmp_path: Path) -> None:
     odd = (removal.actual - np.stack(alone, axis=1)) / 2
     expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(odd, removal.actual, strict=True)])
     assert removal.reachable == pytest.approx(expected)
-    assert f"best Pearson any additive score can reach: {expected:.2f}" in str(removal)
-    poor = replace(removal, pearson=Interval(0.5, 0.3, 0.7), reachable=0.9)
+    poor = replace(removal, samples=MANY, pearson=Interval(0.5, 0.3, 0.7), reachable=0.9)
+    assert str(poor).endswith("; best Pearson any additive score can reach: 0.90")
     assert 'DIT(curvature="auto")' in replace(trust, removal=poor, early=0.0).advice
     spent = replace(poor, reachable=0.53)
     assert "No additive score does much better" in replace(trust, removal=spent, early=0.0).advice
+
+
+def test_too_few_removals_decide_nothing(tmp_path: Path) -> None:
+    """With a few removals the report says that they are too few, and gives no ceiling."""
+    run = recorded_run("momentum", tmp_path)
+    influence = backtrail.DIT().attribute(run, standard_queries())
+    for count in (1, 2, 4):
+        trust = backtrail.trust(run, influence, removals=count)
+        assert "too few for a reliable correlation" in str(trust.removal)
+        assert "additive score" not in str(trust)
+        assert f"Too few samples were left out ({count})" in str(trust)
+        # Neither a good correlation nor a poor one is a result.
+        for pearson in (Interval(1.0, 1.0, 1.0), Interval(0.1, -1.0, 1.0)):
+            removal = replace(trust.removal, pearson=pearson, reachable=0.1)
+            assert not removal.exhausted
+            assert replace(trust, removal=removal).advice == trust.advice
+
+
+def test_a_ceiling_below_the_measured_correlation_is_called_noisy(tmp_path: Path) -> None:
+    """A ceiling that the influence exceeds is printed as an uncertain one; an equal one is not."""
+    run = recorded_run("momentum", tmp_path)
+    trust = backtrail.trust(run, backtrail.DIT().attribute(run, standard_queries()), removals=2)
+    measured = Interval(0.874, 0.8, 0.9)
+    removal = replace(trust.removal, samples=MANY, pearson=measured, reachable=0.81)
+    assert str(removal).endswith("0.81 (lower than the measured one: both are noisy estimates)")
+    assert str(replace(removal, reachable=0.871)).endswith("can reach: 0.87")
+    assert "additive score" not in str(replace(removal, reachable=float("nan")))
 
 
 def test_a_broken_recording_is_said_first(tmp_path: Path) -> None:
@@ -124,13 +153,14 @@ def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) 
         trust = backtrail.trust(run, made.attribute(run, standard_queries()), removals=8)
         assert trust.derivative is None
         assert "derivative" not in str(trust)
-        sure = replace(trust.removal, pearson=Interval(0.95, 0.9, 0.99), slope=1.0)
+        many = replace(trust.removal, samples=MANY)
+        sure = replace(many, pearson=Interval(0.95, 0.9, 0.99), slope=1.0)
         name = type(made).__name__
         assert replace(trust, removal=sure).advice == f"{name} predicts removals on this run."
         assert (
             "7 times the predicted ones" in replace(trust, removal=replace(sure, slope=7.0)).advice
         )
-        poor = replace(trust.removal, pearson=Interval(0.2, 0.0, 0.5))
+        poor = replace(many, pearson=Interval(0.2, 0.0, 0.5))
         advice = replace(trust, removal=poor, early=0.9).advice
         assert advice.startswith(f"{name} is a poor predictor")
         assert "backtrail.DIT()" in advice

@@ -10,6 +10,7 @@ from typing import Literal, final, get_args
 
 import numpy as np
 import polars as pl
+import torch
 from jaxtyping import Float64
 
 from backtrail.apply.cross_validation import FOLDS, cross
@@ -106,15 +107,21 @@ def find_mislabeled(
     """
     _check(method, validation=validation, window=window, out=out)
     run.check_kept_steps()
-    asked = _Asked(run, tuple(chosen_states(run, checkpoints)), validation, window)
+    states = tuple(chosen_states(run, checkpoints))
+    asked = _Asked(run, states, validation, window)
     if method == "held-out":
-        crossed = cross(run, asked.states, folds=min(FOLDS, run.samples))
-        scores, chances = (crossed.out + crossed.inside) / 2, crossed.chances
+        crossed = cross(run, states, folds=min(FOLDS, run.samples))
+        scores = (crossed.out + crossed.inside) / 2
+        chances = crossed.chances
     else:
-        scores = asked.harm_of(method) if isinstance(method, Influence) else RANKINGS[method](asked)
-        chances = _chances(run, asked.states)
-    if unknown := run.ids[~np.isfinite(scores)].tolist():
-        raise NotFinite(unknown, scored=True)
+        if isinstance(method, Influence):
+            scores = asked.harm_of(method)
+        else:
+            scores = RANKINGS[method](asked)
+        chances = _chances(run, states)
+    not_finite = run.ids[~np.isfinite(scores)].tolist()
+    if not_finite:
+        raise NotFinite(not_finite, scored=True)
     table = _listed(run, scores, chances)
     if out is not None:
         with replacing(Path(out)) as scratch:
@@ -130,22 +137,32 @@ def gradient_sizes(run: Run, states: Sequence[int]) -> Float64[np.ndarray, " sam
 
     with every parameter group's own rate, as the step from that state used it.
     """
-    found: np.ndarray = np.sum([_sizes_at(run, state) for state in states], axis=0)
-    return found
+    total: np.ndarray = np.sum([_sizes_at(run, state) for state in states], axis=0)
+    return total
 
 
 def _sizes_at(run: Run, state: int) -> Float64[np.ndarray, " sample"]:
-    point, found = point_at(run, state), np.zeros(run.samples)
-    rows, like = RowGradients(run.task, point), next(iter(point.params.values()))
-    size = sum(tensor.nbytes for tensor in point.trained.values())
+    """The terms of the sum over states."""
+    point = point_at(run, state)
+    row_gradients = RowGradients(run.task, point)
+    like = next(iter(point.params.values()))
+    # Every row of a piece has a whole gradient in memory.
+    gradient_bytes = sum(tensor.nbytes for tensor in point.trained.values())
+    rows_at_once = max(1, min(ROWS, CACHE // gradient_bytes))
+    sizes = np.zeros(run.samples)
     with in_eval_mode(run.task):
-        for places, slots, read in pieces(run, rows=max(1, min(ROWS, CACHE // size))):
-            gradients = rows.each(cast(read, like.dtype, like.device), point.trained)
-            squares = {
-                name: tensor.flatten(1).square().sum(1) for name, tensor in gradients.items()
-            }
-            found[places] = sum(point.scaled(squares).values())[slots].double().cpu().numpy()  # type: ignore[index]
-    return found
+        for places, slots, read in pieces(run, rows=rows_at_once):
+            batch = cast(read, like.dtype, like.device)
+            gradients = row_gradients.each(batch, point.trained)
+            squares = {}
+            for name, gradient in gradients.items():
+                squares[name] = gradient.flatten(1).square().sum(1)
+            # Every parameter has the learning rate of its group.
+            total = torch.zeros_like(next(iter(squares.values())))
+            for scaled in point.scaled(squares).values():
+                total = total + scaled
+            sizes[places] = total[slots].double().cpu().numpy()
+    return sizes
 
 
 @final
@@ -164,26 +181,31 @@ class _Asked:
         Raises:
             BadSetting: there are no rows to ask about.
         """
-        if self.validation is None and self.run.has_ids:
-            raise BadSetting(
-                "validation",
-                None,
-                "rows with correct labels, since the rows of this run cannot be read by number",
-            )
-        rows = self.run.task.data if self.validation is None else self.validation
+        rows = self.validation
+        if rows is None:
+            if self.run.has_ids:
+                raise BadSetting(
+                    "validation",
+                    None,
+                    "rows with correct labels, since the rows of this run cannot be read by number",
+                )
+            rows = self.run.task.data
         states: ObservedAt = "end" if self.window is None else self.window
-        return self.harm_of(
-            method.attribute(self.run, Loss(rows, aggregate="mean"), observed_at=states)
-        )
+        mean_loss = Loss(rows, aggregate="mean")
+        influence = method.attribute(self.run, mean_loss, observed_at=states)
+        return self.harm_of(influence)
 
     def harm_of(self, influence: Influence) -> Suspicion:
         """Negative influence, averaged over queries: at the end of training, or on a window."""
         influence.check_run(self.run)
-        last = influence.observed_at[-1]
-        found: np.ndarray = 0.0 - influence.window(*(self.window or (0, last))).mean(
-            axis=0
-        )  # 0 - 0 has no sign
-        return found
+        if self.window is None:
+            start, stop = 0, influence.observed_at[-1]
+        else:
+            start, stop = self.window
+        mean = influence.window(start, stop).mean(axis=0)
+        # Not -mean: a sample without influence has the score 0, not -0.
+        harm: np.ndarray = 0.0 - mean
+        return harm
 
 
 RANKINGS: dict[str, Callable[[_Asked], Suspicion]] = {
@@ -214,10 +236,12 @@ def _check(
         UnusedOption: names the option, and those that the method takes.
     """
     is_influence = isinstance(method, Influence)
-    if not is_influence and method not in get_args(Method):
-        names = ", ".join(map(repr, get_args(Method)))
+    known = get_args(Method)
+    if not is_influence and method not in known:
+        names = ", ".join(repr(name) for name in known)
         raise BadSetting("method", method, f"{names}, or an Influence")
-    call = f"find_mislabeled(method={'Influence' if is_influence else repr(method)})"
+    shown = "Influence" if is_influence else repr(method)
+    call = f"find_mislabeled(method={shown})"
     takes = ["checkpoints", "out"]
     if is_influence or method in {"dit", "dve"}:
         takes.append("window")
@@ -235,9 +259,14 @@ def _check(
 
 def _chances(run: Run, states: Sequence[int]) -> Float64[np.ndarray, "sample label"] | None:
     """Probabilities of the classes, averaged over states; None where there are no classes."""
-    if not class_count(run):
+    classes = class_count(run)
+    if not classes:
         return None
-    return sum(probabilities(outputs(run, state)) / len(states) for state in states)  # type: ignore[return-value]
+    # Summed one by one: the probabilities of all states together may not fit in memory.
+    mean = np.zeros((run.samples, classes))
+    for state in states:
+        mean += probabilities(outputs(run, state)) / len(states)
+    return mean
 
 
 def _listed(
@@ -250,9 +279,11 @@ def _listed(
     if chances is None:
         none = pl.lit(None, pl.Int64)
         return table.with_columns(none.alias("label"), none.alias("suggested"))
-    given, others = labels(run), chances.copy()
+    given = labels(run)
+    others = chances.copy()
     np.put_along_axis(others, given[:, None], -np.inf, 1)
+    suggested = others.argmax(axis=1)
     return table.with_columns(
         pl.Series("label", given[order]),
-        pl.Series("suggested", others.argmax(axis=1)[order], pl.Int64),
+        pl.Series("suggested", suggested[order], pl.Int64),
     )

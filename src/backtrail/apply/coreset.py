@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import polars as pl
 from jaxtyping import Float, Float64, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from backtrail.apply import signals as scores
 from backtrail.apply.coreset_report import Samples, numbers
@@ -29,16 +29,16 @@ from backtrail.queries import Loss, Query
 from backtrail.run.run import Run
 
 Method = Literal["dve", "dit", "diff-in", "tracin", "herding", "el2n", "loss", "random"]
-ASKED = 256  # training losses that influence is on, where no queries are given
-EARLY = 3  # epochs whose ends EL2N looks at
+ASKED = 256  # rows of the training set whose losses stand in for queries that are not given
+EARLY = 3  # EL2N is read at the ends of so many epochs
 METHODS: dict[str, Callable[[], Any]] = {
     "dit": DIT,
     "diff-in": lambda: DiffIn(form="corrected"),
     "tracin": lambda: TracIn(states="kept"),
 }
-Places = Int64[np.ndarray, " _"]
-Choose = Callable[[Places, int], Places]  # so many of a group
-Chooser = tuple[Float[np.ndarray, " sample"] | None, Choose]
+Places = Int64[np.ndarray, " _"]  # of samples in `run.ids`
+Choose = Callable[[Places, int], Places]  # chooses so many samples of a group, the best first
+Chooser = tuple[Float[np.ndarray, " sample"] | None, Choose]  # the scores in the table, if any
 
 
 @exclusive
@@ -104,37 +104,47 @@ def select_coreset(
     seen = _seen(run)
     pool = seen
     if among is not None:
-        allowed = places(run.ids, numbers(among, name="among").tolist())
+        ids = numbers(among, name="among")
+        allowed = places(run.ids, ids.tolist())
         pool = np.intersect1d(seen, allowed)
+    # The fraction is of all samples seen, also where only some of them may be selected.
+    count = max(1, round(fraction * len(seen)))
+    count = min(count, len(pool))
+
     groups = [pool]
     if labels is not None and balanced is not False:
         groups = [pool[labels[pool] == label] for label in np.unique(labels[pool])]
     score, choose = _chooser(run, method, queries, seed=seed)
-    chosen = _in_turns(groups, min(max(1, round(fraction * len(seen))), len(pool)), choose)
-    table = {
+    chosen = _in_turns(groups, count, choose)
+
+    known = [None] * len(chosen) if score is None else score[chosen]
+    columns = {
         "sample": run.ids[chosen],
-        "score": pl.Series(
-            [None] * len(chosen) if score is None else score[chosen], dtype=pl.Float64
-        ),
+        "score": pl.Series(known, dtype=pl.Float64),
         "rank": np.arange(1, len(chosen) + 1),
     }
-    return pl.DataFrame(table | ({} if labels is None else {"label": labels[chosen]}))
+    if labels is not None:
+        columns["label"] = labels[chosen]
+    return pl.DataFrame(columns)
 
 
 def _check_options(
     method: str | Influence | Embeddings, queries: Query | None, *, seed: int
 ) -> None:
-    """Refuse a method that there is not, and options that the method does not use.
+    """Refuse an unknown method, and options that the method does not use.
 
     Raises:
         BadSetting: there is no such method.
         UnusedOption: names the option, and those that the method takes.
     """
-    if isinstance(method, str) and method not in get_args(Method):
-        names = ", ".join(map(repr, get_args(Method)))
+    known = get_args(Method)
+    if isinstance(method, str) and method not in known:
+        names = ", ".join(repr(name) for name in known)
         raise BadSetting("method", method, f"{names}, an Influence or Embeddings")
-    is_ready = isinstance(method, (Influence, Embeddings))
-    shown = f"method={type(method).__name__}" if is_ready else f"method={method!r}"
+    if isinstance(method, (Influence, Embeddings)):
+        shown = f"method={type(method).__name__}"
+    else:
+        shown = f"method={method!r}"
     takes = ["among", "balanced"]
     if method == "random":
         takes.append("seed")
@@ -159,8 +169,14 @@ def _seen(run: Run) -> Places:
 
 
 def _labels(run: Run, *, needed: bool) -> Int64[np.ndarray, " sample"] | None:
+    """The class of every sample; None where there are no classes and none are needed.
+
+    Raises:
+        NoClasses: they are needed.
+    """
     try:
-        scores.outputs(run, run.kept[-1])  # numbers that happen to be whole are no classes
+        # Labels that happen to be whole numbers are classes only if the outputs are class scores.
+        scores.outputs(run, run.kept[-1])
         return scores.labels(run)
     except NoClasses:
         if needed:
@@ -170,17 +186,23 @@ def _labels(run: Run, *, needed: bool) -> Int64[np.ndarray, " sample"] | None:
 
 def _in_turns(groups: Sequence[Places], count: int, choose: Choose) -> Places:
     """Interleave the choices of the groups in proportion, so that every prefix is balanced."""
-    shares = quotas(np.array([len(group) for group in groups]), count)
-    turns = [(np.arange(share) + 0.5) / share for share in shares]
-    chosen = [choose(group, int(share)) for group, share in zip(groups, shares, strict=True)]
-    found: Places = np.concatenate(chosen)[np.argsort(np.concatenate(turns), kind="stable")]
-    return found
+    sizes = np.array([len(group) for group in groups])
+    shares = quotas(sizes, count)
+    chosen = []
+    turns = []
+    for group, share in zip(groups, shares, strict=True):
+        chosen.append(choose(group, int(share)))
+        # The choices of every group are spread evenly over the interval from 0 to 1.
+        turns.append((np.arange(share) + 0.5) / share)
+    order = np.argsort(np.concatenate(turns), kind="stable")
+    interleaved: Places = np.concatenate(chosen)[order]
+    return interleaved
 
 
 def _chooser(
     run: Run, method: str | Influence | Embeddings, queries: Query | None, *, seed: int
 ) -> Chooser:
-    """What is told of every sample, and how some of a group are chosen."""
+    """The score of every sample, and how some samples of a group are chosen."""
     if isinstance(method, Influence):
         method.check_run(run)
         return _by_influence(method.total()[:, -1])
@@ -190,7 +212,8 @@ def _chooser(
         return _by_embeddings(run, DataValueEmbedding().embed(run), queries)
     if method in BASELINES:
         return BASELINES[method](run, seed)
-    return _by_influence(_attributed(run, method, queries, seed=seed))
+    influence = _attributed(run, method, queries, seed=seed)
+    return _by_influence(influence)
 
 
 def _by_embeddings(run: Run, embeddings: Embeddings, queries: Query | None) -> Chooser:
@@ -203,20 +226,34 @@ def _by_embeddings(run: Run, embeddings: Embeddings, queries: Query | None) -> C
         raise EmbeddedElsewhere(embeddings.path, embeddings.about.run, run.id)
     if queries is None:
         return None, _herding(embeddings.summed())
-    return _by_influence(embeddings.attribute(queries).total()[:, -1])
+    influence = embeddings.attribute(queries)
+    return _by_influence(influence.total()[:, -1])
 
 
-def _by_influence(found: Float[np.ndarray, "query sample"]) -> Chooser:
-    return found.mean(axis=0), _herding(found.T)
+def _by_influence(influence: Float[np.ndarray, "query sample"]) -> Chooser:
+    """Every sample's vector is its influence on all queries, and its score their mean."""
+    return influence.mean(axis=0), _herding(influence.T)
 
 
 def _by(keys: Float[np.ndarray, " sample"]) -> Choose:
-    """The lowest keys first."""
-    return lambda group, count: group[np.argsort(keys[group], kind="stable")[:count]]
+    """Choose the samples with the lowest keys."""
+
+    def choose(group: Places, count: int) -> Places:
+        order = np.argsort(keys[group], kind="stable")
+        lowest: Places = group[order[:count]]
+        return lowest
+
+    return choose
 
 
 def _herding(vectors: Float[np.ndarray, "sample entry"]) -> Choose:
-    return lambda group, count: group[herded(vectors[group], count)]
+    """Choose samples whose vectors together follow the sum over their group."""
+
+    def choose(group: Places, count: int) -> Places:
+        found: Places = group[herded(vectors[group], count)]
+        return found
+
+    return choose
 
 
 def _attributed(
@@ -228,49 +265,69 @@ def _attributed(
         RowsNotReadable: there are no queries, and the training rows cannot be read.
     """
     if queries is None and run.has_ids:
-        others = ", ".join(map(repr, ("dve", *BASELINES)))
+        others = ", ".join(repr(name) for name in ("dve", *BASELINES))
         raise RowsNotReadable(
             f"{method!r} without queries", f"Give queries=, or a method that needs none ({others})"
         )
-    rows = np.sort(
-        np.random.default_rng(seed).choice(run.samples, min(ASKED, run.samples), replace=False)
-    )
-    asked = Loss(run.task.data, samples=rows.tolist()) if queries is None else queries
-    found: np.ndarray = METHODS[method]().attribute(run, asked).total()[:, -1]
-    if queries is None:
-        found[np.arange(len(rows)), rows] = 0.0
+    attribution = METHODS[method]()
+    if queries is not None:
+        given: np.ndarray = attribution.attribute(run, queries).total()[:, -1]
+        return given
+    generator = np.random.default_rng(seed)
+    count = min(ASKED, run.samples)
+    rows = np.sort(generator.choice(run.samples, count, replace=False))
+    losses = Loss(run.task.data, samples=rows.tolist())
+    found: np.ndarray = attribution.attribute(run, losses).total()[:, -1]
+    # A row helps its own loss most, which says nothing of its use for the others.
+    found[np.arange(len(rows)), rows] = 0.0
     return found
 
 
 def last_inputs(run: Run, state: int) -> Float64[np.ndarray, "sample entry"]:
     """Features of every training sample: the flattened input of the last layer at a state."""
-    last = [
-        module for module in run.task.binding.model.modules() if [*module.parameters(recurse=False)]
-    ][-1]
-    given: list[Tensor] = []
-    handle = last.register_forward_pre_hook(lambda _module, inputs: given.append(inputs[0]))
+    modules = list(run.task.binding.model.modules())
+    # The last module with parameters of its own, in the order in which the model defines them.
+    last = next(m for m in reversed(modules) if list(m.parameters(recurse=False)))
+    seen: list[Tensor] = []
+
+    def keep_input(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0])
+
+    handle = last.register_forward_pre_hook(keep_input)
     try:
-        found = scores.read_rows(run, state, lambda _outputs, _batch: given[-1].flatten(1))
+        features = scores.read_rows(run, state, lambda _outputs, _batch: seen.pop().flatten(1))
     finally:
         handle.remove()
-    return found
+    return features
 
 
-def _by_loss(run: Run, seed: int) -> Chooser:
+def _by_chance(run: Run, seed: int) -> Chooser:
+    keys = np.random.default_rng(seed).random(run.samples)
+    return None, _by(keys)
+
+
+def _by_last_inputs(run: Run, seed: int) -> Chooser:
     del seed
-    score = scores.losses(run, run.steps)
-    return score, _by(score)
+    return None, _herding(last_inputs(run, run.steps))
 
 
 def _by_el2n(run: Run, seed: int) -> Chooser:
+    """The samples with the largest EL2N first."""
     del seed
     score = scores.el2n(run, run.epochs[:EARLY])
     return score, _by(-score)
 
 
+def _by_loss(run: Run, seed: int) -> Chooser:
+    """The samples with the smallest loss first."""
+    del seed
+    score = scores.losses(run, run.steps)
+    return score, _by(score)
+
+
 BASELINES: dict[str, Callable[[Run, int], Chooser]] = {
-    "random": lambda run, seed: (None, _by(np.random.default_rng(seed).random(run.samples))),
-    "herding": lambda run, _seed: (None, _herding(last_inputs(run, run.steps))),
+    "random": _by_chance,
+    "herding": _by_last_inputs,
     "el2n": _by_el2n,
     "loss": _by_loss,
 }
@@ -282,13 +339,17 @@ def herded(vectors: Float[np.ndarray, "sample entry"], count: int) -> Int64[np.n
     >>> herded(np.array([[0.0], [1.0], [2.0], [9.0]]), 2).tolist()
     [2, 1]
     """
-    sizes, mean = np.square(vectors).sum(axis=1), vectors.mean(axis=0)
-    missing = np.zeros_like(mean)  # what the chosen lack to the mean of all
-    free, chosen = np.ones(len(vectors), dtype=bool), np.zeros(count, dtype=np.int64)
+    squares = np.square(vectors).sum(axis=1)
+    mean = vectors.mean(axis=0)
+    missing = np.zeros_like(mean)  # (i + 1) times the mean, less the sum of those chosen so far
+    free = np.ones(len(vectors), dtype=bool)
+    chosen = np.zeros(count, dtype=np.int64)
     for place in range(count):
         missing += mean
-        gap = np.where(free, sizes - 2 * (vectors @ missing), np.inf)
-        chosen[place] = best = int(np.argmin(gap))
+        # |missing - a|^2 without |missing|^2, which is the same for all.
+        distances = squares - 2 * (vectors @ missing)
+        best = int(np.argmin(np.where(free, distances, np.inf)))
+        chosen[place] = best
         free[best] = False
         missing -= vectors[best]
     return chosen
@@ -301,7 +362,8 @@ def quotas(sizes: Int64[np.ndarray, " group"], count: int) -> Int64[np.ndarray, 
     [3, 2, 0]
     """
     shares = sizes * count / sizes.sum()
-    found: np.ndarray = np.floor(shares).astype(np.int64)
-    rest = np.argsort(found - shares, kind="stable")[: count - int(found.sum())]
-    found[rest] += 1
-    return found
+    whole: np.ndarray = np.floor(shares).astype(np.int64)
+    rest = count - int(whole.sum())
+    by_remainder = np.argsort(whole - shares, kind="stable")  # the largest remainder first
+    whole[by_remainder[:rest]] += 1
+    return whole

@@ -1,4 +1,4 @@
-"""Trained again on parts of the training set: which part is as good as all of it."""
+"""Compare parts of the training set, by training again on each of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -78,33 +78,48 @@ def compare_coresets(
         )
     if draws < 0:
         raise BadSetting("draws", draws, "a non-negative integer")
-    table, draw = sample_table(run), np.random.default_rng(seed)
-    parts = {name: _ids(run, name, samples) for name, samples in coresets.items()}
-    sizes = sorted({len(part) for part in parts.values()})
-    drawn = {
-        f"random {n}": [draw.choice(run.seen, n, replace=False) for _ in range(draws)]
-        for n in sizes
-        if draws
-    }
-    named = [(name, [part]) for name, part in parts.items()] + list(drawn.items())
-    judged = _with_accuracy(run, queries)
-    changes = [keep_only(np.isin(table, part), table >= 0) for _, group in named for part in group]
-    found = perturb(run, judged or queries, changes, observed_at=(run.steps,), dtype=dtype)
-    change, base = found.change[:, 0], found.base[:, 0]
-    kept, stops = (
-        [len(group[0]) for _, group in named],
-        np.cumsum([len(group) for _, group in named]),
-    )
-    means = [part.mean(axis=1) for part in np.split(change, stops[:-1], axis=1)]
-    after = base + np.array([np.zeros_like(base), *means])  # [row, query]
-    loss = after[:, 0] if judged else after.mean(axis=1)
-    told = {
+    # Every row of the table is the mean over one or several parts of one size.
+    named = [(name, [_ids(run, name, samples)]) for name, samples in coresets.items()]
+    sizes = sorted({len(parts[0]) for _, parts in named})
+    if draws:
+        generator = np.random.default_rng(seed)
+        for size in sizes:
+            drawn = [generator.choice(run.seen, size, replace=False) for _ in range(draws)]
+            named.append((f"random {size}", drawn))
+
+    slots = sample_table(run)  # the sample in every slot, [step, slot]; negative where padded
+    is_sample = slots >= 0
+    changes = []
+    for _, parts in named:
+        for part in parts:
+            changes.append(keep_only(np.isin(slots, part), is_sample))
+    with_accuracy = _with_accuracy(run, queries)
+    asked = with_accuracy or queries
+    found = perturb(run, asked, changes, observed_at=(run.steps,), dtype=dtype)
+    base = found.base[:, 0]  # [query]
+    change = found.change[:, 0]  # [query, part]
+
+    after = [base]
+    first = 0
+    for _, parts in named:
+        stop = first + len(parts)
+        after.append(base + change[:, first:stop].mean(axis=1))
+        first = stop
+    queries_after = np.stack(after)  # [row, query]
+
+    if with_accuracy:
+        loss = queries_after[:, 0]
+    else:
+        loss = queries_after.mean(axis=1)
+    columns = {
         "name": ["everything", *(name for name, _ in named)],
-        "kept": [len(run.seen), *kept],
+        "kept": [len(run.seen), *(len(parts[0]) for _, parts in named)],
         "loss": loss,
+        "change": loss - loss[0],
     }
-    accuracy = {"accuracy": after[:, 1]} if judged else {}
-    return pl.DataFrame(told | {"change": loss - loss[0]} | accuracy)
+    if with_accuracy:
+        columns["accuracy"] = queries_after[:, 1]
+    return pl.DataFrame(columns)
 
 
 def numbers(samples: Samples, *, name: str = "samples") -> Int[np.ndarray, " kept"]:
@@ -114,8 +129,8 @@ def numbers(samples: Samples, *, name: str = "samples") -> Int[np.ndarray, " kep
     [2, 5]
 
     Raises:
-        BadSetting: there are none, or a mask instead: of true and false, which would be the samples
-            0 and 1.
+        BadSetting: there are none; or a mask of true and false was given, which would be taken for
+            the samples 0 and 1.
     """
     column = samples["sample"] if isinstance(samples, pl.DataFrame) else samples
     found = np.unique(np.asarray(column))
@@ -127,14 +142,16 @@ def numbers(samples: Samples, *, name: str = "samples") -> Int[np.ndarray, " kep
 
 
 def _ids(run: Run, name: str, samples: Samples) -> Int[np.ndarray, " kept"]:
-    """Samples of a subset, each once; all must be samples that the training has seen.
+    """Samples of a part that the training has seen, each once.
 
     Raises:
         BadSetting: there are none.
+        UnknownSample: a sample that the training set does not have.
     """
     found = numbers(samples, name=f"coresets[{name!r}]")
-    places(run.ids, found.tolist())
-    if not len(seen := np.intersect1d(found, run.seen)):
+    places(run.ids, found.tolist())  # raises where the training set has no such sample
+    seen = np.intersect1d(found, run.seen)
+    if not len(seen):
         raise BadSetting(
             f"coresets[{name!r}]", found[:6].tolist(), "some samples that were in a recorded batch"
         )
@@ -180,10 +197,12 @@ def _with_accuracy(run: Run, queries: Query) -> _WithAccuracy | None:
 
 
 def _has_classes(run: Run, selection: RowSelection) -> bool:
+    """Whether the model gives class scores to the first selected row."""
     state = run.state(run.kept[-1])
     like = next(iter(state.params.values()))
     collate = selection.collate or run.task.collate
-    read = mapping_to_dict(collate([selection.data[selection.rows[0]]]))
+    row = selection.data[selection.rows[0]]
+    read = mapping_to_dict(collate([row]))
     batch = cast(read, like.dtype, like.device)
     with in_eval_mode(run.task):
         outputs, _ = run.task.outputs(state.params, state.buffers, batch)

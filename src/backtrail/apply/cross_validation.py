@@ -1,10 +1,11 @@
 r"""Scores of held-out samples: retrain several times, each time without a part of the data.
 
-A sample is left out of one re-run in every pass over the parts, and what the model makes of it is
-read there, unspoilt by its own label. Re-runs follow the recorded batches. Where the loss is a
-mean, the rows that stay share the weight of those that go.
+Every time the samples are cut into parts, each sample is left out of one re-run. The predictions of
+that model do not depend on the sample's own label. Re-runs follow the recorded batches. Where the
+loss is a mean, the rows that stay share the weight of those that are left out.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -26,24 +27,25 @@ from backtrail.task.task import Batch, Task, in_eval_mode
 from backtrail.tree import Tree, cast
 
 FOLDS, REPEATS = 5, 4
-ROOM = 2 * 2**30  # bytes of states that are trained at once
-# of a state that a step holds at its peak: the state, its gradient, the update, and the one after
+ROOM = 2 * 2**30  # bytes for the states that are trained at once
+# At its peak a step holds four tensors of the size of a state: the state before, the gradient, the
+# update, and the state after.
 COPIES = 4
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Crossed:
-    """How far the models are from every label, averaged over states and re-runs.
+    """Distance of the models from every label, averaged over states and re-runs.
 
-    Far is the distance of the probabilities from the label (EL2N); where the task has no classes,
+    It is the distance of the probabilities from the label (EL2N); where the task has no classes,
     the loss.
 
     Attributes:
         out: by the re-runs that left the sample out.
         inside: by those that did not.
-        chances: probabilities of the classes where it was left out; None where the task has no
-            classes.
+        chances: class probabilities by the re-runs that left the sample out; None where the task
+            has no classes.
     """
 
     out: Float64[np.ndarray, " sample"]
@@ -64,7 +66,7 @@ def cross(
 
     Args:
         run: the recorded training.
-        states: numbers of the states t at which the models are asked.
+        states: numbers of the states t at which the models are evaluated.
         folds: how many parts the samples are cut into.
         repeats: how often they are cut anew.
         seed: of the cuts.
@@ -76,20 +78,26 @@ def cross(
         raise BadSetting("folds", folds, f"2 <= folds <= {run.samples} (number of samples)")
     if repeats < 1:
         raise BadSetting("repeats", repeats, "a positive integer")
-    left_out, classes = (
-        parted(run.samples, folds=folds, repeats=repeats, seed=seed),
-        class_count(run),
-    )
-    out, inside = np.zeros((run.samples, 1 + classes)), np.zeros(run.samples)
-    for some in np.array_split(left_out, -(-len(left_out) // _together(run))):
+    left_out = parted(run.samples, folds=folds, repeats=repeats, seed=seed)
+    classes = class_count(run)
+    # Column 0 is the distance, the others are the class probabilities.
+    out = np.zeros((run.samples, 1 + classes))
+    inside = np.zeros(run.samples)
+    stacks = math.ceil(len(left_out) / _together(run))
+    for some in np.array_split(left_out, stacks):
         for number, stack in _trained_again(run, some, stop=max(states)):
-            for places, read in _readings(run, stack, classes) if number in states else ():
+            if number not in states:
+                continue
+            for places, columns in _evaluated(run, stack, classes):
                 gone = some[:, places]
-                out[places] += np.einsum("as,asc->sc", gone, read)
-                inside[places] += np.einsum("as,as->s", ~gone, read[..., 0])
+                # The letters: a is a re-run ("again"), s a sample, c a column.
+                out[places] += np.einsum("as,asc->sc", gone, columns)
+                inside[places] += np.einsum("as,as->s", ~gone, columns[..., 0])
+    # In each of the repeats, a sample is left out of one re-run and inside in all the others.
     out /= len(set(states)) * repeats
     inside /= len(set(states)) * repeats * (folds - 1)
-    return Crossed(out[:, 0], inside, out[:, 1:] if classes else None)
+    chances = out[:, 1:] if classes else None
+    return Crossed(out=out[:, 0], inside=inside, chances=chances)
 
 
 def parted(
@@ -100,16 +108,21 @@ def parted(
     >>> parted(4, folds=2, repeats=3, seed=0).sum(axis=0).tolist()
     [3, 3, 3, 3]
     """
-    draw = np.random.default_rng(seed)
-    parts = [draw.permutation(samples) % folds for _ in range(repeats)]
-    return np.concatenate([part == np.arange(folds)[:, None] for part in parts])
+    generator = np.random.default_rng(seed)
+    numbers = np.arange(folds)[:, None]
+    left_out = []
+    for _ in range(repeats):
+        part_of_sample = generator.permutation(samples) % folds
+        left_out.append(part_of_sample == numbers)
+    return np.concatenate(left_out)
 
 
 def _together(run: Run) -> int:
     """How many re-runs fit at once."""
     first = run.state(0)
-    trees = (first.params, first.buffers, *first.moments.values())
-    size = sum(tensor.nbytes for tree in trees for tensor in tree.values())
+    size = 0
+    for tree in (first.params, first.buffers, *first.moments.values()):
+        size += sum(tensor.nbytes for tensor in tree.values())
     return max(1, ROOM // (COPIES * max(size, 1)))
 
 
@@ -121,13 +134,15 @@ def _trained_again(
     like = next(iter(first.params.values()))
 
     def weights(step: int) -> Tensor:
-        stay = ~left_out[:, np.searchsorted(run.ids, run.step(step).samples)]
-        shared = (
-            1.0
-            if run.task.reduce == "sum"
-            else stay.shape[1] / np.maximum(stay.sum(axis=1, keepdims=True), 1)
-        )
-        return torch.from_numpy(stay * shared).to(like)
+        places = np.searchsorted(run.ids, run.step(step).samples)
+        stays = ~left_out[:, places]  # [again, slot]
+        if run.task.reduce == "sum":
+            weight = np.ones((len(stays), 1))
+        else:
+            # A mean still divides by all slots of the batch, so those that stay share its weight.
+            count = stays.sum(axis=1, keepdims=True)
+            weight = stays.shape[1] / np.maximum(count, 1)
+        return torch.from_numpy(stays * weight).to(like)
 
     steps = rerun(run.transition, first.repeat(len(left_out)), weights, start=0, stop=stop)
     yield from tqdm(
@@ -135,24 +150,28 @@ def _trained_again(
     )
 
 
-def _readings(
+def _evaluated(
     run: Run, stack: State, classes: int
 ) -> Iterator[tuple[Int64[np.ndarray, " sample"], Float64[np.ndarray, "again sample column"]]]:
     """Distances from the label in every re-run and class probabilities, a few samples at a time."""
     like = next(iter(stack.params.values()))
     with in_eval_mode(run.task):
         for places, slots, read in pieces(run):
-            columns = _columns(run.task, cast(read, like.dtype, like.device), classes=classes)
-            yield places, evaluate_runs(stack, columns)[:, slots].double().cpu().numpy()
+            batch = cast(read, like.dtype, like.device)
+            columns = evaluate_runs(stack, _columns(run.task, batch, classes=classes))
+            yield places, columns[:, slots].double().cpu().numpy()
 
 
 def _columns(task: Task, batch: Batch, *, classes: int) -> Callable[[Tree, Tree], Tensor]:
+    """The function from parameters and buffers to distance and probabilities, `[slot, column]`."""
+
     def read(params: Tree, buffers: Tree) -> Tensor:
         outputs, _ = task.outputs(params, buffers, batch)
         if not classes:
             return task.losses_of(outputs, batch)[:, None]
         chances = class_scores(outputs, batch).softmax(1)
         labels = one_hot(class_labels(batch), classes)
-        return torch.cat([(chances - labels).norm(dim=1, keepdim=True), chances], 1)
+        distance = (chances - labels).norm(dim=1, keepdim=True)
+        return torch.cat([distance, chances], 1)
 
     return read

@@ -99,27 +99,20 @@ def evaluate(
         BadSetting: An option has a value that it cannot take; scores have another shape, or are not
             finite; or influences have different denominators, which one removal cannot judge.
     """
-    if not isinstance(influence, Influence) and not influence:
+    named: dict[str, Influence | Scores]
+    if isinstance(influence, Influence):
+        named = {influence.method: influence}
+    else:
+        named = dict(influence)
+    if not named:
         raise BadSetting("influence", influence, "an Influence, or several by name")
-    named = {influence.method: influence} if isinstance(influence, Influence) else dict(influence)
     influences = [found for found in named.values() if isinstance(found, Influence)]
-    asked = queries or next(
-        (found.query_object for found in influences if found.query_object), None
-    )
-    if not isinstance(asked, Query):
-        raise WithoutQueries(influences[0].queries if influences else ())
+    asked = _queries(queries, influences)
     for found in influences:
         _check(run, found, asked)
-    kinds: set[Denominator] = {
-        "keep" if found.denominator == "keep" else "renormalize" for found in influences
-    }
-    if len(kinds) > 1:
-        raise BadSetting("influence", sorted(kinds), "influences with the same denominator")
-    scores = {
-        name: _scores(found, name=name, shape=(len(asked.names), len(run.ids)))
-        for name, found in named.items()
-    }
-    denominator = kinds.pop() if kinds else "keep"
+    denominator = _denominator(influences)
+    shape = (len(asked.names), len(run.ids))
+    scores = {name: _scores(found, name=name, shape=shape) for name, found in named.items()}
     truth = partial(retrain, run, asked, denominator=denominator, bank=bank)
     rows: list[Row] = []
     for trial in _trials(run, truth, removals=removals, shares=shares, groups=groups, seed=seed):
@@ -139,10 +132,10 @@ Row = tuple[str, str, int, int, float, float, float]
 @final
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Groups of samples left out, and what that did.
+    """Groups of samples left out, and how the queries changed.
 
     Attributes:
-        measures: how a prediction is compared with it.
+        measures: how predicted and actual changes are compared, by name.
         groups: places of the samples left out together.
         actual: change of every query, `[query, removal]`.
     """
@@ -153,54 +146,93 @@ class Trial:
 
     def judged(self, scores: Mapping[str, Scores]) -> Iterator[Row]:
         """A row for every method and measure."""
+        removed = len(self.groups[0])
+        reruns = len(self.groups)
         for name, found in scores.items():
             predicted = stats.group_sums(found, self.groups)
             for measure, statistic in self.measures.items():
                 interval = stats.bootstrap(statistic, predicted, self.actual)
-                yield (name, measure, len(self.groups[0]), len(self.groups), *_ends(interval))
+                yield (name, measure, removed, reruns, *_ends(interval))
 
 
 def _trials(
     run: Run, truth: Truth, *, removals: int, shares: Sequence[float], groups: int, seed: int
 ) -> Iterator[Trial]:
-    """Samples one by one, then groups of every share.
+    """Remove samples one by one, then groups of every share.
 
     Raises:
-        BadSetting: a share or a number of removals that is none.
+        BadSetting: a share is out of range, or there are too few removals for a correlation.
     """
     for name, value in (("removals", removals), ("groups", groups)):
         if value == 1 or value < 0:
             raise BadSetting(name, value, "0 for none, or an integer of at least 2")
+    # Everything is drawn first, so that a wrong setting is refused before any training.
     planned: list[tuple[Mapping[str, Statistic], list[list[int]]]] = []
-    single = draw_visited(run, removals, seed=seed) if removals else ()
-    planned.append((ONE_BY_ONE, [[sample] for sample in single]))
+    if removals:
+        single = draw_visited(run, removals, seed=seed)
+        planned.append((ONE_BY_ONE, [[sample] for sample in single]))
     for share in shares:
         if not 0 < share < 1:
             raise BadSetting("shares", share, "shares above 0 and below 1")
         size = max(1, round(share * len(run.seen)))
-        draw = np.random.default_rng((seed, size))
-        removed = [
-            sorted(draw.choice(run.seen, size, replace=False).tolist()) for _ in range(groups)
-        ]
-        planned.append(({f"LDS, {share:.0%}": stats.spearman}, removed))
+        generator = np.random.default_rng((seed, size))
+        drawn = []
+        for _ in range(groups):
+            group = generator.choice(run.seen, size, replace=False)
+            drawn.append(sorted(group.tolist()))
+        if drawn:
+            planned.append(({f"LDS, {share:.0%}": stats.spearman}, drawn))
     for measures, removed in planned:
-        if removed:
-            actual = truth(removed).change[:, -1]
-            yield Trial(measures, [np.array(places(run.ids, group)) for group in removed], actual)
+        actual = truth(removed).change[:, -1]
+        group_places = [np.array(places(run.ids, group)) for group in removed]
+        yield Trial(measures, group_places, actual)
 
 
 def _finding(
     scores: Mapping[str, Scores], guilty: Bool[np.ndarray, " sample"], *, seed: int
 ) -> Iterator[Row]:
     """How well harmful scores find wrong samples; the interval is a bootstrap over samples."""
-    draws = np.random.default_rng(seed).integers(len(guilty), size=(1000, len(guilty)))
+    generator = np.random.default_rng(seed)
+    resamples = generator.integers(len(guilty), size=(1000, len(guilty)))
+    count = int(guilty.sum())
     for name, found in scores.items():
         suspicion = -found.mean(0)
         for measure, statistic in FINDING.items():
-            again = [statistic(suspicion[d], guilty[d]) for d in draws]
+            estimate = statistic(suspicion, guilty)
+            again = [statistic(suspicion[chosen], guilty[chosen]) for chosen in resamples]
+            # NaN where no wrong sample, or nothing else, was drawn.
             low, high = np.nanquantile(again, [0.025, 0.975])
-            interval = Interval(statistic(suspicion, guilty), float(low), float(high))
-            yield (name, measure, int(guilty.sum()), 0, *_ends(interval))
+            interval = Interval(estimate, float(low), float(high))
+            yield (name, measure, count, 0, *_ends(interval))
+
+
+def _queries(queries: Query | None, influences: Sequence[Influence]) -> Query:
+    """The given queries, or else those of the first influence that has its own.
+
+    Raises:
+        WithoutQueries: there are none.
+    """
+    asked: object = queries
+    if queries is None:
+        known = [influence.query_object for influence in influences if influence.query_object]
+        asked = known[0] if known else None
+    if not isinstance(asked, Query):
+        raise WithoutQueries(influences[0].queries if influences else ())
+    return asked
+
+
+def _denominator(influences: Sequence[Influence]) -> Denominator:
+    """What the removals do to a batch's mean: as in the influences.
+
+    Raises:
+        BadSetting: they differ in it.
+    """
+    kinds: set[Denominator] = set()
+    for influence in influences:
+        kinds.add("keep" if influence.denominator == "keep" else "renormalize")
+    if len(kinds) > 1:
+        raise BadSetting("influence", sorted(kinds), "influences with the same denominator")
+    return kinds.pop() if kinds else "keep"
 
 
 def _ends(interval: Interval) -> tuple[float, float, float]:
@@ -223,20 +255,22 @@ def _check(run: Run, found: Influence, asked: Query) -> None:
 
 
 def _scores(found: Influence | Scores, *, name: str, shape: tuple[int, int]) -> Scores:
-    """Totals at the end.
+    """Scores of every sample at the end of training.
 
     Raises:
         BadSetting: scores of another shape, or not finite.
     """
-    scores = found.total()[:, -1] if isinstance(found, Influence) else found
+    if isinstance(found, Influence):
+        scores = found.total()[:, -1]
+    else:
+        scores = found
     if scores.shape != shape:
         raise BadSetting(
-            f"influence[{name!r}].shape",
-            scores.shape,
-            f"shape {shape}, [query, sample]",
+            f"influence[{name!r}].shape", scores.shape, f"shape {shape}, [query, sample]"
         )
-    if unknown := int((~np.isfinite(scores)).sum()):
+    not_finite = int((~np.isfinite(scores)).sum())
+    if not_finite:
         raise BadSetting(
-            f"influence[{name!r}]", f"{unknown} scores that are not finite", "finite scores"
+            f"influence[{name!r}]", f"{not_finite} scores that are not finite", "finite scores"
         )
     return scores.astype(np.float64)

@@ -1,6 +1,7 @@
 """When data matters: the regimes of a run, and in which of them it is worth to select data."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -65,11 +66,13 @@ def regimes(
 
 def learning_rates(manifest: Manifest, log: Iterable[Step]) -> Float64[np.ndarray, " step"]:
     """Learning rate of every step; with several parameter groups, the mean over all entries."""
-    entries = [
-        sum(int(np.prod(manifest.params[name].shape)) for name in group)
-        for group in manifest.groups
-    ]
-    rates = [[settings["lr"] for settings in step.settings] for step in log]
+    entries = []  # of each parameter group
+    for group in manifest.groups:
+        sizes = [int(np.prod(manifest.params[name].shape)) for name in group]
+        entries.append(sum(sizes))
+    rates = []
+    for step in log:
+        rates.append([settings["lr"] for settings in step.settings])
     return np.average(np.array(rates, dtype=np.float64), axis=1, weights=entries)
 
 
@@ -127,27 +130,40 @@ def worth_selecting(
         raise BadSetting(
             "ranges", ranges, "None, or at least one range by name, like {'first tenth': [(0, 40)]}"
         )
-    chosen = of_regimes(regimes(run, influence)) if ranges is None else ranges
-    within = [_within(stretches, run.steps) for stretches in chosen.values()]
+    if ranges is None:
+        ranges = of_regimes(regimes(run, influence))
+    within = [_within(stretches, run.steps) for stretches in ranges.values()]
+
+    is_sample = influence.sample >= 0  # [step, slot]; the other slots pad short batches
     harmful = _most_harmful(influence, drop)
-    drawn = np.where(
-        influence.sample >= 0, np.random.default_rng(seed).random(influence.sample.shape), np.inf
-    )
-    chance = _lowest(drawn, harmful.sum(axis=1))
-    left_out = [which & steps[:, None] for which in (harmful, chance) for steps in within]
-    real = influence.sample >= 0
-    changes = [keep_only(real & ~gone, real) for gone in left_out]
+    generator = np.random.default_rng(seed)
+    keys = np.where(is_sample, generator.random(influence.sample.shape), np.inf)
+    random = _lowest(keys, harmful.sum(axis=1))
+
+    # All trainings in one stack: every range without its harmful slots, then without random ones.
+    changes = []
+    for slots in (harmful, random):
+        for steps in within:
+            left_out = slots & steps[:, None]
+            changes.append(keep_only(is_sample & ~left_out, is_sample))
     found = perturb(run, queries, changes, observed_at=(run.steps,))
-    change, by_chance = np.split(found.change[:, 0].mean(axis=0), 2)
-    table = pl.DataFrame(
-        {
-            "range": ["never", *chosen],
-            "share": [0.0, *(float(steps.mean()) for steps in within)],
-            "dropped": [0, *(int(gone.sum()) for gone in left_out[: len(within)])],
-            "change": [0.0, *change],
-            "random": [0.0, *by_chance],
-        }
-    )
+    mean_change = found.change[:, 0].mean(axis=0)
+    by_harmful, by_random = np.split(mean_change, 2)
+
+    columns: dict[str, list[Any]] = {
+        "range": ["never"],
+        "share": [0.0],
+        "dropped": [0],
+        "change": [0.0],
+        "random": [0.0],
+    }
+    for place, (name, steps) in enumerate(zip(ranges, within, strict=True)):
+        columns["range"].append(name)
+        columns["share"].append(float(steps.mean()))
+        columns["dropped"].append(int(harmful[steps].sum()))
+        columns["change"].append(float(by_harmful[place]))
+        columns["random"].append(float(by_random[place]))
+    table = pl.DataFrame(columns)
     loss = (pl.col("change") + float(found.base.mean())).alias("loss")
     return table.with_columns(loss).select(*COLUMNS)
 
@@ -156,42 +172,52 @@ def of_regimes(found: Regimes) -> Ranges:
     """All of the training, its two ends, and each regime alone.
 
     Raises:
-        NoRegimes: there are no three.
+        NoRegimes: the run does not have three regimes.
     """
     if not found.found:
         raise NoRegimes(found)
     start, basin, end = zip(found.edges[:-1], found.edges[1:], strict=True)
-    both = {"always": [start, basin, end], "start + end": [start, end]}
-    return {**both, "start": [start], "basin": [basin], "end": [end]}
+    return {
+        "always": [start, basin, end],
+        "start + end": [start, end],
+        "start": [start],
+        "basin": [basin],
+        "end": [end],
+    }
 
 
 def _within(stretches: Sequence[Steps], steps: int) -> Bool[np.ndarray, " step"]:
+    """Which steps lie in one of the stretches.
+
+    Raises:
+        ImpossibleWindow: a stretch does not lie within the training.
+    """
     inside = np.zeros(steps, dtype=bool)
-    for a, b in stretches:
-        if not 0 <= a <= b <= steps:
-            raise ImpossibleWindow(a, b, steps)
-        inside[a:b] = True
+    for first, stop in stretches:
+        if not 0 <= first <= stop <= steps:
+            raise ImpossibleWindow(first, stop, steps)
+        inside[first:stop] = True
     return inside
 
 
 def _most_harmful(influence: Influence, drop: float) -> Bool[np.ndarray, "step slot"]:
-    """The most harmful slots of every step: a share of them, and none that did good."""
-    scores = np.concatenate(
-        [
-            influence.values(start, stop)[:, -1].mean(axis=0, dtype=np.float64)
-            for start, stop in influence.description.shards
-        ]
-    )
-    real = influence.sample >= 0
-    most = (drop * real.sum(axis=1)).astype(np.int64)
-    return _lowest(
-        np.where(real, scores, np.inf), np.minimum(most, (real & (scores < 0)).sum(axis=1))
-    )
+    """The most harmful slots of every step: a share of its slots, and only harmful ones."""
+    means = []
+    # Shard by shard: the whole array may not fit in memory.
+    for start, stop in influence.description.shards:
+        values = influence.values(start, stop)[:, -1]
+        means.append(values.mean(axis=0, dtype=np.float64))
+    scores = np.concatenate(means)  # [step, slot]
+    is_sample = influence.sample >= 0
+    largest_count = (drop * is_sample.sum(axis=1)).astype(np.int64)
+    harmful_count = (is_sample & (scores < 0)).sum(axis=1)
+    counts = np.minimum(largest_count, harmful_count)
+    return _lowest(np.where(is_sample, scores, np.inf), counts)
 
 
 def _lowest(
     scores: Float64[np.ndarray, "step slot"], counts: Int64[np.ndarray, " step"]
 ) -> Bool[np.ndarray, "step slot"]:
-    """The lowest few scores of every step; of equals the first slots."""
+    """The lowest scores of every step, so many as counted; of equal scores the first slots."""
     ranks = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1)
     return ranks < counts[:, None]

@@ -1,4 +1,4 @@
-"""Scores of training samples without influence: what the model predicts for every row.
+"""Scores of training samples that need no influence: what the model predicts for every row.
 
 Rows are read in eval mode, from the data set by number; where samples have ids of their own, from
 the batch of their first visit. The axis `sample` is in the order of `run.ids`.
@@ -64,40 +64,45 @@ def el2n(run: Run, states: Sequence[int]) -> Float64[np.ndarray, " sample"]:
         NoClasses: the task's outputs are no scores of classes.
     """
     given = labels(run)
-    found: np.ndarray = np.mean(
-        [_gaps(probabilities(outputs(run, state)), given) for state in states], axis=0
-    )
-    return found
+    distances = []
+    for state in states:
+        chances = probabilities(outputs(run, state))
+        distances.append(_distances(chances, given))
+    mean: np.ndarray = np.mean(distances, axis=0)
+    return mean
 
 
 def margins(run: Run, states: Sequence[int]) -> Float64[np.ndarray, " sample"]:
-    r"""The label's score less the best other one, averaged over states: the area under the margin.
+    r"""The label's score minus the best other one, averaged over states: area under the margin.
 
     .. math:: \operatorname{mean}_t \big[ f_t(x_j)_{y_j} - \max_{c \ne y_j} f_t(x_j)_c \big]
 
-    Pleiss et al., arXiv 2001.10528. Low = the other samples speak against the label.
+    Pleiss et al., arXiv 2001.10528. It is low where the model, by what it learned from the other
+    samples, prefers another class.
 
     Raises:
         NoClasses: the task's outputs are no scores of classes.
     """
     given = labels(run)
-    found: np.ndarray = np.mean([margin(outputs(run, state), given) for state in states], axis=0)
-    return found
+    found = [margin(outputs(run, state), given) for state in states]
+    mean: np.ndarray = np.mean(found, axis=0)
+    return mean
 
 
 def margin(
     scores: Float[np.ndarray, "sample label"], given: Int64[np.ndarray, " sample"]
 ) -> Float64[np.ndarray, " sample"]:
-    """The score of the given class less the best of the others.
+    """The score of the given class minus the best of the others.
 
     >>> margin(np.array([[1.0, 4.0, 3.0], [1.0, 4.0, 3.0]]), np.array([1, 0])).tolist()
     [1.0, -3.0]
     """
-    mine = np.take_along_axis(scores, given[:, None], 1)
+    columns = given[:, None]
+    score_of_given = np.take_along_axis(scores, columns, 1)[:, 0]
     others = scores.astype(np.float64)
-    np.put_along_axis(others, given[:, None], -np.inf, 1)
-    gap: np.ndarray = mine[:, 0] - others.max(axis=1)
-    return gap
+    np.put_along_axis(others, columns, -np.inf, 1)
+    difference: np.ndarray = score_of_given - others.max(axis=1)
+    return difference
 
 
 def probabilities(
@@ -108,26 +113,31 @@ def probabilities(
     >>> probabilities(np.array([[0.0, 0.0]])).tolist()
     [[0.5, 0.5]]
     """
-    return torch.from_numpy(scores.astype(np.float64)).softmax(-1).numpy()
+    logits = torch.from_numpy(scores.astype(np.float64))
+    return logits.softmax(-1).numpy()
 
 
 def class_scores(outputs: Any, batch: Batch) -> Float[Tensor, "slot label"]:
     """Class scores in the output of `predict`; a single score is that of class 1 against class 0.
 
     Raises:
-        NoClasses: there are none.
+        NoClasses: the outputs are no class scores, or the labels no numbers of these classes.
     """
     try:
         found = logits_of(outputs)
     except (KeyError, TypeError, IndexError, ValueError):
         raise NoClasses(f"predict returns a {type(outputs).__name__} without `logits`") from None
     if found.dim() == 1 or found.shape[1:] == (1,):
-        found = torch.stack([torch.zeros_like(found.flatten()), found.flatten()], 1)
+        # Softmax over (0, x) is the sigmoid of x.
+        single = found.flatten()
+        found = torch.stack([torch.zeros_like(single), single], 1)
     if found.dim() != 2:
         raise NoClasses(f"predict returns shape {list(found.shape)}")
-    given, classes = class_labels(batch), found.shape[1]
-    if not 0 <= int(given.min()) <= int(given.max()) < classes:
-        lowest, highest = int(given.min()), int(given.max())
+    classes = found.shape[1]
+    given = class_labels(batch)
+    lowest = int(given.min())
+    highest = int(given.max())
+    if lowest < 0 or highest >= classes:
         raise NoClasses(f"labels go from {lowest} to {highest}, and there are {classes} classes")
     return found
 
@@ -142,10 +152,10 @@ def are_classes(outputs: Any, batch: Batch) -> bool:
 
 
 def class_labels(batch: Batch) -> Int64[Tensor, " slot"]:
-    """The classes in a batch.
+    """The class of every row of a batch.
 
     Raises:
-        NoClasses: there are none.
+        NoClasses: the batch has no labels, or they are no class numbers.
     """
     try:
         found = labels_of(batch)
@@ -157,25 +167,31 @@ def class_labels(batch: Batch) -> Int64[Tensor, " slot"]:
     return flat.long()
 
 
-def _gaps(
+def _distances(
     chances: Float[np.ndarray, "sample label"], given: Int64[np.ndarray, " sample"]
 ) -> Float64[np.ndarray, " sample"]:
-    found: np.ndarray = np.linalg.norm(chances - np.eye(chances.shape[1])[given], axis=1)
-    return found
+    """Distance of the probabilities from the one-hot labels."""
+    one_hot = np.eye(chances.shape[1])[given]
+    distances: np.ndarray = np.linalg.norm(chances - one_hot, axis=1)
+    return distances
 
 
 @exclusive
 def read_rows(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -> np.ndarray:
     """`function(outputs, batch)` of every sample at a state, `[sample, ...]`."""
-    state, parts, order = run.state(number, replay=True), [], []
+    state = run.state(number, replay=True)
     like = next(iter(state.params.values()))
+    parts = []
+    places_of_parts = []
     with in_eval_mode(run.task):
         for places, slots, read in pieces(run):
             batch = cast(read, like.dtype, like.device)
-            numbers = function(run.task.outputs(state.params, state.buffers, batch)[0], batch)
+            model_outputs, _ = run.task.outputs(state.params, state.buffers, batch)
+            numbers = function(model_outputs, batch)
             parts.append(numbers[slots].double().cpu().numpy())
-            order.append(places)
-    found: np.ndarray = np.concatenate(parts)[np.argsort(np.concatenate(order))]
+            places_of_parts.append(places)
+    order = np.argsort(np.concatenate(places_of_parts))
+    found: np.ndarray = np.concatenate(parts)[order]
     return found
 
 
@@ -189,13 +205,17 @@ def pieces(
     if not run.has_ids:
         for first in range(0, run.samples, rows):
             some = list(range(first, min(first + rows, run.samples)))
-            yield np.array(some), list(range(len(some))), run.task.batch(some)
+            every_slot = list(range(len(some)))
+            yield np.array(some), every_slot, run.task.batch(some)
         return
-    unseen = set(run.ids.tolist())
+    unread = set(run.ids.tolist())
     for index in range(run.steps):
-        batches = None if unseen.isdisjoint(run.step(index).samples) else run.batches(index)
-        for number, fed in enumerate(run.step(index).fed if batches else ()):
-            slots = {sample: slot for slot, sample in enumerate(fed.samples) if sample in unseen}
-            unseen -= slots.keys()
-            if batches and slots:
-                yield np.searchsorted(run.ids, list(slots)), list(slots.values()), batches[number]
+        step = run.step(index)
+        if unread.isdisjoint(step.samples):
+            continue  # so its batches need not be loaded
+        for fed, batch in zip(step.fed, run.batches(index), strict=True):
+            slot_of = {sample: slot for slot, sample in enumerate(fed.samples) if sample in unread}
+            unread -= slot_of.keys()
+            if slot_of:
+                places = np.searchsorted(run.ids, list(slot_of))
+                yield places, list(slot_of.values()), batch

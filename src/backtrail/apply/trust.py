@@ -1,8 +1,9 @@
 """Whether to believe an influence: three checks, each measured on the user's own run.
 
-Replay: the recording explains the training. Derivative: the sweep is the derivative of the
-retrained query. Removal: the derivative predicts what happens when samples are really left out. The
-second tests the arithmetic, the third also whether one sample is a small change for this training.
+Replay: the recording reproduces the training. Derivative: the influence is the derivative of the
+retrained query. Removal: the influence predicts what happens when samples are really left out. The
+second check tests the arithmetic. The third also tests whether leaving out one sample is a change
+small enough for a derivative.
 """
 
 from collections.abc import Sequence
@@ -25,16 +26,20 @@ from backtrail.queries import Query
 from backtrail.run.run import AUTOCAST, Run, Verification
 from backtrail.stats import Interval
 
-SIZES = (1e-3, 1e-4, 1e-5, 1e-6)  # of the nudge; the two whose answers agree best are believed
-EXACT = {
-    "float32": 5e-3,
-    "float64": 1e-5,
-}  # error of a passed derivative check, by precision of the sweep
-KNOWN = 1e-2  # a derivative that retraining cannot tell better than this decides nothing
-GOOD = 0.9  # Pearson of a passed removal check
-CLOSE = 0.05  # to the best that an additive score can reach
-RIGHT_SIZE = 1.5  # factor by which an approximation may miss the size of removals without a word
-EARLY = 0.5  # share of the influence in step 0 that is worth a word
+# Sizes h of the change of the sample weights. A large h is not yet in the linear range, and a small
+# one is lost in rounding; which are in between depends on the training.
+SIZES = (1e-3, 1e-4, 1e-5, 1e-6)
+# Largest relative error of a passed derivative check, by precision of the sweep. Retraining is in
+# float64, so a float32 run is retrained along slightly different states.
+EXACT = {"float32": 5e-3, "float64": 1e-5}
+# An error may exceed this where retraining is uncertain too, but no uncertainty above KNOWN counts:
+# otherwise a check that measures nothing would pass.
+KNOWN = 1e-2
+GOOD = 0.9  # lowest Pearson correlation of a passed removal check
+ENOUGH = 10  # removals; a correlation over fewer is mostly chance
+CLOSE = 0.05  # a Pearson correlation less than this below the best one to expect is as good as it
+RIGHT_SIZE = 1.5  # the advice mentions the slope of an approximation beyond this factor from 1
+EARLY = 0.5  # share of the influence above which the advice names step 0 as the cause
 
 
 @final
@@ -65,8 +70,9 @@ class DerivativeCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within rounding, or within what retraining itself can tell."""
-        return self.error <= max(self.allowed, 3 * min(self.uncertainty, KNOWN))
+        """Whether the error is within rounding, or within the uncertainty of retraining."""
+        uncertainty = min(self.uncertainty, KNOWN)
+        return self.error <= max(self.allowed, 3 * uncertainty)
 
     def __str__(self) -> str:
         """One sentence."""
@@ -74,7 +80,7 @@ class DerivativeCheck:
         return (
             f"derivative  {verdict}: influence and retraining with slightly changed sample weights "
             f"differ by {self.error:.1e} (relative; uncertainty {self.uncertainty:.0e}); "
-            f"cotangents grew {self.growth:.3g}-fold in the sweep"
+            f"the query's derivative grew {self.growth:.3g}-fold in the sweep"
         )
 
 
@@ -102,8 +108,9 @@ class RemovalCheck:
         slope: Slope of actual over predicted, mean over queries; 1 means the right size.
         noise: Largest difference of two unperturbed re-runs; smaller changes mean nothing.
         reachable: Pearson correlation of the actual changes with their own linear part, mean over
-            queries: the best that any score additive over samples can be expected to reach. None
-            where the batch's denominator is renormalised.
+            queries: the best that any score additive over samples can be expected to reach. It is
+            an estimate like `pearson`, so it can be the lower of the two by chance. None where the
+            batch's denominator is renormalised.
     """
 
     samples: tuple[int, ...]
@@ -117,27 +124,38 @@ class RemovalCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether the correlation is good."""
+        """Whether the Pearson correlation is at least 0.9."""
         return self.pearson.estimate >= GOOD
 
     @property
+    def too_few(self) -> bool:
+        """Whether fewer than 10 samples were left out, so that the correlations say little."""
+        return len(self.samples) < ENOUGH
+
+    @property
     def exhausted(self) -> bool:
-        """Whether it is about as good as any additive score can be."""
-        return self.reachable is not None and self.pearson.estimate >= self.reachable - CLOSE
+        """Whether the correlation is about as good as that of any additive score can be."""
+        if self.reachable is None or self.too_few:
+            return False
+        return self.pearson.estimate >= self.reachable - CLOSE
 
     def __str__(self) -> str:
         """One sentence."""
         verdict = "passed" if self.passed else "FAILED"
-        reach = (
-            ""
-            if self.reachable is None
-            else f"; best Pearson any additive score can reach: {self.reachable:.2f}"
-        )
-        return (
+        figures = (
             f"removal     {verdict}: {len(self.samples)} samples left out one at a time: "
             f"Pearson {self.pearson}, Spearman {self.spearman}, slope {self.slope:.2f}, "
-            f"noise floor {self.noise:.1e}{reach}"
+            f"noise floor {self.noise:.1e}"
         )
+        if self.too_few:
+            return f"{figures}; fewer than {ENOUGH} removals are too few for a reliable correlation"
+        if self.reachable is None or not np.isfinite(self.reachable):
+            return figures
+        reach = f"best Pearson any additive score can reach: {self.reachable:.2f}"
+        # Compared as printed: two equal figures need no explanation.
+        if round(self.reachable, 2) < round(self.pearson.estimate, 2):
+            reach += " (lower than the measured one: both are noisy estimates)"
+        return f"{figures}; {reach}"
 
     def __repr__(self) -> str:
         """The main figures in one line; never the arrays."""
@@ -152,15 +170,16 @@ class RemovalCheck:
 class Trust:
     """What :func:`backtrail.trust` found: three checks of an influence on its own run.
 
-    `print(result)` shows a line per check and what to make of them; `result.advice` is that last
-    sentence alone.
+    `print(result)` shows a line per check, and what they mean together; `result.advice` is that
+    last part alone.
 
     >>> import numpy as np
     >>> from backtrail.run.run import Verification
     >>> from backtrail.stats import Interval
     >>> one = Interval(1.0, 1.0, 1.0)
-    >>> effects = np.array([[0.1, -0.2]])
-    >>> removal = RemovalCheck((3, 8), effects, effects, one, one, slope=1.0, noise=0.0)
+    >>> samples = tuple(range(12))
+    >>> effects = np.array([samples]) / 100
+    >>> removal = RemovalCheck(samples, effects, effects, one, one, slope=1.0, noise=0.0)
     >>> Trust(Verification(40, 2, 1e-7), None, removal, early=0.0).advice
     'Influence predicts removals on this run.'
 
@@ -181,11 +200,14 @@ class Trust:
     method: str = "DIT"
 
     def __str__(self) -> str:
-        """The checks, a line each, and what to make of them."""
-        replayed = isinstance(self.replay, Verification)
-        lines = [f"replay      {'passed' if replayed else 'FAILED'}: {self.replay}"]
-        lines += [str(check) for check in (self.derivative, self.removal) if check is not None]
-        return "\n".join([*lines, self.advice])
+        """The checks, a line each, and what they mean together."""
+        verdict = "passed" if isinstance(self.replay, Verification) else "FAILED"
+        lines = [f"replay      {verdict}: {self.replay}"]
+        if self.derivative is not None:
+            lines.append(str(self.derivative))
+        lines.append(str(self.removal))
+        lines.append(self.advice)
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         """Which checks passed, in one line."""
@@ -201,49 +223,59 @@ class Trust:
         if not isinstance(self.replay, Verification):
             return "Do not use these scores: the recording does not reproduce the training."
         if self.derivative is not None and not self.derivative.passed:
-            return "Do not use these scores: the sweep is not the derivative of this training."
+            return "Do not use these scores: they are not the derivative of this training."
+        if self.removal.too_few:
+            return (
+                f"Too few samples were left out ({len(self.removal.samples)}) to tell whether "
+                f"influence predicts removals on this run. Leave out at least {ENOUGH}, for "
+                "example with removals=32."
+            )
         if self.method != "DIT":
             return self._advice_on_an_approximation()
-        if not self.removal.passed and self.early > EARLY:
+        if self.removal.passed:
+            return "Influence predicts removals on this run."
+        if self.early > EARLY:
             return (
                 f"{self.early:.0%} of the influence comes from step 0. Adam's first update is "
-                "g / (|g| + eps): where a gradient is near zero, its derivative is huge and does not "
-                "predict removals. Attribute again with DIT(slope=backtrail.Secant()); in the next "
-                "training, use a warm-up or eps=1e-6."
+                "g / (|g| + eps): where a gradient g is near zero, the derivative of the update is "
+                "very large and does not predict removals. Attribute again with "
+                "DIT(slope=backtrail.Secant()); in the next training, use a warm-up or eps=1e-6."
             )
-        if not self.removal.passed:
-            return self._advice_on_rough_training()
-        return "Influence predicts removals on this run."
+        return self._advice_on_rough_training()
 
     def _advice_on_rough_training(self) -> str:
-        what = "The influence is" if self.derivative is None else "The derivative is correct, but"
-        rough = (
-            f"{what} a poor predictor of removals: at the scale of one sample this training is not "
-            "smooth (ReLU with Adam, a large learning rate)."
+        if self.derivative is None:
+            what = "The influence is a poor predictor of removals"
+        else:
+            what = "The derivative is correct, but a poor predictor of removals"
+        why = (
+            "at the scale of one sample this training is not smooth (common causes: ReLU with "
+            "Adam, a large learning rate)"
         )
         if self.removal.exhausted:
             return (
-                f"{rough} No additive score does much better: counting a sample twice does not have "
-                "the opposite effect of leaving it out. Groups of samples are more reliable than "
-                "single ones."
+                f"{what}: {why}. No additive score does much better: counting a sample twice does "
+                "not have the opposite effect of leaving it out. Scores of groups are more "
+                "reliable than scores of single samples."
             )
         return (
-            f'{rough} DIT(curvature="auto") measures whether another curvature or slope does better. '
-            "Ranks are more reliable than sizes, and groups of samples more than single ones."
+            f'{what}: {why}. DIT(curvature="auto") measures whether another curvature or slope '
+            "does better. Ranks are more reliable than sizes, and scores of groups more than "
+            "scores of single samples."
         )
 
     def _advice_on_an_approximation(self) -> str:
         if not self.removal.passed:
             return (
-                f"{self.method} is a poor predictor of removals on this run. It ignores a part of the "
-                "training that matters here (see its documentation). Attribute again with "
-                "backtrail.DIT(), which ignores nothing, and check that result too."
+                f"{self.method} is a poor predictor of removals on this run. It neglects a part of "
+                "the training that matters here (see its documentation). Attribute again with "
+                "backtrail.DIT(), which neglects nothing, and check that result too."
             )
-        size = self.removal.slope
-        if not 1 / RIGHT_SIZE <= size <= RIGHT_SIZE:
+        slope = self.removal.slope
+        if not 1 / RIGHT_SIZE <= slope <= RIGHT_SIZE:
             return (
-                f"{self.method} ranks removals well on this run; their sizes are {size:.3g} times "
-                "the predicted ones."
+                f"{self.method} ranks removals well on this run, but the actual changes are about "
+                f"{slope:.3g} times the predicted ones."
             )
         return f"{self.method} predicts removals on this run."
 
@@ -271,7 +303,7 @@ def trust(
         seed: Of this choice, and of the direction of the derivative check.
 
     Returns:
-        The three checks; `print` shows them with what to make of them.
+        The three checks; `print` shows them, and what they mean together.
 
     Raises:
         OtherRun: The influence belongs to another run.
@@ -286,54 +318,74 @@ def trust(
         replay: Verification | str = run.verify()
     except (ReplayMismatch, WrongData) as mismatch:
         replay = str(mismatch)
-    exact = influence.denominator == "keep" and influence.description.settings.get("exact", True)
-    derivative = derivative_check(run, influence, asked, seed=seed) if exact else None
+    derivative = None
+    # An influence that is not meant to be the derivative would fail this check, however good it is.
+    is_exact = influence.description.settings.get("exact", True)
+    if influence.denominator == "keep" and is_exact:
+        derivative = derivative_check(run, influence, asked, seed=seed)
     samples = draw_visited(run, removals, seed=seed)
     removal = removal_check(run, influence, asked, samples=samples)
-    return Trust(replay, derivative, removal, early_share(influence), influence.method)
+    early = early_share(influence)
+    return Trust(replay, derivative, removal, early=early, method=influence.method)
 
 
 @exclusive
 def derivative_check(
     run: Run, influence: Influence, queries: Query, *, seed: int = 0
 ) -> DerivativeCheck:
-    """Nudge all sample weights along one random direction, both ways, in float64, and compare."""
-    drawn = np.random.default_rng(seed).standard_normal(influence.sample.shape)
-    direction = torch.from_numpy(drawn)
-    nudges = [
-        Perturbation(direction=direction, size=sign * size)
-        for size in SIZES
-        for sign in (1.0, -1.0)
-    ]
-    found = perturb(run, queries, nudges, observed_at=influence.observed_at).change
-    sizes = 2 * np.array(SIZES)
-    slopes = (found[:, :, 0::2] - found[:, :, 1::2]) / sizes  # [query, observed_at, size]
+    """Change all sample weights along one random direction, both ways, in float64, and compare."""
+    generator = np.random.default_rng(seed)
+    direction = generator.standard_normal(influence.sample.shape)  # d, [step, slot]
+    weights = torch.from_numpy(direction)
+    perturbations = []
+    for size in SIZES:
+        perturbations.append(Perturbation(direction=weights, size=size))
+        perturbations.append(Perturbation(direction=weights, size=-size))
+    found = perturb(run, queries, perturbations, observed_at=influence.observed_at)
+    plus = found.change[:, :, 0::2]
+    minus = found.change[:, :, 1::2]
+    slopes = (plus - minus) / (2 * np.array(SIZES))  # [query, observed_at, size]
     actual, uncertainty = steadiest(slopes)
-    predicted = -np.einsum("qotb,tb->qo", influence.values().astype(np.float64), drawn)
+
+    # Influence is the effect of a removal, which lowers a weight: hence the sign.
+    values = influence.values().astype(np.float64)
+    predicted = -np.einsum("qotb,tb->qo", values, direction)
+
+    # Relative to the query's largest derivative: at some states it may be zero.
     scale = np.abs(actual).max(axis=1, keepdims=True) + 1e-300
-    errors, unknown = np.abs(predicted - actual) / scale, uncertainty / scale
+    errors = np.abs(predicted - actual) / scale
+    uncertainties = uncertainty / scale
     # A training under float16 is replayed without it, so sweep and re-run go along slightly
     # different states.
-    coarse = any(step.autocast == "float16" for step in run.log)
-    allowed = AUTOCAST if coarse else EXACT[precision(run)]
+    if any(step.autocast == "float16" for step in run.log):
+        allowed = AUTOCAST
+    else:
+        allowed = EXACT[precision(run)]
     return DerivativeCheck(
-        float(errors.max()), float(unknown.max()), float(influence.growth.max()), allowed
+        error=float(errors.max()),
+        uncertainty=float(uncertainties.max()),
+        growth=float(influence.growth.max()),
+        allowed=allowed,
     )
 
 
 def early_share(influence: Influence) -> float:
     """Share of the absolute influence on the last observed state that stems from step 0."""
-    whole, first = (np.abs(influence.values(0, stop)[:, -1]).sum() for stop in (None, 1))
+    whole = np.abs(influence.values()[:, -1]).sum()
+    first = np.abs(influence.values(0, 1)[:, -1]).sum()
     return float(first / whole) if whole > 0 else 0.0
 
 
 def steadiest(slopes: Float[np.ndarray, "query observed_at size"]) -> tuple[np.ndarray, np.ndarray]:
-    """Richardson value of the two neighbouring step sizes that agree best, and their difference."""
+    """Extrapolate the two neighbouring sizes h that agree best; also return their difference."""
     gaps = np.abs(np.diff(slopes, axis=2))
     best = gaps.argmin(axis=2)[..., None]
-    large, small = (np.take_along_axis(slopes, best + k, 2)[..., 0] for k in (0, 1))
+    large = np.take_along_axis(slopes, best, 2)[..., 0]
+    small = np.take_along_axis(slopes, best + 1, 2)[..., 0]
+    gap = np.take_along_axis(gaps, best, 2)[..., 0]
+    # Richardson: the error of a central difference goes with h squared.
     ratio = (SIZES[0] / SIZES[1]) ** 2
-    return (ratio * small - large) / (ratio - 1), np.take_along_axis(gaps, best, 2)[..., 0]
+    return (ratio * small - large) / (ratio - 1), gap
 
 
 @exclusive
@@ -343,30 +395,32 @@ def removal_check(
     """Retrain without each of the samples; compare with the total at the last observed state."""
     denominator: Denominator = "keep" if influence.denominator == "keep" else "renormalize"
     last = influence.observed_at[-1]
-    found = retrain(run, queries, [[s] for s in samples], observed_at=last, denominator=denominator)
-    actual, reachable = found.change[:, 0], None
+    groups = [[sample] for sample in samples]
+    removed = retrain(run, queries, groups, observed_at=last, denominator=denominator)
+    actual = removed.change[:, 0]
+    reachable = None
     if denominator == "keep":
-        doubled = retrain(
-            run, queries, [[s] for s in samples], observed_at=last, weight=2.0
-        ).change[:, 0]
+        doubled = retrain(run, queries, groups, observed_at=last, weight=2.0)
         # What is linear in a sample's weight changes its sign where the sample is counted twice.
-        reachable = stats.mean_over_queries(stats.pearson((actual - doubled) / 2, actual))
-    predicted = influence.total()[:, -1][:, places(influence.ids, samples)]
+        linear = (actual - doubled.change[:, 0]) / 2
+        reachable = stats.mean_over_queries(stats.pearson(linear, actual))
+    columns = places(influence.ids, samples)
+    predicted = influence.total()[:, -1][:, columns]
     return RemovalCheck(
-        tuple(samples),
-        predicted,
-        actual,
-        stats.bootstrap(stats.pearson, predicted, actual),
-        stats.bootstrap(stats.spearman, predicted, actual),
-        stats.mean_over_queries(stats.slope(predicted, actual)),
-        float(found.noise.max()),
-        reachable,
+        samples=tuple(samples),
+        predicted=predicted,
+        actual=actual,
+        pearson=stats.bootstrap(stats.pearson, predicted, actual),
+        spearman=stats.bootstrap(stats.spearman, predicted, actual),
+        slope=stats.mean_over_queries(stats.slope(predicted, actual)),
+        noise=float(removed.noise.max()),
+        reachable=reachable,
     )
 
 
 def draw_visited(run: Run, count: int, *, seed: int) -> tuple[int, ...]:
     """Samples that the training visited, drawn without replacement."""
-    drawn = np.random.default_rng(seed).choice(
-        run.seen, size=min(count, len(run.seen)), replace=False
-    )
-    return tuple(sorted(int(sample) for sample in drawn))
+    generator = np.random.default_rng(seed)
+    size = min(count, len(run.seen))
+    drawn = generator.choice(run.seen, size=size, replace=False)
+    return tuple(sorted(drawn.tolist()))

@@ -1,11 +1,11 @@
 """Unlearning: the trained model without the influence of some samples, as a state_dict.
 
-No guarantee of law or privacy comes with it: what is returned is close to the training without the
-samples, or not, and :func:`judge_forgetting` tells how close.
+It comes without any guarantee of law or privacy. How close the result is to a training without the
+samples depends on the training; :func:`judge_forgetting` measures it.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +15,7 @@ from backtrail.errors import BadSetting, UnusedOption
 from backtrail.exclusive import exclusive
 from backtrail.methods.diff_in.checkpoints import Checkpoints
 from backtrail.methods.diff_in.diff_in import DiffIn
+from backtrail.methods.diff_in.trajectory import Point
 from backtrail.methods.dit.dit import DIT
 from backtrail.methods.retrain.removal import RemovedGroup, changed_state
 from backtrail.run.run import Precision, Run
@@ -27,9 +28,9 @@ from backtrail.tree import add
 log = logging.getLogger(__name__)
 
 
-FIRST_ORDER = DIT()  # what a removal is estimated by, unless told otherwise
-PROBES = 16  # steps at which the first order is compared with a real step
-BENT = 0.3  # from which share on the first order is not to be relied on
+FIRST_ORDER = DIT()  # the default method
+PROBES = 16  # number of steps at which the first-order prediction is compared with a real step
+BENT = 0.3  # relative error of the first-order prediction above which the log warns
 
 
 @exclusive
@@ -104,75 +105,85 @@ def forget(
     if not 0 <= replay <= run.steps:
         raise BadSetting("replay", replay, f"0 <= replay <= {run.steps} (number of steps)")
     run.check_steps()
-    start, renormalize = (
-        run.steps - replay,
-        method is not None and method.denominator == "renormalize",
-    )
+    start = run.steps - replay
+    renormalize = method is not None and method.denominator == "renormalize"
     group = RemovedGroup.of(run, samples, renormalize=renormalize, dtype=dtype)
     if method is None:
-        begun = run.state(start, replay=True, dtype=dtype)
+        state = run.state(start, replay=True, dtype=dtype)
     else:
-        begun, bend = first_order(group, start, method)
-        if not bend <= BENT:  # also where a sweep overflowed
-            _warn(group, bend)
-    return state_dict(run.task, group.replayed(start, begun) if replay else begun)
+        state, error = first_order(group, start, method)
+        if not error <= BENT:  # also where it is NaN, since the sweep overflowed
+            _warn(group, error)
+    if replay:
+        state = group.replayed(start, state)
+    return state_dict(run.task, state)
 
 
 @exclusive
 def first_order(group: RemovedGroup, stop: int, method: DIT) -> tuple[State, float]:
-    """The state `stop` after its first-order change, and the relative error of that order.
+    """The state `stop` after its first-order change, and the relative error of that prediction.
 
     Raises:
-        BadSetting: the curvature is to be chosen, by queries that there are none of.
+        BadSetting: the curvature is to be chosen automatically, which takes queries; there are
+            none.
     """
     if not isinstance(method.curvature, Curvature):
         raise BadSetting(
             "curvature", method.curvature, "one curvature, for example backtrail.GaussNewton()"
         )
-    probed = frozenset(np.linspace(group.first, stop - 1, PROBES).round().astype(int).tolist())
-    off, far, before = 0.0, 0.0, None
+    probed = set(np.linspace(group.first, stop - 1, PROBES).round().astype(int).tolist())
+    total_error = 0.0
+    total_change = 0.0
+    before = None
     for number, now in group.sweep(stop, Rules(method.curvature, method.slope)):
-        if before is not None and number - 1 in probed:
-            bend = group.linearity_gap(number - 1, before, now)
-            off, far = off + bend[0], far + bend[1]
+        step = number - 1  # the step that leads to this state
+        if before is not None and step in probed:
+            error, change = group.linearity_gap(step, before, now)
+            total_error += error
+            total_change += change
         before = now
     assert before is not None
-    return changed_state(before), off / far if far else 0.0
+    # Without any change, as for a sample that was never visited, the prediction is exact.
+    relative_error = total_error / total_change if total_change else 0.0
+    return changed_state(before), relative_error
 
 
-def _warn(group: RemovedGroup, bend: float) -> None:
+def _warn(group: RemovedGroup, relative_error: float) -> None:
     log.warning(
         "forgetting %d samples to first order: steps without them differ from their first-order "
         "prediction by %.0f %% of what they change, so the parameters may be far from those of "
         "retraining. Retrain instead: replay=%d",
-        *(len(group.removal.samples), 100 * bend, group.run.steps),
+        len(group.removal.samples),
+        100 * relative_error,
+        group.run.steps,
     )
 
 
 def _by_diff_in(
     run: Run | Checkpoints, samples: Sequence[int], method: DiffIn
 ) -> dict[str, Tensor]:
-    end = (
-        run.trajectory(method.checkpoints).end
-        if isinstance(run, Checkpoints)
-        else run.state(run.steps)
-    )
-    return state_dict(
-        run.task, State(add(end.params, method.parameter_change(run, samples)), end.buffers)
-    )
+    end: Point | State
+    if isinstance(run, Checkpoints):
+        end = run.trajectory(method.checkpoints).end
+    else:
+        end = run.state(run.steps)
+    change = method.parameter_change(run, samples)
+    # Only parameters are estimated: BatchNorm's statistics stay as they were.
+    state = State(add(end.params, change), end.buffers)
+    return state_dict(run.task, state)
 
 
 def state_dict(task: Task, state: State) -> dict[str, Tensor]:
     """A state for `model.load_state_dict`: the model's precision, all names of tied parameters."""
-    named: Mapping[str, Tensor] = torch_compile.parameters(task.model) | torch_compile.buffers(
-        task.model
-    )
-    names, tensors = (
-        {id(tensor): name for name, tensor in named.items()},
-        state.params | state.buffers,
-    )
-    return {
-        key: tensors[names[id(like)]].to(like.dtype).clone()
-        for key, like in task.model.state_dict(keep_vars=True).items()
-        if id(like) in names
-    }
+    named: dict[str, Tensor] = {}
+    named.update(torch_compile.parameters(task.model))
+    named.update(torch_compile.buffers(task.model))
+    # A tied parameter is one tensor under several keys of the state_dict: hence by identity.
+    name_of = {id(tensor): name for name, tensor in named.items()}
+    tensors = state.params | state.buffers
+    found = {}
+    for key, like in task.model.state_dict(keep_vars=True).items():
+        if id(like) in name_of:
+            tensor = tensors[name_of[id(like)]]
+            found[key] = tensor.to(like.dtype).clone()
+    return found

@@ -41,7 +41,7 @@ class Forgotten:
         samples: Number of samples that were to be forgotten.
         parameters: Distance of the forgetting model to the retrained one, divided by that of the
             trained one: 0 is perfect, 1 no better than doing nothing.
-        predictions: The same ratio for the divergence of predictions on the test rows.
+        predictions: The same ratio of divergences of the predictions on the test rows.
         divergence: Divergence from the retrained model's predictions, of the trained and of the
             forgetting model: mean Kullback-Leibler divergence of class probabilities in nats, or
             mean squared difference where the outputs are not classes.
@@ -60,18 +60,21 @@ class Forgotten:
     membership: Triple | None
 
     def __str__(self) -> str:
-        """One line a measure, the second model first."""
-        before, after = self.divergence
+        """A line per measure, the model that was to forget first."""
         lines = [
             f"Forgetting {self.samples} samples, compared with retraining without them "
             "(0 = equal to it, 1 = as far from it as without forgetting)",
             f"parameters   {self.parameters:.3f}",
-            f"predictions  {self.predictions:.3f}: KL divergence {after:.2e} "
-            f"({before:.2e} without forgetting)",
         ]
+        before, after = self.divergence
+        predictions = (
+            f"predictions  {self.predictions:.3f}: KL divergence {after:.2e} "
+            f"({before:.2e} without forgetting)"
+        )
         if self.agreement is not None:
             before, after = self.agreement
-            lines[-1] += f"; same class on {after:.1%} ({before:.1%} without forgetting)"
+            predictions += f"; same class on {after:.1%} ({before:.1%} without forgetting)"
+        lines.append(predictions)
         if self.membership is not None:
             trained, forgotten, retrained = self.membership
             figures = f"AUC {forgotten:.3f}; trained {trained:.3f}, retrained {retrained:.3f}"
@@ -134,100 +137,134 @@ class Judge:
         group = RemovedGroup.of(
             run, samples, renormalize=denominator == "renormalize", dtype=torch.float64
         )
-        start, end = (run.state(number, dtype=torch.float64) for number in (0, run.steps))
-        return Judge(group, end, group.replayed(0, start))
+        start = run.state(0, dtype=torch.float64)
+        end = run.state(run.steps, dtype=torch.float64)
+        return Judge(group, trained=end, retrained=group.replayed(0, start))
 
     def __call__(self, state: Mapping[str, Tensor], test: Rows) -> Forgotten:
         """Judge a state_dict by some rows that were not trained on."""
-        task, gone = self.group.run.task, sorted(self.group.removal.samples)
-        found = [self.trained, self._read(state), self.retrained]
-        divergence, agreement = _compared(task, found, test)
-        apart = [_distance(model.params, self.retrained.params) for model in found[:2]]
-        readable = gone and not self.group.run.has_ids
+        run = self.group.run
+        removed = sorted(self.group.removal.samples)
+        judged = self._read(state)
+        models = [self.trained, judged, self.retrained]
+        distance_before = _distance(self.trained.params, self.retrained.params)
+        distance_after = _distance(judged.params, self.retrained.params)
+        divergence, agreement = _compared(run.task, models, test)
+        divergence_before, divergence_after = divergence
+        membership = None
+        if removed and not run.has_ids:  # else their rows cannot be read by number
+            removed_rows = [run.task.data[row] for row in removed]
+            membership = _membership(run.task, models, removed=removed_rows, test=test)
         return Forgotten(
-            samples=len(gone),
-            parameters=_share(apart[1], apart[0]),
-            predictions=_share(divergence[1], divergence[0]),
+            samples=len(removed),
+            parameters=_ratio(distance_after, distance_before),
+            predictions=_ratio(divergence_after, divergence_before),
             divergence=divergence,
             agreement=agreement,
-            membership=_membership(task, found, gone=[task.data[row] for row in gone], test=test)
-            if readable
-            else None,
+            membership=membership,
         )
 
     def _read(self, state: Mapping[str, Tensor]) -> State:
-        given, end = tensors_of(state), self.trained
-        params = matched("state", given, end.params, required=True)
-        return State(params, matched("state", given, end.buffers, required=False))
+        given = tensors_of(state)
+        params = matched("state", given, self.trained.params, required=True)
+        buffers = matched("state", given, self.trained.buffers, required=False)
+        return State(params, buffers)
 
 
 def _distance(left: Tree, right: Tree) -> float:
     return norm({name: tensor - right[name] for name, tensor in left.items()})
 
 
-def _share(part: float, whole: float) -> float:
-    """Of nothing, nothing is 0."""
-    return part / whole if whole > 0 else float(part > 0) and float("inf")
+def _ratio(after: float, before: float) -> float:
+    """The distance after forgetting, divided by that before; 0 where both are 0."""
+    if before > 0:
+        return after / before
+    return float("inf") if after > 0 else 0.0
 
 
-def _compared(task: Task, found: Sequence[State], test: Rows) -> tuple[Pair, Pair | None]:
-    """KL divergence from the last model's predictions and agreement with its classes."""
-    divergence, same, divisor, classes = np.zeros(2), np.zeros(2), 0, True
+def _compared(task: Task, models: Sequence[State], test: Rows) -> tuple[Pair, Pair | None]:
+    """Divergence of the first two models' predictions from the last one's, and agreement."""
+    divergence = np.zeros(2)
+    same_class = np.zeros(2)
+    divisor = 0
+    are_classes = True
     for batch in _batches(task, test):
+        outputs = []
         with in_eval_mode(task):
-            outputs = (task.outputs(state.params, state.buffers, batch)[0] for state in found)
-            *both, true = (logits_of(some).double() for some in outputs)
-        classes = _classes(true, batch)
-        divergence += [float((_kl if classes else _square)(true, some)) for some in both]
-        same += [float((some.argmax(-1) == true.argmax(-1)).sum()) for some in both]
-        divisor += true.shape[:-1].numel() if classes else true.numel()
-    pairs = [
-        (float(first), float(second)) for first, second in (divergence / divisor, same / divisor)
-    ]
-    return pairs[0], pairs[1] if classes else None
+            for state in models:
+                output, _ = task.outputs(state.params, state.buffers, batch)
+                outputs.append(logits_of(output).double())
+        *both, reference = outputs
+        are_classes = _are_classes(reference, batch)
+        if are_classes:
+            divisor += reference.shape[:-1].numel()
+        else:
+            divisor += reference.numel()
+        for place, output in enumerate(both):
+            if are_classes:
+                divergence[place] += float(_kl(reference, output))
+            else:
+                divergence[place] += float(_square(reference, output))
+            same = output.argmax(-1) == reference.argmax(-1)
+            same_class[place] += float(same.sum())
+    mean_divergence = _pair(divergence / divisor)
+    agreement = _pair(same_class / divisor)
+    return mean_divergence, agreement if are_classes else None
 
 
-def _classes(outputs: Tensor, batch: Batch) -> bool:
+def _pair(values: Float64[np.ndarray, " model"]) -> Pair:
+    first, second = values.tolist()
+    return first, second
+
+
+def _are_classes(outputs: Tensor, batch: Batch) -> bool:
     """Whether outputs are class scores: one whole-number label for every vector of scores."""
     try:
         labels = labels_of(batch)
     except (KeyError, IndexError, TypeError):
         return False
-    whole = isinstance(labels, Tensor) and not labels.is_floating_point()
-    return (
-        whole and outputs.dim() > 1 and outputs.shape[-1] > 1 and labels.shape == outputs.shape[:-1]
-    )
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
+    if outputs.dim() < 2 or outputs.shape[-1] < 2:
+        return False
+    return labels.shape == outputs.shape[:-1]
 
 
-def _kl(true: Tensor, other: Tensor) -> Tensor:
-    true, other = true.log_softmax(-1), other.log_softmax(-1)
-    return (true.exp() * (true - other)).sum()
+def _kl(reference: Tensor, other: Tensor) -> Tensor:
+    """Kullback-Leibler divergence KL(reference || other), summed over rows."""
+    log_reference = reference.log_softmax(-1)
+    log_other = other.log_softmax(-1)
+    return (log_reference.exp() * (log_reference - log_other)).sum()
 
 
-def _square(true: Tensor, other: Tensor) -> Tensor:
-    return (true - other).square().sum()
+def _square(reference: Tensor, other: Tensor) -> Tensor:
+    return (reference - other).square().sum()
 
 
-def _membership(task: Task, found: Sequence[State], *, gone: Rows, test: Rows) -> Triple:
-    """How well a lower loss tells the rows that are gone from test rows, by model."""
-    guilty = np.arange(len(gone) + len(test)) < len(gone)
-    first, second, third = (
-        auc(-np.concatenate([_losses(task, state, rows) for rows in (gone, test)]), guilty)
-        for state in found
-    )
-    return first, second, third
+def _membership(task: Task, models: Sequence[State], *, removed: Rows, test: Rows) -> Triple:
+    """How well a lower loss tells the removed rows from test rows, by model."""
+    is_removed = np.arange(len(removed) + len(test)) < len(removed)
+    found = []
+    for state in models:
+        losses = np.concatenate([_losses(task, state, removed), _losses(task, state, test)])
+        found.append(auc(-losses, is_removed))
+    trained, judged, retrained = found
+    return trained, judged, retrained
 
 
 def _losses(task: Task, state: State, rows: Rows) -> Float64[np.ndarray, " row"]:
+    parts = []
     with in_eval_mode(task):
-        parts = [
-            task.losses(state.params, state.buffers, batch)[0] for batch in _batches(task, rows)
-        ]
+        for batch in _batches(task, rows):
+            losses, _ = task.losses(state.params, state.buffers, batch)
+            parts.append(losses)
     return torch.cat(parts).double().cpu().numpy()
 
 
 def _batches(task: Task, rows: Rows) -> Iterator[Batch]:
     """Rows in float64 on the task's device."""
     for first in range(0, len(rows), ROWS):
-        some = [rows[row] for row in range(first, min(first + ROWS, len(rows)))]
-        yield cast(mapping_to_dict(task.collate(some)), torch.float64, task.device)
+        stop = min(first + ROWS, len(rows))
+        some = [rows[row] for row in range(first, stop)]
+        read = mapping_to_dict(task.collate(some))
+        yield cast(read, torch.float64, task.device)

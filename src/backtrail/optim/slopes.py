@@ -54,7 +54,7 @@ class UpdateDerivative(abc.ABC):
 @final
 @dataclass(frozen=True, slots=True)
 class Tangent(UpdateDerivative):
-    r"""The derivative at the gradient of the step, :math:`U'(g)`: what an infinitesimal change does.
+    r"""The derivative at the gradient of the step, :math:`U'(g)`: the infinitesimal change.
 
     Together with the curvature `Hessian` it makes a sweep the exact derivative of the training.
 
