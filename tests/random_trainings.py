@@ -84,7 +84,8 @@ class Queue(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Read the queue, then replace one of its entries."""
-        read = torch.softmax(x @ self.keys.T, 1) @ self.keys
+        keys = self.keys.clone()
+        read = torch.softmax(x @ keys.T, 1) @ keys
         if self.training:
             with torch.no_grad():
                 place = int(self.place)

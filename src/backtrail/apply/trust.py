@@ -122,6 +122,13 @@ class RemovalCheck:
     noise: float
     reachable: float | None = None
 
+    @staticmethod
+    def not_made(queries: int) -> "RemovalCheck":
+        """The check of a run that does not replay: re-runs would be of another training."""
+        nothing = np.zeros((queries, 0))
+        unknown = Interval(np.nan, np.nan, np.nan)
+        return RemovalCheck((), nothing, nothing, unknown, unknown, slope=np.nan, noise=np.nan)
+
     @property
     def passed(self) -> bool:
         """Whether the Pearson correlation is at least 0.9."""
@@ -141,6 +148,8 @@ class RemovalCheck:
 
     def __str__(self) -> str:
         """One sentence."""
+        if not self.samples:
+            return "removal     not made: re-runs would be of another training"
         verdict = "passed" if self.passed else "FAILED"
         figures = (
             f"removal     {verdict}: {len(self.samples)} samples left out one at a time: "
@@ -317,7 +326,9 @@ def trust(
     try:
         replay: Verification | str = run.verify()
     except (ReplayMismatch, WrongData) as mismatch:
-        replay = str(mismatch)
+        not_made = RemovalCheck.not_made(len(influence.queries))
+        early = early_share(influence)
+        return Trust(str(mismatch), None, not_made, early=early, method=influence.method)
     derivative = None
     # An influence that is not meant to be the derivative would fail this check, however good it is.
     is_exact = influence.description.settings.get("exact", True)

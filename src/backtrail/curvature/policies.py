@@ -95,7 +95,8 @@ class Hessian(Curvature):
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
         """Gradient of a micro-batch and its vector-Jacobian product."""
-        if self.product == "difference":
+        missing = micro_batch.transition.task.binding.no_second_derivative
+        if self.product == "difference" or missing:
             return gradient_vjp_by_differences(micro_batch, params, buffers, weights=weights)
         return gradient_vjp(micro_batch, params, buffers, weights=weights)
 
@@ -103,7 +104,8 @@ class Hessian(Curvature):
         self, micro_batch: MicroBatch, state: State, tangent: State, *, weights: Tensor
     ) -> GradientJVP:
         """Gradient of a micro-batch and its Jacobian-vector product."""
-        if self.product == "difference":
+        missing = micro_batch.transition.task.binding.no_second_derivative
+        if self.product == "difference" or missing:
             return gradient_jvp_by_differences(micro_batch, state, tangent, weights=weights)
         return gradient_jvp(micro_batch, state, tangent, weights=weights)
 

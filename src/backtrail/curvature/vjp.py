@@ -14,13 +14,12 @@ contrastive losses) are exact.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import vjp, vmap
 
 from backtrail.accel.allocator import trim
@@ -111,8 +110,10 @@ class GradientGraph:
         w = weights.detach().requires_grad_()
         updated = {name: trained[name] for name in micro_batch.transition.updated}
         with torch.enable_grad(), accelerated(second_order="forward"):
-            with TrueDerivatives() as mode, _buffers_copied(mode, micro_batch):
+            moves = micro_batch.transition.task.binding.moving
+            with TrueDerivatives() as mode, mode.saving() if moves else nullcontext():
                 total, (after, losses) = micro_batch.loss(params | trained, buffers | running, w)
+            micro_batch.transition.task.binding.surrogates = tuple(mode.cuts)
             # The gradient is the training's; its derivative is the true one.
             with surrogate_gradients():
                 gradient = graph_vjp(
@@ -129,19 +130,6 @@ class GradientGraph:
     def outputs(self, running: Iterable[str]) -> Tensors:
         """The gradient, and the named running statistics after the forward pass."""
         return (*self.gradient.values(), *(self.after[name] for name in running))
-
-
-def _buffers_copied(
-    mode: TrueDerivatives, micro_batch: MicroBatch
-) -> AbstractContextManager[object]:
-    """Copies of the buffers in the graph, where the forward pass overwrites them later."""
-    if not micro_batch.transition.task.binding.moving:
-        return nullcontext()
-
-    def pack(tensor: Tensor) -> Tensor:
-        return tensor.clone() if mode.is_buffer(tensor) else tensor
-
-    return saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def gradient_vjp_by_differences(

@@ -42,6 +42,7 @@ from backtrail.errors.methods import RowsNotReadable as RowsNotReadable
 from backtrail.errors.methods import TooLittleMemory as TooLittleMemory
 from backtrail.errors.methods import UnusedOption as UnusedOption
 from backtrail.errors.methods import WithoutQueries as WithoutQueries
+from backtrail.errors.methods import WrongDerivative as WrongDerivative
 from backtrail.errors.recording import BadOptimizer as BadOptimizer
 from backtrail.errors.recording import BadPolicy as BadPolicy
 from backtrail.errors.recording import ChangedOutside as ChangedOutside

@@ -309,6 +309,28 @@ class Run:
                 raw = transition.raw_gradient(self.state(number))
                 RecordedStep(self, number).check_gradient(transition.clip(raw.gradient))
 
+    @property
+    def derivatives(self) -> str | None:
+        """What the check of its derivatives found; None before it was made."""
+        return self._derivatives.get("found")
+
+    def note_derivatives(self, found: str) -> None:
+        """Note what the check of its derivatives found."""
+        self._derivatives["found"] = found
+
+    @property
+    def asymmetric(self) -> str:
+        """Why the gradient is not the derivative of the loss; empty if it is."""
+        return self._derivatives.get("asymmetric", "")
+
+    def note_asymmetric(self, why: str) -> None:
+        """Note why the gradient is not the derivative of the loss."""
+        self._derivatives["asymmetric"] = why
+
+    @cached_property
+    def _derivatives(self) -> dict[str, str]:
+        return {}
+
     def _check_samples(self) -> None:
         """Compare what every sample reads, at its first visit, with what was recorded.
 

@@ -155,6 +155,34 @@ def pull_back(
     return PulledBack(before, -torch.cat(in_order, 1), primal.losses)
 
 
+def pull_gradient(
+    transition: Transition, state: State, grads: Tree, *, rules: Rules
+) -> tuple[Tree, Tree, Float[Tensor, " slot"]]:
+    """Pull one cotangent of a step's gradient, before clipping, back to what it is computed from.
+
+    Args:
+        transition: the step.
+        state: the state before it.
+        grads: the cotangent, each tensor `[1, ...]`.
+        rules: how derivatives are taken.
+
+    Returns:
+        Cotangents of the trained parameters and of the running statistics, and the scores.
+    """
+    with transition.replaying(double_backward=rules.curvature.product == "autograd"):
+        primal = _StepGradient.of(transition, state, rules)
+        params = {name: torch.zeros_like(state.params[name])[None] for name in transition.trained}
+        running = [name for name in transition.task.running if name in state.buffers]
+        buffers = {name: torch.zeros_like(state.buffers[name])[None] for name in running}
+        before = Cotangent(params, buffers, {})
+        scores: list[Tensor] = []
+        for gradient_vjp in primal.vjps_from_last():
+            scores.append(_pull_micro_batch(gradient_vjp, grads, before, chunk=1))
+    first = {name: tensor[0] for name, tensor in before.params.items()}
+    first_buffers = {name: tensor[0] for name, tensor in before.buffers.items()}
+    return first, first_buffers, torch.cat(scores[::-1], 1)[0]
+
+
 def _check_step(
     transition: Transition, state: State, primal: "_StepGradient", clipped: Tree
 ) -> None:

@@ -1,20 +1,21 @@
 r"""Backward passes that are not the derivative of the forward pass.
 
-Stop-gradients (`detach`, `no_grad`), straight-through estimators, gradient reversal and some options
-of torch's own layers train with a *surrogate* gradient. With θ the parameters, a training consumes
-:math:`g(\theta)`, which the backward pass defines. The influence of a sample needs the derivative
-:math:`\partial g / \partial \theta` of that function. Differentiating the graph of g once more
-does not give it: the surrogate would be used a second time, where the value that flowed forwards
-depends on θ by its true derivative.
+Stop-gradients (`detach`, `no_grad`), straight-through estimators, gradient reversal and some
+options of torch's own layers train with a *surrogate* gradient. With θ the parameters, a training
+consumes :math:`g(\theta)`, which the backward pass defines. The influence of a sample needs the
+derivative :math:`\partial g / \partial \theta` of that function. Differentiating the graph of g
+once more does not give it: the surrogate would be used a second time, where the value that flowed
+forwards depends on θ by its true derivative.
 
-So a tensor that has two derivatives carries both. `with_surrogate(true, surrogate)` has the value of
-both. While a gradient is computed (`surrogate_gradients`), cotangents go to the surrogate, as in
-the training; whenever that gradient is differentiated, they go to the true function. In forward
+So a tensor that has two derivatives carries both. `with_surrogate(true, surrogate)` has the value
+of both. While a gradient is computed (`surrogate_gradients`), cotangents go to the surrogate, as
+in the training; whenever that gradient is differentiated, they go to the true function. In forward
 mode the tangent is the true one.
 
 `TrueDerivatives` finds the places: while it is entered, it sees every call of torch.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -24,9 +25,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from backtrail.accel.second_order import is_eager
 from backtrail.tree import tree_leaves, tree_map
 
 # Whether a gradient is computed as the training computed it. A global, not a ContextVar: on a GPU
@@ -144,10 +147,14 @@ class TrueDerivatives(TorchFunctionMode):
         # under no_grad from stopped tensors.
         self._buffers: dict[int, Tensor] = {}
         self._made_here: dict[int, Tensor] = {}
+        self._saved: dict[int, list[_Saved]] = {}
+        self._left_torch = False
+        self._paused = False
         self.cuts: dict[str, None] = {}
 
     def __enter__(self) -> "TrueDerivatives":
         """Enter the mode."""
+        _replace_apply()
         self._token = _active.set(self)
         super().__enter__()
         return self
@@ -156,6 +163,7 @@ class TrueDerivatives(TorchFunctionMode):
         """Leave the mode."""
         super().__exit__(*error)
         _active.reset(self._token)
+        _restore_apply()
 
     def note_buffers(self, tensors: Iterable[Tensor]) -> None:
         """Note the model's buffers, which a forward pass may write to in place.
@@ -164,31 +172,49 @@ class TrueDerivatives(TorchFunctionMode):
         """
         self._buffers.update((id(tensor), tensor) for tensor in tensors)
 
-    def is_buffer(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the memory of a noted buffer."""
-        address = tensor.untyped_storage().data_ptr()
-        return any(
-            buffer.untyped_storage().data_ptr() == address for buffer in self._buffers.values()
-        )
+    def saving(self) -> saved_tensors_hooks:
+        """While the context runs, what graphs keep may be written to later: it is copied first.
+
+        A training under no_grad keeps nothing, and may write where it likes. Outside of no_grad
+        this is needed only where the forward pass writes to buffers that it has read.
+        """
+        return saved_tensors_hooks(self._save, _Saved.value_of)
+
+    def _save(self, tensor: Tensor) -> "_Saved":
+        saved = _Saved(tensor)
+        self._saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(saved)
+        return saved
+
+    def _copy_saved(self, written: Tensor) -> None:
+        """Copy what graphs keep of a tensor's memory, before it is written to."""
+        if not self._saved:
+            return
+        for saved in self._saved.pop(written.untyped_storage().data_ptr(), []):
+            saved.tensor = saved.tensor.clone()
 
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch."""
         kwargs = kwargs or {}
+        if self._paused:
+            return function(*args, **kwargs)
+        if function in LEAVE_TORCH:
+            self._left_torch = True
+        if function in STOPS:
+            return self._stop(function, args, kwargs)
+        if torch.is_grad_enabled():
+            return self._call(function, args, kwargs)
+        return self._without_grad(function, args, kwargs)
+
+    def _call(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function, or what replaces it, while a graph is recorded."""
         replacement = REPLACED.get(function)
         if replacement is not None:
             found = replacement(*args, **kwargs)
             if found is not NotImplemented:
-                self._note(function, args)
+                if any(_is_differentiable(leaf) for leaf in tree_leaves((args, kwargs))):
+                    self.cuts[getattr(function, "__name__", str(function))] = None
                 return found
-        if function in STOPS:
-            return self._stop(function, args, kwargs)
-        if torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        return self._without_grad(function, args, kwargs)
-
-    def _note(self, function: Any, args: Any) -> None:
-        if any(_is_differentiable(leaf) for leaf in tree_leaves(args)):
-            self.cuts[getattr(function, "__qualname__", None) or str(function)] = None
+        return function(*args, **kwargs)
 
     def _stop(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Run `detach` or read `.data`."""
@@ -218,9 +244,13 @@ class TrueDerivatives(TorchFunctionMode):
 
         with self._recording():
             args, kwargs = tree_map(stop, (args, kwargs))
-            found = function(*args, **kwargs)
+            if isinstance(target, Tensor):
+                self._copy_saved(target)
+            found = self._call(function, args, kwargs)
             if out is not None:
                 # Functions with `out=` have no derivative.
+                for into in tree_leaves(out):
+                    self._copy_saved(into)
                 return tree_map(Tensor.copy_, out, found)
         for leaf in tree_leaves(found):
             if _is_differentiable(leaf):
@@ -228,7 +258,7 @@ class TrueDerivatives(TorchFunctionMode):
         return found
 
     def _is_kept(self, tensor: Tensor) -> bool:
-        """Whether a tensor's graph has no surrogate to stop: a buffer, or made from stopped ones."""
+        """Whether nothing is to be stopped in a tensor: a buffer, or made from stopped ones."""
         base = tensor if tensor._base is None else tensor._base
         return (
             id(tensor) in self._made_here
@@ -237,12 +267,159 @@ class TrueDerivatives(TorchFunctionMode):
         )
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let torch alone, e.g. in the forward of a Function, whose graph is its backward."""
+        before = self._paused
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def apply(self, function: Any, args: Any) -> Any:
+        """Apply a `torch.autograd.Function`: its backward is the surrogate of its forward."""
+        if not torch.is_grad_enabled():
+            # Without a gradient its forward is called, and nothing else.
+            with self._recording():
+                stopped = tree_map(
+                    lambda leaf: leaf if self._is_kept_tensor(leaf) else _stopped(leaf), args
+                )
+                found = self._forward_of(function, stopped)
+            return _own_apply(function, *args) if found is NotImplemented else found
+        generator = torch.get_rng_state()
+        with self.paused():
+            surrogate = _own_apply(function, *args)
+        with torch.random.fork_rng([]):
+            torch.set_rng_state(generator)
+            true = self._forward_of(function, args)
+        with self.paused():
+            agrees = true is not NotImplemented and _same_values(true, surrogate)
+        if not agrees:
+            return surrogate
+        self.cuts[function.__name__] = None
+
+        def join(of_true: Any, of_surrogate: Any) -> Any:
+            if not _is_differentiable(of_surrogate):
+                return of_surrogate
+            return with_surrogate(of_true, of_surrogate)
+
+        return tree_map(join, true, surrogate)
+
+    def _forward_of(self, function: Any, args: Any) -> Any:
+        """A Function's forward as plain operations; NotImplemented if it is not made of those."""
+        context = _Context(args)
+        has_setup = function.setup_context is not Function.setup_context
+        before = self._left_torch
+        self._left_torch = False
+        try:
+            with torch.enable_grad():
+                found = function.forward(*args) if has_setup else function.forward(context, *args)
+        except Exception:  # noqa: BLE001 - whatever it is, it is a Function that needs its context
+            return NotImplemented
+        finally:
+            left_torch = self._left_torch
+            self._left_torch = before
+        return NotImplemented if left_torch or context.writes_inputs else found
+
+    def _is_kept_tensor(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and self._is_kept(leaf)
+
+    @contextmanager
     def _recording(self) -> Iterator[None]:
         with ExitStack() as stack:
+            if is_eager():  # torch.func refuses such hooks
+                stack.enter_context(self.saving())
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(mode=False))
             stack.enter_context(torch.enable_grad())
             yield
+
+
+@final
+class _Saved:
+    """A tensor that a graph keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def value_of(self) -> Tensor:
+        """The tensor as it was when it was saved."""
+        return self.tensor
+
+
+@final
+class _Context:
+    """Stands for the `ctx` of a Function's forward that is called as a plain function."""
+
+    def __init__(self, args: Any) -> None:
+        self.needs_input_grad = tuple(_is_differentiable(arg) for arg in args)
+        self.writes_inputs = False
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        """Keep nothing: autograd does."""
+
+    save_for_forward = save_for_backward
+    mark_non_differentiable = save_for_backward
+
+    def set_materialize_grads(self, value: object) -> None:
+        """Change nothing."""
+
+    def mark_dirty(self, *tensors: Any) -> None:
+        """Note that the function writes to its inputs, so it cannot be called twice."""
+        del tensors
+        self.writes_inputs = True
+
+
+def _same_values(left: Any, right: Any) -> bool:
+    """Whether both hold tensors of the same shapes and values."""
+    left_leaves = tree_leaves(left)
+    right_leaves = tree_leaves(right)
+    if len(left_leaves) != len(right_leaves):
+        return False
+    for one, other in zip(left_leaves, right_leaves, strict=True):
+        if isinstance(one, Tensor) != isinstance(other, Tensor):
+            return False
+        if isinstance(one, Tensor):
+            with torch.no_grad():
+                if one.shape != other.shape or not torch.allclose(
+                    one.to(other), other, equal_nan=True
+                ):
+                    return False
+    return True
+
+
+_own_apply = Function.apply.__func__  # type: ignore[attr-defined]
+_lock = threading.Lock()
+_entered = 0  # modes, in all threads
+
+
+def _replace_apply() -> None:
+    """Let Functions of the user's be seen; torch calls no mode for them."""
+    global _entered  # noqa: PLW0603 - torch.autograd.Function is the process's
+    with _lock:
+        if _entered == 0:
+            Function.apply = classmethod(_apply)  # type: ignore[method-assign, assignment]
+        _entered += 1
+
+
+def _restore_apply() -> None:
+    global _entered  # noqa: PLW0603 - torch.autograd.Function is the process's
+    with _lock:
+        _entered -= 1
+        if _entered == 0:
+            Function.apply = classmethod(_own_apply)  # type: ignore[method-assign]
+
+
+def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the place of `torch.autograd.Function.apply`; other threads get torch's own."""
+    mode = _active.get()
+    is_own = function.__module__.partition(".")[0] in {"torch", "backtrail"}
+    if mode is None:
+        return _own_apply(function, *args, **kwargs)
+    if is_own or kwargs:
+        with mode.paused():
+            return _own_apply(function, *args, **kwargs)
+    return mode.apply(function, args)
 
 
 def _written_tensor(function: Any, args: Any) -> Any:
@@ -282,10 +459,14 @@ def _embedding(
     """
     if max_norm is not None or (padding_idx is None and not scale_grad_by_freq):
         return NotImplemented
-    surrogate = functional.embedding(
-        input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, **settings
-    )
-    return with_surrogate(functional.embedding(input, weight), surrogate)
+    true = functional.embedding(input, weight)
+    surrogate = functional.embedding(input, weight, padding_idx, **settings)
+    if scale_grad_by_freq:
+        # torch scales the gradient, and forgets the scale in the derivative of the gradient.
+        _, place, counts = torch.unique(input, return_inverse=True, return_counts=True)
+        scale = (1 / counts[place]).unsqueeze(-1).to(surrogate.dtype)
+        surrogate = surrogate * scale + (1 - scale) * surrogate.detach()
+    return with_surrogate(true, surrogate)
 
 
 def _gumbel_softmax(*, logits: Tensor, hard: bool, **settings: Any) -> Any:
@@ -304,6 +485,114 @@ def _quantised(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return with_surrogate(surrogate.detach(), surrogate)
 
     return quantise
+
+
+def _hardsigmoid(*, input: Tensor, **settings: Any) -> Tensor:
+    """Hardsigmoid by plain operations: torch's own has no second derivative."""
+    del settings
+    return functional.relu6(input + 3) / 6
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: object = None) -> Tensor:
+    """Distances of all pairs by plain operations: torch's own have no second derivative."""
+    del compute_mode
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+
+
+def _embedding_bag(
+    *,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    max_norm: float | None,
+    scale_grad_by_freq: bool,
+    mode: str,
+    sparse: bool,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+    **settings: Any,
+) -> Any:
+    """Bags of embeddings by plain operations: torch's own have no second derivative."""
+    del sparse, settings
+    if max_norm is not None or scale_grad_by_freq:
+        return NotImplemented
+    if input.dim() == 2:
+        bags = len(input)
+        bag = torch.arange(bags, device=input.device).repeat_interleave(input.shape[1])
+        flat = input.reshape(-1)
+    else:
+        assert offsets is not None
+        starts = offsets[:-1] if include_last_offset else offsets
+        bags = len(starts)
+        flat = input[: int(offsets[-1])] if include_last_offset else input
+        places = torch.arange(len(flat), device=input.device)
+        bag = torch.bucketize(places, starts, right=True) - 1
+    vectors = functional.embedding(flat, weight)
+    if per_sample_weights is not None:
+        vectors = vectors * per_sample_weights.reshape(-1, 1)
+    if padding_idx is not None:
+        kept = flat != padding_idx % len(weight)
+        vectors, bag = vectors[kept], bag[kept]
+    index = bag.unsqueeze(1).expand_as(vectors)
+    shape = (bags, weight.shape[1])
+    if mode == "max":
+        largest = vectors.new_zeros(shape)
+        return largest.scatter_reduce(0, index, vectors, "amax", include_self=False)
+    total = vectors.new_zeros(shape).scatter_add(0, index, vectors)
+    if mode == "sum":
+        return total
+    count = torch.bincount(bag, minlength=bags).clamp(min=1)
+    return total / count.unsqueeze(1).to(total.dtype)
+
+
+def _multi_margin_loss(
+    *,
+    input: Tensor,
+    target: Tensor,
+    p: int,
+    margin: float,
+    weight: Tensor | None,
+    reduction: str,
+    **settings: Any,
+) -> Tensor:
+    """Multi-class hinge loss by plain operations: torch's own has no second derivative."""
+    del settings
+    scores = input.reshape(-1, input.shape[-1])
+    labels = target.reshape(-1, 1)
+    excess = (margin - scores.gather(1, labels) + scores).clamp(min=0) ** p
+    if weight is not None:
+        excess = excess * weight[labels]
+    others = torch.ones_like(excess).scatter(1, labels, 0.0)
+    losses = (excess * others).sum(1) / scores.shape[1]
+    return _reduced(losses if input.dim() == 2 else losses.squeeze(0), reduction)
+
+
+def _multilabel_margin_loss(
+    *, input: Tensor, target: Tensor, reduction: str, **settings: Any
+) -> Tensor:
+    """Multi-label hinge loss by plain operations: torch's own has no second derivative."""
+    del settings
+    scores = input.reshape(-1, input.shape[-1])
+    labels = target.reshape(-1, input.shape[-1])
+    # The labels of a row end at the first negative one.
+    valid = (labels >= 0).cumprod(1).bool()
+    chosen = labels.clamp(min=0)
+    is_label = torch.zeros_like(scores).scatter_reduce(1, chosen, valid.to(scores.dtype), "amax")
+    excess = (1 - scores.gather(1, chosen).unsqueeze(2) + scores.unsqueeze(1)).clamp(min=0)
+    counted = valid.unsqueeze(2) * (1 - is_label).unsqueeze(1)
+    losses = (excess * counted).sum((1, 2)) / scores.shape[1]
+    return _reduced(losses if input.dim() == 2 else losses.squeeze(0), reduction)
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    match reduction:
+        case "mean":
+            return losses.mean()
+        case "sum":
+            return losses.sum()
+        case _:
+            return losses
 
 
 def _normal(mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Any:
@@ -412,15 +701,26 @@ def _normalise(
 
 
 STOPS = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})
+# What a function does with what these return is not seen.
+LEAVE_TORCH = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item})
 # Under no_grad these return no value that a loss could depend on smoothly, or set what must be set.
 UNRECORDED = frozenset({Tensor.requires_grad.__get__, Tensor.grad.__get__, Tensor.size})
-# Functions of torch whose backward pass, or second derivative, is not the true one. Each replacement
+# Functions of torch whose backward pass, or second derivative, is not the true one. A replacement
 # returns NotImplemented where its arguments make it a plain function.
 REPLACED: dict[Any, Callable[..., Any]] = {
     functional.embedding: _with_all_arguments(functional.embedding, _embedding),
     functional.gumbel_softmax: _with_all_arguments(functional.gumbel_softmax, _gumbel_softmax),
     functional.batch_norm: _with_all_arguments(functional.batch_norm, _batch_norm),
     functional.instance_norm: _with_all_arguments(functional.instance_norm, _instance_norm),
+    functional.hardsigmoid: _with_all_arguments(functional.hardsigmoid, _hardsigmoid),
+    functional.embedding_bag: _with_all_arguments(functional.embedding_bag, _embedding_bag),
+    functional.multi_margin_loss: _with_all_arguments(
+        functional.multi_margin_loss, _multi_margin_loss
+    ),
+    functional.multilabel_margin_loss: _with_all_arguments(
+        functional.multilabel_margin_loss, _multilabel_margin_loss
+    ),
+    torch.cdist: _cdist,
     torch.normal: _normal,
     torch.fake_quantize_per_tensor_affine: _quantised(torch.fake_quantize_per_tensor_affine),
     torch.fake_quantize_per_channel_affine: _quantised(torch.fake_quantize_per_channel_affine),

@@ -293,6 +293,9 @@ class _Binding(nn.Module):
         modules_by_name: all modules of the skeleton.
         one_by_one: rows of this model cannot be differentiated under `vmap`.
         moving: names of the buffers, other than BatchNorm's, that forward passes change.
+        surrogates: calls of torch and Functions whose backward pass is not the derivative of their
+            forward pass.
+        no_second_derivative: what torch cannot differentiate twice in it; empty if it can.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -302,6 +305,8 @@ class _Binding(nn.Module):
         self.modules_by_name = dict(model.named_modules())
         self.one_by_one = False
         self.moving: set[str] = set()
+        self.surrogates: tuple[str, ...] = ()
+        self.no_second_derivative = ""
 
     def forward(self, function: Callable[[nn.Module], Any]) -> Any:
         """Call the function on the skeleton, while its tensors are swapped."""

@@ -28,6 +28,7 @@ from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.layout import Description
 from backtrail.influence.writer import InfluenceWriter
+from backtrail.methods.derivative_check import check_derivatives
 from backtrail.methods.dit.auto import candidate_rules, choose_rules
 from backtrail.methods.dit.checkpoint import CotangentStore
 from backtrail.methods.dit.observing import CotangentSource, cotangent_source
@@ -130,12 +131,16 @@ class DIT:
         states = observed_states(run, observed_at)
         if self.denominator == "renormalize":
             check_renormalizable(run)
+        checked = check_derivatives(run, self.curvature)
         rules, choice = self._rules(run, queries, state=states[-1], path=path)
         # Another chunk would change the last bits, so a resumed attribution keeps its own.
         limits = Limits(memory=self.memory, chunk=self.chunk or unfinished_chunk(path))
         twice = rules.curvature.product == "autograd"
         cut = budget(run, queries, len(states), twice=twice, limits=limits)
-        settings = self._settings(queries, rules, cut, choice)
+        settings = self._settings(queries, rules, cut, choice) | {"derivatives": checked}
+        missing = run.task.binding.no_second_derivative
+        if missing:
+            settings["differences"] = missing
         description = describe(
             run,
             queries,

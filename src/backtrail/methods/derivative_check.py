@@ -1,0 +1,420 @@
+r"""The check that every attribution makes of its own derivatives.
+
+Two steps of the training are computed again in float64. Before them, the parameters, the running
+statistics and the weights of the first step's slots are moved a little along a random direction d,
+both ways. Two changes are compared with what the sweep says about them:
+
+.. math::
+    \text{gradient} \quad & \langle a, g(h) - g(-h) \rangle / 2h
+        \;=\; \langle J_g^\top a, d \rangle \\
+    \text{two steps} \quad & \langle \lambda, s(h) - s(-h) \rangle / 2h
+        \;=\; \langle S^\top \lambda, d \rangle
+
+with g the gradient of the first step and s the state after the second one: parameters, running
+statistics and the optimizer's moments. a and λ are random.
+
+Differences do not know how torch differentiates. So they see a stop-gradient, a buffer that is
+written without one, or a kernel whose second derivative is wrong. They are taken at two sizes of h;
+where the two do not agree with each other (a kink of ReLU in between, or too little precision),
+nothing is said against the sweep.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from backtrail.curvature.policies import Hessian
+from backtrail.errors import BacktrailError, BadSetting, WrongDerivative
+from backtrail.optim.slopes import Tangent
+from backtrail.run.run import Run
+from backtrail.step.state import State, elementwise_keys
+from backtrail.step.step import Transition, Weights
+from backtrail.sweep.adjoint import Cotangent, pull_back, pull_gradient
+from backtrail.sweep.rules import Rules
+from backtrail.task.surrogate import surrogate_gradients
+from backtrail.tree import Tree, norm
+
+# Sizes of h, of which the parameters move by this share of their own size. Small, so that few kinks
+# of a large network lie in between; float64 has room for that.
+SIZES = (2e-7, 2.5e-8)
+CLOSE = 1e-4  # relative difference that rounding explains
+# The two sizes agree where their difference is below this share of the difference from the sweep.
+AGREEING = 0.1
+STEPS = 2
+MOST_LAYERS = 64  # that a wrong derivative is looked for in
+SMALLEST = 1e-3  # norm of a tensor, relative to the largest of its kind, that counts as its own
+SEED = 0
+RULES = Rules(Hessian(), Tangent())
+
+PASSED = "passed"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Direction:
+    """What is moved before the first step.
+
+    Attributes:
+        params: change of the trained parameters.
+        buffers: change of the running statistics.
+        weights: change of the weights of the step's slots, `[slot]`.
+    """
+
+    params: Tree
+    buffers: Tree
+    weights: Tensor
+
+    def moved(self, state: State, size: float) -> State:
+        """The state after a move."""
+        params = dict(state.params)
+        for name, change in self.params.items():
+            params[name] = params[name] + size * change
+        buffers = dict(state.buffers)
+        for name, change in self.buffers.items():
+            buffers[name] = buffers[name] + size * change
+        return State(params, buffers, state.moments)
+
+    def product(self, params: Tree, buffers: Tree, scores: Tensor) -> float:
+        """The inner product with derivatives by parameters, running statistics and weights."""
+        total = (self.weights * scores).sum()
+        for name, change in self.params.items():
+            total = total + (change * params[name]).sum()
+        for name, change in self.buffers.items():
+            total = total + (change * buffers[name]).sum()
+        return float(total)
+
+    def only(self, names: Sequence[str]) -> "_Direction":
+        """The move of some parameters alone."""
+        params = {name: self.params[name] for name in names}
+        return _Direction(params, {}, torch.zeros_like(self.weights))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """A derivative by the sweep and by differences of two sizes.
+
+    Attributes:
+        swept: by the sweep.
+        wide: by differences of the larger size.
+        narrow: by differences of the smaller size.
+    """
+
+    swept: float
+    wide: float
+    narrow: float
+
+    @property
+    def gap(self) -> float:
+        """Relative difference of the sweep from the wide differences."""
+        scale = max(abs(self.swept), abs(self.wide))
+        return abs(self.wide - self.swept) / scale if scale else 0.0
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the sweep agrees with the differences."""
+        return self.gap <= CLOSE
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the differences agree with each other, and not with the sweep."""
+        if not math.isfinite(self.swept):
+            return math.isfinite(self.wide) and math.isfinite(self.narrow)
+        off = abs(self.wide - self.swept)
+        return not self.is_close and abs(self.wide - self.narrow) <= AGREEING * off
+
+
+def check_derivatives(run: Run, curvature: object) -> str:
+    """Check the exact derivatives of two steps, once for every run that was opened.
+
+    Args:
+        run: The recorded training.
+        curvature: The policy of the attribution; products by differences need a symmetric second
+            derivative.
+
+    Returns:
+        "passed", or why nothing could be said.
+
+    Raises:
+        WrongDerivative: The derivative of a step is wrong.
+        BadSetting: Products by differences, of a model that stops gradients.
+    """
+    if run.derivatives is None:
+        run.note_derivatives(_Check.of(run).made())
+    found = run.derivatives
+    assert found is not None
+    if run.asymmetric and getattr(curvature, "product", None) == "difference":
+        raise BadSetting(
+            "product",
+            "difference",
+            "product='autograd', since the gradient of this training is not the derivative of its "
+            f"loss ({run.asymmetric}), and differences of gradients need one that is",
+        )
+    return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """The check of two steps.
+
+    Attributes:
+        run: the recorded training.
+        first: number of the first step.
+    """
+
+    run: Run
+    first: int
+
+    @staticmethod
+    def of(run: Run) -> "_Check":
+        """The check at a state on disk in the middle of the training."""
+        starts = [number for number in run.kept if number < run.steps]
+        return _Check(run, starts[len(starts) // 2])
+
+    @property
+    def transitions(self) -> list[Transition]:
+        """The steps in float64."""
+        last = min(self.first + STEPS, self.run.steps)
+        return [self.run.transition(index, torch.float64) for index in range(self.first, last)]
+
+    def made(self) -> str:
+        """Make the check.
+
+        Raises:
+            WrongDerivative: the derivative of a step is wrong.
+            BacktrailError: the task is wrong.
+            RuntimeError: the model fails.
+        """
+        try:
+            transitions = self.transitions
+            state = self.run.state(self.first, dtype=torch.float64)
+            transitions[0].raw_gradient(state)
+        except BacktrailError:
+            raise
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            return f"not checked: the training cannot be computed in float64 ({_line(error)})"
+        try:
+            return self._compared(transitions, state)
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, BacktrailError) or not _lacks_second_derivative(error):
+                raise
+            self.run.task.binding.no_second_derivative = _line(error)
+            return f"not checked: torch has no second derivative ({_line(error)})"
+
+    def _compared(self, transitions: list[Transition], state: State) -> str:
+        generator = torch.Generator().manual_seed(SEED)
+        direction = _direction(transitions[0], state, generator)
+        a = _random_tree({n: state.params[n] for n in transitions[0].updated}, generator)
+        after = state
+        for transition in transitions:
+            after = transition.advance(after)
+        cotangent = _cotangent(transitions[-1], after, generator)
+
+        by_gradient, by_steps = self._swept(transitions, state, direction, a, cotangent)
+        gradients: list[float] = []
+        states: list[float] = []
+        for size in SIZES:
+            up = _moved_on(transitions, direction, state, size, a=a, cotangent=cotangent)
+            down = _moved_on(transitions, direction, state, -size, a=a, cotangent=cotangent)
+            gradients.append((up[0] - down[0]) / (2 * size))
+            states.append((up[1] - down[1]) / (2 * size))
+        # What the parameters were moved by is still there, and is not a derivative of anything.
+        still = sum(
+            float((cotangent.params[name][0] * change).sum())
+            for name, change in direction.params.items()
+        )
+        gradient = _Compared(by_gradient, *gradients)
+        steps = _Compared(by_steps - still, *(found - still for found in states))
+        if gradient.is_wrong:
+            layers = self._layers(transitions[0], state, direction, a)
+            raise WrongDerivative(self.first, "its gradient", gradient.gap, layers)
+        if gradient.is_close and steps.is_wrong:
+            raise WrongDerivative(self.first, "the state two steps later", steps.gap)
+        if gradient.is_close and steps.is_close:
+            return PASSED
+        return "not checked: kinks (or too little precision) at the scale of the differences"
+
+    def _swept(
+        self,
+        transitions: list[Transition],
+        state: State,
+        direction: _Direction,
+        a: Tree,
+        cotangent: Cotangent,
+    ) -> tuple[float, float]:
+        """Both derivatives along the direction, by the sweep."""
+        states = [state]
+        for transition in transitions[:-1]:
+            states.append(transition.advance(states[-1]))
+        params, buffers, scores = pull_gradient(transitions[0], state, _as_stack(a), rules=RULES)
+        by_gradient = direction.product(params, buffers, scores)
+        self._note_asymmetry(transitions[0], state, a, by_gradient=params)
+        # It is overwritten by the sweep.
+        pulled = _copied(cotangent)
+        for transition, before in zip(reversed(transitions), reversed(states), strict=True):
+            found = pull_back(transition, before, pulled, rules=RULES, chunk=1)
+            pulled = found.cotangent
+        by_steps = direction.product(
+            _first(pulled.params), _first(pulled.buffers), -found.influence[0]
+        )
+        return by_gradient, by_steps
+
+    def _note_asymmetry(
+        self, transition: Transition, state: State, a: Tree, *, by_gradient: Tree
+    ) -> None:
+        """Note whether the gradient is another function than the derivative of the loss."""
+        names = self.run.task.binding.surrogates
+        if not names:
+            return
+        # As if the derivative of the gradient were its surrogate, too.
+        with surrogate_gradients():
+            params, _, _ = pull_gradient(transition, state, _as_stack(a), rules=RULES)
+        gap = norm({name: params[name] - by_gradient[name] for name in params})
+        if gap > CLOSE * norm(by_gradient):
+            self.run.note_asymmetric(", ".join(names))
+
+    def _layers(
+        self, transition: Transition, state: State, direction: _Direction, a: Tree
+    ) -> list[str]:
+        """Names of the modules whose parameters have the wrong derivative, where it can be told."""
+        modules: dict[str, list[str]] = {}
+        for name in direction.params:
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        params, buffers, scores = pull_gradient(transition, state, _as_stack(a), rules=RULES)
+        wrong: list[str] = []
+        for module, names in list(modules.items())[:MOST_LAYERS]:
+            part = direction.only(names)
+            swept = part.product(params, buffers, scores)
+            by_size = []
+            for size in SIZES:
+                up = _gradient_product(transition, part, state, size, a)
+                down = _gradient_product(transition, part, state, -size, a)
+                by_size.append((up - down) / (2 * size))
+            if _Compared(swept, *by_size).is_wrong:
+                wrong.append(module or type(self.run.task.model).__name__)
+        return wrong
+
+
+def _direction(transition: Transition, state: State, generator: torch.Generator) -> _Direction:
+    """A random move, of the size of what is moved."""
+    params: Tree = {}
+    for name in transition.trained:
+        params[name] = _random_like(state.params[name], generator)
+    buffers: Tree = {}
+    for name in transition.task.running:
+        if name in state.buffers:
+            buffers[name] = _random_like(state.buffers[name], generator)
+    slots = sum(transition.slot_counts)
+    like = next(iter(state.params.values()))
+    weights = torch.randn(slots, generator=generator, dtype=torch.float64).to(like.device)
+    return _Direction(params, buffers, weights)
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of a tensor's own root mean square, or of 1 where that is zero."""
+    size = tensor.square().mean().sqrt() if tensor.numel() else tensor.new_zeros(())
+    drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+    return drawn * torch.where(size > 0, size, 1.0)
+
+
+def _random_tree(tree: Tree, generator: torch.Generator) -> Tree:
+    drawn: Tree = {}
+    for name, tensor in tree.items():
+        drawn[name] = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+    return drawn
+
+
+def _cotangent(transition: Transition, after: State, generator: torch.Generator) -> Cotangent:
+    """Random weights of the entries of a state, inverse to their size."""
+    params = {name: after.params[name] for name in transition.trained}
+    running = [name for name in transition.task.running if name in after.buffers]
+    buffers = {name: after.buffers[name] for name in running}
+    by_key: dict[str, Tree] = {}
+    for name, tree in after.moments.items():
+        for key in elementwise_keys(tree, after.params[name]):
+            by_key.setdefault(key, {})[name] = tree[key]
+    moments: dict[str, Tree] = {name: {} for name in after.moments}
+    for key, tree in by_key.items():
+        for name, weights in _weights_of(tree, generator).items():
+            moments[name][key] = weights
+    return Cotangent(_weights_of(params, generator), _weights_of(buffers, generator), moments)
+
+
+def _weights_of(tree: Tree, generator: torch.Generator) -> Tree:
+    """Random numbers `[1, ...]`, inverse to the norm of each tensor."""
+    norms = {name: float(torch.linalg.vector_norm(tensor)) for name, tensor in tree.items()}
+    # A tensor of rounding alone (the moment of a bias before BatchNorm) must not count as much.
+    least = SMALLEST * max(norms.values(), default=0.0)
+    weights: Tree = {}
+    for name, tensor in tree.items():
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        weights[name] = (drawn / (max(norms[name], least) or 1.0))[None]
+    return weights
+
+
+def _moved_on(
+    transitions: list[Transition],
+    direction: _Direction,
+    state: State,
+    size: float,
+    *,
+    a: Tree,
+    cotangent: Cotangent,
+) -> tuple[float, float]:
+    """The products with the gradient of the first step, and with the state after the last one."""
+    now = direction.moved(state, size)
+    weights: Weights | None = 1 + size * direction.weights
+    product = 0.0
+    for place, transition in enumerate(transitions):
+        raw = transition.raw_gradient(now, weights=weights, autocast=False)
+        weights = None
+        if place == 0:
+            product = _inner(a, raw.gradient)
+        now = transition.apply_update(now, transition.clip(raw.gradient), raw.buffers)
+    after = _inner(_first(cotangent.params), now.params)
+    after += _inner(_first(cotangent.buffers), now.buffers)
+    for name, tree in cotangent.moments.items():
+        after += _inner(_first(tree), now.moments[name])
+    return product, after
+
+
+def _gradient_product(
+    transition: Transition, direction: _Direction, state: State, size: float, a: Tree
+) -> float:
+    moved = direction.moved(state, size)
+    raw = transition.raw_gradient(moved, weights=1 + size * direction.weights, autocast=False)
+    return _inner(a, raw.gradient)
+
+
+def _inner(left: Tree, right: Tree) -> float:
+    return sum(float((tensor * right[name]).sum()) for name, tensor in left.items())
+
+
+def _first(tree: Tree) -> Tree:
+    return {name: tensor[0] for name, tensor in tree.items()}
+
+
+def _as_stack(tree: Tree) -> Tree:
+    return {name: tensor[None] for name, tensor in tree.items()}
+
+
+def _copied(cotangent: Cotangent) -> Cotangent:
+    def copy(tree: Tree) -> Tree:
+        return {name: tensor.clone() for name, tensor in tree.items()}
+
+    moments = {name: copy(tree) for name, tree in cotangent.moments.items()}
+    return Cotangent(copy(cotangent.params), copy(cotangent.buffers), moments)
+
+
+def _lacks_second_derivative(error: Exception) -> bool:
+    sentences = ("is not implemented", "differentiate twice", "once_differentiable")
+    return any(sentence in str(error) for sentence in sentences)
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
