@@ -4,6 +4,7 @@ The loop in `Training.run` is plain PyTorch and calls nothing of backtrail but w
 `watch`. True influence is a central difference of it: one slot's weight is nudged, both ways.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ class Apply(nn.Module):
 class Centred(nn.Module):
     """Subtracts a running mean that it keeps itself, without a gradient."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(WIDTH))
@@ -62,6 +65,8 @@ class Centred(nn.Module):
 class Scaled(nn.Module):
     """Multiplies by a parameter without axes, and by a running scale that is assigned anew."""
 
+    size: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(1.1))
@@ -76,6 +81,9 @@ class Scaled(nn.Module):
 
 class Queue(nn.Module):
     """Attends to the outputs of earlier batches, as MoCo's queue of keys."""
+
+    keys: Tensor
+    place: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,11 +108,13 @@ class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Return the input."""
+        del ctx
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Reverse the gradient."""
+        del ctx
         return -gradient
 
 
@@ -119,10 +129,11 @@ class Clipped(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         """Keep the input."""
+        del output
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Pass a clipped gradient."""
         (x,) = ctx.saved_tensors
         return gradient * (2 * x).clamp(-0.5, 0.5)
@@ -149,12 +160,11 @@ def channels(module: nn.Module) -> Layer:
 
 def module_copy(module: nn.Module) -> nn.Module:
     """A module of the same kind with new parameters."""
-    import copy
-
     copied = copy.deepcopy(module)
     for part in copied.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
+            reset()
     return copied
 
 
@@ -290,7 +300,7 @@ MODULES: dict[str, Layer] = {
     "linear": lambda: nn.Linear(WIDTH, WIDTH),
     "bilinear": lambda: Apply(lambda x, part: part(x, torch.tanh(x)), nn.Bilinear(6, 6, 6)),
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
-    "weight norm, whole": lambda: parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH), dim=None),
+    "weight norm, whole": lambda: parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH), dim=-1),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)),
     "orthogonal": lambda: parametrizations.orthogonal(
         nn.Linear(WIDTH, WIDTH), orthogonal_map="cayley"
@@ -442,7 +452,7 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.05, eps=1e-3),
 }
 SCHEDULES: dict[str, Callable[[int], float]] = {
-    "constant": lambda step: 1.0,
+    "constant": lambda _: 1.0,
     "warm-up from 0": lambda step: min(1.0, step / 3),
     "decay to 0": lambda step: 1.0 - step / 7,
     "0 in the middle": lambda step: float(step != 3),
@@ -491,8 +501,9 @@ class Training:
         layers = [LAYERS[name]() for name in self.layers]
         model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *layers, nn.Linear(WIDTH, CLASSES))
         model = model.double().train()
-        first = [p for layer in model[:-1] for p in layer.parameters()]
-        last: dict[str, Any] = {"params": list(model[-1].parameters())}
+        *firsts, last_layer = model.children()
+        first = [p for layer in firsts for p in layer.parameters()]
+        last: dict[str, Any] = {"params": list(last_layer.parameters())}
         if self.frozen_group:
             last["lr"] = 0.0
         return model, OPTIMIZERS[self.optimizer]([{"params": first}, last])

@@ -224,10 +224,7 @@ class _Check:
             gradients.append((up[0] - down[0]) / (2 * size))
             states.append((up[1] - down[1]) / (2 * size))
         # What the parameters were moved by is still there, and is not a derivative of anything.
-        still = sum(
-            float((cotangent.params[name][0] * change).sum())
-            for name, change in direction.params.items()
-        )
+        still = _inner(_first(cotangent.params), direction.params)
         gradient = _Compared(by_gradient, *gradients)
         steps = _Compared(by_steps - still, *(found - still for found in states))
         if gradient.is_wrong:
@@ -392,7 +389,7 @@ def _gradient_product(
 
 
 def _inner(left: Tree, right: Tree) -> float:
-    return sum(float((tensor * right[name]).sum()) for name, tensor in left.items())
+    return sum((float((tensor * right[name]).sum()) for name, tensor in left.items()), 0.0)
 
 
 def _first(tree: Tree) -> Tree:

@@ -67,13 +67,13 @@ class _WithSurrogate(Function):
         """Keep nothing: both derivatives are the identity."""
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Pass the cotangent on to the one or to the other."""
         del ctx
         return (None, cotangent) if _as_trained else (cotangent, None)
 
     @staticmethod
-    def jvp(ctx: Any, true: Tensor | None, surrogate: Tensor | None) -> Tensor | None:  # type: ignore[override]
+    def jvp(ctx: Any, true: Tensor | None, surrogate: Tensor | None) -> Tensor | None:
         """Pass the true tangent on."""
         del ctx, surrogate
         return true
@@ -95,13 +95,13 @@ class _Stopped(Function):
         """Keep nothing: the derivative is the identity."""
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor | None:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor | None:
         """Pass the cotangent on, unless a gradient is computed as in training."""
         del ctx
         return None if _as_trained else cotangent
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         """Pass the tangent on."""
         del ctx
         return tangent.view_as(tangent)
@@ -114,7 +114,7 @@ def with_surrogate(true: Tensor, surrogate: Tensor) -> Tensor:
         true: the function itself, of the same value; a constant where its derivative is zero.
         surrogate: what the training's backward pass differentiates.
     """
-    found: Tensor = _WithSurrogate.apply(true, surrogate)
+    found: Tensor = _WithSurrogate.apply(true, surrogate)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -123,7 +123,9 @@ def _is_differentiable(value: object) -> bool:
 
 
 def _stopped(value: Any) -> Any:
-    return _Stopped.apply(value) if _is_differentiable(value) else value
+    if not _is_differentiable(value):
+        return value
+    return _Stopped.apply(value)  # type: ignore[no-untyped-call]
 
 
 def note_buffers(tensors: Iterable[Tensor]) -> None:
@@ -156,12 +158,12 @@ class TrueDerivatives(TorchFunctionMode):
         """Enter the mode."""
         _replace_apply()
         self._token = _active.set(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Leave the mode."""
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _active.reset(self._token)
         _restore_apply()
 
@@ -407,7 +409,7 @@ def _restore_apply() -> None:
     with _lock:
         _entered -= 1
         if _entered == 0:
-            Function.apply = classmethod(_own_apply)  # type: ignore[method-assign]
+            Function.apply = classmethod(_own_apply)  # type: ignore[method-assign, assignment]
 
 
 def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -496,7 +498,8 @@ def _hardsigmoid(*, input: Tensor, **settings: Any) -> Tensor:
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: object = None) -> Tensor:
     """Distances of all pairs by plain operations: torch's own have no second derivative."""
     del compute_mode
-    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+    distances: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+    return distances
 
 
 def _embedding_bag(
@@ -538,7 +541,8 @@ def _embedding_bag(
     shape = (bags, weight.shape[1])
     if mode == "max":
         largest = vectors.new_zeros(shape)
-        return largest.scatter_reduce(0, index, vectors, "amax", include_self=False)
+        most: Tensor = largest.scatter_reduce(0, index, vectors, "amax", include_self=False)
+        return most
     total = vectors.new_zeros(shape).scatter_add(0, index, vectors)
     if mode == "sum":
         return total
@@ -700,11 +704,16 @@ def _normalise(
     return inputs * scale.view(by_channel) + shift.view(by_channel)
 
 
-STOPS = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})
+def _getter(kind: type, name: str) -> Any:
+    """The function that modes see when an attribute is read."""
+    return getattr(kind, name).__get__
+
+
+STOPS = frozenset({Tensor.detach, torch.detach, _getter(Tensor, "data")})
 # What a function does with what these return is not seen.
 LEAVE_TORCH = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item})
 # Under no_grad these return no value that a loss could depend on smoothly, or set what must be set.
-UNRECORDED = frozenset({Tensor.requires_grad.__get__, Tensor.grad.__get__, Tensor.size})
+UNRECORDED = frozenset({_getter(Tensor, "requires_grad"), _getter(Tensor, "grad"), Tensor.size})
 # Functions of torch whose backward pass, or second derivative, is not the true one. A replacement
 # returns NotImplemented where its arguments make it a plain function.
 REPLACED: dict[Any, Callable[..., Any]] = {

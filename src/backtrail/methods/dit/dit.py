@@ -138,9 +138,8 @@ class DIT:
         twice = rules.curvature.product == "autograd"
         cut = budget(run, queries, len(states), twice=twice, limits=limits)
         settings = self._settings(queries, rules, cut, choice) | {"derivatives": checked}
-        missing = run.task.binding.no_second_derivative
-        if missing:
-            settings["differences"] = missing
+        if run.task.binding.no_second_derivative:
+            settings["differences"] = run.task.binding.no_second_derivative
         description = describe(
             run,
             queries,
