@@ -75,6 +75,15 @@ def concatenate(trees: Sequence[Tree]) -> Tree:
     return {name: torch.cat([tree[name] for tree in trees]) for name in trees[0]}
 
 
+def flat_rows(tensor: Tensor) -> Tensor:
+    """A stack `[row, ...]` as a matrix `[row, entry]`; numbers without axes have one entry each.
+
+    >>> flat_rows(torch.ones(2, 3, 4)).shape, flat_rows(torch.ones(2)).shape
+    (torch.Size([2, 12]), torch.Size([2, 1]))
+    """
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+
+
 def cast(
     value: Value, dtype: torch.dtype | None, device: torch.device | str | None = None
 ) -> Value:

@@ -6,6 +6,7 @@ from typing import final
 
 from torch import Tensor
 
+from backtrail import arguments
 from backtrail.errors import BadSetting
 from backtrail.queries.query import Mode, Part, Query
 from backtrail.task.task import Task
@@ -62,15 +63,19 @@ class Averaged(Query):
             raise BadSetting(
                 "queries", self.queries, "queries of the weights, like backtrail.Loss(...)"
             )
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise BadSetting("decay", self.decay, "0 <= decay < 1, or None for the plain mean")
-        if self.start < 0:
-            raise BadSetting("start", self.start, "a non-negative integer")
-        if self.every < 1:
-            raise BadSetting("every", self.every, "a positive integer")
-        # The dataclass is frozen, and these two fields follow from another.
-        object.__setattr__(self, "unit", self.queries.unit)
-        object.__setattr__(self, "mode", self.queries.mode)
+        checked: dict[str, object] = {
+            "start": arguments.whole("start", self.start, least=0),
+            "every": arguments.whole("every", self.every, least=1),
+            "use_buffers": arguments.flag("use_buffers", self.use_buffers),
+            "unit": self.queries.unit,
+            "mode": self.queries.mode,
+        }
+        if self.decay is not None:
+            expected = "0 <= decay < 1, or None for the plain mean"
+            checked["decay"] = arguments.real("decay", self.decay, expected, lambda d: 0 <= d < 1)
+        # The dataclass is frozen.
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def names(self) -> tuple[str, ...]:

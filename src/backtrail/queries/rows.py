@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
+from backtrail import arguments
 from backtrail.errors import BadQuery, join_items
 from backtrail.queries.query import Mode, Part, Query
 from backtrail.queries.selection import Aggregate, Collate, RowSelection, chosen_rows
-from backtrail.task.task import Batch, Rows, Task, labels_of, logits_of
+from backtrail.task.classes import class_labels, class_scores, labels_within
+from backtrail.task.task import Batch, Rows, Task
+from backtrail.tree import flat_rows
 
 
 @final
@@ -51,7 +54,7 @@ class Loss(Query):
         collate: Collate | None = None,
         batch: int = 256,
     ) -> None:
-        self.unit = unit
+        self.unit = arguments.text("unit", unit)
         self.mode: Mode = mode
         self.selection = RowSelection(
             label="loss",
@@ -115,11 +118,11 @@ class Logit(Query):
         collate: Collate | None = None,
         batch: int = 256,
     ) -> None:
-        self.target = target
+        self.target = None if target is None else arguments.whole("target", target, least=0)
         self.unit = "logit"
         self.mode: Mode = mode
         self.selection = RowSelection(
-            label="logit" if target is None else f"logit {target}",
+            label="logit" if target is None else f"logit {self.target}",
             data=data,
             rows=chosen_rows(data, samples),
             aggregate=aggregate,
@@ -135,16 +138,24 @@ class Logit(Query):
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The logits of blocks of rows."""
-        return self.selection.parts(task, like, together=together, score=self.score)
+        check = class_labels if self.target is None else None
+        return self.selection.parts(task, like, together=together, score=self.score, check=check)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        """Logit of the chosen class of each row of a batch: `[slot]`."""
-        outputs = logits_of(task.predict(model, batch))
+        """Logit of the chosen class of each row of a batch: `[slot]`.
+
+        Raises:
+            NoClasses: The outputs are not scores of classes, or the labels are not classes.
+            BadQuery: There is no class `target`.
+        """
+        scores = class_scores(task.predict(model, batch))
         if self.target is None:
-            classes = labels_of(batch)
+            classes = labels_within(batch, scores)
         else:
-            classes = torch.full((len(outputs),), self.target, device=outputs.device)
-        return outputs.gather(1, classes[:, None])[:, 0]
+            if self.target >= scores.shape[1]:
+                raise BadQuery(f"class {self.target}", f"there are {scores.shape[1]} classes")
+            classes = torch.full((len(scores),), self.target, device=scores.device)
+        return scores.gather(1, classes[:, None])[:, 0]
 
     def __repr__(self) -> str:
         """The rows and the options in one line."""
@@ -205,15 +216,21 @@ class Margin(Query):
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The margins of blocks of rows."""
-        return self.selection.parts(task, like, together=together, score=self.score)
+        return self.selection.parts(
+            task, like, together=together, score=self.score, check=class_labels
+        )
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        """Margin of each row of a batch: `[slot]`."""
-        outputs = logits_of(task.predict(model, batch))
-        labels = labels_of(batch)[:, None]
+        """Margin of each row of a batch: `[slot]`.
+
+        Raises:
+            NoClasses: The outputs are not scores of classes, or the labels are not classes.
+        """
+        scores = class_scores(task.predict(model, batch))
+        labels = labels_within(batch, scores)[:, None]
         # log(1 - p_y) is the log-sum-exp of the others, up to the normaliser that cancels.
-        others = outputs.scatter(1, labels, -torch.inf).logsumexp(1)
-        return outputs.gather(1, labels)[:, 0] - others
+        others = scores.scatter(1, labels, -torch.inf).logsumexp(1)
+        return scores.gather(1, labels)[:, 0] - others
 
     def __repr__(self) -> str:
         """The rows and the options in one line."""
@@ -259,13 +276,13 @@ class Feature(Query):
         collate: Collate | None = None,
         batch: int = 256,
     ) -> None:
-        self.layer = layer
+        self.layer = arguments.text("layer", layer, "the name of a module of the model")
         # `unit` of a query is the unit of its values, so the hidden unit goes by another name here.
-        self.index = unit
+        self.index = arguments.whole("unit", unit, least=0)
         self.unit = "activation"
         self.mode: Mode = mode
         self.selection = RowSelection(
-            label=f"{layer}[{unit}]",
+            label=f"{layer}[{self.index}]",
             data=data,
             rows=chosen_rows(data, samples),
             aggregate=aggregate,
@@ -284,7 +301,11 @@ class Feature(Query):
         return self.selection.parts(task, like, together=together, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        """Activation of the unit for each row of a batch: `[slot]`."""
+        """Activation of the unit for each row of a batch: `[slot]`.
+
+        Raises:
+            BadQuery: The model does not have the layer, or the layer the unit.
+        """
         outputs: list[Tensor] = []
         handle = _submodule(model, self.layer).register_forward_hook(
             lambda _module, _inputs, output: outputs.append(output)
@@ -293,6 +314,16 @@ class Feature(Query):
             task.predict(model, batch)
         finally:
             handle.remove()
+        if not outputs or not isinstance(outputs[-1], Tensor) or outputs[-1].dim() < 2:
+            raise BadQuery(
+                f"a tensor [slot, ..., unit] from layer {self.layer!r}",
+                "this layer was not called, or returns something else",
+            )
+        units = outputs[-1].shape[-1]
+        if self.index >= units:
+            raise BadQuery(
+                f"unit {self.index} of layer {self.layer!r}", f"it has the units 0 to {units - 1}"
+            )
         activations = outputs[-1][..., self.index]  # [slot], or [slot, ...] with axes between
         if activations.dim() == 1:
             return activations
@@ -342,14 +373,15 @@ class Saliency(Query):
         collate: Collate | None = None,
         batch: int = 256,
     ) -> None:
-        self.inputs = tuple(inputs)
+        expected = "one or more indices into the flattened input of a row"
+        self.inputs = tuple(arguments.whole_numbers("inputs", inputs, expected=expected))
         self.unit = "logit per input"
         self.mode: Mode = mode
         self.selection = RowSelection(
             label="saliency",
             data=data,
             rows=chosen_rows(data, samples),
-            columns=tuple(f" {entry}" for entry in inputs),
+            columns=tuple(f" {entry}" for entry in self.inputs),
             aggregate=aggregate,
             mode=mode,
             collate=collate,
@@ -363,18 +395,36 @@ class Saliency(Query):
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The saliencies of blocks of rows."""
-        return self.selection.parts(task, like, together=together, score=self.score)
+        return self.selection.parts(
+            task, like, together=together, score=self.score, check=class_labels
+        )
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        """Derivatives by the chosen entries for each row of a batch: `[slot, entry]`."""
+        """Derivatives by the chosen entries for each row of a batch: `[slot, entry]`.
+
+        Raises:
+            NoClasses: The outputs are not scores of classes, or the labels are not classes.
+            BadQuery: The batch has no tensor of numbers in first place, or a row too few entries.
+        """
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else None
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            raise BadQuery(
+                "a batch (inputs, labels) with floating-point inputs",
+                f"this one is a {type(batch).__name__}",
+            )
+        entries = inputs[0].numel()
+        if max(self.inputs) >= entries:
+            raise BadQuery(
+                f"entry {max(self.inputs)} of an input", f"a row has the entries 0 to {entries - 1}"
+            )
 
         def logit(x: Tensor) -> Tensor:
-            outputs = logits_of(task.predict(model, (x, *batch[1:])))
+            scores = class_scores(task.predict(model, (x, *batch[1:])))
             # The gradient of the sum holds that of each row, as no row reads another in eval mode.
-            return outputs.gather(1, labels_of(batch)[:, None]).sum()
+            return scores.gather(1, labels_within(batch, scores)[:, None]).sum()
 
-        slopes: Tensor = grad(logit)(batch[0])
-        return slopes.flatten(1)[:, list(self.inputs)]
+        slopes: Tensor = grad(logit)(inputs)
+        return flat_rows(slopes)[:, list(self.inputs)]
 
     def __repr__(self) -> str:
         """The rows and the options in one line."""

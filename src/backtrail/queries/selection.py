@@ -7,6 +7,7 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
+from backtrail import arguments
 from backtrail.errors import BadQuery, BadSetting, join_items
 from backtrail.queries.query import Mode, Part
 from backtrail.task.task import Batch, Rows, Task
@@ -49,12 +50,17 @@ class RowSelection:
         Raises:
             BadSetting: names the setting, and what it may be.
         """
-        if self.aggregate not in {"mean", "sum", None}:
+        if self.aggregate is not None and self.aggregate not in ("mean", "sum"):
             raise BadSetting("aggregate", self.aggregate, "'mean', 'sum' or None")
-        if self.mode not in get_args(Mode):
-            raise BadSetting("mode", self.mode, "'eval' or 'train'")
-        if self.batch < 1:
-            raise BadSetting("batch", self.batch, "a positive integer")
+        arguments.choice("mode", self.mode, get_args(Mode))
+        if self.collate is not None:
+            arguments.function("collate", self.collate, "a function of a list of rows, or None")
+        batch = arguments.whole("batch", self.batch, least=1)
+        # The dataclass is frozen. numpy's and torch's numbers become plain ones.
+        object.__setattr__(self, "batch", batch)
+        names = self.names
+        if len(set(names)) < len(names):
+            raise BadSetting("samples", self.rows, "samples that are all different, or aggregate=")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,10 +72,26 @@ class RowSelection:
             )
         return tuple(f"{self.label}{column}[{row}]" for row in self.rows for column in self.columns)
 
-    def parts(self, task: Task, like: Tensor, *, together: bool, score: Score) -> Iterator[Part]:
+    def parts(
+        self,
+        task: Task,
+        like: Tensor,
+        *,
+        together: bool,
+        score: Score,
+        check: Callable[[Batch], object] | None = None,
+    ) -> Iterator[Part]:
         """Blocks of rows; single rows where each one is a query that is differentiated.
 
         In train mode the rows of a block share BatchNorm's statistics, so blocks stay whole.
+
+        Args:
+            task: as for every query.
+            like: as for every query.
+            together: as for every query.
+            score: what the model is asked about a batch.
+            check: reads a batch before it is stacked with others under `vmap`, where its values
+                cannot be read any more; raises an error where it is not what `score` needs.
         """
         alone = not (together or self.aggregate or self.mode == "train")
         size = 1 if alone else self.batch
@@ -83,6 +105,8 @@ class RowSelection:
         for first in range(0, len(self.rows), size):
             rows = self.rows[first : first + size]
             batch = mapping_to_dict(collate([self.data[row] for row in rows]))
+            if check is not None:
+                check(batch)
             identity = torch.eye(len(rows) * width, dtype=torch.float64)
             if self.aggregate is None:
                 queries = range(first * width, (first + len(rows)) * width)
@@ -108,10 +132,17 @@ def chosen_rows(data: Rows, samples: Sequence[int] | None) -> tuple[int, ...]:
     """Row numbers of the samples; of all rows where there are none given.
 
     Raises:
+        BadSetting: the data set or the samples are something else.
         BadQuery: the data set does not have these rows, or there are none.
     """
+    expected = "a map-style data set (with __len__ and __getitem__), or a list of rows"
+    arguments.instance("data", data, Rows, expected)
     size = len(data)
-    rows = tuple(range(size)) if samples is None else tuple(int(row) for row in samples)
+    if samples is None:
+        rows = tuple(range(size))
+    else:
+        expected = "one or more row numbers, or None for all rows"
+        rows = tuple(arguments.whole_numbers("samples", samples, least=None, expected=expected))
     missing = [row for row in rows if not 0 <= row < size]
     if missing:
         raise BadQuery(f"samples=[{join_items(missing, most=6)}]", f"the data set has {size} rows")

@@ -42,7 +42,7 @@ from backtrail.step.state import State, elementwise_keys
 from backtrail.step.step import Gradient, MicroBatch, Transition, accumulate
 from backtrail.sweep.rules import Rules
 from backtrail.sweep.schedule import Action, Advance, Restore, Reverse
-from backtrail.tree import Tree, concatenate, each
+from backtrail.tree import Tree, concatenate, each, flat_rows
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Cotangent:
     def norms(self) -> Float[Tensor, " query"]:
         """Euclidean norm of λ_θ of each query."""
         by_tensor = [
-            torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in self.params.values()
+            torch.linalg.vector_norm(flat_rows(tensor), dim=1) for tensor in self.params.values()
         ]
         whole: Tensor = torch.linalg.vector_norm(torch.stack(by_tensor), dim=0)
         return whole

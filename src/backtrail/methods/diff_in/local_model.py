@@ -18,7 +18,7 @@ from backtrail.methods.diff_in.subspace import Subspace, orthonormal, random_com
 from backtrail.methods.diff_in.trajectory import Point
 from backtrail.sweep.rerun import select_run
 from backtrail.task.task import Batch
-from backtrail.tree import Tree, stack
+from backtrail.tree import Tree, flat_rows, stack
 
 log = logging.getLogger(__name__)
 PRODUCTS_AT_ONCE = 8
@@ -91,7 +91,7 @@ class LocalModel:
         like = next(iter(left.values()))
         total = torch.zeros(len(like), dtype=like.dtype, device=like.device)
         for name, rate in self.point.rates.items():
-            total = total + rate * (left[name] * right[name]).flatten(1).sum(1)
+            total = total + rate * flat_rows(left[name] * right[name]).sum(1)
         return total
 
     def bilinear(self, left: Tree, right: Tree) -> Float[Tensor, " row"]:

@@ -15,7 +15,16 @@ from torch.func import grad, vmap
 from backtrail.errors import BacktrailError
 from backtrail.methods.diff_in.trajectory import Point
 from backtrail.task.task import Batch, Task, size_of
-from backtrail.tree import Tree, add, cast, each, stack, tree_flatten, tree_unflatten
+from backtrail.tree import (
+    Tree,
+    add,
+    cast,
+    each,
+    flat_rows,
+    stack,
+    tree_flatten,
+    tree_unflatten,
+)
 
 
 @final
@@ -116,7 +125,7 @@ class Proxy:
 
 def inner_products(directions: Tree, rows: Tree) -> Float[Tensor, "direction row"]:
     """Inner products of directions `[direction, ...]` with rows `[row, ...]`."""
-    by_tensor = [directions[name].flatten(1) @ rows[name].flatten(1).T for name in directions]
+    by_tensor = [flat_rows(directions[name]) @ flat_rows(rows[name]).T for name in directions]
     total = by_tensor[0]
     for products in by_tensor[1:]:
         total = total + products

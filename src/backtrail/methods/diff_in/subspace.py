@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backtrail.methods.diff_in.row_gradients import inner_products
-from backtrail.tree import Tree, add, concatenate
+from backtrail.tree import Tree, add, concatenate, flat_rows
 
 
 @final
@@ -56,7 +56,7 @@ class Subspace:
 
 def orthonormal(directions: Tree) -> Tree:
     """An orthonormal basis of the span of a stack, `[direction, ...]`."""
-    flat = torch.cat([tensor.flatten(1) for tensor in directions.values()], dim=1)
+    flat = torch.cat([flat_rows(tensor) for tensor in directions.values()], dim=1)
     basis = torch.linalg.qr(flat.T)[0].T
     sizes = [tensor[0].numel() for tensor in directions.values()]
     parts = torch.split(basis, sizes, dim=1)
@@ -76,7 +76,7 @@ def random_combinations(stacks: Iterable[Tree], rank: int) -> Tree:
     total: Tree = {}
     for rows in stacks:
         like = next(iter(rows.values()))
-        squares = [tensor.flatten(1).square().sum(1) for tensor in rows.values()]
+        squares = [flat_rows(tensor).square().sum(1) for tensor in rows.values()]
         lengths = torch.stack(squares).sum(0).sqrt()
         # In float64, so that the same numbers are drawn in every precision.
         weights = torch.randn(rank, len(like), generator=generator, dtype=torch.float64).to(like)

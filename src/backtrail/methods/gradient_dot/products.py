@@ -22,7 +22,7 @@ from backtrail.persample.sketch import KroneckerSketch, Picked
 from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
 from backtrail.sweep.adjoint import batched_vjp, select_queries
-from backtrail.tree import Tree
+from backtrail.tree import Tree, flat_rows
 
 # Directions from which on per-sample gradients cost no more than a derivative along each direction:
 # on a perceptron as much at 64 and half at 256, on a transformer of 64 tokens a third already at 16
@@ -106,7 +106,7 @@ def _by_gradients(micro_batch: MicroBatch, state: State, directions: Tree) -> _P
     by_parameter = torch.split(gradients, [tensor.numel() for tensor in updated.values()], 1)
     products: list[Tensor] = []
     for name, gradient in zip(updated, by_parameter, strict=True):
-        products.append(directions[name].flatten(1) @ gradient.T)
+        products.append(flat_rows(directions[name]) @ gradient.T)
     scores = torch.stack(products).sum(0) * micro_batch.share.to(like)
     return _Products(scores, seen.losses, seen.buffers)
 
