@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -160,14 +160,12 @@ def positive(name: str, value: object, expected: str = "a positive number") -> f
 
 
 def tolerance(name: str, value: object) -> float | None:
-    """A relative difference, at least 0; None lets the caller choose.
+    """A relative difference above 0; None lets the caller choose.
 
     Raises:
         BadSetting: It is something else.
     """
-    if value is None:
-        return None
-    return real(name, value, "a number of at least 0, or None", lambda number: number >= 0)
+    return None if value is None else positive(name, value, "a positive number or None")
 
 
 def flag(name: str, value: object) -> bool:
@@ -287,10 +285,11 @@ def items(name: str, value: object, expected: str) -> list[object]:
     is_other = isinstance(value, (str, bytes, bytearray, Mapping, type))
     if is_other or not isinstance(value, Iterable):
         raise BadSetting(name, value, expected)
-    try:
-        return list(value)
-    except TypeError:  # a tensor or an array without axes
-        raise BadSetting(name, value, expected) from None
+    # Arrays and tensors as plain numbers, which is faster; without axes they are one number.
+    listed = value.tolist() if hasattr(value, "tolist") else list(value)
+    if not isinstance(listed, list):
+        raise BadSetting(name, value, expected)
+    return listed
 
 
 def pair(name: str, value: object, expected: str) -> tuple[int, int]:
@@ -409,11 +408,10 @@ def precision(name: str, value: object) -> "torch.dtype | None":
         return None
     expected = "torch.float64, float32, bfloat16, float16 or None"
     # Who has a dtype of torch has imported torch.
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(value, torch.dtype):
-        raise BadSetting(name, value, expected)
-    allowed = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if value not in allowed:
-        raise BadSetting(name, value, expected)
-    found: torch.dtype = value
-    return found
+    loaded: Any = sys.modules.get("torch")
+    names = ("float64", "float32", "bfloat16", "float16")
+    allowed = [] if loaded is None else [getattr(loaded, name) for name in names]
+    for dtype in allowed:
+        if value is dtype:
+            return cast("torch.dtype", dtype)
+    raise BadSetting(name, value, expected)

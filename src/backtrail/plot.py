@@ -10,7 +10,8 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from backtrail.errors import BadSetting, MissingExtra
+from backtrail import arguments
+from backtrail.errors import BadSetting, MissingExtra, NeverTrainedOn
 from backtrail.influence.analysis.patterns import PATTERNS, shares
 from backtrail.influence.analysis.patterns import patterns as find_patterns
 from backtrail.influence.analysis.regimes import Regimes
@@ -59,10 +60,12 @@ def curve(
     Raises:
         UnknownSample: There is no such row.
         UnknownId: There is no such id.
+        NeverTrainedOn: A sample was in no batch.
         UnknownQuery: There is no such query.
     """
-    ax = _axes(ax, (6.4, 3.6))
+    _check_influence(influence)
     table = influence.curve(sample=sample, query=query)
+    ax = _axes(ax, (6.4, 3.6))
     states = table["observed_at"].to_numpy()
     total = table["influence"].to_numpy()
     for where, colour in ((total >= 0, HELPFUL), (total <= 0, HARMFUL)):
@@ -101,17 +104,19 @@ def visits(
     Raises:
         UnknownSample: There is no such row.
         UnknownId: There is no such id.
+        NeverTrainedOn: A sample was in no batch.
         UnknownQuery: There is no such query.
         NotObserved: No query reads that state.
     """
-    ax = _axes(ax, (6.4, 3.6))
+    _check_influence(influence)
     table = influence.visits_curve(sample=sample, query=query, observed_at=observed_at)
+    ax = _axes(ax, (6.4, 3.6))
     steps = table["step"].to_numpy()
     values = table["influence"].to_numpy()
     colours = np.where(values >= 0, HELPFUL, HARMFUL).tolist()
     ax.vlines(steps, 0, values, colors=colours, lw=1.4)
     ax.scatter(steps, values, c=colours, s=18, zorder=3)
-    state = influence.observed_at[-1] if observed_at == "end" else observed_at
+    state = influence.observed_state(observed_at)
     ax.set(xlabel="step of the visit", xlim=(-0.02 * state, 1.02 * state))
     _set_title(
         ax,
@@ -146,14 +151,27 @@ def heatmap(
     Raises:
         UnknownSample: There is no such row.
         UnknownId: There is no such id.
+        NeverTrainedOn: A sample was in no batch.
         UnknownQuery: There is no such query.
+        BadSetting: An argument has an invalid value.
     """
-    ax = _axes(ax, (6.8, 1.4 + 0.26 * min(len(samples), MAX_LABELS)))
+    _check_influence(influence)
+    expected = "one or more samples, all different"
+    rows_of = arguments.whole_numbers("samples", samples, least=None, expected=expected)
+    if len(set(rows_of)) < len(rows_of):
+        raise BadSetting("samples", samples, expected)
+    samples = rows_of
+    columns = places(influence.ids, samples)
+    trained = np.unique(influence.sample)
+    unseen = np.setdiff1d(samples, trained)
+    if len(unseen):
+        raise NeverTrainedOn(unseen.tolist(), int((trained >= 0).sum()))
     # State 0, if it was observed, comes first and ends no window.
     states = [state for state in influence.observed_at if state]
     edges = np.array([0, *states])
     totals = influence.total(query=query)[0, -len(states) :]  # [window, sample of the run]
-    chosen = totals[:, places(influence.ids, samples)].T  # [sample, window]
+    ax = _axes(ax, (6.8, 1.4 + 0.26 * min(len(samples), MAX_LABELS)))
+    chosen = totals[:, columns].T  # [sample, window]
     windows = np.diff(chosen, prepend=0.0, axis=1)
     largest = float(np.abs(windows).max()) or 1.0
     rows = np.arange(len(samples) + 1) - 0.5
@@ -193,7 +211,12 @@ def patterns(
         NotFinite: Some influence is NaN or infinite.
         UnknownQuery: There is no such query.
     """
-    table = find_patterns(found, query=query) if isinstance(found, Influence) else found
+    if isinstance(found, Influence):
+        table = find_patterns(found, query=query)
+    else:
+        table = _table(
+            "found", found, ["pattern"], "a table of backtrail.patterns, or an influence"
+        )
     ax = _axes(ax, (5.6, 2.4))
     share = shares(table)
     colours = [PATTERN_COLOURS[name] for name in PATTERNS]
@@ -225,6 +248,7 @@ def regimes(found: Regimes, *, ax: Axes | None = None) -> Axes:
         found: What `backtrail.regimes` returned.
         ax: Where to draw; None makes a new figure.
     """
+    arguments.instance("found", found, Regimes, "what backtrail.regimes returned")
     ax = _axes(ax, (6.8, 3.8))
     by_step = found.curve()
     steps = by_step["step"].to_numpy()
@@ -277,13 +301,15 @@ def detection(
         BadSetting: There are no wrong labels.
         UnknownSample: One of them is not in a table.
     """
-    if not len(wrong):
-        raise BadSetting("wrong", wrong, "one or more samples")
+    wrong = arguments.whole_numbers("wrong", wrong, least=None, expected="one or more samples")
+    expected = "a table of backtrail.find_mislabeled, or several by name"
+    tables = found if isinstance(found, Mapping) and found else {"ranking": found}
+    for table in tables.values():
+        _table("found", table, ["sample", "score"], expected)
+        places(np.sort(table["sample"].to_numpy()), wrong)  # refuses unknown samples
     ax = _axes(ax, (4.8, 4.2))
-    tables = {"ranking": found} if isinstance(found, pl.DataFrame) else found
     for name, table in tables.items():
         samples = table["sample"].to_numpy()
-        places(np.sort(samples), wrong)  # refuses unknown samples
         is_wrong = np.isin(samples, wrong)
         hits = np.cumsum(is_wrong)
         count = np.arange(1, len(is_wrong) + 1)
@@ -325,7 +351,14 @@ def scatter(
         predicted: Predicted effects, in the unit of the query.
         actual: Effects found by retraining, in the same unit.
         ax: Where to draw; None makes a new figure.
+
+    Raises:
+        BadSetting: The arrays are not finite numbers of one shape.
     """
+    predicted = _effects("predicted", predicted)
+    actual = _effects("actual", actual)
+    if predicted.shape != actual.shape:
+        raise BadSetting("actual", actual.shape, f"the shape of predicted, {predicted.shape}")
     ax = _axes(ax, (4.6, 4.4))
     for x, y in zip(np.atleast_2d(predicted), np.atleast_2d(actual), strict=True):
         ax.scatter(x, y, s=22, alpha=0.75, lw=0)
@@ -342,11 +375,52 @@ def scatter(
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The given axes, or those of a new figure of that size, in inches."""
+    """The given axes, or those of a new figure of that size, in inches.
+
+    Raises:
+        BadSetting: They are something else.
+    """
     if ax is not None:
-        return ax
+        return arguments.instance("ax", ax, Axes, "axes of matplotlib, or None")
     _, new = plt.subplots(figsize=size, layout="constrained")
     return new
+
+
+def _check_influence(influence: object) -> None:
+    """Check that an argument is an influence.
+
+    Raises:
+        BadSetting: It is something else.
+    """
+    arguments.instance("influence", influence, Influence, "an influence")
+
+
+def _table(name: str, found: object, columns: Sequence[str], expected: str) -> pl.DataFrame:
+    """A table with some columns.
+
+    Raises:
+        BadSetting: It is something else.
+    """
+    table = arguments.instance(name, found, pl.DataFrame, expected)
+    if not set(columns) <= set(table.columns):
+        raise BadSetting(name, table, expected)
+    return table
+
+
+def _effects(name: str, effects: object) -> Float[np.ndarray, "*query removal"]:
+    """Numbers of at least one removal, all finite.
+
+    Raises:
+        BadSetting: They are something else.
+    """
+    expected = "an array [..., removal] of finite numbers, with two or more removals"
+    try:
+        found = np.asarray(effects, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise BadSetting(name, effects, expected) from None
+    if found.ndim not in {1, 2} or found.shape[-1] < 2 or not np.isfinite(found).all():
+        raise BadSetting(name, effects, expected)
+    return found
 
 
 def _set_title(ax: Axes, title: str) -> None:
@@ -354,7 +428,7 @@ def _set_title(ax: Axes, title: str) -> None:
 
 
 def _query_name(influence: Influence, query: int | str) -> str:
-    return query if isinstance(query, str) else influence.queries[query]
+    return influence.queries[influence.query_index(query)]
 
 
 def _label_signed_axis(ax: Axes, influence: Influence, query: int | str) -> None:

@@ -5,6 +5,8 @@ import threading
 from types import TracebackType
 from typing import final
 
+from backtrail import arguments
+
 VARIABLE = "BACKTRAIL_ACCEL"
 OFF = frozenset({"0", "false", "no", "off"})
 # Read once: a variable that changes while the process runs would hold for some threads only.
@@ -44,6 +46,7 @@ class acceleration:
     """
 
     def __init__(self, enabled: bool) -> None:  # noqa: FBT001 - as torch.set_grad_enabled(False)
+        enabled = arguments.flag("enabled", enabled)
         self._before = _switch.enabled
         self._enabled = enabled
         _switch.enabled = enabled

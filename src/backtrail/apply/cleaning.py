@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from jaxtyping import Float64
 
+from backtrail import arguments
 from backtrail.apply.cross_validation import FOLDS, cross
 from backtrail.apply.signals import (
     ROWS,
@@ -35,12 +36,12 @@ from backtrail.methods.diff_in.trajectory import chosen_states, point_at
 from backtrail.methods.dit.dit import DIT
 from backtrail.methods.dve.dve import DataValueEmbedding
 from backtrail.methods.memory import CACHE
-from backtrail.methods.observe import ObservedAt
+from backtrail.methods.observe import ObservedAt, check_run
 from backtrail.queries import Loss
 from backtrail.run.files import replacing
 from backtrail.run.run import Run
 from backtrail.task.task import Rows, in_eval_mode
-from backtrail.tree import cast
+from backtrail.tree import cast, flat_rows
 
 Method = Literal[
     "mean-loss", "held-out", "margin", "el2n", "loss", "tracin", "self-influence", "dit", "dve"
@@ -105,7 +106,11 @@ def find_mislabeled(
         OtherRun: The influence belongs to another run.
         NotFinite: Some score is NaN or infinite.
     """
+    check_run(run)
     _check(method, validation=validation, window=window, out=out)
+    if window is not None:
+        window = arguments.step_range("window", window, run.steps)
+    file = None if out is None else arguments.file("out", out, tuple(WRITERS))
     run.check_kept_steps()
     states = tuple(chosen_states(run, checkpoints))
     asked = _Asked(run, states, validation, window)
@@ -123,9 +128,9 @@ def find_mislabeled(
     if not_finite:
         raise NotFinite(not_finite, scored=True)
     table = _listed(run, scores, chances)
-    if out is not None:
-        with replacing(Path(out)) as scratch:
-            WRITERS[Path(out).suffix](table, scratch)
+    if file is not None:
+        with replacing(file) as scratch:
+            WRITERS[file.suffix](table, scratch)
     return table
 
 
@@ -156,7 +161,7 @@ def _sizes_at(run: Run, state: int) -> Float64[np.ndarray, " sample"]:
             gradients = row_gradients.each(batch, point.trained)
             squares = {}
             for name, gradient in gradients.items():
-                squares[name] = gradient.flatten(1).square().sum(1)
+                squares[name] = flat_rows(gradient).square().sum(1)
             # Every parameter has the learning rate of its group.
             total = torch.zeros_like(next(iter(squares.values())))
             for scaled in point.scaled(squares).values():
@@ -190,7 +195,10 @@ class _Asked:
                     "rows with correct labels, since the rows of this run cannot be read by number",
                 )
             rows = self.run.task.data
-        states: ObservedAt = "end" if self.window is None else self.window
+        states: ObservedAt = "end"
+        if self.window is not None:
+            # A window may begin at state 0, where all influence is zero.
+            states = [state for state in self.window if state > 0]
         mean_loss = Loss(rows, aggregate="mean")
         influence = method.attribute(self.run, mean_loss, observed_at=states)
         return self.harm_of(influence)
@@ -237,7 +245,7 @@ def _check(
     """
     is_influence = isinstance(method, Influence)
     known = get_args(Method)
-    if not is_influence and method not in known:
+    if not is_influence and not (isinstance(method, str) and method in known):
         names = ", ".join(repr(name) for name in known)
         raise BadSetting("method", method, f"{names}, or an Influence")
     shown = "Influence" if is_influence else repr(method)
@@ -251,10 +259,17 @@ def _check(
         raise UnusedOption("validation", validation, call=call, takes=takes)
     if window is not None and "window" not in takes:
         raise UnusedOption("window", window, call=call, takes=takes)
-    if window is not None and not window[0] < window[1]:
-        raise BadSetting("window", window, "two states (a, b) with a < b")
-    if out is not None and Path(out).suffix not in WRITERS:
-        raise BadSetting("out", str(out), f"a file name that ends with {' or '.join(WRITERS)}")
+    if window is not None:
+        expected = "two states (a, b) with a < b"
+        start, stop = arguments.pair("window", window, expected)
+        if not start < stop:
+            raise BadSetting("window", window, expected)
+    if out is not None:
+        arguments.file("out", out, tuple(WRITERS))
+    if validation is not None:
+        expected = "one or more rows with correct labels, or None"
+        if not len(arguments.instance("validation", validation, Rows, expected)):  # type: ignore[type-abstract]
+            raise BadSetting("validation", validation, expected)
 
 
 def _chances(run: Run, states: Sequence[int]) -> Float64[np.ndarray, "sample label"] | None:

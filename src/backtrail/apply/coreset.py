@@ -8,6 +8,7 @@ import polars as pl
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
+from backtrail import arguments
 from backtrail.apply import signals as scores
 from backtrail.apply.coreset_report import Samples, numbers
 from backtrail.errors import (
@@ -25,6 +26,7 @@ from backtrail.methods.dit.dit import DIT
 from backtrail.methods.dve.dve import DataValueEmbedding
 from backtrail.methods.dve.embeddings import Embeddings
 from backtrail.methods.gradient_dot.tracin import TracIn
+from backtrail.methods.observe import check_queries, check_run
 from backtrail.queries import Loss, Query
 from backtrail.run.run import Run
 
@@ -96,8 +98,14 @@ def select_coreset(
             read.
         UnknownSample: A sample in `among` that the training set does not have.
     """
-    if not 0 < fraction <= 1:
-        raise BadSetting("fraction", fraction, "0 < fraction <= 1")
+    check_run(run)
+    expected = "0 < fraction <= 1"
+    fraction = arguments.real("fraction", fraction, expected, lambda share: 0 < share <= 1)
+    seed = arguments.seed("seed", seed)
+    if queries is not None:
+        check_queries(queries)
+    if balanced is not None and not isinstance(balanced, bool):
+        raise BadSetting("balanced", balanced, "True, False or None")
     _check_options(method, queries, seed=seed)
     run.check_kept_steps()
     labels = _labels(run, needed=balanced is True)
@@ -107,6 +115,8 @@ def select_coreset(
         ids = numbers(among, name="among")
         allowed = places(run.ids, ids.tolist())
         pool = np.intersect1d(seen, allowed)
+        if not len(pool):
+            raise BadSetting("among", ids[:6].tolist(), "some samples that were in a batch")
     # The fraction is of all samples seen, also where only some of them may be selected.
     count = max(1, round(fraction * len(seen)))
     count = min(count, len(pool))
@@ -138,7 +148,8 @@ def _check_options(
         UnusedOption: names the option, and those that the method takes.
     """
     known = get_args(Method)
-    if isinstance(method, str) and method not in known:
+    is_known = isinstance(method, str) and method in known
+    if not is_known and not isinstance(method, (Influence, Embeddings)):
         names = ", ".join(repr(name) for name in known)
         raise BadSetting("method", method, f"{names}, an Influence or Embeddings")
     if isinstance(method, (Influence, Embeddings)):

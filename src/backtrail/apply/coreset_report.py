@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from backtrail import arguments
 from backtrail.apply.signals import are_classes, class_labels, class_scores
 from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.influence.tables import places
+from backtrail.methods.observe import check_queries, check_run
 from backtrail.methods.result import sample_table
 from backtrail.methods.retrain.retrain import perturb
 from backtrail.methods.retrain.weights import keep_only
@@ -25,6 +27,8 @@ from backtrail.task.task import Batch, Task, in_eval_mode
 from backtrail.tree import cast, mapping_to_dict
 
 Samples = Sequence[int] | Int[np.ndarray, " kept"] | pl.Series | pl.DataFrame
+# A training again for each: more is a mistake.
+MOST_DRAWS = 100_000
 COLUMNS = "name", "kept", "loss", "change", "accuracy"
 
 
@@ -72,12 +76,16 @@ def compare_coresets(
         BadSetting: There is no part, one is empty, or `draws` is negative.
         UnknownSample: A sample that the training set does not have.
     """
-    if not coresets:
+    check_run(run)
+    check_queries(queries)
+    if not isinstance(coresets, Mapping) or not coresets:
         raise BadSetting(
             "coresets", dict(coresets), "at least one part by name, like {'mine': samples}"
         )
-    if draws < 0:
-        raise BadSetting("draws", draws, "a non-negative integer")
+    most = f"an integer from 0 to {MOST_DRAWS}"
+    draws = arguments.whole("draws", draws, least=0, most=MOST_DRAWS, expected=most)
+    seed = arguments.seed("seed", seed)
+    dtype = arguments.precision("dtype", dtype)
     # Every row of the table is the mean over one or several parts of one size.
     named = [(name, [_ids(run, name, samples)]) for name, samples in coresets.items()]
     sizes = sorted({len(parts[0]) for _, parts in named})
@@ -132,13 +140,16 @@ def numbers(samples: Samples, *, name: str = "samples") -> Int[np.ndarray, " kep
         BadSetting: there are none; or a mask of true and false was given, which would be taken for
             the samples 0 and 1.
     """
-    column = samples["sample"] if isinstance(samples, pl.DataFrame) else samples
-    found = np.unique(np.asarray(column))
-    if not len(found) or found.dtype.kind not in "iu":
-        raise BadSetting(
-            name, list(column)[:6], "one or more samples, by their numbers (not a mask)"
-        )
-    return found.astype(np.int64)
+    expected = "one or more samples, by their numbers (not a mask)"
+    column: object = samples
+    if isinstance(samples, pl.DataFrame):
+        if "sample" not in samples.columns:
+            raise BadSetting(name, samples.columns, "samples, or a table with a column `sample`")
+        column = samples["sample"]
+    found = arguments.whole_numbers(name, column, expected=expected)
+    if max(found) > np.iinfo(np.int64).max:
+        raise BadSetting(name, column, expected)
+    return np.unique(np.array(found, dtype=np.int64))
 
 
 def _ids(run: Run, name: str, samples: Samples) -> Int[np.ndarray, " kept"]:

@@ -10,18 +10,21 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float, Float64
 
-from backtrail import stats
+from backtrail import arguments, stats
 from backtrail.apply.trust import draw_visited
 from backtrail.errors import BadSetting, NotObserved, WithoutQueries
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import places
+from backtrail.methods.observe import check_queries, check_run
 from backtrail.methods.retrain.retrain import Denominator, Retrained, retrain
 from backtrail.queries import Query
 from backtrail.run.run import Run
 from backtrail.stats import Interval, Statistic
 
 Scores = Float64[np.ndarray, "query sample"]
+# A training again for each: more is a mistake.
+MOST_GROUPS = 100_000
 Truth = Callable[[Sequence[Sequence[int]]], Retrained]
 ONE_BY_ONE: dict[str, Statistic] = {
     "Pearson": stats.pearson,
@@ -99,13 +102,19 @@ def evaluate(
         BadSetting: An option has a value that it cannot take; scores have another shape, or are not
             finite; or influences have different denominators, which one removal cannot judge.
     """
+    check_run(run)
+    if queries is not None:
+        check_queries(queries)
+    seed = arguments.seed("seed", seed)
+    arguments.folder_or_none("bank", bank)
     named: dict[str, Influence | Scores]
     if isinstance(influence, Influence):
         named = {influence.method: influence}
     else:
-        named = dict(influence)
-    if not named:
-        raise BadSetting("influence", influence, "an Influence, or several by name")
+        expected = "an Influence, or several by name"
+        named = dict(arguments.instance("influence", influence, Mapping, expected))  # type: ignore[type-abstract]
+        if not named:
+            raise BadSetting("influence", influence, expected)
     influences = [found for found in named.values() if isinstance(found, Influence)]
     asked = _queries(queries, influences)
     for found in influences:
@@ -163,17 +172,25 @@ def _trials(
     Raises:
         BadSetting: a share is out of range, or there are too few removals for a correlation.
     """
-    for name, value in (("removals", removals), ("groups", groups)):
-        if value == 1 or value < 0:
-            raise BadSetting(name, value, "0 for none, or an integer of at least 2")
+    expected = "0 for none, or an integer of at least 2"
+    removals = arguments.whole("removals", removals, least=0, expected=expected)
+    most = f"0 for none, or an integer from 2 to {MOST_GROUPS}"
+    groups = arguments.whole("groups", groups, least=0, most=MOST_GROUPS, expected=most)
+    if removals == 1:
+        raise BadSetting("removals", removals, expected)
+    if groups == 1:
+        raise BadSetting("groups", groups, most)
     # Everything is drawn first, so that a wrong setting is refused before any training.
     planned: list[tuple[Mapping[str, Statistic], list[list[int]]]] = []
     if removals:
         single = draw_visited(run, removals, seed=seed)
         planned.append((ONE_BY_ONE, [[sample] for sample in single]))
-    for share in shares:
-        if not 0 < share < 1:
-            raise BadSetting("shares", share, "shares above 0 and below 1")
+    some = "one or more shares, each above 0 and below 1"
+    listed = [
+        arguments.real("shares", share, some, lambda number: 0 < number < 1)
+        for share in arguments.items("shares", shares, some)
+    ]
+    for share in listed:
         size = max(1, round(share * len(run.seen)))
         generator = np.random.default_rng((seed, size))
         drawn = []
@@ -263,7 +280,9 @@ def _scores(found: Influence | Scores, *, name: str, shape: tuple[int, int]) -> 
     if isinstance(found, Influence):
         scores = found.total()[:, -1]
     else:
-        scores = found
+        scores = np.asarray(found)
+        if scores.dtype.kind not in "fiu":
+            raise BadSetting(f"influence[{name!r}]", found, "an Influence, or an array of scores")
     if scores.shape != shape:
         raise BadSetting(
             f"influence[{name!r}].shape", scores.shape, f"shape {shape}, [query, sample]"

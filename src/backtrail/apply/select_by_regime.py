@@ -7,10 +7,12 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float64, Int64
 
-from backtrail.errors import BadSetting, ImpossibleWindow, NoRegimes
+from backtrail import arguments
+from backtrail.errors import BadSetting, NoRegimes
 from backtrail.exclusive import exclusive
 from backtrail.influence.analysis.regimes import Regimes, regimes_from_rates
 from backtrail.influence.influence import Influence, ObservedState
+from backtrail.methods.observe import check_queries, check_run
 from backtrail.methods.retrain.retrain import perturb
 from backtrail.methods.retrain.weights import Steps, keep_only
 from backtrail.queries import Query
@@ -59,6 +61,8 @@ def regimes(
     Raises:
         OtherRun: The influence belongs to another run.
     """
+    check_run(run)
+    arguments.instance("influence", influence, Influence, "an influence of the run")
     influence.check_run(run)
     rates = learning_rates(run.manifest, run.log)
     return regimes_from_rates(influence, rates, observed_at=observed_at, query=query, ratio=ratio)
@@ -123,10 +127,13 @@ def worth_selecting(
         NoRegimes: No ranges are given, and the run does not have three regimes.
         ImpossibleWindow: A stretch does not lie within the training.
     """
+    check_run(run)
+    arguments.instance("influence", influence, Influence, "an influence of the run")
+    check_queries(queries)
     influence.check_run(run)
-    if not 0 < drop < 1:
-        raise BadSetting("drop", drop, "0 < drop < 1")
-    if ranges is not None and not ranges:
+    drop = arguments.real("drop", drop, "0 < drop < 1", lambda share: 0 < share < 1)
+    seed = arguments.seed("seed", seed)
+    if ranges is not None and (not isinstance(ranges, Mapping) or not ranges):
         raise BadSetting(
             "ranges", ranges, "None, or at least one range by name, like {'first tenth': [(0, 40)]}"
         )
@@ -193,9 +200,9 @@ def _within(stretches: Sequence[Steps], steps: int) -> Bool[np.ndarray, " step"]
         ImpossibleWindow: a stretch does not lie within the training.
     """
     inside = np.zeros(steps, dtype=bool)
-    for first, stop in stretches:
-        if not 0 <= first <= stop <= steps:
-            raise ImpossibleWindow(first, stop, steps)
+    expected = "a list of stretches (first, stop) by name"
+    for stretch in arguments.items("ranges", stretches, expected):
+        first, stop = arguments.step_range("ranges", stretch, steps)
         inside[first:stop] = True
     return inside
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from backtrail.errors import NoClasses
 from backtrail.exclusive import exclusive
 from backtrail.run.run import Run
-from backtrail.task.task import Batch, in_eval_mode, labels_of, logits_of
+from backtrail.task.classes import class_labels, labels_within
+from backtrail.task.classes import class_scores as scores_of_classes
+from backtrail.task.task import Batch, in_eval_mode
 from backtrail.tree import cast
 
 ROWS = 256  # of the data set that go through the model at once
@@ -123,22 +125,8 @@ def class_scores(outputs: Any, batch: Batch) -> Float[Tensor, "slot label"]:
     Raises:
         NoClasses: the outputs are no class scores, or the labels no numbers of these classes.
     """
-    try:
-        found = logits_of(outputs)
-    except (KeyError, TypeError, IndexError, ValueError):
-        raise NoClasses(f"predict returns a {type(outputs).__name__} without `logits`") from None
-    if found.dim() == 1 or found.shape[1:] == (1,):
-        # Softmax over (0, x) is the sigmoid of x.
-        single = found.flatten()
-        found = torch.stack([torch.zeros_like(single), single], 1)
-    if found.dim() != 2:
-        raise NoClasses(f"predict returns shape {list(found.shape)}")
-    classes = found.shape[1]
-    given = class_labels(batch)
-    lowest = int(given.min())
-    highest = int(given.max())
-    if lowest < 0 or highest >= classes:
-        raise NoClasses(f"labels go from {lowest} to {highest}, and there are {classes} classes")
+    found = scores_of_classes(outputs)
+    labels_within(batch, found)
     return found
 
 
@@ -149,22 +137,6 @@ def are_classes(outputs: Any, batch: Batch) -> bool:
     except NoClasses:
         return False
     return True
-
-
-def class_labels(batch: Batch) -> Int64[Tensor, " slot"]:
-    """The class of every row of a batch.
-
-    Raises:
-        NoClasses: the batch has no labels, or they are no class numbers.
-    """
-    try:
-        found = labels_of(batch)
-    except (KeyError, TypeError, IndexError):
-        raise NoClasses(f"a batch is a {type(batch).__name__} without labels") from None
-    flat = found.flatten() if found.shape[1:] == (1,) else found
-    if flat.dim() != 1 or not torch.equal(flat, flat.round()):
-        raise NoClasses(f"labels are {found.dtype} of shape {list(found.shape)}, not class numbers")
-    return flat.long()
 
 
 def _distances(

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from backtrail import stats
-from backtrail.errors import ReplayMismatch, WithoutQueries, WrongData
+from backtrail import arguments, stats
+from backtrail.errors import ReplayMismatch, WithoutQueries, WrongData, join_items
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.tables import places
+from backtrail.methods.observe import check_queries, check_run
 from backtrail.methods.result import precision
 from backtrail.methods.retrain.retrain import Denominator, perturb, retrain
 from backtrail.methods.retrain.weights import Perturbation
@@ -102,7 +103,7 @@ class RemovalCheck:
     Attributes:
         samples: The removed samples.
         predicted: Change by the influence, `[query, sample]`.
-        actual: Change by retraining, `[query, sample]`.
+        actual: Change by retraining, `[query, sample]`; NaN where the training diverged.
         pearson: Pearson correlation, mean over queries, with its bootstrap interval over samples.
         spearman: Spearman rank correlation, likewise.
         slope: Slope of actual over predicted, mean over queries; 1 means the right size.
@@ -135,6 +136,12 @@ class RemovalCheck:
         return self.pearson.estimate >= GOOD
 
     @property
+    def diverged(self) -> tuple[int, ...]:
+        """Samples without which the training ends with a query that is NaN or infinite."""
+        is_nan = ~np.isfinite(self.actual).all(axis=0)
+        return tuple(np.array(self.samples, dtype=np.int64)[is_nan].tolist())
+
+    @property
     def too_few(self) -> bool:
         """Whether fewer than 10 samples were left out, so that the correlations say little."""
         return len(self.samples) < ENOUGH
@@ -156,6 +163,11 @@ class RemovalCheck:
             f"Pearson {self.pearson}, Spearman {self.spearman}, slope {self.slope:.2f}, "
             f"noise floor {self.noise:.1e}"
         )
+        if self.diverged:
+            figures += (
+                f"; without sample {join_items(self.diverged, most=6)} the training diverged (a "
+                "query is NaN or infinite)"
+            )
         if self.too_few:
             return f"{figures}; fewer than {ENOUGH} removals are too few for a reliable correlation"
         if self.reachable is None or not np.isfinite(self.reachable):
@@ -315,12 +327,19 @@ def trust(
         The three checks; `print` shows them, and what they mean together.
 
     Raises:
+        BadSetting: An argument has an invalid value.
         OtherRun: The influence belongs to another run.
         WithoutQueries: The influence was opened from disk and no queries were given, or other ones
             than it was computed for.
     """
+    check_run(run)
+    arguments.instance("influence", influence, Influence, "an influence of the run")
     influence.check_run(run)
-    asked = queries or influence.query_object
+    if queries is not None:
+        check_queries(queries)
+    removals = arguments.whole("removals", removals, least=1)
+    seed = arguments.seed("seed", seed)
+    asked = influence.query_object if queries is None else queries
     if not isinstance(asked, Query) or asked.names != influence.queries:
         raise WithoutQueries(influence.queries)
     try:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from backtrail import arguments
 from backtrail.curvature.policies import Curvature
 from backtrail.errors import BadSetting, UnusedOption
 from backtrail.exclusive import exclusive
@@ -17,6 +18,7 @@ from backtrail.methods.diff_in.checkpoints import Checkpoints
 from backtrail.methods.diff_in.diff_in import DiffIn
 from backtrail.methods.diff_in.trajectory import Point
 from backtrail.methods.dit.dit import DIT
+from backtrail.methods.observe import check_run
 from backtrail.methods.retrain.removal import RemovedGroup, changed_state
 from backtrail.run.run import Precision, Run
 from backtrail.step.state import State
@@ -69,7 +71,7 @@ def forget(
     Args:
         run: The recorded training; or, with a `DiffIn`, checkpoints of a training that was not
             recorded.
-        samples: The samples to forget; one that was never visited changes nothing.
+        samples: The samples to forget; all must have been trained on.
         method: What comes before the replay. `DIT()`: the exact derivative of the training, with
             its `curvature`, `slope` and `denominator`. `DiffIn(form="corrected")`: an estimate from
             a few states, without replay. None: nothing; the replay starts at the recorded state.
@@ -84,7 +86,12 @@ def forget(
         UnusedOption: `replay` or `dtype` with a `DiffIn`, which does not use them.
         UnknownSample: A sample that the training set does not have.
         UnknownId: A sample that the training did not see, where samples have ids of their own.
+        NeverTrainedOn: A sample that was in no batch.
     """
+    if not isinstance(run, Checkpoints):
+        check_run(run)
+    replay = arguments.whole("replay", replay, least=0)
+    dtype = arguments.precision("dtype", dtype)
     if isinstance(method, DiffIn):
         # It estimates the final parameters alone: there is no state to replay from, and no sweep.
         if replay:
@@ -102,7 +109,7 @@ def forget(
             method,
             "backtrail.DiffIn(form='corrected'), since checkpoints hold no steps to run",
         )
-    if not 0 <= replay <= run.steps:
+    if replay > run.steps:
         raise BadSetting("replay", replay, f"0 <= replay <= {run.steps} (number of steps)")
     run.check_steps()
     start = run.steps - replay

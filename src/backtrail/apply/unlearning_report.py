@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from backtrail import arguments
 from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.methods.diff_in.checkpoints import matched, tensors_of
+from backtrail.methods.observe import check_run
 from backtrail.methods.retrain.removal import RemovedGroup
 from backtrail.methods.retrain.retrain import Denominator
 from backtrail.run.run import Run
@@ -112,13 +114,16 @@ def judge_forgetting(
     Raises:
         UnknownSample: A sample that the training set does not have.
         UnknownId: A sample that the training did not see, where samples have ids of their own.
+        NeverTrainedOn: A sample that was in no batch.
         BadCheckpoint: The state is not of this model; the message names the tensor.
         BadSetting: There are no test rows, or the denominator is unknown.
     """
-    if not len(test):
-        raise BadSetting("test", test, "one or more rows that were not trained on")
-    if denominator not in get_args(Denominator):
-        raise BadSetting("denominator", denominator, "'keep' or 'renormalize'")
+    check_run(run)
+    expected = "one or more rows that were not trained on"
+    if not len(arguments.instance("test", test, Rows, expected)):  # type: ignore[type-abstract]
+        raise BadSetting("test", test, expected)
+    arguments.choice("denominator", denominator, get_args(Denominator))
+    arguments.instance("state", state, Mapping, "a state_dict")  # type: ignore[type-abstract]
     return Judge.of(run, samples, denominator=denominator)(state, test)
 
 

@@ -7,10 +7,11 @@ exact.
 
 import abc
 from dataclasses import dataclass
-from typing import final
+from typing import final, get_args
 
 from torch import Tensor
 
+from backtrail import arguments
 from backtrail.curvature.gauss_newton import AtLosses, AtOutputs, split_vjp
 from backtrail.curvature.jvp import (
     GradientJVP,
@@ -91,6 +92,14 @@ class Hessian(Curvature):
 
     product: Product = "autograd"
 
+    def __post_init__(self) -> None:
+        """Check the argument.
+
+        Raises:
+            BadSetting: It has an invalid value.
+        """
+        arguments.choice("product", self.product, get_args(Product))
+
     def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
@@ -127,6 +136,14 @@ class GaussNewton(Curvature):
 
     product: Product = "autograd"
 
+    def __post_init__(self) -> None:
+        """Check the argument.
+
+        Raises:
+            BadSetting: It has an invalid value.
+        """
+        arguments.choice("product", self.product, get_args(Product))
+
     def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
@@ -159,6 +176,14 @@ class EmpiricalFisher(Curvature):
 
     product: Product = "autograd"
 
+    def __post_init__(self) -> None:
+        """Check the argument.
+
+        Raises:
+            BadSetting: It has an invalid value.
+        """
+        arguments.choice("product", self.product, get_args(Product))
+
     def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor
     ) -> GradientVJP:
@@ -190,6 +215,14 @@ class Zero(Curvature):
     """
 
     product: Product = "autograd"
+
+    def __post_init__(self) -> None:
+        """Check the argument.
+
+        Raises:
+            BadSetting: It has an invalid value.
+        """
+        arguments.choice("product", self.product, get_args(Product))
 
     def gradient_vjp(
         self, micro_batch: MicroBatch, params: Tree, buffers: Tree, *, weights: Tensor

@@ -20,6 +20,8 @@ from backtrail.errors.influence import DifferentInfluence as DifferentInfluence
 from backtrail.errors.influence import FolderTaken as FolderTaken
 from backtrail.errors.influence import IllFormedInfluence as IllFormedInfluence
 from backtrail.errors.influence import ImpossibleWindow as ImpossibleWindow
+from backtrail.errors.influence import NeverTrainedOn as NeverTrainedOn
+from backtrail.errors.influence import NonFiniteInfluence as NonFiniteInfluence
 from backtrail.errors.influence import NoRegimes as NoRegimes
 from backtrail.errors.influence import NotAnInfluence as NotAnInfluence
 from backtrail.errors.influence import NotFinite as NotFinite
@@ -46,7 +48,9 @@ from backtrail.errors.methods import WrongDerivative as WrongDerivative
 from backtrail.errors.recording import BadOptimizer as BadOptimizer
 from backtrail.errors.recording import BadPolicy as BadPolicy
 from backtrail.errors.recording import ChangedOutside as ChangedOutside
+from backtrail.errors.recording import ComplexParameter as ComplexParameter
 from backtrail.errors.recording import Diverged as Diverged
+from backtrail.errors.recording import NotEntered as NotEntered
 from backtrail.errors.recording import OtherSlots as OtherSlots
 from backtrail.errors.recording import SparseGradient as SparseGradient
 from backtrail.errors.recording import StaleGradient as StaleGradient
@@ -75,5 +79,6 @@ from backtrail.errors.task import BadLoss as BadLoss
 from backtrail.errors.task import BadQuery as BadQuery
 from backtrail.errors.task import BadReduction as BadReduction
 from backtrail.errors.task import NoLabels as NoLabels
+from backtrail.errors.task import SeveralLabels as SeveralLabels
 from backtrail.errors.task import SharedStorage as SharedStorage
 from backtrail.errors.task import UnsupportedOptimizer as UnsupportedOptimizer

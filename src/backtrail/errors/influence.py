@@ -48,6 +48,19 @@ class UnknownId(BacktrailError, KeyError):
         )
 
 
+class NeverTrainedOn(BacktrailError, ValueError):
+    """Samples of the training set that were in no batch of the training."""
+
+    def __init__(self, samples: Sequence[int], seen: int) -> None:
+        was = "was" if len(samples) == 1 else "were"
+        noun = "Sample" if len(samples) == 1 else "Samples"
+        self.args = (
+            f"{noun} {join_items(samples, most=6)} {was} never trained on: no recorded batch has "
+            f"{'it' if len(samples) == 1 else 'them'}, so there is no influence to compute. The "
+            f"training saw {count_of(seen, 'sample')}, which run.seen lists.",
+        )
+
+
 class ImpossibleWindow(BacktrailError, ValueError):
     """A window or a range of steps does not lie within the training."""
 
@@ -119,6 +132,20 @@ class NotFinite(BacktrailError, ValueError):
         self.args = (
             f"The {what} of {count_of(len(samples), 'sample')} is NaN or infinite: "
             f"{join_items(samples)}. {cure}.",
+        )
+
+
+class NonFiniteInfluence(NotFinite):
+    """A method computed an influence that is NaN or infinite; it is not stored."""
+
+    def __init__(self, method: str, query: str, observed: int, step: int, sample: int) -> None:
+        self.args = (
+            f"{method}: the influence of sample {sample} at step {step} on the query {query!r} at "
+            f"state {observed} is NaN or infinite, so there is no result. Look at the value of "
+            "the query and at the losses around that step: either one is not finite, or its "
+            "derivative is not (a square root or a norm at 0, a logarithm of 0), or the sweep "
+            "overflowed. For an overflow try a bounded curvature, for example "
+            "DIT(curvature=backtrail.GaussNewton()), or an earlier observed_at.",
         )
 
 

@@ -1,6 +1,7 @@
 """Errors while a training is recorded."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from backtrail.errors.sentences import BacktrailError, join_items
 
@@ -35,8 +36,8 @@ class BadPolicy(BacktrailError, ValueError):
 
     def __init__(self, policy: str) -> None:
         self.args = (
-            f"{policy} is not a valid checkpoint policy: period and window must be >= 1, ratio "
-            "must be > 1.",
+            f"{policy} is not a valid checkpoint policy: period and window must be whole numbers "
+            ">= 1, ratio a finite number > 1, steps whole numbers >= 0.",
         )
 
 
@@ -70,6 +71,28 @@ class OtherSlots(BacktrailError, ValueError):
         self.args = (
             f"recorder.fed() got {rows} rows for a batch of {samples} samples. Expected one row "
             "per sample of the batch last yielded, in the same order.",
+        )
+
+
+class NotEntered(BacktrailError, RuntimeError):
+    """A recorder is used outside of its `with` block."""
+
+    def __init__(self, folder: Path) -> None:
+        self.args = (
+            f"The recorder of {folder} is not recording: a watched batch was asked for outside of "
+            "its `with` block, so nothing would be stored. Write `with backtrail.Recorder(...) as "
+            "recorder:` around the training loop.",
+        )
+
+
+class ComplexParameter(BacktrailError, TypeError):
+    """A trained parameter holds complex numbers."""
+
+    def __init__(self, name: str, dtype: object) -> None:
+        self.args = (
+            f"Parameter {name!r} is {dtype}, and complex parameters are not supported. Store its "
+            "real and imaginary parts in a real parameter (torch.view_as_real), and join them in "
+            "forward with torch.view_as_complex.",
         )
 
 

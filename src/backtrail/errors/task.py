@@ -15,6 +15,19 @@ class BadLoss(BacktrailError, ValueError):
         )
 
 
+class SeveralLabels(BadLoss):
+    """A row of a classification has several labels, such as one for each pixel."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.args = (
+            f"classification() expects one label per row, and these labels give losses of shape "
+            f"{list(shape)}, such as one per pixel. How they are averaged has to be that of the "
+            "loop. For a mean over the pixels of a row: backtrail.Task(model, data, loss=lambda "
+            "outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1], "
+            "reduction='none').flatten(1).mean(1)). For tokens: backtrail.language_model.",
+        )
+
+
 class BadReduction(BacktrailError, ValueError):
     """The task's reduction is not one factor per slot."""
 

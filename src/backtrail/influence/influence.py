@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, final, get_args, runtime_checkable
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float, Float64, Int64
 
-from backtrail import errors
+from backtrail import arguments, errors
 from backtrail.extras import need
 from backtrail.influence import layout, tables
 from backtrail.influence.layout import Description
@@ -54,7 +54,7 @@ def open_influence(path: str | os.PathLike[str]) -> "Influence":
         UnfinishedInfluence: The attribution was interrupted.
         DamagedInfluence: A file is missing or has another size than when it was written.
     """
-    folder = Path(path)
+    folder = arguments.path("path", path)
     group, description = layout.load(folder)
     done = len(layout.done_shards(folder))
     shards = len(description.shards)
@@ -97,8 +97,10 @@ class Influence:
             run: A recorded run.
 
         Raises:
+            BadSetting: It is something else.
             OtherRun: The influence was computed from another run.
         """
+        arguments.instance("run", run, RecordedRun, "a run, as backtrail.open_run returns it")  # type: ignore[type-abstract]
         if self.run != run.id:
             raise errors.OtherRun(self.path, self.run, run=run.path, given=run.id)
 
@@ -204,9 +206,14 @@ class Influence:
         Args:
             start: First step.
             stop: The step after the last; None reads to the end.
+
+        Raises:
+            ImpossibleWindow: It is not 0 <= start <= stop <= steps.
         """
         every = slice(None)
-        steps = slice(start, stop)
+        last = self.steps if stop is None else stop
+        first, last = arguments.step_range("(start, stop)", (start, last), self.steps)
+        steps = slice(first, last)
         return layout.read(self._reader.group, "influence", every, every, steps, every)
 
     def total(
@@ -233,7 +240,8 @@ class Influence:
         queries = slice(None) if query is None else self._query_slice(query)
         shape = (len(self.queries[queries]), len(self.observed_at), self.samples)
         if out is not None:
-            return self._reader.add_up_in_file(Path(out), queries, shape)
+            file = arguments.file("out", out, (".npy",))
+            return self._reader.add_up_in_file(file, queries, shape)
         totals = np.zeros(shape)
         self._reader.add_up(totals, queries=queries)
         return totals
@@ -281,8 +289,8 @@ class Influence:
             ImpossibleWindow: It is not 0 <= a <= b <= steps.
             NotObserved: No query reads that state.
         """
-        self._check_step_range(a, b)
-        return self._total_at(self._state(observed_at), slice(None), between=(a, b))
+        between = arguments.step_range("(a, b)", (a, b), self.steps)
+        return self._total_at(self.observed_state(observed_at), slice(None), between=between)
 
     def curve(self, *, sample: int, query: int | str = 0) -> pl.DataFrame:
         """Table of one sample's total influence by observed state: observed_at, influence.
@@ -300,9 +308,10 @@ class Influence:
         Raises:
             UnknownSample: There is no such row.
             UnknownId: There is no such id.
+            NeverTrainedOn: The sample was in no batch.
             UnknownQuery: There is no such query.
         """
-        tables.places(self.ids, [sample])  # refuses unknown samples
+        sample = self._trained_sample(sample)
         totals = np.zeros((1, len(self.observed_at), 1))
         self._reader.add_up(totals, queries=self._query_slice(query), only=sample)
         return tables.curve_table(self.observed_at, totals[0, :, 0])
@@ -324,11 +333,12 @@ class Influence:
         Raises:
             UnknownSample: There is no such row.
             UnknownId: There is no such id.
+            NeverTrainedOn: The sample was in no batch.
             UnknownQuery: There is no such query.
             NotObserved: No query reads that state.
         """
-        tables.places(self.ids, [sample])  # refuses unknown samples
-        state = self._state(observed_at)
+        sample = self._trained_sample(sample)
+        state = self.observed_state(observed_at)
         visits = self._reader.visits(sample, query=self._query_slice(query), state=state)
         # The empty table has the columns of a sample that was never visited.
         return pl.concat([tables.NO_VISITS, *visits], how="vertical_relaxed")
@@ -363,10 +373,16 @@ class Influence:
             ImpossibleWindow: The window is not 0 <= a <= b <= steps.
             NotObserved: No query reads one of the states.
         """
-        if window is not None and observed_at != "end":
-            raise errors.TwoViewpoints(window, observed_at)
-        # At state 0 all influence is zero, so a total is the window that begins there.
-        a, b = (0, self._state(observed_at)) if window is None else window
+        k = arguments.whole("k", k, least=1)
+        arguments.choice("order", order, get_args(Order))
+        state = self.observed_state(observed_at)
+        if window is None:
+            # At state 0 all influence is zero, so a total is the window that begins there.
+            a, b = 0, state
+        else:
+            a, b = arguments.step_range("window", window, self.steps)
+            if not isinstance(observed_at, str):
+                raise errors.TwoViewpoints((a, b), observed_at)
         scores = self._window(self._query_slice(query), a, b)[0]
         return tables.top_table(scores, self.ids, k=k, order=order)
 
@@ -404,7 +420,7 @@ class Influence:
         Args:
             path: The file; an existing one is replaced.
         """
-        self._reader.write_long_table(Path(path))
+        self._reader.write_long_table(arguments.file("path", path))
 
     def __repr__(self) -> str:
         """Three lines: method, unit and sizes; the meaning of a positive number; the sign."""
@@ -423,7 +439,7 @@ class Influence:
         )
 
     def _window(self, queries: slice, a: int, b: int) -> Float64[np.ndarray, "query sample"]:
-        self._check_step_range(a, b)
+        a, b = arguments.step_range("(a, b)", (a, b), self.steps)
         for state in {a, b} - {0, *self.observed_at}:
             raise errors.NotObserved(state, self.observed_at)
         difference: np.ndarray = self._total_at(b, queries) - self._total_at(a, queries)
@@ -448,19 +464,60 @@ class Influence:
         Raises:
             UnknownQuery: There is no such query.
         """
-        # A name first; anything that is no name is taken for an index.
-        index = self.queries.index(query) if query in self.queries else query
-        if isinstance(index, str) or not 0 <= index < len(self.queries):
-            raise errors.UnknownQuery(query, self.queries)
+        index = self.query_index(query)
         return slice(index, index + 1)
 
-    def _state(self, observed_at: ObservedState) -> int:
-        if observed_at == "end":
-            return self.observed_at[-1]
-        if observed_at not in self.observed_at:
-            raise errors.NotObserved(observed_at, self.observed_at)
-        return observed_at
+    def query_index(self, query: int | str) -> int:
+        """The number of a query.
 
-    def _check_step_range(self, a: int, b: int) -> None:
-        if not 0 <= a <= b <= self.steps:
-            raise errors.ImpossibleWindow(a, b, self.steps)
+        Args:
+            query: Its name, or the number itself.
+
+        Raises:
+            BadSetting: It is neither a name nor a number.
+            UnknownQuery: There is no such query.
+        """
+        if isinstance(query, str):
+            if query not in self.queries:
+                raise errors.UnknownQuery(query, self.queries)
+            return self.queries.index(query)
+        expected = "the index or the name of a query"
+        index = arguments.whole("query", query, expected=expected)
+        if not 0 <= index < len(self.queries):
+            raise errors.UnknownQuery(index, self.queries)
+        return index
+
+    def observed_state(self, observed_at: ObservedState) -> int:
+        """The number of an observed state.
+
+        Args:
+            observed_at: The number itself, or "end" for the last observed state.
+
+        Raises:
+            BadSetting: It is neither "end" nor a number.
+            NotObserved: No query reads that state.
+        """
+        if isinstance(observed_at, str) and observed_at == "end":
+            return self.observed_at[-1]
+        expected = "'end' or the number of an observed state"
+        state = arguments.whole("observed_at", observed_at, expected=expected)
+        if state not in self.observed_at:
+            raise errors.NotObserved(state, self.observed_at)
+        return state
+
+    def _trained_sample(self, sample: int) -> int:
+        """A sample that was in some batch.
+
+        Raises:
+            BadSetting: It is no whole number.
+            UnknownSample: There is no such row.
+            UnknownId: There is no such id.
+            NeverTrainedOn: It was in no batch.
+        """
+        number = arguments.whole("sample", sample)
+        tables.places(self.ids, [number])  # refuses unknown samples
+        table = self.sample
+        if not (table == number).any():
+            seen = np.unique(table[table >= 0])
+            raise errors.NeverTrainedOn([number], len(seen))
+        return number

@@ -8,6 +8,7 @@ import polars as pl
 from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 
+from backtrail import arguments
 from backtrail.errors import UnknownId, UnknownSample
 
 Order = Literal["harmful", "helpful", "absolute"]
@@ -68,11 +69,17 @@ def places(ids: Int[np.ndarray, " sample"], samples: Sequence[int]) -> list[int]
         samples: The samples to look up.
 
     Raises:
+        BadSetting: The samples are not whole numbers.
         UnknownSample: There is no such row.
         UnknownId: There is no such id.
     """
-    positions = np.searchsorted(ids, np.asarray(samples, dtype=np.int64))
-    for sample, position in zip(samples, positions, strict=True):
+    numbers = arguments.whole_numbers(
+        "samples", samples, least=None, expected="whole numbers", empty=True
+    )
+    # Numbers beyond the range of int64 are no samples; -1 is none either.
+    comparable = [number if abs(number) < 2**63 else -1 for number in numbers]
+    positions = np.searchsorted(ids, np.array(comparable, dtype=np.int64))
+    for sample, position in zip(numbers, positions, strict=True):
         if position == len(ids) or ids[position] != sample:
             # Row numbers are 0 … N-1; anything else is an id.
             are_rows = len(ids) == 0 or ids[-1] == len(ids) - 1
@@ -86,7 +93,7 @@ def top_table(
     scores: Float[np.ndarray, " sample"], ids: Int[np.ndarray, " sample"], *, k: int, order: Order
 ) -> pl.DataFrame:
     """Table of the first k samples of a ranking: rank (from 1), sample, influence."""
-    first = ranking(scores, order)[: max(k, 0)]
+    first = ranking(scores, order)[:k]
     ranks = np.arange(1, len(first) + 1)
     return pl.DataFrame({"rank": ranks, "sample": ids[first], "influence": scores[first]})
 

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import final
+from typing import Any, cast, final
 
 import numpy as np
 import zarr
@@ -13,6 +13,7 @@ from backtrail.errors import (
     DifferentInfluence,
     FolderTaken,
     IllFormedInfluence,
+    NonFiniteInfluence,
     UnfinishedInfluence,
 )
 from backtrail.influence import layout
@@ -55,6 +56,7 @@ class InfluenceWriter:
         self.description = description
         self.path = layout.folder(group)
         self._marked_in_memory: set[int] = set()
+        self.allow_non_finite = False
 
     @classmethod
     def create(
@@ -160,6 +162,8 @@ class InfluenceWriter:
 
         Raises:
             IllFormedInfluence: The arrays do not make up exactly one shard.
+            NonFiniteInfluence: Some influence is NaN or infinite, also where that is because the
+                result is stored in float32.
         """
         about = self.description
         shard, offset = divmod(start, about.shard)
@@ -172,12 +176,38 @@ class InfluenceWriter:
                     f"not {block.shape} with losses {loss.shape} from step {start}"
                 ]
             )
+        self._check_finite(start, block)
         self._delete_earlier_attempt(shard)
         steps = slice(start, start + size)
         layout.write(self._group, "influence", block, slice(None), slice(None), steps)
         layout.write(self._group, "loss", loss, steps)
         if cotangent is not None:
             layout.write(self._group, "cotangent", cotangent, slice(None), slice(None), steps)
+
+    def _check_finite(self, start: int, block: Float[np.ndarray, "query state step slot"]) -> None:
+        """Refuse what is no number: it would be summed and ranked like one.
+
+        Raises:
+            NonFiniteInfluence: Some influence is NaN or infinite.
+        """
+        stored = cast("zarr.Array[Any]", self._group["influence"]).dtype
+        with np.errstate(over="ignore"):
+            as_stored = block.astype(stored)
+        # Methods sweep backwards, so that the last step is where it began. The axis of steps comes
+        # first, so that the last entry belongs to that step.
+        bad = np.argwhere(~np.isfinite(np.moveaxis(as_stored, 2, 0)))
+        if self.allow_non_finite or not len(bad):
+            return
+        step, query, state, slot = bad[-1]
+        about = self.description
+        sample = layout.read(self._group, "sample", slice(start + step, start + step + 1))[0]
+        raise NonFiniteInfluence(
+            about.method,
+            about.queries[query],
+            about.observed_at[state],
+            step=start + int(step),
+            sample=int(sample[slot]),
+        )
 
     def _delete_earlier_attempt(self, shard: int) -> None:
         if self.path is None:
@@ -228,6 +258,8 @@ def from_arrays(
     """
     losses = np.full(sample.shape, np.nan) if loss is None else loss
     writer = InfluenceWriter.create(path, description, sample=sample, dtype=str(values.dtype))
+    # What readers make of numbers that no method writes any more is tested with such arrays.
+    writer.allow_non_finite = True
     for shard, (start, stop) in enumerate(writer.shards):
         writer.write(start, values[:, :, start:stop], losses[start:stop])
         writer.mark_done(shard)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from backtrail import arguments
 from backtrail.accel.onednn import available
-from backtrail.errors import BadSetting, TooLittleMemory
+from backtrail.errors import TooLittleMemory
 from backtrail.influence import layout
 from backtrail.optim.flatten import longest_chunk
 from backtrail.queries import Averaged, Query
@@ -126,9 +127,8 @@ def check_limits(limits: Limits) -> None:
     Raises:
         BadSetting: Names the setting, and what it may be.
     """
-    for name, number in (("memory", limits.memory), ("chunk", limits.chunk)):
-        if number is not None and number < 1:
-            raise BadSetting(name, number, "a positive integer or None")
+    arguments.positive_or_none("memory", limits.memory)
+    arguments.positive_or_none("chunk", limits.chunk)
 
 
 def fit(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:
@@ -141,7 +141,8 @@ def fit(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) ->
         useful = 1
     else:
         useful = CACHE // max(sizes.activations, 1)
-    wanted = chunk or max(1, min(rows, useful))
+    # More at once than there are would only be counted as memory.
+    wanted = min(chunk, rows) if chunk else max(1, min(rows, useful))
     if chunk is None:
         while wanted > 1 and sizes.total(rows, chunk=wanted, held=2) > free:
             wanted //= 2

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backtrail.errors import BadSetting
+from backtrail import arguments
 from backtrail.optim.flatten import FlatChunk
 from backtrail.optim.jacobian import GRADIENT, Diagonals, FlatUpdate, jacobian
 from backtrail.step.state import State
@@ -101,8 +101,8 @@ class Secant(UpdateDerivative):
         Raises:
             BadSetting: It is not positive.
         """
-        if not self.width > 0:
-            raise BadSetting("width", self.width, "a positive number of samples")
+        width = arguments.positive("width", self.width, "a positive number of samples")
+        object.__setattr__(self, "width", width)  # the dataclass is frozen
 
     def diagonals(
         self, update: Update, state: State, grads: Tree, *, chunk: FlatChunk, slots: int

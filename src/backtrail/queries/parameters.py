@@ -26,8 +26,8 @@ class Parameter(Query):
 
     Args:
         name: Name of the parameter, as in `model.named_parameters()`.
-        entries: Index of each entry, one number per axis: a tuple, or a plain number for a parameter
-            with one axis. A parameter without axes has the one entry `()`.
+        entries: Index of each entry, a tuple with one number per axis; or a plain number, where
+            there is one axis. A parameter without axes has the one entry `()`.
         unit: Unit of the parameter.
         mode: Without effect, since the model is not called.
 

@@ -136,7 +136,7 @@ def chosen_rows(data: Rows, samples: Sequence[int] | None) -> tuple[int, ...]:
         BadQuery: the data set does not have these rows, or there are none.
     """
     expected = "a map-style data set (with __len__ and __getitem__), or a list of rows"
-    arguments.instance("data", data, Rows, expected)
+    arguments.instance("data", data, Rows, expected)  # type: ignore[type-abstract]
     size = len(data)
     if samples is None:
         rows = tuple(range(size))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from backtrail.errors import OtherSlots, SparseGradient, StaleGradient, UnwatchedStep
+from backtrail.hooks import LocalHook
 from backtrail.record.listeners import BatchListener
 from backtrail.record.randomness import generator_states
 from backtrail.run.tensors import cpu_copy, digest
@@ -102,7 +103,7 @@ class BatchTracker:
             self._hook_forward_calls()
         for name, parameter in self._trained.items():
             if parameter.requires_grad and name not in self._hooks:
-                hook = partial(self._on_gradient, name)
+                hook = LocalHook(partial(self._on_gradient, name))
                 self._hooks[name] = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _hook_forward_calls(self) -> None:
@@ -118,11 +119,12 @@ class BatchTracker:
             else:
                 self.autocast = ""
 
+        hook = LocalHook(note_autocast)
         for name, module in modules(self._task.model).items():
             # Only modules with parameters of their own compute something that autocast changes.
             has_parameters = any(True for _ in module.parameters(recurse=False))
             if has_parameters:
-                self._hooks[f"call:{name}"] = module.register_forward_pre_hook(note_autocast)
+                self._hooks[f"call:{name}"] = module.register_forward_pre_hook(hook)
 
     def remove_hooks(self) -> None:
         """Remove every hook from the model."""

@@ -1,11 +1,13 @@
 """Checkpoint policies: which states of a training are stored, and which are deleted again."""
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from backtrail.errors import BadPolicy
+from backtrail import arguments
+from backtrail.errors import BadPolicy, BadSetting
 
 
 class CheckpointPolicy(abc.ABC):
@@ -53,7 +55,7 @@ class Every(CheckpointPolicy):
 
     def __post_init__(self) -> None:
         """Check the period."""
-        _require(self, self.period >= 1)
+        _keep_number(self, "period", arguments.as_whole(self.period), least=1)
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
         """Whether the number of the step is a multiple of the period."""
@@ -85,7 +87,7 @@ class Epochs(CheckpointPolicy):
 
     def __post_init__(self) -> None:
         """Check the period."""
-        _require(self, self.period >= 1)
+        _keep_number(self, "period", arguments.as_whole(self.period), least=1)
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
         """Whether the step begins an epoch whose number is a multiple of the period."""
@@ -116,18 +118,24 @@ class Geometric(CheckpointPolicy):
     ratio: float = 1.2
 
     def __post_init__(self) -> None:
-        """Check the ratio."""
-        _require(self, self.ratio > 1)
+        """Check the ratio.
+
+        Raises:
+            BadPolicy: it is not a finite number above 1.
+        """
+        ratio = arguments.as_real(self.ratio)
+        if ratio is None or not 1 < ratio < math.inf:
+            raise BadPolicy(str(self))
+        object.__setattr__(self, "ratio", ratio)  # the dataclass is frozen
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
         """Whether some power of the ratio rounds to the number of the step."""
         del opens_epoch
         if step == 0:
             return True
-        power = 1.0
-        while round(power) < step:
-            power *= self.ratio
-        return round(power) == step
+        # The nearest power is that with the nearest exponent, or one beside it.
+        exponent = round(math.log(step) / math.log(self.ratio))
+        return any(round(self.ratio**near) == step for near in range(exponent - 1, exponent + 2))
 
     def drops(self, kept: Sequence[int], step: int) -> list[int]:
         """No state is deleted."""
@@ -145,9 +153,24 @@ class Only(CheckpointPolicy):
 
     Args:
         steps: numbers of the steps.
+
+    Raises:
+        BadPolicy: one of them is not a whole number of 0 or more.
     """
 
     steps: Sequence[int]
+
+    def __post_init__(self) -> None:
+        """Check the steps.
+
+        Raises:
+            BadPolicy: one of them is not a whole number of 0 or more.
+        """
+        try:
+            steps = arguments.whole_numbers("steps", self.steps, empty=True)
+        except BadSetting:
+            raise BadPolicy(str(self)) from None
+        object.__setattr__(self, "steps", tuple(steps))  # the dataclass is frozen
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
         """Whether the step is one of the given ones."""
@@ -179,7 +202,7 @@ class Last(CheckpointPolicy):
 
     def __post_init__(self) -> None:
         """Check the window."""
-        _require(self, self.window >= 1)
+        _keep_number(self, "window", arguments.as_whole(self.window), least=1)
 
     def keeps(self, step: int, *, opens_epoch: int | None) -> bool:
         """Every state is stored, and deleted once it leaves the window."""
@@ -191,6 +214,12 @@ class Last(CheckpointPolicy):
         return [state for state in kept if 0 < state <= step - self.window]
 
 
-def _require(policy: CheckpointPolicy, valid: bool) -> None:  # noqa: FBT001
-    if not valid:
+def _keep_number(policy: CheckpointPolicy, name: str, number: int | None, *, least: int) -> None:
+    """Keep a setting as a plain number.
+
+    Raises:
+        BadPolicy: it is no whole number, or too small.
+    """
+    if number is None or number < least:
         raise BadPolicy(str(policy))
+    object.__setattr__(policy, name, number)  # the dataclass is frozen

@@ -20,12 +20,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.weak import WeakIdKeyDictionary
 
+from backtrail import arguments
 from backtrail.accel.allocator import trim
 from backtrail.errors import (
     BadOptimizer,
     BadSetting,
     ChangedOutside,
+    ComplexParameter,
     Diverged,
+    NotEntered,
     RunExists,
     UnwatchedStep,
 )
@@ -93,7 +96,8 @@ class Recorder:
     Raises:
         UnsupportedOptimizer: The optimizer's update has no derivative.
         BadOptimizer: There are several optimizers, or one that holds tensors outside of the model.
-        BadSetting: `capture` is not an embedding.
+        ComplexParameter: The optimizer trains complex numbers.
+        BadSetting: An argument has an invalid value.
         UnreadableData: The task's data set cannot be read by row number.
     """
 
@@ -108,6 +112,8 @@ class Recorder:
         tolerance: float | None = None,
         capture: CaptureMethod | None = None,
     ) -> None:
+        folder = arguments.folder("path", path)
+        arguments.instance("task", task, Task, "a backtrail.Task")
         if not isinstance(optimizer, Optimizer):
             raise BadOptimizer(
                 f"got a {type(optimizer).__name__}; a run has one torch.optim optimizer"
@@ -115,16 +121,24 @@ class Recorder:
         if capture is not None and not isinstance(capture, CaptureMethod):
             raise BadSetting("capture", capture, "a backtrail.DataValueEmbedding")
         check_data(task)
-        self._folder = Path(path)
+        if checkpoints is not None:
+            expected = "a checkpoint policy such as backtrail.Every(50), or None"
+            arguments.instance("checkpoints", checkpoints, CheckpointPolicy, expected)  # type: ignore[type-abstract]
+        tolerance = arguments.tolerance("tolerance", tolerance)
+        keep_batches = arguments.flag("keep_batches", keep_batches)
+        self._folder = folder
         self._task = task
         self._optimizer = optimizer
         self._optimizer_name = find_rule(type(optimizer)).name
-        self._policy = checkpoints or Every(50)
+        self._policy = Every(50) if checkpoints is None else checkpoints
         # Where batches carry ids, nothing can be read by row number.
         self._keep_batches = keep_batches or task.ids is not None
         self._params = parameters(task.model)
         self._groups = _group_names(self._params, optimizer)
         self._trained = {name: self._params[name] for group in self._groups for name in group}
+        for name, parameter in self._trained.items():
+            if parameter.is_complex():
+                raise ComplexParameter(name, parameter.dtype)
         self._self_check = GradientCheck(tolerance)
         self._capture = capture
         self._tracker = BatchTracker(task, self._trained)
@@ -135,6 +149,7 @@ class Recorder:
         self._last_epoch = -1  # of the last step
         self._pending: Step | None = None  # described by the pre-hook, not made yet
         self._upcoming_state: State | None = None  # before the coming step, if a listener needed it
+        self._is_recording = False  # inside the `with` block
         self._versions: dict[str, int] = {}  # of the parameters after the last step
 
     def __enter__(self) -> "Recorder":
@@ -161,6 +176,7 @@ class Recorder:
             self._optimizer.register_step_post_hook(self._after_step),
         ]
         self._tracker.install_hooks()
+        self._is_recording = True
         return self
 
     def __exit__(
@@ -170,6 +186,7 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         """Remove the hooks; store the final state, unless the loop raised an error."""
+        self._is_recording = False
         self._tracker.remove_hooks()
         for hook in self._hooks:
             hook.remove()
@@ -219,9 +236,12 @@ class Recorder:
             batch: What the model is fed: the same samples in the same slots.
 
         Raises:
+            NotEntered: The recorder is used without `with`.
             UnwatchedStep: No batch was yielded yet.
-            OtherSlots: It has another number of rows.
+            OtherSlots: It has another number of rows, or is no batch.
         """
+        if not self._is_recording:
+            raise NotEntered(self._folder)
         self._tracker.batch_replaced(batch)
 
     def yielded(self, samples: tuple[int, ...], batch: Batch, *, opens_epoch: bool) -> None:
@@ -231,7 +251,12 @@ class Recorder:
             samples: Row numbers or ids, in slot order.
             batch: Its content.
             opens_epoch: Whether it is the first of its epoch.
+
+        Raises:
+            NotEntered: The recorder is used without `with`, so nothing would be stored.
         """
+        if not self._is_recording:
+            raise NotEntered(self._folder)
         if opens_epoch:
             self._epoch += 1
         self._tracker.batch_yielded(samples, batch, epoch=self._epoch, keep=self._keep_batches)

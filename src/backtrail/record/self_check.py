@@ -45,7 +45,9 @@ class GradientCheck:
 
     def tolerance(self, step: Step, consumed: Tree) -> float:
         """Allowed relative difference of the gradients of a step."""
-        return self._tolerance or default_gradient_tolerance(step, consumed)
+        if self._tolerance is not None:
+            return self._tolerance
+        return default_gradient_tolerance(step, consumed)
 
     def check(self, transition: Transition, state: State, consumed: Tree) -> None:
         """Compute the gradient of a step as a replay will, and compare it with the consumed one.

@@ -1,10 +1,10 @@
 """Checks that a task is the one that was recorded; every problem is reported with its values."""
 
-from backtrail.errors import WrongData, WrongModel
+from backtrail.errors import UnreadableData, WrongData, WrongModel
 from backtrail.run.manifest import Layout, Manifest
 from backtrail.run.tensors import digest
 from backtrail.step.state import Step
-from backtrail.task.task import Task
+from backtrail.task.task import Rows, Task
 from backtrail.tree import Tree
 
 
@@ -56,6 +56,7 @@ def check_data(manifest: Manifest, task: Task, first: Step) -> None:
         first: step 0 of the run.
 
     Raises:
+        UnreadableData: the data set cannot be read by row number.
         WrongData: they differ, or the run has sample ids and the task has no `ids=`.
     """
     if manifest.samples is None:
@@ -65,6 +66,8 @@ def check_data(manifest: Manifest, task: Task, first: Step) -> None:
                 "its batches contained the ids of their samples, and this task has no ids="
             )
         return
+    if not isinstance(task.data, Rows):
+        raise UnreadableData(type(task.data).__name__)
     if len(task.data) != manifest.samples:
         raise WrongData(f"it has {len(task.data)} rows, and had {manifest.samples}")
     for record in first.fed:

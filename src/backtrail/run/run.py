@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int64
 from tqdm.auto import tqdm
 
+from backtrail import arguments
 from backtrail.errors import (
     BadSetting,
     EmptyRun,
@@ -170,9 +171,10 @@ class Run:
         Raises:
             NoSuchState: The run has no such step.
         """
-        if not 0 <= index < self.steps:
-            raise NoSuchState(index, self.steps - 1, "step")
-        return self.log[index]
+        number = arguments.whole("index", index)
+        if not 0 <= number < self.steps:
+            raise NoSuchState(number, self.steps - 1, "step")
+        return self.log[number]
 
     def batches(self, index: int) -> tuple[Batch, ...]:
         """The micro-batches of one step: as they were stored, or read again from the data set.
@@ -205,6 +207,7 @@ class Run:
         Raises:
             NoSuchState: The run has no such step.
         """
+        dtype = arguments.precision("dtype", dtype)
         step = self.step(index)
         update = Update(self.manifest.optimizer, self.manifest.groups, step.settings)
         batches = cast(self.batches(index), dtype, self.task.device)
@@ -225,6 +228,9 @@ class Run:
             NoSuchState: The run has no such state.
             MissingState: The state is not on disk, and `replay` is False.
         """
+        number = arguments.whole("number", number)
+        replay = arguments.flag("replay", replay)
+        dtype = arguments.precision("dtype", dtype)
         if not 0 <= number <= self.steps:
             raise NoSuchState(number, self.steps, "state")
         if number not in self.kept and not replay:
@@ -240,7 +246,6 @@ class Run:
         place = bisect_right(self.kept, number) - 1
         return self.kept[place]
 
-    @exclusive_steps
     def walk(self, first: int, last: int, dtype: Precision = None) -> Iterator[tuple[int, State]]:
         """Yield the states first … last with their numbers, in order.
 
@@ -253,7 +258,21 @@ class Run:
 
         Raises:
             NoSuchState: The run has no such state.
+            BadSetting: The last state is before the first, or an argument is something else.
         """
+        first = arguments.whole("first", first)
+        last = arguments.whole("last", last)
+        dtype = arguments.precision("dtype", dtype)
+        for number in (first, last):
+            if not 0 <= number <= self.steps:
+                raise NoSuchState(number, self.steps, "state")
+        if last < first:
+            raise BadSetting("last", last, f"a state that is not before the first, {first}")
+        # The generator begins later: wrong arguments are an error at the call.
+        return self._states(first, last, dtype)
+
+    @exclusive_steps
+    def _states(self, first: int, last: int, dtype: Precision) -> Iterator[tuple[int, State]]:
         state = self.state(first, replay=True, dtype=dtype)
         yield first, state
         for number in range(first + 1, last + 1):
@@ -279,7 +298,8 @@ class Run:
             ReplayMismatch: A step differs from the recorded one; the message names the first one.
             WrongData: A batch does not read as it was recorded.
         """
-        stop = self.steps if last is None else last
+        steps = (first, self.steps if last is None else last)
+        first, stop = arguments.step_range("(first, last)", steps, self.steps)
         state = None
         for index in range(first, stop):
             if index in self.checked_steps:
@@ -378,6 +398,7 @@ class Run:
                 message names the first such step.
             WrongData: A batch does not read as it was recorded.
         """
+        tolerance = arguments.tolerance("tolerance", tolerance)
         ends = (*self.kept[1:], self.steps)
         # The last segment is empty where the final state is on disk.
         segments = [(start, stop) for start, stop in zip(self.kept, ends, strict=True)]
@@ -598,7 +619,7 @@ def open_run(path: str | Path, task: Task, *, tolerance: float | None = None) ->
             for the default: 1e-8 in float64, 5e-2 for a training under autocast, else 1e-3.
 
     Raises:
-        BadSetting: `tolerance` is not a positive number.
+        BadSetting: An argument has an invalid value.
         NotARun: The folder holds no run.
         WrongFormat: The run was written by a version of backtrail with another layout.
         EmptyRun: No step was completed.
@@ -606,9 +627,9 @@ def open_run(path: str | Path, task: Task, *, tolerance: float | None = None) ->
         WrongData: The task's data set has another length or other rows.
         DamagedFile: A file is missing or changed; the message names it.
     """
-    if tolerance is not None and not tolerance > 0:
-        raise BadSetting("tolerance", tolerance, "a positive number or None")
-    folder = Path(path)
+    tolerance = arguments.tolerance("tolerance", tolerance)
+    folder = arguments.path("path", path)
+    arguments.instance("task", task, Task, "a backtrail.Task")
     store = Store(folder, read_manifest(folder))
     check_model(store.manifest, task)
     run = Run(store, task, tuple(store.log()), tolerance)

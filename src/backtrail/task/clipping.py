@@ -6,6 +6,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from backtrail import arguments
+from backtrail.errors import BadSetting
 from backtrail.tree import Tree
 
 
@@ -22,6 +24,16 @@ class ClipNorm:
 
     max_norm: float
     norm_type: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            BadSetting: One is not positive; both may be infinite.
+        """
+        for name in ("max_norm", "norm_type"):
+            # The dataclass is frozen. numpy's and torch's numbers become plain ones.
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
 
     def __call__(self, grads: Tree) -> Tree:
         """Scale all gradients by min(1, max_norm / norm)."""
@@ -51,6 +63,15 @@ class ClipValue:
 
     max_value: float
 
+    def __post_init__(self) -> None:
+        """Check the number.
+
+        Raises:
+            BadSetting: It is not positive; it may be infinite.
+        """
+        # The dataclass is frozen. numpy's and torch's numbers become plain ones.
+        object.__setattr__(self, "max_value", _positive("max_value", self.max_value))
+
     def __call__(self, grads: Tree) -> Tree:
         """Clamp every entry to [-max_value, max_value]."""
         return {name: g.clamp(-self.max_value, self.max_value) for name, g in grads.items()}
@@ -58,3 +79,15 @@ class ClipValue:
     def diagonal(self, grads: Tree) -> Tree:
         """Diagonal of the clipping Jacobian: 1 where an entry is within the bounds, else 0."""
         return {name: (g.abs() <= self.max_value).to(g) for name, g in grads.items()}
+
+
+def _positive(name: str, value: object) -> float:
+    """A positive number, or infinity, with which torch's functions clip nothing.
+
+    Raises:
+        BadSetting: It is something else.
+    """
+    number = arguments.as_real(value)
+    if number is None or not number > 0:
+        raise BadSetting(name, value, "a positive number")
+    return number

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 
+from backtrail import arguments
 from backtrail.errors import NoLabels
 from backtrail.sampling import sample_classes
 from backtrail.task.clipping import ClipNorm, ClipValue
@@ -57,6 +58,14 @@ class TokenMean:
     """
 
     over: Literal["step", "batch"] = "step"
+
+    def __post_init__(self) -> None:
+        """Check the argument.
+
+        Raises:
+            BadSetting: It has an invalid value.
+        """
+        arguments.choice("over", self.over, ("step", "batch"))
 
     def __call__(self, batches: Sequence[Batch]) -> Float[Tensor, " slot"]:
         """The share c of every slot in one step's loss."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from backtrail.errors import SeveralLabels
 from backtrail.sampling import sample_classes, sample_normal
 from backtrail.task.clipping import ClipNorm, ClipValue
 from backtrail.task.task import (
@@ -73,7 +74,7 @@ def classification(
     """Task with the cross-entropy, in nats, between the model's logits and the class numbers.
 
     A batch is a pair (inputs, class numbers), or a mapping with `labels` as Hugging Face's models
-    take it.
+    take it. A row has one label; for a label per pixel or token see `Raises`.
 
     >>> rows = [(torch.ones(2), 1)] * 4
     >>> task = classification(torch.nn.Linear(2, 3), rows)
@@ -91,10 +92,16 @@ def classification(
         clip: How the loop clips the gradient.
         draw: Samples labels from the model, for `DataValueEmbedding`.
         ids: Where a batch contains the ids of its samples.
+
+    Raises:
+        BadLoss: When the loss is first computed: a row has several labels, such as one per pixel.
     """
 
     def loss(outputs: Any, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(logits_of(outputs), labels_of(batch), reduction="none")
+        losses = nn.functional.cross_entropy(logits_of(outputs), labels_of(batch), reduction="none")
+        if losses.dim() > 1:
+            raise SeveralLabels(tuple(losses.shape))
+        return losses
 
     return Task(
         model,

@@ -23,8 +23,16 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
+from backtrail import arguments
 from backtrail.accel.layers import mark_activation
-from backtrail.errors import BadIds, BadLoss, BadReduction, NotCut, SharedStorage
+from backtrail.errors import (
+    BadIds,
+    BadLoss,
+    BadReduction,
+    BadSetting,
+    NotCut,
+    SharedStorage,
+)
 from backtrail.exclusive import exclusive
 from backtrail.task import torch_compile
 from backtrail.task.activation_checkpointing import computed_once, uses_checkpointing
@@ -123,7 +131,25 @@ class Task:
     ids: Ids | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Take the model out of `torch.compile`, and hide a named column of ids from it."""
+        """Check the arguments; take the model out of `torch.compile`; hide a named column of ids.
+
+        Raises:
+            BadSetting: An argument has an invalid value.
+        """
+        arguments.instance("model", self.model, nn.Module, "a torch.nn.Module")
+        for name in ("loss", "predict", "collate"):
+            arguments.function(name, getattr(self, name))
+        for name in ("penalty", "draw"):
+            if getattr(self, name) is not None:
+                arguments.function(name, getattr(self, name), "a function or None")
+        if not callable(self.reduce):
+            arguments.choice("reduce", self.reduce, ("mean", "sum"), "a function of the batches")
+        if self.clip is not None and not isinstance(self.clip, (ClipNorm, ClipValue)):
+            clips = "backtrail.ClipNorm(...), backtrail.ClipValue(...) or None"
+            raise BadSetting("clip", self.clip, clips)
+        is_place = isinstance(self.ids, str) or arguments.as_whole(self.ids) is not None
+        if self.ids is not None and not is_place and not callable(self.ids):
+            raise BadSetting("ids", self.ids, "a key, a place in a tuple, a function or None")
         object.__setattr__(self, "model", torch_compile.uncompiled(self.model))
         if isinstance(self.ids, str) and self.predict is default_predict:
             object.__setattr__(self, "predict", partial(_predict_without, self.ids))

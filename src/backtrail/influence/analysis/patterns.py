@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float, Float64
 
+from backtrail import arguments
 from backtrail.errors import NotFinite, TooFewWindows
 from backtrail.influence.influence import Influence
 
@@ -52,10 +53,14 @@ def patterns(
         divided by its mean), spread (std(x) / mean(abs(x))), total (at the last state).
 
     Raises:
+        BadSetting: An argument has an invalid value.
         TooFewWindows: There are fewer than three windows.
         NotFinite: Some influence is NaN or infinite.
         UnknownQuery: There is no such query.
     """
+    arguments.instance("influence", influence, Influence, "an influence")
+    ratio = arguments.real("ratio", ratio, "a number above 1", lambda number: number > 1)
+    spread = arguments.positive("spread", spread)
     states = [state for state in influence.observed_at if state]
     edges = np.array([0, *states])
     windows = len(states)

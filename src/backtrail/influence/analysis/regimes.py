@@ -14,7 +14,8 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float, Float64, Int64
 
-from backtrail.errors import NotFinite, NotObserved, TooFewSteps, UnknownQuery
+from backtrail import arguments
+from backtrail.errors import NotFinite, TooFewSteps
 from backtrail.influence.influence import Influence, ObservedState
 from backtrail.influence.layout import Description
 from backtrail.influence.writer import from_arrays
@@ -178,18 +179,20 @@ def regimes_from_rates(
         ratio: Factor by which start and end must exceed the basin.
 
     Raises:
+        BadSetting: An argument has an invalid value.
         NotObserved: No query reads that state.
         UnknownQuery: There is no such query.
         TooFewSteps: Fewer than five steps have a value.
         NotFinite: Some influence is NaN or infinite.
     """
-    state = influence.observed_at[-1] if observed_at == "end" else observed_at
-    if state not in influence.observed_at:
-        raise NotObserved(state, influence.observed_at)
+    ratio = arguments.positive("ratio", ratio)
+    state = influence.observed_state(observed_at)
+    if state == 0:
+        raise TooFewSteps(0, MIN_STEPS)
     column = influence.observed_at.index(state)
     queries = list(range(len(influence.queries)))
     if query is not None:
-        queries = [_query_index(influence, query)]
+        queries = [influence.query_index(query)]
     sample = influence.sample
     blocks: list[np.ndarray] = []
     for start, stop in influence.description.shards:
@@ -219,13 +222,6 @@ def regimes_from_rates(
         observed_at=state,
         about=f"{influence.method}, {count}, {influence.unit}",
     )
-
-
-def _query_index(influence: Influence, query: int | str) -> int:
-    index = influence.queries.index(query) if query in influence.queries else query
-    if isinstance(index, str) or not 0 <= index < len(influence.queries):
-        raise UnknownQuery(query, influence.queries)
-    return index
 
 
 def _mean_and_quantiles(

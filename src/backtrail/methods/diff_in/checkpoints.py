@@ -12,16 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from backtrail.errors import BadCheckpoint, DamagedFile, NoCheckpoints
+from backtrail import arguments
+from backtrail.errors import BadCheckpoint, BadSetting, DamagedFile, NoCheckpoints, UnreadableData
 from backtrail.methods.diff_in.finite_differences import at_least_float32
 from backtrail.methods.diff_in.trajectory import Point, Trajectory
-from backtrail.task.task import Task
+from backtrail.task.task import Rows, Task
 from backtrail.task.torch_compile import parameters, plain
 from backtrail.tree import Tree, cast
 
 # (step, state_dict or file, learning rate)
 Entry = tuple[int, Mapping[str, Any] | str | Path, float]
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+SOURCES = "(step, state_dict or file, learning rate) for each checkpoint, or a folder"
 # Prefix of the names inside DistributedDataParallel.
 WRAPPER_PREFIX = "module."
 # Keys under which common training loops keep the model's state_dict.
@@ -68,7 +70,13 @@ class Checkpoints:
 
         Raises:
             BadCheckpoint: One has a step that the training does not have.
+            UnreadableData: The task's data set cannot be read by row number.
         """
+        arguments.instance("task", self.task, Task, "a backtrail.Task")
+        if not isinstance(self.task.data, Rows):
+            raise UnreadableData(type(self.task.data).__name__)
+        steps = arguments.whole("steps", self.steps, least=1)
+        object.__setattr__(self, "steps", steps)  # the dataclass is frozen
         for step in self.states:
             if not 0 <= step <= self.steps:
                 problem = f"the training has the states 0 to {self.steps}"
@@ -84,13 +92,15 @@ class Checkpoints:
         if isinstance(self.source, (str, Path)):
             entries = self._entries_of_folder()
         else:
-            entries = list(self.source)
+            entries = [_entry(given) for given in arguments.items("source", self.source, SOURCES)]
         if not entries:
             raise NoCheckpoints("the list is empty")
-        by_step = {}
+        by_step: dict[int, tuple[Mapping[str, Any] | Path, float]] = {}
         for step, content, rate in sorted(entries, key=lambda entry: entry[0]):
+            if step in by_step:
+                raise NoCheckpoints(f"there are two of step {step}")
             read = Path(content) if isinstance(content, (str, Path)) else content
-            by_step[int(step)] = (read, float(rate))
+            by_step[step] = (read, rate)
         return by_step
 
     @property
@@ -108,7 +118,9 @@ class Checkpoints:
         if not trained:
             raise NoCheckpoints("the only one is of step 0, before any update")
         if isinstance(checkpoints, int):
-            targets = [self.steps * part / checkpoints for part in range(1, checkpoints + 1)]
+            # As many targets as steps already choose every state.
+            count = min(checkpoints, max(self.steps, 1))
+            targets = [self.steps * part / count for part in range(1, count + 1)]
             states = sorted({_nearest(trained, target) for target in targets})
         else:
             states = sorted(set(checkpoints))
@@ -148,7 +160,7 @@ class Checkpoints:
         )
 
     def _entries_of_folder(self) -> list[Entry]:
-        folder = Path(str(self.source))
+        folder = arguments.path("source", self.source)
         files = [file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES]
         if not files:
             raise NoCheckpoints(f"{folder} holds no file that ends with {', '.join(SUFFIXES)}")
@@ -168,13 +180,33 @@ class Checkpoints:
                 f"no learning rate is given for step {step}; "
                 "give lr=, a number or one for every step"
             )
-        return rate
+        return _rate(rate)
 
     def __repr__(self) -> str:
         """One line: how many, of what."""
         numbers = ", ".join(map(str, self.states))
         training = f"a training of {self.steps} steps on {len(self.task.data)} samples"
         return f"Checkpoints({len(self.states)} of {training}: {numbers})"
+
+
+def _entry(given: object) -> Entry:
+    """One checkpoint of a list.
+
+    Raises:
+        BadSetting: It is something else.
+    """
+    parts = arguments.items("source", given, SOURCES)
+    if len(parts) != 3:
+        raise BadSetting("source", given, SOURCES)
+    step, content, rate = parts
+    if not isinstance(content, (str, Path, Mapping)):
+        raise BadSetting("source", given, SOURCES)
+    number = arguments.whole("step", step, least=0)
+    return number, content, _rate(rate)
+
+
+def _rate(rate: object) -> float:
+    return arguments.real("lr", rate, "a learning rate of at least 0", lambda lr: lr >= 0)
 
 
 def _nearest(states: Sequence[int], target: float) -> int:

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from backtrail.errors import BadSetting
+from backtrail import arguments
+from backtrail.errors import BadSetting, NeverTrainedOn, NotFinite
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.layout import Description
@@ -33,12 +34,17 @@ from backtrail.methods.diff_in.checkpoints import Checkpoints
 from backtrail.methods.diff_in.finite_differences import Differences, Sides
 from backtrail.methods.diff_in.forms import Corrected, Published
 from backtrail.methods.diff_in.terms import Terms
-from backtrail.methods.diff_in.trajectory import Trajectory, spread_over_visits, trajectory_of
-from backtrail.methods.observe import ObservedAt, observed_states
+from backtrail.methods.diff_in.trajectory import (
+    Trajectory,
+    checkpoints_argument,
+    spread_over_visits,
+    trajectory_of,
+)
+from backtrail.methods.observe import ObservedAt, check_queries, check_run, observed_states
 from backtrail.methods.result import describe, sample_table
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
-from backtrail.tree import Tree, each
+from backtrail.tree import Tree
 
 Name = Literal["published", "corrected"]
 ObservedStates = ObservedAt | Literal["checkpoints"]
@@ -109,20 +115,19 @@ class DiffIn:
         Raises:
             BadSetting: An argument has an invalid value; the message names it.
         """
-        states = self.checkpoints
-        lowest = states if isinstance(states, int) else min(states, default=0)
-        if lowest < 1:
-            expected = "a positive number of states, or the numbers of the states, from 1"
-            raise BadSetting("checkpoints", states, expected)
-        for name, choices in (("form", get_args(Name)), ("sides", get_args(Sides))):
-            if getattr(self, name) not in choices:
-                raise BadSetting(name, getattr(self, name), " or ".join(map(repr, choices)))
-        for name in ("batch", "chunk", "rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadSetting(name, value, "a positive integer")
-        if not self.epsilon > 0:
-            raise BadSetting("epsilon", self.epsilon, "a positive number")
+        arguments.choice("form", self.form, get_args(Name))
+        arguments.choice("sides", self.sides, get_args(Sides))
+        checked: dict[str, object] = {
+            "checkpoints": checkpoints_argument(self.checkpoints),
+            "batch": arguments.whole("batch", self.batch, least=1),
+            "epsilon": arguments.positive("epsilon", self.epsilon),
+            "seed": arguments.seed("seed", self.seed),
+            "rank": arguments.positive_or_none("rank", self.rank),
+            "chunk": arguments.positive_or_none("chunk", self.chunk),
+        }
+        # The dataclass is frozen. numpy's and torch's numbers become plain ones.
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @exclusive
     def attribute(
@@ -158,9 +163,12 @@ class DiffIn:
         Raises:
             BadSetting: The queries are of averaged weights.
         """
+        check_queries(queries)
         if isinstance(queries, Averaged):
             expected = "queries that are not Averaged; backtrail.DIT supports averages"
             raise BadSetting("queries", queries, expected)
+        path = arguments.folder_or_none("out", out)
+        _check_states(run, observed_at)
         trajectory = self._trajectory(run)
         terms = self._terms(trajectory)
         states = _states(run, trajectory, observed_at)
@@ -169,7 +177,7 @@ class DiffIn:
         params = trajectory.end.params.values()
         is_double = all(tensor.dtype == torch.float64 for tensor in params)
         writer = InfluenceWriter.begin(
-            None if out is None else Path(out),
+            path,
             description,
             sample=sample,
             dtype="float64" if is_double else "float32",
@@ -192,20 +200,25 @@ class DiffIn:
 
         Args:
             run: A recorded run, or checkpoints of a training that was not recorded.
-            samples: Row numbers; None: all. A sample that was never visited has zero.
+            samples: Row numbers; None: all, where one that was never visited has zero.
 
         Raises:
             UnknownSample: The training set has no such sample.
+            NeverTrainedOn: One of the given samples was in no batch.
+            NotFinite: Some influence is NaN or infinite.
         """
         trajectory = self._trajectory(run)
         if samples is None:
             wanted = np.arange(len(trajectory.task.data))
         else:
-            wanted = np.asarray(samples, dtype=np.int64)
-        was_seen = np.isin(_rows(trajectory, wanted.tolist()), trajectory.samples)
+            wanted = np.asarray(_rows(trajectory, samples), dtype=np.int64)
+        was_seen = np.isin(wanted, trajectory.samples)
         result = np.zeros(len(wanted))
         terms = self._terms(trajectory)
         result[was_seen] = terms.of_themselves(wanted[was_seen].tolist(), rank=self.rank)
+        not_finite = wanted[~np.isfinite(result)]
+        if len(not_finite):
+            raise NotFinite(not_finite.tolist(), scored=True)
         return result
 
     @exclusive
@@ -217,21 +230,20 @@ class DiffIn:
 
         Args:
             run: A recorded run, or checkpoints of a training that was not recorded.
-            samples: Row numbers; one that was never visited changes nothing.
+            samples: Row numbers.
 
         Raises:
             UnknownSample: The training set has no such sample.
+            NeverTrainedOn: One of the samples was in no batch.
         """
         trajectory = self._trajectory(run)
-        seen = set(trajectory.samples.tolist())
-        rows = [row for row in _rows(trajectory, samples) if row in seen]
-        if not rows:
-            return each(torch.zeros_like, trajectory.end.trained)
+        rows = _rows(trajectory, samples)
         return self._terms(trajectory).of_removal(rows)
 
     def _trajectory(self, run: "Run | Checkpoints") -> Trajectory:
         if isinstance(run, Checkpoints):
             return run.trajectory(self.checkpoints)
+        check_run(run)
         run.check_kept_steps()
         return trajectory_of(run, self.checkpoints)
 
@@ -258,8 +270,38 @@ class DiffIn:
         return settings
 
 
-def _rows(trajectory: Trajectory, samples: Sequence[int]) -> list[int]:
-    return places(np.arange(len(trajectory.task.data)), samples)
+def _rows(trajectory: Trajectory, samples: object) -> list[int]:
+    """Rows of the training set, all of which were trained on.
+
+    Raises:
+        BadSetting: They are not one or more whole numbers.
+        UnknownSample: The training set has no such sample.
+        NeverTrainedOn: One of them was in no batch.
+    """
+    expected = "one or more numbers of samples"
+    numbers = arguments.whole_numbers("samples", samples, least=None, expected=expected)
+    rows = places(np.arange(len(trajectory.task.data)), numbers)
+    unseen = np.setdiff1d(rows, trajectory.samples)
+    if len(unseen):
+        raise NeverTrainedOn(unseen.tolist(), len(trajectory.samples))
+    return rows
+
+
+def _check_states(run: "Run | Checkpoints", observed_at: object) -> None:
+    """Refuse invalid observed states before any work is done.
+
+    Raises:
+        BadSetting: They are something else.
+        NoSuchState: The run has no such state.
+    """
+    if isinstance(observed_at, str) and observed_at == "checkpoints":
+        return
+    if isinstance(run, Checkpoints):
+        # Bare checkpoints have no states but their end.
+        arguments.choice("observed_at", observed_at, ("checkpoints", "end"))
+        return
+    check_run(run)
+    observed_states(run, observed_at)  # type: ignore[arg-type]
 
 
 def _states(
@@ -268,7 +310,7 @@ def _states(
     """The observed states; without a recording there is only the end."""
     if not isinstance(run, Run):
         return [trajectory.steps]
-    if observed_at == "checkpoints":
+    if isinstance(observed_at, str) and observed_at == "checkpoints":
         return observed_states(run, [stop for _, stop in trajectory.stretches])
     return observed_states(run, observed_at)
 

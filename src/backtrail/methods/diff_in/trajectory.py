@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from backtrail.errors import BadSetting, NoSuchState, RowsNotReadable
+from backtrail import arguments
+from backtrail.errors import NoSuchState, RowsNotReadable
 from backtrail.methods.diff_in.finite_differences import at_least_float32
 from backtrail.methods.step_factors import rates, shares
 from backtrail.run.run import Run
@@ -119,26 +120,33 @@ def chosen_states(run: Run, checkpoints: int | Sequence[int]) -> list[int]:
         NoSuchState: The run has no such state.
         BadSetting: No state, or state 0, at which nothing has been learned yet.
     """
-    if isinstance(checkpoints, int):
-        if checkpoints < 1:
-            raise BadSetting("checkpoints", checkpoints, _EXPECTED)
-        return _evenly_spread(run, checkpoints)
-    if not len(checkpoints):
-        raise BadSetting("checkpoints", checkpoints, _EXPECTED)
-    if 0 in checkpoints:
-        expected = f"states from 1 to {run.steps}: state 0 is untrained"
-        raise BadSetting("checkpoints", list(checkpoints), expected)
-    for state in checkpoints:
+    chosen = checkpoints_argument(checkpoints)
+    if isinstance(chosen, int):
+        return _evenly_spread(run, chosen)
+    for state in chosen:
         if not 0 < state <= run.steps:
             raise NoSuchState(state, run.steps, "state")
-    return sorted({int(state) for state in checkpoints})
+    return sorted(set(chosen))
 
 
-_EXPECTED = "a positive number of states, or the numbers of one or more states"
+def checkpoints_argument(checkpoints: object) -> int | tuple[int, ...]:
+    """How many states, or their numbers.
+
+    Raises:
+        BadSetting: It is something else, or state 0, at which nothing has been learned yet.
+    """
+    expected = (
+        "a positive number of states, or the numbers of one or more states, from 1 (state 0 is "
+        "untrained)"
+    )
+    if arguments.as_whole(checkpoints) is not None:
+        return arguments.whole("checkpoints", checkpoints, least=1, expected=expected)
+    return tuple(arguments.whole_numbers("checkpoints", checkpoints, least=1, expected=expected))
 
 
 def _evenly_spread(run: Run, count: int) -> list[int]:
     # Fewer steps than stretches give equal ends, which count once.
+    count = min(count, run.steps)
     ends = sorted({-(-run.steps * part // count) for part in range(count + 1)})
     states = []
     for start, end in pairwise(ends):

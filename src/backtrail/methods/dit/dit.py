@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from backtrail import arguments
 from backtrail.accel.context import accelerated
 from backtrail.curvature.policies import Curvature, Hessian
 from backtrail.curvature.vjp import Product
-from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
 from backtrail.influence.layout import Description
@@ -40,7 +40,7 @@ from backtrail.methods.memory import (
     unfinished_chunk,
     unfinished_settings,
 )
-from backtrail.methods.observe import ObservedAt, observed_states
+from backtrail.methods.observe import ObservedAt, check_queries, check_run, observed_states
 from backtrail.methods.renormalize import check_renormalizable, renormalize
 from backtrail.methods.result import begin_or_resume, describe
 from backtrail.methods.retrain.retrain import Denominator
@@ -93,16 +93,14 @@ class DIT:
         Raises:
             BadSetting: Names the setting, and what it may be.
         """
-        if isinstance(self.curvature, Curvature):
-            if self.curvature.product not in get_args(Product):
-                raise BadSetting("product", self.curvature.product, "'autograd' or 'difference'")
-        elif self.curvature != "auto":
+        is_auto = isinstance(self.curvature, str) and self.curvature == "auto"
+        if not is_auto:
             policies = "backtrail.Hessian(), GaussNewton(), EmpiricalFisher(), Zero() or 'auto'"
-            raise BadSetting("curvature", self.curvature, policies)
-        if not isinstance(self.slope, UpdateDerivative):
-            raise BadSetting("slope", self.slope, "backtrail.Tangent() or backtrail.Secant()")
-        if self.denominator not in get_args(Denominator):
-            raise BadSetting("denominator", self.denominator, "'keep' or 'renormalize'")
+            curvature = arguments.instance("curvature", self.curvature, Curvature, policies)  # type: ignore[type-abstract]
+            arguments.choice("product", curvature.product, get_args(Product))
+        slopes = "backtrail.Tangent() or backtrail.Secant()"
+        arguments.instance("slope", self.slope, UpdateDerivative, slopes)  # type: ignore[type-abstract]
+        arguments.choice("denominator", self.denominator, get_args(Denominator))
         check_limits(Limits(memory=self.memory, chunk=self.chunk))
 
     @exclusive
@@ -127,7 +125,9 @@ class DIT:
                 that one is resumed, with bit-identical results. None keeps the result in memory.
         """
         # Plan: which states, by which rules, in how much memory.
-        path = None if out is None else Path(out)
+        check_run(run)
+        check_queries(queries)
+        path = arguments.folder_or_none("out", out)
         states = observed_states(run, observed_at)
         if self.denominator == "renormalize":
             check_renormalizable(run)

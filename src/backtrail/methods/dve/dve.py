@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from backtrail import arguments
 from backtrail.accel.context import accelerated
 from backtrail.errors import BadSetting, NoDraw
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
-from backtrail.methods.dve.embeddings import Embeddings
+from backtrail.methods.dve.embeddings import Embeddings, refuse_averaged
 from backtrail.methods.dve.gather import Gathering
 from backtrail.methods.dve.live.capture import LiveCapture
 from backtrail.methods.dve.live.early_rates import Now
@@ -31,7 +32,7 @@ from backtrail.methods.dve.recursion import Propagator, Visits, curvature_weight
 from backtrail.methods.dve.sampled_labels import Drawn
 from backtrail.methods.dve.step_features import Fisher, Follow, StepFeatures
 from backtrail.methods.dve.store import About, EmbeddingStore
-from backtrail.methods.observe import ObservedAt, observed_states
+from backtrail.methods.observe import ObservedAt, check_queries, check_run, observed_states
 from backtrail.methods.result import precision, sample_table
 from backtrail.queries import Query
 from backtrail.run.manifest import Manifest
@@ -102,15 +103,21 @@ class DataValueEmbedding:
             "layers": get_args(Layers),
         }
         for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise BadSetting(name, value, " or ".join(map(repr, allowed)))
-        for name, least in (("rank", 1), ("segments", 1), ("damping", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise BadSetting(name, value, f"a number of at least {least}")
-        if not 0 < self.drawn <= 1:
-            raise BadSetting("drawn", self.drawn, "0 < drawn <= 1")
+            arguments.choice(name, getattr(self, name), allowed)
+        checked: dict[str, object] = {
+            "rank": arguments.whole("rank", self.rank, least=1),
+            "segments": arguments.whole("segments", self.segments, least=1),
+            "seed": arguments.seed("seed", self.seed),
+            "damping": arguments.real(
+                "damping", self.damping, "a number of at least 0", lambda damping: damping >= 0
+            ),
+            "drawn": arguments.real(
+                "drawn", self.drawn, "0 < drawn <= 1", lambda drawn: 0 < drawn <= 1
+            ),
+        }
+        # The dataclass is frozen. numpy's and torch's numbers become plain ones.
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.drawn < 1 and self.fisher == "empirical":
             raise BadSetting(
                 "drawn", self.drawn, 'drawn=1 with fisher="empirical", which samples no labels'
@@ -159,8 +166,11 @@ class DataValueEmbedding:
             BadSetting: There is no such part.
             NoDraw: The task does not say how labels are sampled from the model.
         """
+        expected = "(i, n) with 0 <= i < n: of n parts, the i-th"
+        part = arguments.pair("part", part, expected)
         if not 0 <= part[0] < part[1]:
-            raise BadSetting("part", part, "(i, n) with 0 <= i < n: of n parts, the i-th")
+            raise BadSetting("part", part, expected)
+        arguments.folder("out", out)
         gathering, store = self._begin(run, observed_at, out)
         if not store.finished:
             with accelerated(products=False, keep_memory=True):
@@ -172,8 +182,15 @@ class DataValueEmbedding:
         """What is gathered, and the store that it goes to, which may hold a part already.
 
         Raises:
+            BadSetting: There are more segments than steps, or an argument is something else.
             NoDraw: The task does not say how labels are sampled from the model.
         """
+        check_run(run)
+        path = arguments.folder_or_none("out", out)
+        states = observed_states(run, observed_at)
+        if self.segments > run.steps:
+            expected = f"at most {run.steps}, the number of steps of the run"
+            raise BadSetting("segments", self.segments, expected)
         run.check_kept_steps()
         what = self._features(run.task, run.manifest)
         ends = {-(-run.steps * part // self.segments) for part in range(1, self.segments + 1)}
@@ -183,13 +200,12 @@ class DataValueEmbedding:
             steps=run.steps,
             slots=max(len(step.samples) for step in run.log),
             samples=run.samples,
-            observed_at=tuple(sorted({*observed_states(run, observed_at), *ends})),
+            observed_at=tuple(sorted({*states, *ends})),
             layout={name: (place.start, place.stop) for name, place in layout.items()},
             blocks=blocks_of(what.projection, dense=self.layers == "together"),
             dtype=precision(run),
             settings=self._settings,
         )
-        path = None if out is None else Path(out)
         store = EmbeddingStore.begin(path, about, what.sizes(about.slots), sample=sample_table(run))
         return Gathering(run, what, KeptRows(run, self._settings_of_rows)), store
 
@@ -261,6 +277,11 @@ class DataValueEmbedding:
             out: Folder of the result. An unfinished attribution of the same question there is
                 resumed and gives bit-identical results. None keeps the result in memory.
         """
+        # Before the embedding, which takes long.
+        check_run(run)
+        check_queries(queries)
+        refuse_averaged(queries)
+        arguments.folder_or_none("out", out)
         embeddings = self.embed(run, observed_at=observed_at)
         return embeddings.attribute(queries, observed_at=observed_at, out=out)
 

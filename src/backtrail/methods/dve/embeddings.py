@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import final, get_args
 
 import numpy as np
 import polars as pl
@@ -20,15 +20,22 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backtrail.errors import BadSetting, EmbeddedElsewhere, NotEmbedded
+from backtrail import arguments
+from backtrail.errors import BadSetting, EmbeddedElsewhere, NotEmbedded, NotFinite
 from backtrail.exclusive import exclusive
-from backtrail.influence import tables
 from backtrail.influence.influence import Influence
-from backtrail.influence.tables import Order
+from backtrail.influence.tables import Order, ranking
 from backtrail.influence.writer import InfluenceWriter
 from backtrail.methods.dve.projection import Projection, projection_for
 from backtrail.methods.dve.store import About, EmbeddingStore
-from backtrail.methods.observe import ObservedAt, observed_states, query_gradients
+from backtrail.methods.observe import (
+    ObservedAt,
+    check_queries,
+    check_run,
+    observed_states,
+    query_gradients,
+    trained_samples,
+)
 from backtrail.methods.result import begin_or_resume, describe
 from backtrail.queries import Averaged, Query
 from backtrail.queries.subset import QuerySubset
@@ -52,10 +59,23 @@ def open_embeddings(path: str | os.PathLike[str], run: Run) -> "Embeddings":
         EmbeddedElsewhere: The embeddings are of another run.
         DamagedEmbeddings: A file is missing, or of another size.
     """
-    store = EmbeddingStore.open(Path(path))
+    folder = arguments.path("path", path)
+    check_run(run)
+    store = EmbeddingStore.open(folder)
     if store.about.run != run.id:
         raise EmbeddedElsewhere(store.path, store.about.run, run.id)
     return Embeddings(run, store)
+
+
+def refuse_averaged(queries: Query) -> None:
+    """Refuse queries of averaged weights, whose derivative needs the states on the way.
+
+    Raises:
+        BadSetting: The queries read averages of the weights.
+    """
+    if isinstance(queries, Averaged):
+        expected = "queries that are not Averaged; backtrail.DIT supports averages"
+        raise BadSetting("queries", queries, expected)
 
 
 @final
@@ -106,7 +126,14 @@ class Embeddings:
     def values(
         self, start: int = 0, stop: int | None = None
     ) -> Float[np.ndarray, "step slot coordinate"]:
-        """Vectors of the visits in steps [start, stop), each towards the next observed state."""
+        """Vectors of the visits in steps [start, stop), each towards the next observed state.
+
+        Raises:
+            ImpossibleWindow: It is not 0 <= start <= stop <= steps.
+        """
+        steps = self.about.steps
+        last = steps if stop is None else stop
+        start, stop = arguments.step_range("(start, stop)", (start, last), steps)
         return self._store.read("embedding", start, stop)
 
     @exclusive
@@ -128,9 +155,9 @@ class Embeddings:
             BadSetting: The queries read averages of the weights.
             NotEmbedded: The embeddings do not lead to a state.
         """
-        if isinstance(queries, Averaged):
-            expected = "queries that are not Averaged; backtrail.DIT supports averages"
-            raise BadSetting("queries", queries, expected)
+        check_queries(queries)
+        refuse_averaged(queries)
+        path = arguments.folder_or_none("out", out)
         states = observed_states(self.run, observed_at)
         missing = sorted(set(states) - set(self.observed_at))
         if missing:
@@ -142,7 +169,7 @@ class Embeddings:
             method="DataValueEmbedding",
             settings=dict(self.about.settings) | {"exact": False},
         )
-        writer = begin_or_resume(self.run, description, None if out is None else Path(out))
+        writer = begin_or_resume(self.run, description, path)
         if len(writer.done) < len(writer.shards):
             self._fill(writer, queries)
         return writer.finish().with_queries(queries)
@@ -160,11 +187,22 @@ class Embeddings:
 
         Returns:
             A table with the columns query, rank, sample and influence.
+
+        Raises:
+            BadSetting: An argument has an invalid value.
+            NotFinite: Some influence is NaN or infinite.
         """
+        check_queries(queries)
+        refuse_averaged(queries)
+        k = arguments.whole("k", k, least=1)
+        arguments.choice("order", order, get_args(Order))
         query_vectors = self._query_vectors(queries, self.run.steps)
         best = [pl.DataFrame()] * len(queries.names)
         for ids, summed in self._summed(self.run.ids):
             scores = (query_vectors @ summed.T).double().cpu().numpy()
+            bad = ids[~np.isfinite(scores).all(axis=0)]
+            if len(bad):
+                raise NotFinite(bad.tolist())
             for place, row in enumerate(scores):
                 block = pl.DataFrame({"sample": ids, "influence": row})
                 candidates = pl.concat([best[place], block], how="diagonal")
@@ -186,8 +224,16 @@ class Embeddings:
 
         Returns:
             A table with the columns sample and similarity, the most similar first.
+
+        Raises:
+            BadSetting: An argument has an invalid value.
+            UnknownSample: There is no such row.
+            UnknownId: There is no such id.
+            NeverTrainedOn: The sample was in no batch.
         """
-        tables.places(self.run.ids, [sample])
+        k = arguments.whole("k", k, least=1)
+        sample = arguments.whole("sample", sample)
+        trained_samples(self.run, [sample], "sample")
         _, own = next(self._summed(np.array([sample])))
         smallest = torch.finfo(own.dtype).tiny
         blocks = []
@@ -351,6 +397,6 @@ class Embeddings:
 
 def _ranked(candidates: pl.DataFrame, k: int, order: Order) -> pl.DataFrame:
     scores = candidates["influence"].to_numpy()
-    chosen = tables.ranking(scores, order)[:k]
+    chosen = ranking(scores, order)[:k]
     ranks = pl.Series("rank", np.arange(1, len(chosen) + 1))
     return candidates[chosen].select(ranks, "sample", "influence")

@@ -16,6 +16,7 @@ from typing import Literal, final, get_args
 import numpy as np
 from tqdm.auto import tqdm
 
+from backtrail import arguments
 from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.influence.influence import Influence
@@ -27,7 +28,7 @@ from backtrail.methods.gradient_dot.state_products import (
     has_one_gradient,
 )
 from backtrail.methods.memory import Limits, check_limits, gradient_chunk, unfinished_chunk
-from backtrail.methods.observe import ObservedAt, observed_states
+from backtrail.methods.observe import ObservedAt, check_queries, check_run, observed_states
 from backtrail.methods.result import begin_or_resume, describe
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
@@ -76,8 +77,7 @@ class TracIn:
         Raises:
             BadSetting: Names the setting, and what it may be.
         """
-        if self.states not in get_args(States):
-            raise BadSetting("states", self.states, "'every' or 'kept'")
+        arguments.choice("states", self.states, get_args(States))
         check_limits(Limits(memory=self.memory, chunk=self.chunk))
 
     @exclusive
@@ -205,13 +205,15 @@ class _GradientProduct:
     def attribute(
         self, run: Run, queries: Query, *, observed_at: ObservedAt, out: str | Path | None
     ) -> Influence:
+        check_run(run)
+        check_queries(queries)
         if isinstance(queries, Averaged):
             raise BadSetting(
                 "queries",
                 queries,
                 "queries that are not Averaged; backtrail.DIT supports averages",
             )
-        path = None if out is None else Path(out)
+        path = arguments.folder_or_none("out", out)
         states = observed_states(run, observed_at)
         chunk = self._chunk(run, queries, states, path)
         description = describe(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backtrail.influence.tables import places
+from backtrail.methods.observe import trained_samples
 from backtrail.methods.renormalize import check_renormalizable
 from backtrail.methods.retrain.stacks import autocast_gradients
 from backtrail.methods.retrain.weights import Removal
@@ -45,12 +45,12 @@ class RemovedGroup:
         Raises:
             UnknownSample: a sample that the training set does not have.
             UnknownId: a sample that the training did not see, where samples have ids of their own.
+            NeverTrainedOn: a sample that was in no batch.
             CannotRenormalize: the batch's denominator cannot be renormalised in this run.
         """
-        places(run.ids, samples)
+        group = frozenset(trained_samples(run, samples))
         if renormalize:
             check_renormalizable(run)
-        group = frozenset(int(sample) for sample in samples)
         removal = Removal(group, (0, run.steps), renormalize=renormalize)
         return RemovedGroup(run, removal, dtype)
 

@@ -5,6 +5,7 @@ always the difference of two runs of this same engine, the unperturbed one being
 stack, never against the recorded weights: so rounding that both share cancels.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from backtrail.errors import BadSetting, ImpossibleWindow, join_items
+from backtrail import arguments
+from backtrail.errors import BadSetting, join_items
 from backtrail.exclusive import exclusive
-from backtrail.influence.tables import places
-from backtrail.methods.observe import ObservedAt, observed_states
+from backtrail.methods.observe import (
+    ObservedAt,
+    check_queries,
+    check_run,
+    observed_states,
+    trained_samples,
+)
 from backtrail.methods.renormalize import check_renormalizable
 from backtrail.methods.retrain.cache import RerunCache, cached_stacks
 from backtrail.methods.retrain.stacks import Reruns, RunStack
@@ -27,6 +34,7 @@ from backtrail.run.run import Run
 from backtrail.sweep.rerun import evaluate_runs
 from backtrail.tree import Tree
 
+log = logging.getLogger(__name__)
 Denominator = Literal["keep", "renormalize"]
 
 
@@ -43,7 +51,8 @@ class Retrained:
 
     Attributes:
         change: Query after the removal minus query as it was, `[query, observed_at, removal]`;
-            positive where the removal raises the query.
+            positive where the removal raises the query. NaN where either is NaN or infinite:
+            `diverged` lists the removals.
         base: The queries without a removal, `[query, observed_at]`.
         noise: Largest difference between two unperturbed runs of one stack,
             `[query, observed_at]`; smaller changes mean nothing.
@@ -55,11 +64,20 @@ class Retrained:
     noise: Float[np.ndarray, "query observed_at"]
     observed_at: tuple[int, ...]
 
+    @property
+    def diverged(self) -> tuple[int, ...]:
+        """Numbers of the removals after which some query is NaN or infinite; usually none."""
+        is_nan = np.isnan(self.change).any(axis=(0, 1))
+        return tuple(np.flatnonzero(is_nan).tolist())
+
     def __repr__(self) -> str:
-        """Sizes in one line; never the arrays."""
+        """Sizes in one line, and which removals diverged; never the arrays."""
         queries, _, removals = self.change.shape
         states = join_items(self.observed_at, most=6)
-        return f"Retrained({removals} removals, {queries} queries, observed at {states})"
+        diverged = ""
+        if self.diverged:
+            diverged = f"; NaN after removal {join_items(self.diverged, most=6)}"
+        return f"Retrained({removals} removals, {queries} queries, observed at {states}{diverged})"
 
 
 @exclusive
@@ -113,9 +131,11 @@ def leave_one_out(
         OtherRun: The bank holds re-runs of another training.
         DamagedBank: A file of the bank cannot be read.
     """
+    check_run(run)
+    check_queries(queries)
     if window is not None:
-        _check_range(run, window)
-    groups = [[int(sample)] for sample in samples]
+        window = arguments.step_range("window", window, run.steps)
+    groups = [[sample] for sample in trained_samples(run, samples)]
     shape = (len(queries.names), len(groups))
     states: ObservedAt = "end"
     if window is not None:
@@ -191,13 +211,17 @@ def retrain(
         OtherRun: The bank holds re-runs of another training.
         DamagedBank: A file of the bank cannot be read.
     """
-    if denominator not in get_args(Denominator):
-        raise BadSetting("denominator", denominator, "'keep' or 'renormalize'")
-    if batch is not None and batch < 1:
-        raise BadSetting("batch", batch, "a positive integer or None")
+    check_run(run)
+    check_queries(queries)
+    arguments.choice("denominator", denominator, get_args(Denominator))
+    dtype = arguments.precision("dtype", dtype)
+    batch = arguments.positive_or_none("batch", batch)
+    weight = arguments.real("weight", weight, "a finite number")
+    folder = arguments.folder_or_none("bank", bank)
     if steps is not None:
-        _check_range(run, steps)
-    places(run.ids, [sample for group in removals for sample in group])
+        steps = arguments.step_range("steps", steps, run.steps)
+    groups = _groups(run, removals)
+    states = observed_states(run, observed_at)
     renormalize = denominator == "renormalize"
     if renormalize:
         check_renormalizable(run)
@@ -205,15 +229,23 @@ def retrain(
     stretch = (0, run.steps) if steps is None else steps
     changes = [
         Removal(frozenset(group), stretch, renormalize=renormalize, weight=weight)
-        for group in removals
+        for group in groups
     ]
-    states = observed_states(run, observed_at)
     reruns = Reruns(run=run, observed_at=states, dtype=dtype, batch=batch, queries=queries)
-    if bank is None:
+    if folder is None:
         stacks = reruns.stacks(changes)
     else:
-        stacks = cached_stacks(RerunCache(Path(bank), run, dtype), reruns, changes)
-    return _read(run, queries, stacks, observed_at=states, changes=len(changes))
+        stacks = cached_stacks(RerunCache(folder, run, dtype), reruns, changes)
+    found = _read(reruns, stacks, changes=len(changes))
+    if found.diverged:
+        log.warning(
+            "%d of %d trainings without samples end with a query that is NaN or infinite; their "
+            "changes are NaN (samples %s)",
+            len(found.diverged),
+            len(groups),
+            join_items([groups[place] for place in found.diverged], most=6),
+        )
+    return found
 
 
 @exclusive
@@ -228,42 +260,61 @@ def perturb(
 ) -> Retrained:
     """Run the training again under each of several changes of the samples' weights."""
     reruns = Reruns(run=run, observed_at=observed_at, dtype=dtype, batch=batch, queries=queries)
-    stacks = reruns.stacks(changes)
-    return _read(run, queries, stacks, observed_at=observed_at, changes=len(changes))
+    return _read(reruns, reruns.stacks(changes), changes=len(changes))
 
 
-def _check_range(run: Run, stretch: Steps) -> None:
-    start, stop = stretch
-    if not 0 <= start <= stop <= run.steps:
-        raise ImpossibleWindow(start, stop, run.steps)
+def _groups(run: Run, removals: object) -> list[list[int]]:
+    """Groups of samples, each of which was in some batch.
+
+    Raises:
+        BadSetting: They are not one or more groups of one or more whole numbers.
+        UnknownSample: A sample that the training set does not have.
+        UnknownId: A sample that the training did not see, where samples have ids of their own.
+        NeverTrainedOn: A sample that was in no batch.
+    """
+    expected = "one or more groups of samples, such as [[3], [5, 8]]"
+    groups: list[list[int]] = []
+    for group in arguments.items("removals", removals, expected):
+        groups.append(arguments.whole_numbers("removals", group, least=None, expected=expected))
+    if not groups:
+        raise BadSetting("removals", removals, expected)
+    trained_samples(run, [sample for group in groups for sample in group], "removals")
+    return groups
 
 
-def _read(
-    run: Run,
-    queries: Query,
-    stacks: Iterable[RunStack],
-    *,
-    observed_at: tuple[int, ...],
-    changes: int,
-) -> Retrained:
+def _read(reruns: Reruns, stacks: Iterable[RunStack], *, changes: int) -> Retrained:
     """Read the queries at the observed states of all stacks."""
+    run = reruns.run
+    queries = reruns.queries
+    observed_at = reruns.observed_at
 
     def read(params: Tree, buffers: Tree) -> torch.Tensor:
         return values(queries, run.task, params=params, buffers=buffers)
 
     shape = (len(queries.names), len(observed_at))
+    # A state before a stack's first change is not visited: nothing has changed there.
     change = np.zeros((*shape, changes))
     base = np.full(shape, np.nan)
     noise = np.zeros(shape)
+    visited: set[int] = set()
     for stack in stacks:
-        # A state before the stack's first change is not visited, and stays NaN.
-        found = np.full((*shape, len(stack.places) + 2), np.nan)
         for number, states in stack.states:
             place = observed_at.index(number)
-            found[:, place] = evaluate_runs(states, read).T.double().cpu().numpy()
-        unperturbed = found[:, :, 0]
-        change[:, :, stack.places] = found[:, :, 1:-1] - unperturbed[:, :, None]
-        difference = np.abs(found[:, :, -1] - unperturbed)
-        noise = np.maximum(noise, np.nan_to_num(difference))
-        base = np.where(np.isnan(unperturbed), base, unperturbed)
-    return Retrained(np.nan_to_num(change), base, noise, observed_at)
+            found = evaluate_runs(states, read).T.double().cpu().numpy()  # [query, run]
+            unperturbed = found[:, 0]
+            # A training that diverged has NaN, or infinity less infinity: no number stands for it.
+            with np.errstate(invalid="ignore"):
+                difference = found[:, 1:-1] - unperturbed[:, None]
+                rounding = np.abs(found[:, -1] - unperturbed)
+            finite = np.isfinite(difference)
+            change[:, place, stack.places] = np.where(finite, difference, np.nan)
+            noise[:, place] = np.fmax(noise[:, place], rounding)
+            base[:, place] = unperturbed
+            visited.add(place)
+    for place, number in enumerate(observed_at):
+        if place not in visited:
+            state = reruns.unchanged(number)
+            with torch.no_grad():
+                values_there = read(state.params, state.buffers)
+            base[:, place] = values_there.double().cpu().numpy()
+    return Retrained(change, base, noise, observed_at)

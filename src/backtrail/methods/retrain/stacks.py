@@ -105,6 +105,13 @@ class Reruns:
             if number in self.observed_at:
                 yield number, state
 
+    def unchanged(self, number: int) -> State:
+        """What the queries read at a state of the recorded training: the state, or an average."""
+        average = self._average_at(number)
+        if average is not None:
+            return average
+        return self.run.state(number, replay=True, dtype=self.dtype)
+
     def _average_at(self, number: int) -> State | None:
         """The recorded training's average at a state, which the runs continue; None without one."""
         if not isinstance(self.queries, Averaged):

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from backtrail.accel.context import accelerated
 from backtrail.errors import NotCaptured, join_items
+from backtrail.hooks import LocalHook
 from backtrail.methods.dve.live.early_rates import Early, Now
 from backtrail.methods.dve.live.files import RowsWriter
 from backtrail.methods.dve.live.hooks import LOSS, PROOF, BatchHooks
@@ -270,9 +271,9 @@ class LiveCapture:
                 self._current.leave(output)
 
         return [
-            model.register_forward_pre_hook(enter),
+            model.register_forward_pre_hook(LocalHook(enter)),
             # Also after a call that failed, which must not leave the tracer entered.
-            model.register_forward_hook(leave, always_call=True),
+            model.register_forward_hook(LocalHook(leave), always_call=True),
         ]
 
     def _note_gradient(self, name: str, parameter: Tensor) -> RemovableHandle:
@@ -288,5 +289,6 @@ class LiveCapture:
                     self._current.settle(self._note_scaled(rate))
                     self._current.fresh = 0
 
-        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+        hook = LocalHook(note)
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         return handle
