@@ -36,8 +36,8 @@ class BadPolicy(BacktrailError, ValueError):
 
     def __init__(self, policy: str) -> None:
         self.args = (
-            f"{policy} is not a valid checkpoint policy: period and window must be whole numbers "
-            ">= 1, ratio a finite number > 1, steps whole numbers >= 0.",
+            f"{policy} is not a valid checkpoint policy: period and window must be >= 1, ratio "
+            "must be > 1 and finite, steps must be >= 0; all but the ratio are whole numbers.",
         )
 
 

@@ -46,6 +46,11 @@ AXES = ("query", "observed_at", "step", "slot")
 # Reading one query or one state should not unpack the others; a chunk costs about a millisecond.
 CHUNK_BYTES = 2**20
 
+# The setting by which the queries of a folder are recognised, besides their names, and how far its
+# sums may be apart, relative to the largest.
+VALUES = "query_values"
+CLOSE_VALUES = 1e-4
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +99,27 @@ class Description:
         ours = _flatten(self)
         theirs = _flatten(other)
         found: dict[str, tuple[object, object]] = {}
+        our_values = ours.pop(f"settings[{VALUES!r}]", None)
+        their_values = theirs.pop(f"settings[{VALUES!r}]", None)
         for name in {**ours, **theirs}:
             if ours.get(name) != theirs.get(name):
                 found[name] = (ours.get(name), theirs.get(name))
+        if not found and not _are_close(our_values, their_values):
+            found["values of the queries"] = (our_values, their_values)
         return found
+
+
+def _are_close(left: object, right: object) -> bool:
+    """Whether two sums of values of queries are equal up to rounding on another machine.
+
+    Folders of earlier versions have none.
+    """
+    if left is None or right is None:
+        return True
+    ours = np.array(left, dtype=np.float64)
+    theirs = np.array(right, dtype=np.float64)
+    largest = max(np.abs(ours).max(), np.abs(theirs).max())
+    return bool((np.abs(ours - theirs) <= CLOSE_VALUES * largest).all())
 
 
 def _flatten(description: Description) -> dict[str, object]:
@@ -124,7 +146,7 @@ def describe_settings(settings: Mapping[str, object]) -> str:
     parts: list[str] = []
     for name, value in settings.items():
         # How many queries were computed at once changes no number; `exact` follows from the others.
-        if name in {"chunk", "exact"}:
+        if name in {"chunk", "exact", VALUES}:
             continue
         # The text of a policy names its kind: Zero(), Secant(...).
         is_policy = name in {"curvature", "slope"}

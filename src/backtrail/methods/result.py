@@ -1,15 +1,20 @@
 """What every method needs to begin its result: description, table of samples, and writer."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
-from backtrail.influence.layout import Description
+from backtrail.influence.layout import VALUES, Description
 from backtrail.influence.writer import InfluenceWriter
-from backtrail.queries import Query
+from backtrail.queries import Query, values
 from backtrail.run.run import Run
+from backtrail.sampling import uniforms
+from backtrail.task.task import Task
+from backtrail.tree import Tree
 
 # An attribution is written, and can be resumed, in this many shards of steps, or in fewer if a
 # shard would be shorter than the second number.
@@ -17,16 +22,49 @@ SHARDS = 20
 SHORTEST = 8
 
 
-def begin_or_resume(run: Run, description: Description, path: Path | None) -> InfluenceWriter:
+def begin_or_resume(
+    run: Run, description: Description, path: Path | None, *, queries: Query
+) -> InfluenceWriter:
     """Begin the result of an attribution of all visits, or resume the one in the folder.
+
+    Args:
+        run: The recorded training.
+        description: Everything but the arrays.
+        path: The folder; None keeps the result in memory.
+        queries: What is attributed. Their values are stored in the folder, since two sets of
+            queries may have the same names.
 
     Raises:
         DifferentInfluence: The folder holds another influence.
     """
+    if path is not None:
+        state = run.state(run.kept[-1])
+        description = with_values(description, queries, run.task, state.params, state.buffers)
     ids = run.ids if run.has_ids else None
     return InfluenceWriter.begin(
         path, description, sample=sample_table(run), dtype=precision(run), ids=ids
     )
+
+
+def with_values(
+    description: Description, queries: Query, task: Task, params: Tree, buffers: Tree
+) -> Description:
+    """The description with sums over the queries' values at a state, to recognise them by.
+
+    One is plain, one has a fixed random weight for each query, so that their order counts, and one
+    is over the absolute values, which the others are compared relative to.
+    """
+    devices = [task.device] if task.device.type == "cuda" else []
+    # Queries in train mode draw random numbers, the same ones each time.
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        found = values(queries, task, params=params, buffers=buffers)
+    # NaN has no place in JSON, and a query of NaN is an error later on.
+    numbers = np.nan_to_num(found.double().cpu().numpy())
+    weights = uniforms(len(numbers), seed=0)
+    sums = [numbers.sum(), numbers @ weights, np.abs(numbers).sum()]
+    settings = dict(description.settings) | {VALUES: [float(number) for number in sums]}
+    return replace(description, settings=settings)
 
 
 def describe(

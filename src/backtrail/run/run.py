@@ -69,6 +69,11 @@ class Run:
     log: tuple[Step, ...]
     tolerance: float | None = None
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Unpickle, and tell the task again which buffers the training changes."""
+        self.__dict__.update(state)
+        self.task.binding.moving.update(self.moving_buffers)
+
     @property
     def path(self) -> Path:
         """Folder of the run."""

@@ -59,6 +59,25 @@ def draw_numbers(outputs: Any, batch: Batch, generator: torch.Generator) -> Tens
     return losses
 
 
+def class_losses(outputs: Any, batch: Batch) -> Tensor:
+    """Cross-entropy of every row.
+
+    Raises:
+        SeveralLabels: A row has several labels, such as one per pixel.
+    """
+    losses = nn.functional.cross_entropy(logits_of(outputs), labels_of(batch), reduction="none")
+    if losses.dim() > 1:
+        raise SeveralLabels(tuple(losses.shape))
+    return losses
+
+
+def squared_errors(outputs: Any, batch: Batch) -> Tensor:
+    """Squared error of every row, averaged over its outputs."""
+    found = logits_of(outputs)
+    gaps: Tensor = found.reshape(len(found), -1) - labels_of(batch).reshape(len(found), -1)
+    return gaps.square().mean(1)
+
+
 def classification(
     model: nn.Module,
     data: Rows,
@@ -96,17 +115,10 @@ def classification(
     Raises:
         BadLoss: When the loss is first computed: a row has several labels, such as one per pixel.
     """
-
-    def loss(outputs: Any, batch: Batch) -> Tensor:
-        losses = nn.functional.cross_entropy(logits_of(outputs), labels_of(batch), reduction="none")
-        if losses.dim() > 1:
-            raise SeveralLabels(tuple(losses.shape))
-        return losses
-
     return Task(
         model,
         data,
-        loss,
+        class_losses,
         predict=predict,
         collate=collate,
         penalty=penalty,
@@ -151,16 +163,10 @@ def regression(
         draw: Samples targets from the model, for `DataValueEmbedding`.
         ids: Where a batch contains the ids of its samples.
     """
-
-    def loss(outputs: Any, batch: Batch) -> Tensor:
-        found = logits_of(outputs)
-        gaps: Tensor = found.reshape(len(found), -1) - labels_of(batch).reshape(len(found), -1)
-        return gaps.square().mean(1)
-
     return Task(
         model,
         data,
-        loss,
+        squared_errors,
         predict=predict,
         collate=collate,
         penalty=penalty,

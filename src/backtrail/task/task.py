@@ -11,7 +11,7 @@ Decisions:
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal, Protocol, TypeVar, final, runtime_checkable
@@ -153,6 +153,10 @@ class Task:
         object.__setattr__(self, "model", torch_compile.uncompiled(self.model))
         if isinstance(self.ids, str) and self.predict is default_predict:
             object.__setattr__(self, "predict", partial(_predict_without, self.ids))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle the arguments alone: the copy of the model is made again where it is needed."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def __repr__(self) -> str:
         """Model, size of the data and reduction in one line."""

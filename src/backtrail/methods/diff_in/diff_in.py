@@ -41,7 +41,7 @@ from backtrail.methods.diff_in.trajectory import (
     trajectory_of,
 )
 from backtrail.methods.observe import ObservedAt, check_queries, check_run, observed_states
-from backtrail.methods.result import describe, sample_table
+from backtrail.methods.result import describe, sample_table, with_values
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.tree import Tree
@@ -174,8 +174,11 @@ class DiffIn:
         states = _states(run, trajectory, observed_at)
         description, sample = _description(run, queries, states)
         description = replace(description, method="DiffIn", settings=self._settings(terms))
-        params = trajectory.end.params.values()
-        is_double = all(tensor.dtype == torch.float64 for tensor in params)
+        end = trajectory.end
+        if path is not None:
+            task = trajectory.task
+            description = with_values(description, queries, task, end.params, end.buffers)
+        is_double = all(tensor.dtype == torch.float64 for tensor in end.params.values())
         writer = InfluenceWriter.begin(
             path,
             description,

@@ -149,7 +149,7 @@ class DIT:
             denominator=self.denominator,
         )
         # Sweep and write what is not there yet.
-        writer = begin_or_resume(run, description, path)
+        writer = begin_or_resume(run, description, path, queries=queries)
         missing = sorted({*range(len(writer.shards))} - writer.done)
         if missing:
             source = cotangent_source(run, queries, states)

@@ -169,7 +169,7 @@ class Embeddings:
             method="DataValueEmbedding",
             settings=dict(self.about.settings) | {"exact": False},
         )
-        writer = begin_or_resume(self.run, description, path)
+        writer = begin_or_resume(self.run, description, path, queries=queries)
         if len(writer.done) < len(writer.shards):
             self._fill(writer, queries)
         return writer.finish().with_queries(queries)

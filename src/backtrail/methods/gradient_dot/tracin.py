@@ -223,7 +223,7 @@ class _GradientProduct:
             method=self.name,
             settings=self.settings | {"chunk": chunk, "exact": False},
         )
-        writer = begin_or_resume(run, description, path)
+        writer = begin_or_resume(run, description, path, queries=queries)
         missing = sorted({*range(len(writer.shards))} - writer.done)
         if missing:
             run.check_kept_steps()
