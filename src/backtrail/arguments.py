@@ -13,7 +13,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -197,8 +197,10 @@ def choice(name: str, value: object, options: Iterable[str], also: str = "") -> 
     words = tuple(options)
     if not isinstance(value, str) or value not in words:
         quoted = [repr(word) for word in words]
+        if also:
+            raise BadSetting(name, value, f"{', '.join(quoted)} or {also}")
         listed = " or ".join(quoted) if len(quoted) < 3 else ", ".join(quoted)
-        raise BadSetting(name, value, f"{listed} or {also}" if also else listed)
+        raise BadSetting(name, value, listed)
     return value
 
 
@@ -303,6 +305,21 @@ def pair(name: str, value: object, expected: str) -> tuple[int, int]:
         raise BadSetting(name, value, expected)
     first, second = numbers
     return first, second
+
+
+def count_rows(name: str, value: object, expected: str) -> int:
+    """Number of rows of a map-style data set, or of a list of rows.
+
+    Raises:
+        BadSetting: It is something else.
+    """
+    is_other = isinstance(value, (str, bytes, bytearray, Mapping, type))
+    if is_other or not isinstance(value, Sized) or not hasattr(value, "__getitem__"):
+        raise BadSetting(name, value, expected)
+    try:
+        return len(value)
+    except TypeError:  # a tensor or an array without axes
+        raise BadSetting(name, value, expected) from None
 
 
 def step_range(name: str, value: object, steps: int) -> tuple[int, int]:

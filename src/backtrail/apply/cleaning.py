@@ -268,7 +268,7 @@ def _check(
         arguments.file("out", out, tuple(WRITERS))
     if validation is not None:
         expected = "one or more rows with correct labels, or None"
-        if not len(arguments.instance("validation", validation, Rows, expected)):  # type: ignore[type-abstract]
+        if not arguments.count_rows("validation", validation, expected):
             raise BadSetting("validation", validation, expected)
 
 

@@ -79,9 +79,7 @@ def compare_coresets(
     check_run(run)
     check_queries(queries)
     if not isinstance(coresets, Mapping) or not coresets:
-        raise BadSetting(
-            "coresets", dict(coresets), "at least one part by name, like {'mine': samples}"
-        )
+        raise BadSetting("coresets", coresets, "at least one part by name, like {'mine': samples}")
     most = f"an integer from 0 to {MOST_DRAWS}"
     draws = arguments.whole("draws", draws, least=0, most=MOST_DRAWS, expected=most)
     seed = arguments.seed("seed", seed)

@@ -120,7 +120,7 @@ def judge_forgetting(
     """
     check_run(run)
     expected = "one or more rows that were not trained on"
-    if not len(arguments.instance("test", test, Rows, expected)):  # type: ignore[type-abstract]
+    if not arguments.count_rows("test", test, expected):
         raise BadSetting("test", test, expected)
     arguments.choice("denominator", denominator, get_args(Denominator))
     arguments.instance("state", state, Mapping, "a state_dict")  # type: ignore[type-abstract]

@@ -79,6 +79,7 @@ from backtrail.errors.task import BadLoss as BadLoss
 from backtrail.errors.task import BadQuery as BadQuery
 from backtrail.errors.task import BadReduction as BadReduction
 from backtrail.errors.task import NoLabels as NoLabels
+from backtrail.errors.task import NoRows as NoRows
 from backtrail.errors.task import SeveralLabels as SeveralLabels
 from backtrail.errors.task import SharedStorage as SharedStorage
 from backtrail.errors.task import UnsupportedOptimizer as UnsupportedOptimizer

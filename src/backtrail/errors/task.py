@@ -49,6 +49,17 @@ class BadIds(BacktrailError, ValueError):
         )
 
 
+class NoRows(BacktrailError, ValueError):
+    """A batch has no tensor by which its rows could be counted."""
+
+    def __init__(self, kind: str) -> None:
+        self.args = (
+            f"This batch is a {kind} without a tensor that has an axis, so its rows cannot be "
+            "counted. Expected a tensor, or tensors in tuples, lists or dicts, with one row per "
+            "sample on the first axis.",
+        )
+
+
 class NoLabels(BacktrailError, KeyError):
     """A language model's batch has no labels."""
 

@@ -50,8 +50,8 @@ class RowSelection:
         Raises:
             BadSetting: names the setting, and what it may be.
         """
-        if self.aggregate is not None and self.aggregate not in ("mean", "sum"):
-            raise BadSetting("aggregate", self.aggregate, "'mean', 'sum' or None")
+        if self.aggregate is not None:
+            arguments.choice("aggregate", self.aggregate, ("mean", "sum"), "None")
         arguments.choice("mode", self.mode, get_args(Mode))
         if self.collate is not None:
             arguments.function("collate", self.collate, "a function of a list of rows, or None")
@@ -136,8 +136,7 @@ def chosen_rows(data: Rows, samples: Sequence[int] | None) -> tuple[int, ...]:
         BadQuery: the data set does not have these rows, or there are none.
     """
     expected = "a map-style data set (with __len__ and __getitem__), or a list of rows"
-    arguments.instance("data", data, Rows, expected)  # type: ignore[type-abstract]
-    size = len(data)
+    size = arguments.count_rows("data", data, expected)
     if samples is None:
         rows = tuple(range(size))
     else:

@@ -30,6 +30,7 @@ from backtrail.errors import (
     BadLoss,
     BadReduction,
     BadSetting,
+    NoRows,
     NotCut,
     SharedStorage,
 )
@@ -431,8 +432,15 @@ def refuse_shared_storage(model: nn.Module) -> None:
 
 
 def size_of(batch: Batch) -> int:
-    """Number of rows of a batch: the length of its first tensor with an axis."""
-    return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    """Number of rows of a batch: the length of its first tensor with an axis.
+
+    Raises:
+        NoRows: It has no such tensor.
+    """
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return len(leaf)
+    raise NoRows(type(batch).__name__)
 
 
 def select_rows(batch: Batch, rows: Tensor) -> Batch:
