@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import torch
@@ -108,7 +109,7 @@ def wrong_values() -> list[Any]:
         np.uint8(2),
         np.float64(0.5),
         np.float32("nan"),
-        np.bool_(True),
+        np.ones((), dtype=np.bool_)[()],
         np.array(3),
         np.array([1, 2]),
         np.array([1.5]),
@@ -118,7 +119,7 @@ def wrong_values() -> list[Any]:
         torch.tensor(3),
         torch.tensor([1, 2]),
         torch.tensor(0.5),
-        torch.tensor(True),
+        torch.ones((), dtype=torch.bool),
         torch.tensor([1.5]),
         torch.tensor([[1, 2]]),
         torch.zeros(0, dtype=torch.long),
@@ -269,6 +270,12 @@ def nothing(value: Any) -> bool:
     return False
 
 
+def anything(value: Any) -> bool:
+    """Every value of the list is in the domain."""
+    del value
+    return True
+
+
 def none(value: Any) -> bool:
     """The domain of None."""
     return value is None
@@ -339,9 +346,10 @@ def attempt(target: Target, arguments: Mapping[str, Any], *, valid: bool, shown:
             return Outcome("keyword", call, detail)
         if isinstance(error, TypeError) and "required" in str(error) and len(frames) <= 3:
             return Outcome("keyword", call, detail)
-        # The model, losses and queries of this file are a user's.
+        # The model, losses and queries of this file are a user's, and so is what collates rows.
         own = {frame.name for frame in frames if frame.filename == __file__}
-        if own & {"forward", "square", "fails"}:
+        is_collate = "collate" in arguments and callable(arguments["collate"])
+        if own & {"forward", "square", "fails"} or is_collate:
             return Outcome("user's own", call, detail)
         return Outcome("raw", call, f"{detail} [{frames[-1].filename}:{frames[-1].lineno}]")
     return Outcome("right" if valid else "nonsense", call)
@@ -444,7 +452,11 @@ class World:
 
 
 def fails(model: nn.Module) -> torch.Tensor:
-    """A query of the user's own with a mistake in it."""
+    """A query of the user's own with a mistake in it.
+
+    Raises:
+        RuntimeError: Always.
+    """
     raise RuntimeError(f"no such thing in {type(model).__name__}")
 
 
@@ -462,9 +474,8 @@ def targets(world: World) -> list[Target]:
     query = either(whole(0, 1), one_of(*world.queries.names))
     state = either(one_of("end"), one_of(3, 5, 8, 10))
     state_numbers = either(state, lambda v: is_whole(v) and int(v) in {3, 5, 8, 10})
-    window = lambda v: pair(0, STEPS, none=True)(v)  # noqa: E731
+    window = pair(0, STEPS, none=True)
     is_query = of_type(backtrail.Query)
-    rows = lambda v: isinstance(v, (list, tuple)) and len(v) > 0  # noqa: E731
     found: list[Target] = []
 
     def add(
@@ -483,13 +494,7 @@ def targets(world: World) -> list[Target]:
     )
     add("Only", backtrail.Only, {"steps": [1]}, steps=numbers(0, None, empty=True))
     add("Last", backtrail.Last, {"window": 3}, window=whole(1))
-    above_zero = lambda v: is_real(v, lambda n: n > 0) or v == float("inf")  # noqa: E731
-    clip = lambda v: (
-        (not isinstance(v, (np.ndarray, torch.Tensor, pl.Series)) and above_zero(v))
-        or (  # noqa: E731
-            isinstance(v, (np.ndarray, torch.Tensor)) and v.ndim == 0 and above_zero(v)
-        )
-    )
+    clip = either(real(lambda v: v > 0), one_of(float("inf")))
     add("ClipNorm", backtrail.ClipNorm, {"max_norm": 1.0}, max_norm=clip, norm_type=clip)
     add("ClipValue", backtrail.ClipValue, {"max_value": 1.0}, max_value=clip)
     add("TokenMean", backtrail.TokenMean, {}, over=one_of("step", "batch"))
@@ -576,7 +581,12 @@ def targets(world: World) -> list[Target]:
         unit=text,
         mode=one_of("eval", "train"),
     )
-    add("Custom(fails)", lambda out: world.read(backtrail.Custom(fails)), {"out": 0}, out=nothing)
+    add(
+        "Custom(fails)",
+        lambda unit: world.read(backtrail.Custom(fails, unit=unit)),
+        {"unit": "nats"},
+        unit=text,
+    )
     add(
         "Averaged",
         lambda **k: backtrail.DIT().attribute(run, backtrail.Averaged(**k)),
@@ -601,7 +611,7 @@ def targets(world: World) -> list[Target]:
         capture=none,
     )
     add("Recorder.watch", world.recorder().watch, {"loader": world.loader}, loader=nothing)
-    add("Recorder.fed", world.fed, {"batch": world.data[:2]}, batch=lambda v: False)
+    add("Recorder.fed", world.fed, {"batch": world.data[:2]}, batch=nothing)
     add(
         "open_run",
         backtrail.open_run,
@@ -784,7 +794,7 @@ def targets(world: World) -> list[Target]:
         task=nothing,
         source=nothing,
         steps=whole(STEPS),
-        lr=lambda v: True,
+        lr=anything,
     )
     for name in ("Hessian", "GaussNewton", "EmpiricalFisher", "Zero"):
         add(name, getattr(backtrail, name), {}, product=one_of("autograd", "difference"))
@@ -797,7 +807,7 @@ def targets(world: World) -> list[Target]:
         "denominator": one_of("keep", "renormalize"),
         "dtype": DTYPE,
         "batch": whole(1, none=True),
-        "weight": real(lambda v: True),
+        "weight": real(anything),
         "bank": OUT,
     }
     add(
@@ -829,7 +839,7 @@ def targets(world: World) -> list[Target]:
         "open_influence",
         backtrail.open_influence,
         {"path": world.folder / "influence"},
-        path=nothing,
+        path=anything,
     )
     add(
         "Influence.values",
@@ -922,7 +932,7 @@ def targets(world: World) -> list[Target]:
         fraction=share,
         queries=none,
         method=one_of(*methods),
-        balanced=one_of(None, True, False),
+        balanced=either(none, of_type(bool)),
         among=among,
         seed=SEED,
     )
@@ -947,16 +957,15 @@ def targets(world: World) -> list[Target]:
         removals=whole(1),
         seed=SEED,
     )
-    shares = lambda v: (
-        isinstance(v, Iterator)
-        or (  # noqa: E731
-            not isinstance(v, (str, bytes, dict))
-            and hasattr(v, "__len__")
-            and np.ndim(v) == 1
-            and all(is_real(item, lambda n: 0 < n < 1) for item in v)
-            and len(v) >= 0
-        )
-    )
+
+    def shares(value: Any) -> bool:
+        if isinstance(value, Iterator):
+            return True
+        is_other = isinstance(value, (str, bytes, dict)) or not hasattr(value, "__len__")
+        if is_other or np.ndim(value) != 1:
+            return False
+        return all(is_real(item, lambda share: 0 < share < 1) for item in value)
+
     add(
         "evaluate",
         backtrail.evaluate,
@@ -1064,7 +1073,7 @@ def targets(world: World) -> list[Target]:
         plot.heatmap,
         {"influence": influence, "samples": [1, 2]},
         influence=is_influence,
-        samples=numbers(0, TRAINED - 1, distinct=True),
+        samples=numbers(0, TRAINED - 1),
         query=query,
         ax=none,
     )
@@ -1085,13 +1094,12 @@ def targets(world: World) -> list[Target]:
         wrong=numbers(0, ROWS - 1),
         ax=none,
     )
-    effects = lambda v: False  # noqa: E731
     add(
         "plot.scatter",
         plot.scatter,
         {"predicted": np.arange(3.0), "actual": np.arange(3.0)},
-        predicted=effects,
-        actual=effects,
+        predicted=nothing,
+        actual=nothing,
         ax=none,
     )
     add("plot.regimes", plot.regimes, {"found": None}, found=nothing, ax=none)
@@ -1116,7 +1124,7 @@ def fuzz(calls: int, seed: int = 0) -> list[Outcome]:
                 outcomes.append(_one(target, name, generator))
         finally:
             os.chdir(before)
-            _close_figures()
+            plt.close("all")
     return outcomes
 
 
@@ -1128,12 +1136,6 @@ def _one(target: Target, name: str, generator: random.Random) -> Outcome:
     description = f"{name}={shown(value)}"
     valid = target.domains[name](value)
     return attempt(target, dict(target.right) | {name: value}, valid=valid, shown=description)
-
-
-def _close_figures() -> None:
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,19 +2,31 @@
 
 # Who may import whom, from the lowest layer to the highest: a folder imports itself and what is in
 # its set. `accel` only makes things faster, so it knows nothing of what it speeds up.
-GROUND = {"errors", "exclusive", "extras", "tree", "accel", "sampling", "stats"}
+GROUND = {
+    "errors",
+    "arguments",
+    "hooks",
+    "exclusive",
+    "extras",
+    "tree",
+    "accel",
+    "sampling",
+    "stats",
+}
 TASK = GROUND | {"task"}
 STEP = TASK | {"queries", "step"}
 SWEEP = STEP | {"optim", "curvature", "persample", "sweep"}
-RESULT = {"errors", "extras", "stats", "influence"}
+RESULT = {"errors", "arguments", "extras", "stats", "influence"}
 METHODS = SWEEP | RESULT | {"run", "methods"}
 EVERYTHING = METHODS | {"record", "apply", "plot", "view", "cli"}
 MAY_IMPORT = {
     "errors": {"errors"},
+    "arguments": {"errors", "arguments"},
+    "hooks": {"hooks"},
     "exclusive": {"exclusive"},
     "extras": {"errors", "extras"},
     "tree": {"errors", "tree"},
-    "accel": {"accel"},
+    "accel": {"errors", "arguments", "accel"},
     "sampling": {"sampling"},
     "stats": {"errors", "stats"},
     "task": TASK,

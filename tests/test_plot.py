@@ -119,8 +119,10 @@ def test_heatmap_is_centred_at_zero(influence: Influence) -> None:
 def test_heatmap_of_many_samples_stays_readable() -> None:
     """Of many samples at most 40 are labelled, and an unknown sample is refused."""
     influence = made()
-    ax = plot.heatmap(influence, samples=[*range(9)] * 10)
+    ax = plot.heatmap(influence, samples=[*range(7)] * 10)
     assert len(ax.get_yticklabels()) <= 40
+    with pytest.raises(errors.NeverTrainedOn, match="Sample 8 was never trained on"):
+        plot.heatmap(influence, samples=[8])
     with pytest.raises(errors.UnknownSample, match="no sample -1"):
         plot.heatmap(influence, samples=[-1])
 

@@ -153,14 +153,10 @@ def heatmap(
         UnknownId: There is no such id.
         NeverTrainedOn: A sample was in no batch.
         UnknownQuery: There is no such query.
-        BadSetting: An argument has an invalid value.
     """
     _check_influence(influence)
-    expected = "one or more samples, all different"
-    rows_of = arguments.whole_numbers("samples", samples, least=None, expected=expected)
-    if len(set(rows_of)) < len(rows_of):
-        raise BadSetting("samples", samples, expected)
-    samples = rows_of
+    expected = "one or more samples"
+    samples = arguments.whole_numbers("samples", samples, least=None, expected=expected)
     columns = places(influence.ids, samples)
     trained = np.unique(influence.sample)
     unseen = np.setdiff1d(samples, trained)

@@ -161,11 +161,11 @@ def test_visits_curve_has_one_row_per_visit(influence: Influence, state: int | s
     np.testing.assert_array_equal(np.array(table.rows()), np.array(expected))
 
 
-def test_visits_curve_of_an_unseen_sample_is_empty(influence: Influence) -> None:
-    """A sample that is in no batch has no rows, but all columns and types."""
-    table = influence.visits_curve(sample=8)
-    assert table.shape == (0, 4)
-    assert table.schema == influence.visits_curve(sample=5).schema
+def test_an_unseen_sample_is_refused(influence: Influence) -> None:
+    """A sample that is in no batch has no influence to look up, and the error says why."""
+    for look_up in (influence.curve, influence.visits_curve):
+        with pytest.raises(errors.NeverTrainedOn, match="Sample 8 was never trained on"):
+            look_up(sample=8)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -191,7 +191,8 @@ def test_top_of_a_window_and_of_a_state(influence: Influence) -> None:
 def test_top_breaks_ties_by_row_and_takes_any_length(influence: Influence) -> None:
     """Ties are in the order of samples, and a larger k than samples gives all."""
     assert influence.top(99, observed_at=0)["sample"].to_list() == list(range(SAMPLES))
-    assert influence.top(0).height == 0
+    with pytest.raises(errors.BadSetting, match="Invalid k=0: expected a positive integer"):
+        influence.top(0)
 
 
 def test_attributes_tell_what_it_is(influence: Influence) -> None:
