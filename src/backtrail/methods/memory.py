@@ -121,14 +121,15 @@ def gradient_chunk(run: Run, rows: int, *, limits: Limits) -> int:
     return fit(sizes, rows=rows, free=free, chunk=limits.chunk, steps=run.steps).chunk
 
 
-def check_limits(limits: Limits) -> None:
-    """Refuse limits that nothing fits into.
+def keep_limits(method: object, limits: Limits) -> None:
+    """Check the limits of a method, a frozen dataclass, and keep them there as plain numbers.
 
     Raises:
         BadSetting: Names the setting, and what it may be.
     """
-    arguments.positive_or_none("memory", limits.memory)
-    arguments.positive_or_none("chunk", limits.chunk)
+    # numpy's and torch's numbers could not be stored with a result.
+    object.__setattr__(method, "memory", arguments.positive_or_none("memory", limits.memory))
+    object.__setattr__(method, "chunk", arguments.positive_or_none("chunk", limits.chunk))
 
 
 def fit(sizes: Sizes, *, rows: int, free: int, chunk: int | None, steps: int) -> Budget:

@@ -36,7 +36,7 @@ from backtrail.methods.memory import (
     Budget,
     Limits,
     budget,
-    check_limits,
+    keep_limits,
     unfinished_chunk,
     unfinished_settings,
 )
@@ -101,7 +101,7 @@ class DIT:
         slopes = "backtrail.Tangent() or backtrail.Secant()"
         arguments.instance("slope", self.slope, UpdateDerivative, slopes)  # type: ignore[type-abstract]
         arguments.choice("denominator", self.denominator, get_args(Denominator))
-        check_limits(Limits(memory=self.memory, chunk=self.chunk))
+        keep_limits(self, Limits(memory=self.memory, chunk=self.chunk))
 
     @exclusive
     def attribute(

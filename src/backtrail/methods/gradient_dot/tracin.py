@@ -27,7 +27,7 @@ from backtrail.methods.gradient_dot.state_products import (
     Tables,
     has_one_gradient,
 )
-from backtrail.methods.memory import Limits, check_limits, gradient_chunk, unfinished_chunk
+from backtrail.methods.memory import Limits, gradient_chunk, keep_limits, unfinished_chunk
 from backtrail.methods.observe import ObservedAt, check_queries, check_run, observed_states
 from backtrail.methods.result import begin_or_resume, describe
 from backtrail.queries import Averaged, Query
@@ -78,7 +78,7 @@ class TracIn:
             BadSetting: Names the setting, and what it may be.
         """
         arguments.choice("states", self.states, get_args(States))
-        check_limits(Limits(memory=self.memory, chunk=self.chunk))
+        keep_limits(self, Limits(memory=self.memory, chunk=self.chunk))
 
     @exclusive
     def attribute(
@@ -137,7 +137,7 @@ class GradientDot:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_limits(Limits(memory=self.memory, chunk=self.chunk))
+        keep_limits(self, Limits(memory=self.memory, chunk=self.chunk))
 
     @exclusive
     def attribute(
