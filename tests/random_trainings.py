@@ -573,12 +573,12 @@ class Training:
         values = backtrail.DIT().attribute(run, queries).values()[:, 0]
         return np.asarray(values.reshape(len(values), -1)[:, slots])
 
-    def truth(self, slots: list[int]) -> np.ndarray:
+    def truth(self, slots: list[int], *, nudge: float = NUDGE) -> np.ndarray:
         """The same by central differences, `[query, slot]`."""
         columns = []
         for slot in slots:
-            difference = self.after(slot, NUDGE) - self.after(slot, -NUDGE)
-            columns.append(-difference / (2 * NUDGE))
+            difference = self.after(slot, nudge) - self.after(slot, -nudge)
+            columns.append(-difference / (2 * nudge))
         return np.stack(columns, axis=1)
 
 

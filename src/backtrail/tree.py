@@ -65,6 +65,16 @@ def count_writes(tensor: Tensor) -> int:
     return tensor._version
 
 
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that a view shows a part of; None for a tensor that is no view.
+
+    >>> rows = torch.zeros(2, 3)
+    >>> base_of(rows[0]) is rows
+    True
+    """
+    return tensor._base
+
+
 def stack(trees: Sequence[Tree]) -> Tree:
     """Stack trees with the same names and shapes along a new first axis."""
     return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}

@@ -32,7 +32,7 @@ from backtrail.persample.rules import (
     patches,
     sum_to_shape,
 )
-from backtrail.tree import Tree, tree_leaves
+from backtrail.tree import Tree, base_of, tree_leaves
 
 Call = dict[str, Any]  # arguments of an operation, by name
 # A tensor made of parameters alone, and the names of these parameters.
@@ -399,7 +399,7 @@ def _base_of(out: Tensor) -> Tensor:
 
     An output that is overwritten in place leaves the graph; its base stays in it.
     """
-    base = out._base
+    base = base_of(out)
     if base is None or base.grad_fn is None or base.numel() != out.numel():
         return out
     return base if base.is_contiguous() and out.is_contiguous() else out

@@ -30,7 +30,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from backtrail.accel.second_order import is_eager
-from backtrail.tree import tree_leaves, tree_map
+from backtrail.tree import base_of, tree_leaves, tree_map
 
 # Whether a gradient is computed as the training computed it. A global, not a ContextVar: on a GPU
 # the backward pass runs in a thread of its own. Public entries hold a lock (`backtrail.exclusive`).
@@ -261,11 +261,11 @@ class TrueDerivatives(TorchFunctionMode):
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether nothing is to be stopped in a tensor: a buffer, or made from stopped ones."""
-        base = tensor if tensor._base is None else tensor._base
+        base = base_of(tensor)
         return (
             id(tensor) in self._made_here
             or id(tensor) in self._buffers
-            or id(base) in self._buffers
+            or (base is not None and id(base) in self._buffers)
         )
 
     @contextmanager

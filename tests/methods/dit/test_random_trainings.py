@@ -1,0 +1,93 @@
+"""DIT on random small trainings, against differences of an independent loop."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+import backtrail
+from tests.random_trainings import (
+    BAR,
+    LAYERS,
+    LOSSES,
+    MODULES,
+    NUDGE,
+    SURROGATES,
+    Training,
+    trainings,
+)
+
+SLOTS = [0, 4, 11, 17]  # of steps 0, 1, 3 and 5
+DRAWS = 50
+MANY = 500
+# Layers that are differentiated in another way than torch would.
+SPECIAL = sorted(SURROGATES) + sorted(
+    name
+    for name in MODULES
+    if any(word in name for word in ("running", "queue", "norm", "embedding", "spectral"))
+)
+random = settings(
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def check(training: Training) -> None:
+    """Influence is that of the loop to 1e-6, or attribution is refused before any number."""
+    truth = training.truth(SLOTS)
+    narrow = training.truth(SLOTS, nudge=NUDGE / 4)
+    scale = np.abs(truth).max(axis=1)
+    # Differences know nothing of a chaotic training, or across a kink.
+    known = np.isfinite(truth).all() and (scale > 1e-7).all()
+    if not known or (np.abs(truth - narrow).max(axis=1) > BAR / 4 * scale).any():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = training.influence(SLOTS, Path(folder) / "run")
+        except backtrail.BacktrailError:
+            return
+    error = np.abs(found - truth).max(axis=1) / scale
+    assert error.max() <= BAR, training
+
+
+@settings(random, max_examples=DRAWS)
+@given(trainings())
+def test_influence_is_that_of_the_loop(training: Training) -> None:
+    """A few random trainings."""
+    check(training)
+
+
+@pytest.mark.slow
+@settings(random, max_examples=MANY, derandomize=False)
+@given(trainings())
+def test_influence_is_that_of_the_loop_in_many_draws(training: Training) -> None:
+    """Many random trainings, others at every run."""
+    check(training)
+
+
+@pytest.mark.parametrize("layer", SPECIAL)
+def test_layers_with_two_derivatives(layer: str, tmp_path: Path) -> None:
+    """Surrogate gradients, moving buffers and the like are exact, not refused."""
+    training = Training((layer,), "cross-entropy")
+    truth = training.truth(SLOTS)
+    found = training.influence(SLOTS, tmp_path / "run")
+    error = np.abs(found - truth).max(axis=1) / np.abs(truth).max(axis=1)
+    assert error.max() <= BAR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", sorted(LAYERS))
+def test_every_layer(layer: str) -> None:
+    """Each layer of the list alone."""
+    check(Training((layer,), "cross-entropy"))
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_every_loss(loss: str) -> None:
+    """Each loss of the list behind one smooth layer."""
+    check(Training(("tanh",), loss))

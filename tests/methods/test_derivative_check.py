@@ -1,0 +1,113 @@
+"""The check that an attribution makes of its own derivatives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
+
+import backtrail
+from backtrail.errors import BadSetting, WrongDerivative
+from backtrail.methods.derivative_check import check_derivatives
+from backtrail.run.run import Run
+from backtrail.task import surrogate
+from tests.random_trainings import Training
+
+SMOOTH = [
+    Training(("tanh",), "cross-entropy"),
+    Training(("batch norm", "gelu"), "squared error", "AdamW"),
+    Training(("lstm",), "cross-entropy", "Adam", "warm-up from 0", accumulate=2),
+    Training(("dropout", "layer norm"), "cross-entropy", "RMSprop", clip="norm"),
+]
+KINKED = [
+    Training(("relu",), "cross-entropy", "AdamW"),
+    Training(("max pooling", "leaky_relu"), "absolute error", "SGD, momentum"),
+]
+# What torch's own second derivative gets wrong in each, without `TrueDerivatives`.
+WRONG = ["detach", "no_grad", ".data", "straight-through", "weight norm", "running mean", "queue"]
+
+
+def recorded(training: Training, folder: Path) -> Run:
+    """Record a training."""
+    model, optimizer = training.start()
+    clip = backtrail.ClipNorm(0.05) if training.clip == "norm" else None
+    task = backtrail.Task(model, training.data, loss=training.row_losses, clip=clip)
+    torch.manual_seed(training.seed + 1)
+    with backtrail.Recorder(folder, task, optimizer, checkpoints=backtrail.Every(3)) as recorder:
+        loader = DataLoader(training.data, batch_sampler=training.batches())
+        training.run(model, optimizer, recorder.watch(loader))
+    return backtrail.open_run(folder, task)
+
+
+@pytest.mark.parametrize("training", SMOOTH, ids=str)
+def test_smooth_trainings_pass(training: Training, tmp_path: Path) -> None:
+    """The sweep agrees with differences of two steps."""
+    assert check_derivatives(recorded(training, tmp_path / "run"), backtrail.Hessian()) == "passed"
+
+
+@pytest.mark.parametrize("training", KINKED, ids=str)
+def test_kinks_are_no_error(training: Training, tmp_path: Path) -> None:
+    """Networks that are not smooth are never refused."""
+    found = check_derivatives(recorded(training, tmp_path / "run"), backtrail.Hessian())
+    assert found == "passed" or found.startswith("not checked: kinks")
+
+
+@pytest.mark.parametrize("layer", WRONG)
+def test_a_wrong_second_derivative_is_an_error(
+    layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the true derivatives, each of these trainings is refused whatever the policy."""
+
+    def plain(
+        mode: TorchFunctionMode, function: Any, _: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        del mode
+        return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(surrogate.TrueDerivatives, "__torch_function__", plain)
+    run = recorded(Training((layer,), "cross-entropy"), tmp_path / "run")
+    queries = backtrail.Parameter("0.bias", [0])
+    with pytest.raises(WrongDerivative, match="The derivative of step 3 is wrong"):
+        backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(run, queries)
+
+
+def test_differences_need_a_symmetric_second_derivative(tmp_path: Path) -> None:
+    """Products by differences are refused where the training stops gradients."""
+    run = recorded(Training(("detach",), "cross-entropy"), tmp_path / "run")
+    queries = backtrail.Parameter("0.bias", [0])
+    method = backtrail.DIT(curvature=backtrail.Hessian(product="difference"))
+    with pytest.raises(BadSetting, match=r"product='difference'.*detach"):
+        method.attribute(run, queries)
+
+
+def test_what_is_detached_for_a_log_changes_nothing(tmp_path: Path) -> None:
+    """A stop-gradient that the loss does not depend on is no reason to refuse."""
+    training = Training(("tanh",), "cross-entropy")
+    folder = tmp_path / "run"
+    seen: list[torch.Tensor] = []
+
+    def loss(outputs: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        seen.append(outputs.detach() * 2)
+        return training.row_losses(outputs, batch)
+
+    model, optimizer = training.start()
+    task = backtrail.Task(model, training.data, loss=loss)
+    with backtrail.Recorder(folder, task, optimizer) as recorder:
+        loader = DataLoader(training.data, batch_sampler=training.batches())
+        training.run(model, optimizer, recorder.watch(loader))
+    run = backtrail.open_run(folder, task)
+    queries = backtrail.Parameter("0.bias", [0])
+    exact = backtrail.DIT().attribute(run, queries)
+    method = backtrail.DIT(curvature=backtrail.Hessian(product="difference"))
+    by_differences = method.attribute(run, queries)
+    assert exact.values() == pytest.approx(by_differences.values(), rel=1e-4, abs=1e-9)
+
+
+def test_the_result_says_what_the_check_found(tmp_path: Path) -> None:
+    """CTC has no second derivative in torch: products by differences, and the result says so."""
+    run = recorded(Training(("tanh",), "ctc"), tmp_path / "run")
+    result = backtrail.DIT().attribute(run, backtrail.Parameter("0.bias", [0]))
+    assert "_ctc_loss_backward" in str(result.settings["differences"])
+    assert str(result.settings["derivatives"]).startswith("not checked: torch has no second")
