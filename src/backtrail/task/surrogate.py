@@ -611,7 +611,7 @@ def _normal(mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Any:
     return with_surrogate(mean + std * noise, drawn)
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Weight normalisation by plain operations: torch's own second derivative is wrong (2.13)."""
     if dim == -1:
         norm = v.square().sum().sqrt()
@@ -621,8 +621,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
-def _weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    weight = _weight_norm(v, g, dim)
+def _normalised_weight_and_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    weight = _normalised_weight(v, g, dim)
     axes = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
     return weight, v.square().sum(axes, keepdim=True).sqrt()
 
@@ -733,6 +733,6 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     torch.normal: _normal,
     torch.fake_quantize_per_tensor_affine: _quantised(torch.fake_quantize_per_tensor_affine),
     torch.fake_quantize_per_channel_affine: _quantised(torch.fake_quantize_per_channel_affine),
-    torch._weight_norm: _weight_norm,
-    torch._weight_norm_interface: _weight_norm_interface,
+    torch._weight_norm: _normalised_weight,
+    torch._weight_norm_interface: _normalised_weight_and_norm,
 }
