@@ -33,6 +33,10 @@ PRIVATE_NAMES = {
         "flattens nested batches and outputs; torch 2.6 has no public name for it",
     ),
     "_version": ("tree.py", "tells that a tensor was written to, without comparing its entries"),
+    "_foreach_norm": (
+        "record/outside_changes.py",
+        "the norm of every tensor in one call; get_total_norm only gives that of all together",
+    ),
     "_base": ("persample/trace.py", "an output that is overwritten in place leaves the graph"),
     "_functorch": ("step/dropout.py", "draws a dropout mask outside the transforms it is under"),
     "_forward_hooks": ("task/task.py", "removes a hook whose handle belongs to the live model"),

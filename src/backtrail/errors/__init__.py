@@ -45,8 +45,11 @@ from backtrail.errors.methods import WithoutQueries as WithoutQueries
 from backtrail.errors.methods import WrongDerivative as WrongDerivative
 from backtrail.errors.recording import BadOptimizer as BadOptimizer
 from backtrail.errors.recording import BadPolicy as BadPolicy
+from backtrail.errors.recording import ChangedOptimizerState as ChangedOptimizerState
 from backtrail.errors.recording import ChangedOutside as ChangedOutside
 from backtrail.errors.recording import Diverged as Diverged
+from backtrail.errors.recording import NotRecording as NotRecording
+from backtrail.errors.recording import OtherOptimizer as OtherOptimizer
 from backtrail.errors.recording import OtherSlots as OtherSlots
 from backtrail.errors.recording import SparseGradient as SparseGradient
 from backtrail.errors.recording import StaleGradient as StaleGradient

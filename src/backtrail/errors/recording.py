@@ -4,6 +4,12 @@ from collections.abc import Sequence
 
 from backtrail.errors.sentences import BacktrailError, join_items
 
+ONE_RUN_EACH = (
+    "For a training in several phases, record each phase as a run of its own: leave the `with` "
+    "block of the recorder before the change, and open another Recorder, in another folder, with "
+    "the optimizer of the next phase."
+)
+
 
 class UnwatchableLoader(BacktrailError, ValueError):
     """The batches of a loader could not be read again."""
@@ -101,7 +107,43 @@ class ChangedOutside(BacktrailError, RuntimeError):
         self.args = (
             f"Parameter {name!r} was changed between steps {step - 1} and {step} by something "
             "other than the recorded optimizer (a second optimizer, load_state_dict, an "
-            "assignment). A run records one optimizer: let it make all changes.",
+            f"assignment). A run records one optimizer: let it make all changes. {ONE_RUN_EACH}",
+        )
+
+
+class OtherOptimizer(BacktrailError, RuntimeError):
+    """Parameters follow the gradient of a watched batch without a step of the recorded optimizer."""
+
+    def __init__(self, name: str, step: int, optimizer: str) -> None:
+        made = "no step yet" if step == 0 else f"no step since step {step - 1}"
+        self.args = (
+            f"Parameter {name!r} was changed after a watched batch, but the recorded {optimizer} "
+            f"made {made}: the loop trains with another optimizer than the one that was given to "
+            "the recorder, which records nothing of that. Give Recorder(...) the optimizer whose "
+            f"step() the loop calls. {ONE_RUN_EACH}",
+        )
+
+
+class ChangedOptimizerState(BacktrailError, RuntimeError):
+    """The optimizer's state was changed by something other than its own steps."""
+
+    def __init__(self, what: str, step: int) -> None:
+        self.args = (
+            f"The optimizer's state was changed between steps {step - 1} and {step}: {what} (a "
+            "reset of the momentum, state.clear(), load_state_dict, a new optimizer in place of "
+            "the old). What came before that change does not act through the state any more, which "
+            f"a run cannot represent. {ONE_RUN_EACH}",
+        )
+
+
+class NotRecording(BacktrailError, RuntimeError):
+    """Batches are watched outside of the recorder's block."""
+
+    def __init__(self) -> None:
+        self.args = (
+            "recorder.watch(loader) was iterated outside of the recorder's block, so nothing would "
+            "be recorded. Put the loop inside `with backtrail.Recorder(...) as recorder:`; after "
+            "that block, loop over the loader itself.",
         )
 
 

@@ -214,6 +214,10 @@ class BatchTracker:
             return None
         return self.listener.on_batch(batch, self.step, len(self.consumed))
 
+    def has_gradient(self) -> bool:
+        """Whether a batch since the last step had a backward pass."""
+        return any(batch.contributes for batch in self.consumed)
+
     def buffers_after_last_step(self) -> Tree:
         """Copies of the model's buffers as the last step left them.
 

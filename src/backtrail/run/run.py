@@ -1,5 +1,6 @@
 """A recorded training, joined with the task that replays it."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -44,6 +45,9 @@ SMALL_GRADIENT = 1e-3
 TOLERANCE_STEPS = 50  # steps that a tolerance of `verify` is meant for
 FLOATING = ("float", "bfloat")  # how the names of real dtypes begin
 MOST_KEPT = 32  # states whose steps `check_kept_steps` compares
+# The optimizer's tensors are averages of gradients, which differ more than parameters do. What this
+# comparison is for, a reset, changes them wholly.
+MOMENTS = 10
 TINY = 1e-30  # in place of a norm that is zero
 
 
@@ -366,7 +370,8 @@ class Run:
         """Replay the whole run and compare it with what was recorded.
 
         Compared are the content of every batch, the norm of every gradient, and the state at the
-        end of every segment. A segment is a range of steps between two states on disk.
+        end of every segment: parameters, buffers, and the optimizer's tensors. A segment is a range
+        of steps between two states on disk.
 
         Args:
             tolerance: Relative difference allowed in a segment of up to 50 steps (more in
@@ -420,7 +425,22 @@ class Run:
         if not off <= allowed:
             what = f"the state after it (replayed from state {start})"
             raise ReplayMismatch(stop - 1, what, (off, allowed))
+        self._verify_moments(stop, state.moments, MOMENTS * allowed)
         return replace(found, difference=max(found.difference, off))
+
+    def _verify_moments(self, number: int, found: dict[str, Tree], allowed: float) -> None:
+        """Compare the optimizer's replayed tensors with those of a recorded state.
+
+        Raises:
+            ReplayMismatch: they differ; the message names the optimizer's key.
+        """
+        recorded = self.state(number).moments
+        for key, off in moment_differences(found, recorded).items():
+            # Step counts are whole numbers, which every device counts alike.
+            tolerance = 0.0 if key == "step" else allowed
+            if not off <= tolerance:
+                what = f"the optimizer's {key!r} after it (reset or loaded while training?)"
+                raise ReplayMismatch(number - 1, what, (off, tolerance))
 
     def _autocast_gap(self, index: int, state: State) -> float:
         """Relative difference between a step's gradient under autocast and without it.
@@ -636,3 +656,32 @@ def relative_difference(left: State, right: State) -> float:
     right_tensors = {name: t.double() for name, t in (right.params | right.buffers).items()}
     gaps = {name: tensor.double() - right_tensors[name] for name, tensor in left_tensors.items()}
     return norm(gaps) / max(norm(right_tensors), TINY)
+
+
+def moment_differences(left: dict[str, Tree], right: dict[str, Tree]) -> dict[str, float]:
+    """Relative difference of the optimizer's tensors, by the optimizer's own key.
+
+    Each key is compared by itself: second moments are much smaller than first ones. Infinite where
+    one side has a tensor that the other lacks.
+    """
+    left_by_key = _by_key(left)
+    right_by_key = _by_key(right)
+    differences: dict[str, float] = {}
+    for key in dict.fromkeys([*left_by_key, *right_by_key]):
+        found = left_by_key.get(key, {})
+        wanted = right_by_key.get(key, {})
+        if found.keys() != wanted.keys():
+            differences[key] = math.inf
+            continue
+        gaps = {name: tensor - wanted[name].to(tensor.device) for name, tensor in found.items()}
+        differences[key] = norm(gaps) / max(norm(wanted), TINY) if norm(gaps) else 0.0
+    return differences
+
+
+def _by_key(moments: dict[str, Tree]) -> dict[str, Tree]:
+    """The tensors by the optimizer's key and by parameter, in float64."""
+    found: dict[str, Tree] = {}
+    for name, tensors in moments.items():
+        for key, tensor in tensors.items():
+            found.setdefault(key, {})[name] = tensor.double()
+    return found
