@@ -45,6 +45,7 @@ from backtrail.errors.methods import WithoutQueries as WithoutQueries
 from backtrail.errors.methods import WrongDerivative as WrongDerivative
 from backtrail.errors.recording import BadOptimizer as BadOptimizer
 from backtrail.errors.recording import BadPolicy as BadPolicy
+from backtrail.errors.recording import ChangedByCheck as ChangedByCheck
 from backtrail.errors.recording import ChangedOptimizerState as ChangedOptimizerState
 from backtrail.errors.recording import ChangedOutside as ChangedOutside
 from backtrail.errors.recording import Diverged as Diverged
@@ -61,6 +62,7 @@ from backtrail.errors.recording import UnwatchedStep as UnwatchedStep
 from backtrail.errors.run import BadBatch as BadBatch
 from backtrail.errors.run import DamagedFile as DamagedFile
 from backtrail.errors.run import EmptyRun as EmptyRun
+from backtrail.errors.run import FedOfAnotherForm as FedOfAnotherForm
 from backtrail.errors.run import MissingState as MissingState
 from backtrail.errors.run import NoSuchState as NoSuchState
 from backtrail.errors.run import NotARun as NotARun
@@ -77,6 +79,7 @@ from backtrail.errors.task import BadIds as BadIds
 from backtrail.errors.task import BadLoss as BadLoss
 from backtrail.errors.task import BadQuery as BadQuery
 from backtrail.errors.task import BadReduction as BadReduction
+from backtrail.errors.task import LiveParameter as LiveParameter
 from backtrail.errors.task import NoLabels as NoLabels
 from backtrail.errors.task import SharedStorage as SharedStorage
 from backtrail.errors.task import UnsupportedOptimizer as UnsupportedOptimizer

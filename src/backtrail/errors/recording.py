@@ -11,6 +11,21 @@ ONE_RUN_EACH = (
 )
 
 
+# What a recording of plain steps on watched batches cannot see.
+CAUSES = (
+    "random augmentation of rows (record with keep_batches=True); a batch changed in the loop, or "
+    "random numbers drawn in it before the forward pass (call recorder.fed(batch) right before "
+    "it); Python or NumPy random numbers in loss, predict or the model (draw them in the loop, into "
+    "the batch); a loss, predict or model with memory of its own (a counter, a running mean, a "
+    "carried hidden state) or a schedule kept outside of the batch (put its value into the batch, "
+    "with recorder.fed(batch)); hooks that change gradients, or gradients that the loop rescales or "
+    "adds noise to (declare it in the task, or take it out); an optimizer that takes two passes a "
+    "step (SAM), or a closure; a backward pass on a batch of a second loader that is not watched; "
+    "gradients averaged over several processes (DistributedDataParallel: record on one process); a "
+    "GradScaler that is not unscaled before clipping (scaler.unscale_(optimizer))."
+)
+
+
 class UnwatchableLoader(BacktrailError, ValueError):
     """The batches of a loader could not be read again."""
 
@@ -147,6 +162,20 @@ class NotRecording(BacktrailError, RuntimeError):
         )
 
 
+class ChangedByCheck(BacktrailError, RuntimeError):
+    """The self-check changed an object of the user's that cannot be put back."""
+
+    def __init__(self, step: int | None, what: str) -> None:
+        place = "" if step is None else f"Step {step}: "
+        self.args = (
+            f"{place}The recorder's self-check called the task's functions once more than "
+            f"the loop, and that {what}, which cannot be put back. The training would not be the "
+            "same as without the recorder. Keep such memory out of loss, predict and the data set: "
+            "compute what changes from step to step in the loop, and pass it as a part of the "
+            "batch with recorder.fed(batch).",
+        )
+
+
 class Diverged(BacktrailError, RuntimeError):
     """A gradient is NaN or infinite."""
 
@@ -162,14 +191,29 @@ class UnexplainedGradient(BacktrailError, RuntimeError):
     """The gradient computed from the task differs from the training loop's."""
 
     def __init__(
-        self, step: int, off: float, tolerance: float, *, ours: float, theirs: float
+        self,
+        step: int,
+        off: float,
+        tolerance: float,
+        *,
+        ours: float,
+        theirs: float,
+        clipped: bool = True,
+        patched: Sequence[str] = (),
     ) -> None:
+        which = "" if clipped else ", both before clipping,"
+        forwards = ""
+        if patched:
+            forwards = (
+                f" The forward of {join_items([repr(name) for name in patched], most=4)} was "
+                "replaced on the instance by a function that wraps the class's own, and the replay "
+                "uses the class's own: if the wrapper changes what is computed, put that into a "
+                "subclass or into Task(predict=...)."
+            )
         self.args = (
             f"Step {step}: the gradient computed from the task (norm {ours:.4g}) and the one that "
-            f"the loop gave the optimizer (norm {theirs:.4g}) differ by {off:.2g} (relative), "
-            f"tolerance {tolerance:.2g}. Usual causes: Task(reduce=...) is not how the loop "
-            "averages; the loop clips and Task(clip=...) is missing; a regulariser without "
-            "Task(penalty=...); random augmentation of rows (record with keep_batches=True); a "
-            "batch changed in the loop, or random numbers drawn in it before the forward pass "
-            "(call recorder.fed(batch) right before it).",
+            f"the loop gave the optimizer (norm {theirs:.4g}){which} differ by {off:.2g} "
+            f"(relative), tolerance {tolerance:.2g}.{forwards} Usual causes: Task(reduce=...) is "
+            "not how the loop averages; the loop clips and Task(clip=...) is missing; a "
+            f"regulariser without Task(penalty=...); {CAUSES}",
         )

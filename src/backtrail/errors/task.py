@@ -58,6 +58,18 @@ class SharedStorage(BacktrailError, ValueError):
         )
 
 
+class LiveParameter(BacktrailError, ValueError):
+    """A function of the model uses a parameter of the live model directly."""
+
+    def __init__(self, parameter: str, place: str) -> None:
+        self.args = (
+            f"A function in {place} uses parameter {parameter!r} of the live model "
+            "directly (a global or closed-over variable), so it cannot be replayed with other "
+            "values. Read it from the module that the function is given: a method with self, or "
+            "the first argument of a hook.",
+        )
+
+
 class UnsupportedOptimizer(BacktrailError, TypeError):
     """The optimizer's update cannot be differentiated."""
 

@@ -72,6 +72,6 @@ def _changes_without_last_row(run: Run, step: Step, state: State) -> bool:
 
 
 def _losses(run: Run, rows: tuple[int, ...], state: State) -> Float[Tensor, " slot"]:
-    batch = cast(run.task.batch(rows), None, run.task.device)
+    batch = cast(run.rows(rows), None, run.task.device)
     losses, _ = run.task.losses(state.params, state.buffers, batch)
     return losses

@@ -15,6 +15,8 @@ from backtrail.run.run import Run
 # shard would be shorter than the second number.
 SHARDS = 20
 SHORTEST = 8
+# In the settings of an influence where batches were given by `recorder.fed`.
+FED = "held constant; if what was fed depends on the model, influence through it is not included"
 
 
 def begin_or_resume(run: Run, description: Description, path: Path | None) -> InfluenceWriter:
@@ -39,6 +41,8 @@ def describe(
     denominator: str = "keep",
 ) -> Description:
     """Describe an influence of queries at the observed states of a run."""
+    if run.fed_may_depend_on_model:
+        settings = {**settings, "fed": FED}
     return Description(
         method=method,
         unit=queries.unit,

@@ -47,6 +47,7 @@ from backtrail.step.optimizers import find_rule
 from backtrail.step.state import Setting, State, Step, settings_of
 from backtrail.step.step import Transition
 from backtrail.step.update import Update
+from backtrail.task.preserved_objects import preserved_objects
 from backtrail.task.task import Batch, Task
 from backtrail.task.torch_compile import parameters
 from backtrail.tree import Tree, norm
@@ -225,20 +226,27 @@ class Recorder:
             self._tracked_loaders[loader] = TrackedLoader(cast("DataLoader[Any]", loader))
         return WatchedLoader(self, self._tracked_loaders[loader])
 
-    def fed(self, batch: Batch) -> None:
+    def fed(self, batch: Batch, *, depends_on_model: bool = True) -> None:
         """Declare that the model is fed `batch` instead of the batch last yielded.
 
         For transformations inside the loop, such as mixup or augmentation on the GPU. Call it right
         before the forward pass. The batch is stored in the run.
 
+        Influence and retrainings hold what is fed constant. That is right for content that does not
+        depend on the model. Where it does (outputs of a teacher that averages the model's weights,
+        a hidden state carried over, targets or mined negatives computed from the model), both lack
+        the way through it, so `trust` cannot see the difference, and says so.
+
         Args:
             batch: What the model is fed: the same samples in the same slots.
+            depends_on_model: Whether its content may depend on the model at this or an earlier
+                step; False says that it does not.
 
         Raises:
             UnwatchedStep: No batch was yielded yet.
             OtherSlots: It has another number of rows.
         """
-        self._tracker.batch_replaced(batch)
+        self._tracker.batch_replaced(batch, may_depend_on_model=depends_on_model)
 
     def yielded(self, samples: tuple[int, ...], batch: Batch, *, opens_epoch: bool) -> None:
         """Record the batch that is about to be handed to the loop; `watch` calls this.
@@ -431,16 +439,20 @@ class Recorder:
         It happens before the update, while the live parameters are still those of the state.
         """
         task = self._task
+        holders = task.user_objects
         grads = self._consumed_gradient()
         # The loop's own pass left holes in the heap that a second pass would not fit into.
         trim()
         # Reading rows and running the model draws random numbers, which the loop must not notice.
-        holders = (task.model, task.predict, task.loss, task.collate, task.data)
-        with preserved_generators(holders):
+        # Their own memory (a counter in the loss) must not change either.
+        with preserved_objects(*task.user_objects, step=step.index), preserved_generators(holders):
             batches = tuple(reread_batch(task, step.index, live) for live in self._tracker.consumed)
             transition = self._transition(step, batches)
             if check_gradient:
-                self._self_check.check(transition, state, grads)
+                # A fused optimizer unscales inside its own kernel: before, the scale is in it.
+                is_scaled = getattr(self._optimizer, "grad_scale", None) is not None
+                unclipped = None if is_scaled else self._tracker.unclipped_norm()
+                self._self_check.check(transition, state, grads, unclipped_norm=unclipped)
             if check_capture and self._tracker.listener is not None:
                 tolerance = self._self_check.tolerance(step, grads)
                 self._tracker.listener.check(transition, state, tolerance=tolerance)

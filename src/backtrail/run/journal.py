@@ -25,6 +25,7 @@ SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "random": pl.List(pl.Binary),
     "stored": pl.List(pl.Boolean),
     "contributes": pl.List(pl.Boolean),
+    "may_depend_on_model": pl.List(pl.Boolean),
     "settings": pl.String,
     "unused": pl.List(pl.String),
     "evaluating": pl.List(pl.String),
@@ -49,6 +50,7 @@ def _to_row(step: Step) -> dict[str, object]:
         "random": [_encode_random(record.random) for record in step.fed],
         "stored": [record.stored for record in step.fed],
         "contributes": [record.contributes for record in step.fed],
+        "may_depend_on_model": [record.may_depend_on_model for record in step.fed],
         "settings": msgspec.json.encode(step.settings).decode(),
         "unused": list(step.unused),
         "evaluating": list(step.evaluating),
@@ -67,6 +69,8 @@ def from_table(frame: pl.DataFrame) -> list[Step]:
 
 def _from_row(row: dict[str, Any]) -> Step:
     records: list[BatchRecord] = []
+    # Earlier runs have no such column.
+    may_depend = row.get("may_depend_on_model") or [False] * len(row["samples"])
     for place, samples in enumerate(row["samples"]):
         random = row["random"][place]
         record = BatchRecord(
@@ -76,6 +80,7 @@ def _from_row(row: dict[str, Any]) -> Step:
             random=msgspec.msgpack.decode(random) if random else None,
             stored=row["stored"][place],
             contributes=row["contributes"][place],
+            may_depend_on_model=may_depend[place],
         )
         records.append(record)
     return Step(

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,14 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Int64
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from backtrail.errors import (
+    BacktrailError,
     BadSetting,
     EmptyRun,
+    FedOfAnotherForm,
     MissingState,
     NoSuchState,
     ReplayMismatch,
@@ -31,8 +34,8 @@ from backtrail.run.tensors import digest
 from backtrail.step.state import State, Step
 from backtrail.step.step import StepCheck, Transition
 from backtrail.step.update import Update
-from backtrail.task.task import Batch, Task
-from backtrail.tree import Tree, cast, norm
+from backtrail.task.task import Batch, Task, in_eval_mode
+from backtrail.tree import Tree, cast, norm, tree_flatten
 
 Precision = torch.dtype | None
 AUTOCAST = 5e-2  # relative rounding of a gradient in bfloat16
@@ -107,6 +110,14 @@ class Run:
         """The samples that occurred in some batch, ascending."""
         per_step = [np.asarray(step.samples, dtype=np.int64) for step in self.log]
         return np.unique(np.concatenate(per_step))
+
+    @cached_property
+    def fed_may_depend_on_model(self) -> bool:
+        """Whether some batch was given by `recorder.fed` and may depend on the model.
+
+        Influence and retrainings hold what was fed constant.
+        """
+        return any(record.may_depend_on_model for step in self.log for record in step.fed)
 
     @property
     def has_ids(self) -> bool:
@@ -198,6 +209,41 @@ class Run:
                 _check_content(batch, record.digest, place=place, step=index)
             batches.append(batch)
         return tuple(batches)
+
+    def rows(self, samples: Sequence[int]) -> Batch:
+        """Rows of the data set, for a method that evaluates the task's loss on them.
+
+        Raises:
+            FedOfAnotherForm: The model was fed batches of another form, and the task's loss or
+                predict cannot take rows as they are.
+        """
+        if self._row_problem:
+            raise FedOfAnotherForm(self._row_problem)
+        return self.task.batch(samples)
+
+    @cached_property
+    def _row_problem(self) -> str:
+        """What the task's functions raise on rows of the data set; empty if nothing."""
+        if self.has_ids:
+            return ""
+        for step in self.log:
+            if any(record.stored for record in step.fed):
+                break
+        else:
+            return ""
+        fed = self.batches(step.index)[0]
+        rows = self.task.batch(step.fed[0].samples)
+        if _form_of(rows) == _form_of(fed):
+            return ""
+        state = self.state(0)
+        try:
+            with in_eval_mode(self.task):
+                self.task.losses(state.params, state.buffers, cast(rows, None, self.task.device))
+        except BacktrailError:
+            raise
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return ""
 
     def transition(self, index: int, dtype: Precision = None) -> Transition:
         """One step as a function from state to state.
@@ -425,10 +471,10 @@ class Run:
         if not off <= allowed:
             what = f"the state after it (replayed from state {start})"
             raise ReplayMismatch(stop - 1, what, (off, allowed))
-        self._verify_moments(stop, state.moments, MOMENTS * allowed)
+        self.check_moments(stop, state.moments, MOMENTS * allowed)
         return replace(found, difference=max(found.difference, off))
 
-    def _verify_moments(self, number: int, found: dict[str, Tree], allowed: float) -> None:
+    def check_moments(self, number: int, found: dict[str, Tree], allowed: float) -> None:
         """Compare the optimizer's replayed tensors with those of a recorded state.
 
         Raises:
@@ -493,6 +539,15 @@ def _check_content(batch: Batch, recorded: str, *, place: int, step: int) -> Non
         raise WrongData(f"batch {place} of step {step} reads {found}, and was {recorded}")
 
 
+def _form_of(batch: Batch) -> object:
+    """Nesting of a batch, and type and number of axes of every tensor in it."""
+    leaves, structure = tree_flatten(batch)
+    kinds = [
+        (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
+    ]
+    return structure, kinds
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class RecordedStep(StepCheck):
@@ -536,6 +591,7 @@ class RecordedStep(StepCheck):
         allowed = self._tolerance(after.params)
         if not off <= allowed:
             raise ReplayMismatch(self.index, "the state after it", (off, allowed))
+        self.run.check_moments(self.index + 1, after.moments, MOMENTS * allowed)
 
     def _tolerance(self, tensors: Tree) -> float:
         """Allowed relative difference; it grows with the steps since the last state on disk."""

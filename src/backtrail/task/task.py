@@ -30,6 +30,7 @@ from backtrail.task import torch_compile
 from backtrail.task.activation_checkpointing import computed_once, uses_checkpointing
 from backtrail.task.batchnorm import STATISTICS, RunningStatistics, batchnorm_layers
 from backtrail.task.clipping import ClipNorm, ClipValue
+from backtrail.task.live_references import detach_from_live
 from backtrail.task.surrogate import note_buffers
 from backtrail.tree import Tree, cast, mapping_to_dict, tree_leaves, tree_map
 
@@ -144,6 +145,18 @@ class Task:
     def uses_checkpointing(self) -> bool:
         """Whether a call of the model may use activation checkpointing."""
         return uses_checkpointing(self.binding.model, self.predict)
+
+    @cached_property
+    def patched_modules(self) -> tuple[str, ...]:
+        """Modules with a `forward` of their instance, which the skeleton may lack."""
+        named = torch_compile.modules(self.model).items()
+        return tuple(name or "the model" for name, module in named if "forward" in vars(module))
+
+    @property
+    def user_objects(self) -> tuple[object, ...]:
+        """What a replay calls of the user's own code."""
+        functions = (self.predict, self.loss, self.penalty, self.reduce, self.draw, self.collate)
+        return (*functions, self.ids, self.model, self.data)
 
     @cached_property
     def device(self) -> torch.device:
@@ -359,6 +372,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     """Copy the model's structure without its values: all tensors are on the meta device."""
     memo = {id(t): _without_values(t) for t in chain(model.parameters(), model.buffers())}
     copied = torch_compile.deepcopy_uncompiled(model, memo)
+    detach_from_live(model, copied, memo)
     for module in copied.modules():
         _keep_activations(module)
         mark_activation(module)
