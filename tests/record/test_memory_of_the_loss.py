@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -61,6 +61,8 @@ def with_a_closure() -> tuple[LossFunction, Callable[[], Any]]:
 class BufferedLoss(nn.Module):
     """A loss module with a buffer, a counter and an attribute that is assigned anew."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(()))
@@ -99,7 +101,7 @@ class Slotted:
     """A loss object without a `__dict__`, with a counter of its class."""
 
     __slots__ = ("count",)
-    instances: dict[str, int] = {}
+    instances: ClassVar[dict[str, int]] = {}
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""What something other than the recorded optimizer changes is found, and what leaves no trace is not."""
+"""Changes by something other than the recorded optimizer are found while it is recorded."""
 
 import copy
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """What the run says of a step: settings, frozen and tied parameters, penalty, clipping."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import backtrail
-from tests.loops import CLASSES, FEATURES, Loop, adam, backward, mlp, recorded_loop, stochastic_mlp
+from backtrail.errors import UnexplainedGradient
+from tests.loops import (
+    CLASSES,
+    FEATURES,
+    Loop,
+    adam,
+    backward,
+    mlp,
+    recorded_loop,
+    refused,
+    stochastic_mlp,
+)
 
 Watch = Callable[[Any], Any]
 

@@ -27,7 +27,7 @@ def wrapped_closure(model: nn.Module) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return old(*args, **kwargs).float()
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
 
 
 def wrapped_method(model: nn.Module) -> None:
@@ -38,7 +38,7 @@ def wrapped_method(model: nn.Module) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return old(self, *args).float()
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 class AsFloat:
@@ -55,7 +55,7 @@ class AsFloat:
 
 def wrapped_object(model: nn.Module) -> None:
     """A callable object around the bound forward."""
-    model.forward = AsFloat(model.forward)  # type: ignore[method-assign]
+    model.forward = AsFloat(model.forward)
 
 
 def partial_of_module(model: nn.Module) -> None:
@@ -67,7 +67,8 @@ def partial_of_module(model: nn.Module) -> None:
             return module.old_forward(*args).float()  # type: ignore[operator]
 
     model.old_forward = old  # type: ignore[assignment]
-    model.forward = functools.update_wrapper(functools.partial(forward, model), old)  # type: ignore[method-assign]
+    bound = functools.partial(forward, model)
+    model.forward = functools.update_wrapper(bound, old)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_wrapper_that_computes_something_else_is_refused(tmp_path: Path) -> No
     """The self-check finds it, and its sentence names the wrapper."""
     loop = Loop.of(mlp())
     old = loop.model.forward
-    loop.model.forward = functools.wraps(old)(lambda *args: 2 * old(*args))  # type: ignore[method-assign]
+    loop.model.forward = functools.wraps(old)(lambda *args: 2 * old(*args))
     with refused(UnexplainedGradient, "The forward of 'the model' was replaced", "subclass"):
         recorded_loop(loop, tmp_path / "run")
 
@@ -123,26 +124,26 @@ def own_method(model: nn.Module) -> None:
     def forward(self: nn.Module, inputs: Tensor) -> Any:
         return self.get_submodule("2")(self.get_submodule("0")(inputs).sin())
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def own_closure(model: nn.Module) -> None:
     """The same as a function that refers to the live model's layers by its closure."""
     first = model.get_submodule("0")
     last = model.get_submodule("2")
-    model.forward = lambda inputs: last(first(inputs).sin())  # type: ignore[method-assign]
+    model.forward = lambda inputs: last(first(inputs).sin())
 
 
 def own_holder(model: nn.Module) -> None:
     """The same as a method of an object that holds the model."""
     holder = types.SimpleNamespace(model=model)
-    model.forward = lambda inputs: holder.model[2](holder.model[0](inputs).sin())  # type: ignore[method-assign]
+    model.forward = lambda inputs: holder.model[2](holder.model[0](inputs).sin())
 
 
 def with_a_hook(model: nn.Module) -> None:
     """A forward hook that calls another layer of the live model."""
     last = model.get_submodule("2")
-    model.register_forward_hook(lambda module, args, output: output + last(output @ last.weight))
+    model.register_forward_hook(lambda *given: given[2] + last(given[2] @ last.weight))
 
 
 @pytest.mark.parametrize("patch", [own_method, own_closure, own_holder, with_a_hook])
@@ -195,7 +196,7 @@ def test_a_lambda_over_self() -> None:
 def test_a_parameter_of_the_live_model_is_refused() -> None:
     """A replay cannot give a closed-over parameter another value."""
     model = mlp()
-    weight = model[2].weight
-    model[0].register_forward_hook(lambda module, args, output: output + weight.sum())
+    weight = model.get_parameter("2.weight")
+    model[0].register_forward_hook(lambda *given: given[2] + weight.sum())
     with refused(LiveParameter, "_forward_hooks of module '0'", "'2.weight'"):
         _ = backtrail.classification(model, rows()).binding

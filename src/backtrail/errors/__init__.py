@@ -79,7 +79,9 @@ from backtrail.errors.task import BadIds as BadIds
 from backtrail.errors.task import BadLoss as BadLoss
 from backtrail.errors.task import BadQuery as BadQuery
 from backtrail.errors.task import BadReduction as BadReduction
+from backtrail.errors.task import BadTotal as BadTotal
 from backtrail.errors.task import LiveParameter as LiveParameter
 from backtrail.errors.task import NoLabels as NoLabels
+from backtrail.errors.task import NoRowLosses as NoRowLosses
 from backtrail.errors.task import SharedStorage as SharedStorage
 from backtrail.errors.task import UnsupportedOptimizer as UnsupportedOptimizer

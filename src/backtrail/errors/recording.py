@@ -15,12 +15,12 @@ ONE_RUN_EACH = (
 CAUSES = (
     "random augmentation of rows (record with keep_batches=True); a batch changed in the loop, or "
     "random numbers drawn in it before the forward pass (call recorder.fed(batch) right before "
-    "it); Python or NumPy random numbers in loss, predict or the model (draw them in the loop, into "
-    "the batch); a loss, predict or model with memory of its own (a counter, a running mean, a "
-    "carried hidden state) or a schedule kept outside of the batch (put its value into the batch, "
-    "with recorder.fed(batch)); hooks that change gradients, or gradients that the loop rescales or "
-    "adds noise to (declare it in the task, or take it out); an optimizer that takes two passes a "
-    "step (SAM), or a closure; a backward pass on a batch of a second loader that is not watched; "
+    "it); Python or NumPy random numbers in loss, predict or the model (draw them in the loop, "
+    "into the batch); a loss, predict or model with memory of its own (a counter, a running mean, "
+    "a carried hidden state) or a schedule kept outside of the batch (put its value into the "
+    "batch, with recorder.fed(batch)); hooks that change gradients, or gradients that the loop "
+    "rescales or adds noise to (declare it in the task, or take it out); an optimizer that takes "
+    "two passes a step (SAM), or a closure; a backward pass on a batch of a second loader that is not watched; "
     "gradients averaged over several processes (DistributedDataParallel: record on one process); a "
     "GradScaler that is not unscaled before clipping (scaler.unscale_(optimizer))."
 )
@@ -127,7 +127,7 @@ class ChangedOutside(BacktrailError, RuntimeError):
 
 
 class OtherOptimizer(BacktrailError, RuntimeError):
-    """Parameters follow the gradient of a watched batch without a step of the recorded optimizer."""
+    """Parameters changed after a watched batch without a step of the recorded optimizer."""
 
     def __init__(self, name: str, step: int, optimizer: str) -> None:
         made = "no step yet" if step == 0 else f"no step since step {step - 1}"

@@ -85,9 +85,9 @@ class FedOfAnotherForm(BacktrailError, ValueError):
         self.args = (
             "This reads rows of the data set and evaluates the task's loss on them, but the model "
             "was fed batches of another form (recorder.fed), and the loss or predict cannot take "
-            f"rows as they are: {problem}. Use backtrail.DIT() with a backtrail.Custom query, which "
-            "read the stored batches alone; or let loss and predict of the task accept rows as "
-            "well (for example with a weight of 1 where a batch has none).",
+            f"rows as they are: {problem}. Use backtrail.DIT() with a backtrail.Custom query, "
+            "which read the stored batches alone; or let loss and predict of the task accept rows "
+            "as well (for example with a weight of 1 where a batch has none).",
         )
 
 

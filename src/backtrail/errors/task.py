@@ -15,6 +15,27 @@ class BadLoss(BacktrailError, ValueError):
         )
 
 
+class BadTotal(BacktrailError, ValueError):
+    """The task's loss of a whole batch is not a scalar."""
+
+    def __init__(self, got: str) -> None:
+        self.args = (
+            "Invalid total: total(outputs, batch, weights) must return a tensor without axes, the "
+            f"loss of the batch; it returned {got}.",
+        )
+
+
+class NoRowLosses(BacktrailError, ValueError):
+    """A method needs the loss of single rows, and the task has one of the whole batch."""
+
+    def __init__(self) -> None:
+        self.args = (
+            "This needs the loss of every row, and the task has one value for a whole batch, "
+            "Task(total=...). Use backtrail.DIT() with a backtrail.Custom query, or "
+            "backtrail.leave_one_out; or give the task a loss= with one value per row.",
+        )
+
+
 class BadReduction(BacktrailError, ValueError):
     """The task's reduction is not one factor per slot."""
 

@@ -36,6 +36,8 @@ def check_renormalizable(run: Run) -> None:
         CannotRenormalize: A loss that is not a mean, a batch of one, a sample twice in a batch, or
             samples whose losses depend on one another.
     """
+    if run.task.total is not None:
+        raise CannotRenormalize("the loss is one value of a whole batch (Task(total=...))")
     if run.task.reduce != "mean":
         raise CannotRenormalize(f"the loss is reduced by {run.task.reduce!r}, not by a mean")
     if run.has_ids:

@@ -73,7 +73,11 @@ class Loss(Query):
         return self.selection.parts(task, like, together=together, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        """Loss of each row of a batch: `[slot]`."""
+        """Loss of each row of a batch: `[slot]`.
+
+        Raises:
+            BadQuery: The task's loss or predict cannot take rows as they are.
+        """
         try:
             return task.losses_of(task.predict(model, batch), batch)
         except LookupError as error:

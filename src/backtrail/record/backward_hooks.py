@@ -113,7 +113,7 @@ class BatchTracker:
                 self._hooks[name] = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
                 if self._task.clip is not None:
                     note = partial(self._note_unclipped, name)
-                    note_hook = parameter.register_post_accumulate_grad_hook(note)
+                    note_hook = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
                     self._hooks[f"unclipped:{name}"] = note_hook
 
     def _hook_forward_calls(self) -> None:

@@ -223,7 +223,11 @@ class Run:
 
     @cached_property
     def _row_problem(self) -> str:
-        """What the task's functions raise on rows of the data set; empty if nothing."""
+        """What the task's functions raise on rows of the data set; empty if nothing.
+
+        Raises:
+            BacktrailError: they say themselves what is wrong.
+        """
         if self.has_ids:
             return ""
         for step in self.log:

@@ -1,7 +1,7 @@
 """Functions of a copied model that still refer to the model it was copied from.
 
-`copy.deepcopy` copies a function as itself, with its closure. So a `forward` that was replaced on the
-instance, a hook, or a lambda among a module's attributes may go on calling the live model: its
+`copy.deepcopy` copies a function as itself, with its closure. So a `forward` that was replaced on
+the instance, a hook, or a lambda among a module's attributes may go on calling the live model: its
 weights in place of those that a replay gives, under an autocast that a replay leaves out.
 
 * A `forward` on the instance that wraps the class's own (as accelerate's, for autocast) is removed
@@ -94,7 +94,11 @@ class _Rebinding:
         self._done: dict[int, tuple[object, Any]] = {}  # with the original, so that ids stay
 
     def of(self, value: Any, place: str) -> Any:
-        """The value itself, or one that refers to the copy where it referred to the live model."""
+        """The value itself, or one that refers to the copy where it referred to the live model.
+
+        Raises:
+            LiveParameter: it is a parameter of the live model.
+        """
         if id(value) in self._modules:
             return self._modules[id(value)]
         if id(value) in self._parameters:

@@ -105,7 +105,7 @@ class _Notes:
                 self._note_tensor(value)
                 return ()
             case torch.Generator():
-                self.restorers.append(partial(value.set_state, value.get_state()))
+                self.restorers.append(partial(_restore_generator, value, value.get_state()))
                 return ()
             case random.Random():
                 self.restorers.append(partial(value.setstate, value.getstate()))
@@ -282,8 +282,14 @@ def _restore_tensor(tensor: Tensor, copy: Tensor) -> None:
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     if torch.equal(left, right):
         return True
+    if not left.is_floating_point():
+        return False
     # NaN differs from itself.
-    return bool(((left == right) | ((left != left) & (right != right))).all())
+    return bool(((left == right) | (left.isnan() & right.isnan())).all())
+
+
+def _restore_generator(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
 
 
 def _restore_array(array: np.ndarray, copy: np.ndarray) -> None:

@@ -24,7 +24,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
 from backtrail.accel.layers import mark_activation
-from backtrail.errors import BadIds, BadLoss, BadReduction, NotCut, SharedStorage
+from backtrail.errors import (
+    BadIds,
+    BadLoss,
+    BadReduction,
+    BadSetting,
+    BadTotal,
+    NoRowLosses,
+    NotCut,
+    SharedStorage,
+)
 from backtrail.exclusive import exclusive
 from backtrail.task import torch_compile
 from backtrail.task.activation_checkpointing import computed_once, uses_checkpointing
@@ -88,6 +97,12 @@ class Task:
             changed. Of a compiled model the module inside is taken.
         data: The training set, map-style; a *sample* is a row number of it.
         loss: `loss(outputs, batch) -> [slot]`, one unreduced value per row of the batch.
+        total: In place of `loss`, where no value per row exists (dice, VICReg, a balance term over
+            the batch, a weighted mean): `total(outputs, batch, weights) -> scalar`, the loss of one
+            batch as a differentiable function of the weights `[slot]` of its samples. With ones it
+            is the training's loss; a weight of 0 must leave the sample out. The influence of a slot
+            is then that of its weight. No loss of single rows exists, so what needs one (`TracIn`,
+            embeddings, `Loss` queries, renormalized denominators) is refused.
         predict: `predict(model, batch) -> outputs`; default `model(batch[0])` for a tuple,
             `model(**batch)` for a dict.
         collate: Turns a list of rows into a batch; must be the loader's.
@@ -114,7 +129,8 @@ class Task:
 
     model: nn.Module
     data: Any
-    loss: Callable[[Any, Batch], Tensor]
+    loss: Callable[[Any, Batch], Tensor] | None = None
+    total: Callable[[Any, Batch, Tensor], Tensor] | None = field(default=None, kw_only=True)
     predict: Callable[[nn.Module, Batch], Any] = field(default=default_predict, kw_only=True)
     collate: Callable[[list[Any]], Batch] = field(default=default_collate, kw_only=True)
     penalty: Callable[[Tree], Tensor] | None = field(default=None, kw_only=True)
@@ -124,7 +140,16 @@ class Task:
     ids: Ids | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Take the model out of `torch.compile`, and hide a named column of ids from it."""
+        """Take the model out of `torch.compile`, and hide a named column of ids from it.
+
+        Raises:
+            BadSetting: there is both a `loss` and a `total`, or neither, or a `reduce` that `total`
+                cannot have.
+        """
+        if (self.loss is None) == (self.total is None):
+            raise BadSetting("loss", self.loss, "a function, or None with Task(total=...)")
+        if self.total is not None and callable(self.reduce):
+            raise BadSetting("reduce", self.reduce, "'mean' or 'sum' with Task(total=...)")
         object.__setattr__(self, "model", torch_compile.uncompiled(self.model))
         if isinstance(self.ids, str) and self.predict is default_predict:
             object.__setattr__(self, "predict", partial(_predict_without, self.ids))
@@ -155,7 +180,15 @@ class Task:
     @property
     def user_objects(self) -> tuple[object, ...]:
         """What a replay calls of the user's own code."""
-        functions = (self.predict, self.loss, self.penalty, self.reduce, self.draw, self.collate)
+        functions = (
+            self.predict,
+            self.loss,
+            self.total,
+            self.penalty,
+            self.reduce,
+            self.draw,
+            self.collate,
+        )
         return (*functions, self.ids, self.model, self.data)
 
     @cached_property
@@ -247,7 +280,10 @@ class Task:
 
         Raises:
             BadLoss: the loss is not a tensor with one axis.
+            NoRowLosses: the task has a loss of the whole batch.
         """
+        if self.loss is None:
+            raise NoRowLosses
         losses = self.loss(outputs, batch)
         if not isinstance(losses, Tensor):
             raise BadLoss(type(losses).__name__)
@@ -267,6 +303,28 @@ class Task:
         outputs, after = self.outputs(params, buffers, batch)
         return self.losses_of(outputs, batch), after
 
+    def real_dtype(self, outputs: Any) -> torch.dtype:
+        """Precision of the first floating-point tensor of the outputs."""
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                return leaf.dtype
+        return torch.get_default_dtype()
+
+    def total_of(self, outputs: Any, batch: Batch, weights: Float[Tensor, " slot"]) -> Tensor:
+        """Loss of a whole batch, `[]`, as a function of its samples' weights.
+
+        Raises:
+            BadTotal: it is not a scalar.
+        """
+        if self.total is None:
+            raise BadTotal("None")
+        value = self.total(outputs, batch, weights)
+        if not isinstance(value, Tensor):
+            raise BadTotal(type(value).__name__)
+        if value.dim() != 0:
+            raise BadTotal(f"shape {list(value.shape)}")
+        return value
+
     def shares(
         self, batches: Sequence[Batch], sizes: Sequence[int]
     ) -> list[Float[Tensor, " slot"]]:
@@ -280,6 +338,10 @@ class Task:
             BadReduction: the task's own reduction returns another number of shares.
         """
         total = sum(sizes)
+        if self.total is not None:
+            # One factor for the batch as a whole; `total` itself averages over its slots.
+            factor = 1 / len(sizes) if self.reduce == "mean" else 1.0
+            return [torch.full((n,), factor, dtype=torch.float64) for n in sizes]
         match self.reduce:
             case "mean":
                 # The mean over the micro-batches of their means.
