@@ -20,7 +20,8 @@ CAUSES = (
     "a carried hidden state) or a schedule kept outside of the batch (put its value into the "
     "batch, with recorder.fed(batch)); hooks that change gradients, or gradients that the loop "
     "rescales or adds noise to (declare it in the task, or take it out); an optimizer that takes "
-    "two passes a step (SAM), or a closure; a backward pass on a batch of a second loader that is not watched; "
+    "two passes a step (SAM), or a closure; a backward pass on a batch of a second loader that is "
+    "not watched; "
     "gradients averaged over several processes (DistributedDataParallel: record on one process); a "
     "GradScaler that is not unscaled before clipping (scaler.unscale_(optimizer))."
 )

@@ -4,6 +4,7 @@ A line is appended after every update, so a process that is killed loses no comp
 leave an incomplete last line, which is ignored.
 """
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,21 @@ def _from_row(row: dict[str, Any]) -> Step:
 
 
 def append(path: Path, step: Step) -> None:
-    """Append one step to a journal."""
+    """Append one step to a journal.
+
+    Raises:
+        OSError: the disk is full.
+    """
     # Unbuffered: the line is handed to the operating system in one write, which survives the
     # process.
+    line = msgspec.json.encode(step) + b"\n"
     with path.open("ab", buffering=0) as file:
-        file.write(msgspec.json.encode(step) + b"\n")
+        before = file.tell()
+        written = file.write(line)
+        if written != len(line):
+            # A full disk takes a part of a write. Later lines would follow a torn one.
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written", path)
 
 
 def read(path: Path) -> list[Step]:

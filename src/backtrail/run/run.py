@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from backtrail.errors import (
     BacktrailError,
     BadSetting,
+    DamagedFile,
     EmptyRun,
     FedOfAnotherForm,
     MissingState,
@@ -28,7 +29,7 @@ from backtrail.errors import (
 from backtrail.exclusive import exclusive, exclusive_steps
 from backtrail.run import journal
 from backtrail.run.check import check_data, check_model
-from backtrail.run.manifest import Manifest, read_manifest
+from backtrail.run.manifest import MANIFEST_NAME, Manifest, read_manifest
 from backtrail.run.store import Store
 from backtrail.run.tensors import digest
 from backtrail.step.state import State, Step
@@ -694,6 +695,8 @@ def open_run(path: str | Path, task: Task, *, tolerance: float | None = None) ->
     run = Run(store, task, tuple(store.log()), tolerance)
     if not run.log:
         raise EmptyRun(folder)
+    if 0 not in run.kept:
+        raise DamagedFile(folder / MANIFEST_NAME, "it does not name state 0")
     check_data(store.manifest, task, run.log[0])
     task.binding.moving.update(run.moving_buffers)
     return run

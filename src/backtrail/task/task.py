@@ -83,6 +83,16 @@ def _predict_without(column: str, model: nn.Module, batch: Batch) -> Any:
     return default_predict(model, batch)
 
 
+def no_row_losses(outputs: Any, batch: Batch) -> Tensor:
+    """Stand for the loss of a task that has a `total`.
+
+    Raises:
+        NoRowLosses: always.
+    """
+    del outputs, batch
+    raise NoRowLosses
+
+
 @final
 @dataclass(frozen=True, repr=False)
 class Task:
@@ -129,7 +139,7 @@ class Task:
 
     model: nn.Module
     data: Any
-    loss: Callable[[Any, Batch], Tensor] | None = None
+    loss: Callable[[Any, Batch], Tensor] = no_row_losses
     total: Callable[[Any, Batch, Tensor], Tensor] | None = field(default=None, kw_only=True)
     predict: Callable[[nn.Module, Batch], Any] = field(default=default_predict, kw_only=True)
     collate: Callable[[list[Any]], Batch] = field(default=default_collate, kw_only=True)
@@ -146,8 +156,8 @@ class Task:
             BadSetting: there is both a `loss` and a `total`, or neither, or a `reduce` that `total`
                 cannot have.
         """
-        if (self.loss is None) == (self.total is None):
-            raise BadSetting("loss", self.loss, "a function, or None with Task(total=...)")
+        if (self.loss is no_row_losses) == (self.total is None):
+            raise BadSetting("loss", self.loss, "either Task(loss=...) or Task(total=...)")
         if self.total is not None and callable(self.reduce):
             raise BadSetting("reduce", self.reduce, "'mean' or 'sum' with Task(total=...)")
         object.__setattr__(self, "model", torch_compile.uncompiled(self.model))
@@ -282,8 +292,6 @@ class Task:
             BadLoss: the loss is not a tensor with one axis.
             NoRowLosses: the task has a loss of the whole batch.
         """
-        if self.loss is None:
-            raise NoRowLosses
         losses = self.loss(outputs, batch)
         if not isinstance(losses, Tensor):
             raise BadLoss(type(losses).__name__)
