@@ -22,6 +22,7 @@ from backtrail.errors import (
     WrongFormat,
     WrongModel,
 )
+from backtrail.run.background import BackgroundThread
 from backtrail.run.run import Run
 from tests.loops import ROWS, Loop, mlp, recorded_loop, refused, rows, stochastic_mlp
 

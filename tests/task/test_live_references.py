@@ -75,7 +75,7 @@ def partial_of_module(model: nn.Module) -> None:
     "patch", [wrapped_closure, wrapped_method, wrapped_object, partial_of_module]
 )
 def test_wrappers_of_forward_are_left_out(patch: Patch, tmp_path: Path) -> None:
-    """A bfloat16 wrapper trains under autocast; run and influence equal those of autocast itself."""
+    """A bfloat16 wrapper trains under autocast; influence equals that of autocast itself."""
     loop = Loop.of(mlp())
     patch(loop.model)
     run = recorded_loop(loop, tmp_path / "run")

@@ -238,7 +238,8 @@ class Trust:
             f"{self._advice_on_checks()} All this holds only if what was fed does not depend on "
             "the model: batches were given by recorder.fed, and influence, retraining and these "
             "checks hold them constant. If they contain a teacher's outputs, a carried state, or "
-            "anything else computed from the model, influence through them is missing. If not, say so while "
+            "anything else computed from the model, influence through them is missing. If "
+            "not, say so while "
             "recording: recorder.fed(batch, depends_on_model=False)."
         )
 

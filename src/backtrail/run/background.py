@@ -22,7 +22,7 @@ class BackgroundThread:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="backtrail")
-        self._pending: list[Future[object]] = []
+        self._pending: list[Future[None]] = []
         self._failed = False  # since the last error was raised
 
     def submit(self, work: Callable[[], object]) -> None:
