@@ -21,7 +21,6 @@ from backtrail.errors import LiveParameter
 from backtrail.task.activation_checkpointing import names_in
 
 MAX_DEPTH = 12  # of wrappers around wrappers
-OWN = ("_parameters", "_buffers", "_modules")
 
 
 def detach_from_live(live: nn.Module, copied: nn.Module, memo: Mapping[int, Any]) -> list[str]:
@@ -47,10 +46,9 @@ def detach_from_live(live: nn.Module, copied: nn.Module, memo: Mapping[int, Any]
             del vars(module)["forward"]
             removed.append(name)
         for key, value in list(vars(module).items()):
-            if key not in OWN:
-                changed = rebinding.of(value, f"{key} of module {name!r}")
-                if changed is not value:
-                    vars(module)[key] = changed
+            changed = rebinding.of(value, f"{key} of module {name!r}")
+            if changed is not value:
+                vars(module)[key] = changed
     return removed
 
 
