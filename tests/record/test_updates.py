@@ -1,6 +1,7 @@
 """What the run says of a step: settings, frozen and tied parameters, penalty, clipping."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import backtrail
-from tests.loops import CLASSES, FEATURES, Loop, adam, backward, mlp, recorded_loop, stochastic_mlp
+from backtrail.errors import UnexplainedGradient
+from tests.loops import (
+    CLASSES,
+    FEATURES,
+    Loop,
+    adam,
+    backward,
+    mlp,
+    recorded_loop,
+    refused,
+    stochastic_mlp,
+)
 
 Watch = Callable[[Any], Any]
 
@@ -194,3 +206,21 @@ def test_weights_changed_after_the_last_step_are_not_the_runs(
     assert run.steps not in run.kept
     assert run.manifest.finished
     assert "'0.weight' changed after the last step" in caplog.text
+
+
+@pytest.mark.parametrize("written", ["sum", "mean"])
+def test_clipping_does_not_hide_the_reduction(written: str, tmp_path: Path) -> None:
+    """Both gradients are clipped to the same norm, and the one before clipping tells them apart."""
+    clip = backtrail.ClipNorm(0.05)
+    loop = Loop.of(mlp(), options={"reduce": "sum", "clip": clip})
+    with loop.recorder(tmp_path / "run") as recorder:
+        expectation = (
+            refused(UnexplainedGradient, "Step 0", "both before clipping", "Task(reduce=...)")
+            if written == "mean"
+            else nullcontext()
+        )
+        with expectation:
+            for batch in recorder.watch(loop.loader()):
+                backward(cross_entropy(loop.model(batch[0]), batch[1], reduction=written))
+                nn.utils.clip_grad_norm_(loop.model.parameters(), 0.05)
+                loop.step()

@@ -22,6 +22,7 @@ from backtrail.errors import (
     WrongFormat,
     WrongModel,
 )
+from backtrail.run.background import BackgroundThread
 from backtrail.run.run import Run
 from tests.loops import ROWS, Loop, mlp, recorded_loop, refused, rows, stochastic_mlp
 
@@ -225,3 +226,28 @@ def test_opening_leaves_the_model_alone(run: Run) -> None:
     again.verify()
     assert not model.training
     assert bool(model.get_parameter("0.weight").isnan().all())
+
+
+def test_a_manifest_without_state_0_is_damaged(tmp_path: Path) -> None:
+    """Nothing could be replayed: another state must not stand in its place."""
+    loop = Loop.of(mlp())
+    recorded_loop(loop, tmp_path / "run")
+    manifest = tmp_path / "run" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["files"]["states/00000000.safetensors"]
+    manifest.write_text(json.dumps(content))
+    with refused(DamagedFile, "manifest.json", "does not name state 0"):
+        backtrail.open_run(tmp_path / "run", loop.task())
+
+
+def test_work_after_a_failure_is_not_done() -> None:
+    """A journal is not deleted if its segment could not be written."""
+    thread = BackgroundThread()
+    done: list[int] = []
+    thread.submit(lambda: 1 / 0)
+    thread.submit(lambda: done.append(1))
+    with pytest.raises(ZeroDivisionError):
+        thread.wait()
+    thread.submit(lambda: done.append(2))
+    thread.close()
+    assert done == [2]

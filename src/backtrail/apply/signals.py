@@ -178,7 +178,7 @@ def pieces(
         for first in range(0, run.samples, rows):
             some = list(range(first, min(first + rows, run.samples)))
             every_slot = list(range(len(some)))
-            yield np.array(some), every_slot, run.task.batch(some)
+            yield np.array(some), every_slot, run.rows(some)
         return
     unread = set(run.ids.tolist())
     for index in range(run.steps):

@@ -212,6 +212,8 @@ class Trust:
         removal: The removal check.
         early: Share of the absolute influence at the last observed state that comes from step 0.
         method: The method that computed the influence.
+        fed_may_depend_on_model: Whether batches were given by `recorder.fed` that may depend on the
+            model. The checks hold them constant, as the influence does, and so say nothing of that.
     """
 
     replay: Verification | str
@@ -219,6 +221,7 @@ class Trust:
     removal: RemovalCheck
     early: float
     method: str = "DIT"
+    fed_may_depend_on_model: bool = False
 
     def __str__(self) -> str:
         """The checks, a line each, and what they mean together."""
@@ -241,6 +244,18 @@ class Trust:
     @property
     def advice(self) -> str:
         """What the three checks mean together."""
+        if not self.fed_may_depend_on_model:
+            return self._advice_on_checks()
+        return (
+            f"{self._advice_on_checks()} All this holds only if what was fed does not depend on "
+            "the model: batches were given by recorder.fed, and influence, retraining and these "
+            "checks hold them constant. If they contain a teacher's outputs, a carried state, or "
+            "anything else computed from the model, influence through them is missing. If "
+            "not, say so while "
+            "recording: recorder.fed(batch, depends_on_model=False)."
+        )
+
+    def _advice_on_checks(self) -> str:
         if not isinstance(self.replay, Verification):
             return "Do not use these scores: the recording does not reproduce the training."
         if self.derivative is not None and not self.derivative.passed:
@@ -356,7 +371,14 @@ def trust(
     samples = draw_visited(run, removals, seed=seed)
     removal = removal_check(run, influence, asked, samples=samples)
     early = early_share(influence)
-    return Trust(replay, derivative, removal, early=early, method=influence.method)
+    return Trust(
+        replay,
+        derivative,
+        removal,
+        early=early,
+        method=influence.method,
+        fed_may_depend_on_model=run.fed_may_depend_on_model,
+    )
 
 
 @exclusive

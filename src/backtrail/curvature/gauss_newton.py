@@ -80,13 +80,11 @@ class AtOutputs(SplitPoint):
     def head(self, micro_batch: MicroBatch, outputs: Any, weights: Tensor) -> LossHead:
         """Slopes by reverse mode; K and scores by one VJP of the slopes by ends and weights."""
         leaves, structure = tree_flatten(outputs)
-        task = micro_batch.transition.task
 
         def loss(ends: Tensors, w: Tensor) -> tuple[Tensor, Tensor]:
             remaining = iter(ends)
             filled = [next(remaining) if _is_floating(leaf) else leaf for leaf in leaves]
-            losses = task.losses_of(tree_unflatten(filled, structure), micro_batch.batch)
-            return micro_batch.weighted_sum(losses, w), losses
+            return micro_batch.value(tree_unflatten(filled, structure), w)
 
         ends = tuple(end.detach() for end in self.ends(micro_batch, outputs))
         slopes_of = grad(loss, has_aux=True)

@@ -144,6 +144,9 @@ def gradient_vjp_by_differences(
     The scores come from the losses of the same two passes. No graph outlives a pass, and no kernel
     is differentiated twice, so it fits into training's own memory and runs on fused attention.
     """
+    if micro_batch.transition.task.total is not None:
+        # Its scores are no differences of losses: there are no losses of single rows.
+        return gradient_vjp(micro_batch, params, buffers, weights=weights)
     trained, running = differentiable_inputs(micro_batch, params, buffers)
     share = micro_batch.share
 

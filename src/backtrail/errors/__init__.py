@@ -47,10 +47,13 @@ from backtrail.errors.methods import WithoutQueries as WithoutQueries
 from backtrail.errors.methods import WrongDerivative as WrongDerivative
 from backtrail.errors.recording import BadOptimizer as BadOptimizer
 from backtrail.errors.recording import BadPolicy as BadPolicy
+from backtrail.errors.recording import ChangedByCheck as ChangedByCheck
+from backtrail.errors.recording import ChangedOptimizerState as ChangedOptimizerState
 from backtrail.errors.recording import ChangedOutside as ChangedOutside
 from backtrail.errors.recording import ComplexParameter as ComplexParameter
 from backtrail.errors.recording import Diverged as Diverged
 from backtrail.errors.recording import NotEntered as NotEntered
+from backtrail.errors.recording import OtherOptimizer as OtherOptimizer
 from backtrail.errors.recording import OtherSlots as OtherSlots
 from backtrail.errors.recording import SparseGradient as SparseGradient
 from backtrail.errors.recording import StaleGradient as StaleGradient
@@ -62,6 +65,7 @@ from backtrail.errors.recording import UnwatchedStep as UnwatchedStep
 from backtrail.errors.run import BadBatch as BadBatch
 from backtrail.errors.run import DamagedFile as DamagedFile
 from backtrail.errors.run import EmptyRun as EmptyRun
+from backtrail.errors.run import FedOfAnotherForm as FedOfAnotherForm
 from backtrail.errors.run import MissingState as MissingState
 from backtrail.errors.run import NoSuchState as NoSuchState
 from backtrail.errors.run import NotARun as NotARun
@@ -78,7 +82,10 @@ from backtrail.errors.task import BadIds as BadIds
 from backtrail.errors.task import BadLoss as BadLoss
 from backtrail.errors.task import BadQuery as BadQuery
 from backtrail.errors.task import BadReduction as BadReduction
+from backtrail.errors.task import BadTotal as BadTotal
+from backtrail.errors.task import LiveParameter as LiveParameter
 from backtrail.errors.task import NoLabels as NoLabels
+from backtrail.errors.task import NoRowLosses as NoRowLosses
 from backtrail.errors.task import NoRows as NoRows
 from backtrail.errors.task import SeveralLabels as SeveralLabels
 from backtrail.errors.task import SharedStorage as SharedStorage

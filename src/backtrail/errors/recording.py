@@ -5,6 +5,28 @@ from pathlib import Path
 
 from backtrail.errors.sentences import BacktrailError, join_items
 
+ONE_RUN_EACH = (
+    "For a training in several phases, record each phase as a run of its own: leave the `with` "
+    "block of the recorder before the change, and open another Recorder, in another folder, with "
+    "the optimizer of the next phase."
+)
+
+
+# What a recording of plain steps on watched batches cannot see.
+CAUSES = (
+    "random augmentation of rows (record with keep_batches=True); a batch changed in the loop, or "
+    "random numbers drawn in it before the forward pass (call recorder.fed(batch) right before "
+    "it); Python or NumPy random numbers in loss, predict or the model (draw them in the loop, "
+    "into the batch); a loss, predict or model with memory of its own (a counter, a running mean, "
+    "a carried hidden state) or a schedule kept outside of the batch (put its value into the "
+    "batch, with recorder.fed(batch)); hooks that change gradients, or gradients that the loop "
+    "rescales or adds noise to (declare it in the task, or take it out); an optimizer that takes "
+    "two passes a step (SAM), or a closure; a backward pass on a batch of a second loader that is "
+    "not watched; "
+    "gradients averaged over several processes (DistributedDataParallel: record on one process); a "
+    "GradScaler that is not unscaled before clipping (scaler.unscale_(optimizer))."
+)
+
 
 class UnwatchableLoader(BacktrailError, ValueError):
     """The batches of a loader could not be read again."""
@@ -124,7 +146,46 @@ class ChangedOutside(BacktrailError, RuntimeError):
         self.args = (
             f"Parameter {name!r} was changed between steps {step - 1} and {step} by something "
             "other than the recorded optimizer (a second optimizer, load_state_dict, an "
-            "assignment). A run records one optimizer: let it make all changes.",
+            f"assignment). A run records one optimizer: let it make all changes. {ONE_RUN_EACH}",
+        )
+
+
+class OtherOptimizer(BacktrailError, RuntimeError):
+    """Parameters changed after a watched batch without a step of the recorded optimizer."""
+
+    def __init__(self, name: str, step: int, optimizer: str) -> None:
+        made = "no step yet" if step == 0 else f"no step since step {step - 1}"
+        self.args = (
+            f"Parameter {name!r} was changed after a watched batch, but the recorded {optimizer} "
+            f"made {made}: the loop trains with another optimizer than the one that was given to "
+            "the recorder, which records nothing of that. Give Recorder(...) the optimizer whose "
+            f"step() the loop calls. {ONE_RUN_EACH}",
+        )
+
+
+class ChangedOptimizerState(BacktrailError, RuntimeError):
+    """The optimizer's state was changed by something other than its own steps."""
+
+    def __init__(self, what: str, step: int) -> None:
+        self.args = (
+            f"The optimizer's state was changed between steps {step - 1} and {step}: {what} (a "
+            "reset of the momentum, state.clear(), load_state_dict, a new optimizer in place of "
+            "the old). What came before that change does not act through the state any more, which "
+            f"a run cannot represent. {ONE_RUN_EACH}",
+        )
+
+
+class ChangedByCheck(BacktrailError, RuntimeError):
+    """The self-check changed an object of the user's that cannot be put back."""
+
+    def __init__(self, step: int | None, what: str) -> None:
+        place = "" if step is None else f"Step {step}: "
+        self.args = (
+            f"{place}The recorder's self-check called the task's functions once more than "
+            f"the loop, and that {what}, which cannot be put back. The training would not be the "
+            "same as without the recorder. Keep such memory out of loss, predict and the data set: "
+            "compute what changes from step to step in the loop, and pass it as a part of the "
+            "batch with recorder.fed(batch).",
         )
 
 
@@ -143,14 +204,29 @@ class UnexplainedGradient(BacktrailError, RuntimeError):
     """The gradient computed from the task differs from the training loop's."""
 
     def __init__(
-        self, step: int, off: float, tolerance: float, *, ours: float, theirs: float
+        self,
+        step: int,
+        off: float,
+        tolerance: float,
+        *,
+        ours: float,
+        theirs: float,
+        clipped: bool = True,
+        patched: Sequence[str] = (),
     ) -> None:
+        which = "" if clipped else ", both before clipping,"
+        forwards = ""
+        if patched:
+            forwards = (
+                f" The forward of {join_items([repr(name) for name in patched], most=4)} was "
+                "replaced on the instance by a function that wraps the class's own, and the replay "
+                "uses the class's own: if the wrapper changes what is computed, put that into a "
+                "subclass or into Task(predict=...)."
+            )
         self.args = (
             f"Step {step}: the gradient computed from the task (norm {ours:.4g}) and the one that "
-            f"the loop gave the optimizer (norm {theirs:.4g}) differ by {off:.2g} (relative), "
-            f"tolerance {tolerance:.2g}. Usual causes: Task(reduce=...) is not how the loop "
-            "averages; the loop clips and Task(clip=...) is missing; a regulariser without "
-            "Task(penalty=...); random augmentation of rows (record with keep_batches=True); a "
-            "batch changed in the loop, or random numbers drawn in it before the forward pass "
-            "(call recorder.fed(batch) right before it).",
+            f"the loop gave the optimizer (norm {theirs:.4g}){which} differ by {off:.2g} "
+            f"(relative), tolerance {tolerance:.2g}.{forwards} Usual causes: Task(reduce=...) is "
+            "not how the loop averages; the loop clips and Task(clip=...) is missing; a "
+            f"regulariser without Task(penalty=...); {CAUSES}",
         )

@@ -78,6 +78,19 @@ class WrongData(BacktrailError, ValueError):
         )
 
 
+class FedOfAnotherForm(BacktrailError, ValueError):
+    """Rows of the data set are not what the task's loss takes."""
+
+    def __init__(self, problem: str) -> None:
+        self.args = (
+            "This reads rows of the data set and evaluates the task's loss on them, but the model "
+            "was fed batches of another form (recorder.fed), and the loss or predict cannot take "
+            f"rows as they are: {problem}. Use backtrail.DIT() with a backtrail.Custom query, "
+            "which read the stored batches alone; or let loss and predict of the task accept rows "
+            "as well (for example with a weight of 1 where a batch has none).",
+        )
+
+
 class BadBatch(BacktrailError, TypeError):
     """A batch cannot be stored."""
 
@@ -114,6 +127,11 @@ class ReplayMismatch(BacktrailError, RuntimeError):
         self.args = (
             f"Step {step} replays differently: {what} differs by {found:.2g} from the recorded one "
             f"(relative), tolerance {tolerance:.2g}. Usual causes: another data set or data order; "
-            "random augmentation of rows (record with keep_batches=True); another version or "
+            "another loss, reduction, penalty or model than the training's; random augmentation of "
+            "rows (record with keep_batches=True); Python or NumPy random numbers in loss, predict "
+            "or the model; memory of their own (a counter, a running mean, a carried hidden state) "
+            "or a schedule kept outside of the batch (put its value into the batch, with "
+            "recorder.fed(batch)); hooks, or code in the loop, that change gradients; an optimizer "
+            "state that was reset or loaded; training on several processes; another version or "
             "device of torch. run.verify(tolerance=...) sets the tolerance.",
         )

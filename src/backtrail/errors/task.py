@@ -28,6 +28,27 @@ class SeveralLabels(BadLoss):
         )
 
 
+class BadTotal(BacktrailError, ValueError):
+    """The task's loss of a whole batch is not a scalar."""
+
+    def __init__(self, got: str) -> None:
+        self.args = (
+            "Invalid total: total(outputs, batch, weights) must return a tensor without axes, the "
+            f"loss of the batch; it returned {got}.",
+        )
+
+
+class NoRowLosses(BacktrailError, ValueError):
+    """A method needs the loss of single rows, and the task has one of the whole batch."""
+
+    def __init__(self) -> None:
+        self.args = (
+            "This needs the loss of every row, and the task has one value for a whole batch, "
+            "Task(total=...). Use backtrail.DIT() with a backtrail.Custom query, or "
+            "backtrail.leave_one_out; or give the task a loss= with one value per row.",
+        )
+
+
 class BadReduction(BacktrailError, ValueError):
     """The task's reduction is not one factor per slot."""
 
@@ -79,6 +100,18 @@ class SharedStorage(BacktrailError, ValueError):
             f"Parameters {first!r} and {second!r} are two objects with one storage: the optimizer "
             "updates it twice per step, which cannot be replayed. Tie them as one parameter: "
             "module.weight = other.weight.",
+        )
+
+
+class LiveParameter(BacktrailError, ValueError):
+    """A function of the model uses a parameter of the live model directly."""
+
+    def __init__(self, parameter: str, place: str) -> None:
+        self.args = (
+            f"A function in {place} uses parameter {parameter!r} of the live model "
+            "directly (a global or closed-over variable), so it cannot be replayed with other "
+            "values. Read it from the module that the function is given: a method with self, or "
+            "the first argument of a hook.",
         )
 
 

@@ -210,9 +210,9 @@ def bytes_of_activations(run: Run, *, twice: bool) -> int:
         torch.random.fork_rng(),
         saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        losses = run.task.losses(params, state.buffers, transition.batches[place])
+        value = transition.micro_batches()[place].loss(params, state.buffers, None)
     # The graph lives until here, so no two storages had one address.
-    del losses
+    del value
     return sum(size for address, size in kept.items() if address not in owned)
 
 

@@ -36,6 +36,8 @@ def check_renormalizable(run: Run) -> None:
         CannotRenormalize: A loss that is not a mean, a batch of one, a sample twice in a batch, or
             samples whose losses depend on one another.
     """
+    if run.task.total is not None:
+        raise CannotRenormalize("the loss is one value of a whole batch (Task(total=...))")
     if run.task.reduce != "mean":
         raise CannotRenormalize(f"the loss is reduced by {run.task.reduce!r}, not by a mean")
     if run.has_ids:
@@ -72,6 +74,6 @@ def _changes_without_last_row(run: Run, step: Step, state: State) -> bool:
 
 
 def _losses(run: Run, rows: tuple[int, ...], state: State) -> Float[Tensor, " slot"]:
-    batch = cast(run.task.batch(rows), None, run.task.device)
+    batch = cast(run.rows(rows), None, run.task.device)
     losses, _ = run.task.losses(state.params, state.buffers, batch)
     return losses

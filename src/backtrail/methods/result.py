@@ -20,6 +20,8 @@ from backtrail.tree import Tree
 # shard would be shorter than the second number.
 SHARDS = 20
 SHORTEST = 8
+# In the settings of an influence where batches were given by `recorder.fed`.
+FED = "held constant; if what was fed depends on the model, influence through it is not included"
 
 
 def begin_or_resume(
@@ -77,6 +79,8 @@ def describe(
     denominator: str = "keep",
 ) -> Description:
     """Describe an influence of queries at the observed states of a run."""
+    if run.fed_may_depend_on_model:
+        settings = {**settings, "fed": FED}
     return Description(
         method=method,
         unit=queries.unit,

@@ -76,8 +76,20 @@ class Loss(Query):
         return self.selection.parts(task, like, together=together, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
-        """Loss of each row of a batch: `[slot]`."""
-        return task.loss(task.predict(model, batch), batch)
+        """Loss of each row of a batch: `[slot]`.
+
+        Raises:
+            BadQuery: The task's loss or predict cannot take rows as they are.
+        """
+        try:
+            return task.losses_of(task.predict(model, batch), batch)
+        except LookupError as error:
+            needed = "a batch that the task's loss and predict can take"
+            raise BadQuery(
+                needed,
+                f"on rows of the query's data they raise {type(error).__name__}: {error}. Use "
+                "backtrail.Custom(function), or let them accept rows as they are",
+            ) from error
 
     def __repr__(self) -> str:
         """The rows and the options in one line."""

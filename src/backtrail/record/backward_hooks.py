@@ -5,6 +5,7 @@ to the list. So gradient accumulation, `zero_grad()` before or after the step, a
 GradScaler skips are all recorded correctly.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,7 @@ from backtrail.record.listeners import BatchListener
 from backtrail.record.randomness import generator_states
 from backtrail.run.tensors import cpu_copy, digest
 from backtrail.step.state import BatchRecord
+from backtrail.task.clipping import ClipValue
 from backtrail.task.task import Batch, Task, size_of
 from backtrail.task.torch_compile import buffers, modules
 from backtrail.tree import Tree, count_writes, mapping_to_dict
@@ -44,6 +46,7 @@ class LiveBatch:
         contributes: whether the step consumes its gradient; if not, its forward pass only updated
             those statistics.
         captured: what the listener captures of the passes on it, if there is a listener.
+        may_depend_on_model: whether the loop replaced it by something that may depend on the model.
     """
 
     samples: tuple[int, ...]
@@ -55,6 +58,7 @@ class LiveBatch:
     statistics_updates: int
     contributes: bool = True
     captured: Any = None
+    may_depend_on_model: bool = False
 
     def as_record(self) -> BatchRecord:
         """Return the entry of the step log."""
@@ -65,6 +69,7 @@ class LiveBatch:
             random=self.random or None,
             stored=self.content is not None,
             contributes=self.contributes,
+            may_depend_on_model=self.may_depend_on_model,
         )
 
 
@@ -87,6 +92,8 @@ class BatchTracker:
         self._hooks: dict[str, RemovableHandle] = {}
         # For every large buffer: the tensor, the version that was copied, and the copy.
         self._buffer_copies: dict[str, tuple[Tensor, int, Tensor]] = {}
+        # For every parameter: its gradient as a backward pass left it, writes to it, and its norm.
+        self._unclipped: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._current: LiveBatch | None = None
         self.listener: BatchListener | None = None
         self.step = 0
@@ -105,6 +112,10 @@ class BatchTracker:
             if parameter.requires_grad and name not in self._hooks:
                 hook = LocalHook(partial(self._on_gradient, name))
                 self._hooks[name] = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+                if self._task.clip is not None:
+                    note = partial(self._note_unclipped, name)
+                    note_hook = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+                    self._hooks[f"unclipped:{name}"] = note_hook
 
     def _hook_forward_calls(self) -> None:
         device_type = self._task.device.type
@@ -169,7 +180,7 @@ class BatchTracker:
             return
         self.consumed.append(replace(current, contributes=False))
 
-    def batch_replaced(self, batch: Batch) -> None:
+    def batch_replaced(self, batch: Batch, *, may_depend_on_model: bool) -> None:
         """Note that the model is fed `batch` instead of the batch last yielded.
 
         Raises:
@@ -190,6 +201,7 @@ class BatchTracker:
             digest=digest(batch),
             random=generator_states(self._task.device),
             captured=self._capture(batch),
+            may_depend_on_model=may_depend_on_model,
         )
 
     def step_taken(self) -> None:
@@ -200,6 +212,7 @@ class BatchTracker:
         """
         last = self.consumed[-1]
         self.consumed = []
+        self._unclipped = {}
         self.step += 1
         captured = None if last.captured is None else self._capture(last.captured.batch)
         self._current = replace(
@@ -215,6 +228,36 @@ class BatchTracker:
         if self.listener is None:
             return None
         return self.listener.on_batch(batch, self.step, len(self.consumed))
+
+    def has_gradient(self) -> bool:
+        """Whether a batch since the last step had a backward pass."""
+        return any(batch.contributes for batch in self.consumed)
+
+    def _note_unclipped(self, name: str, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if grad is not None:
+            size = torch.linalg.vector_norm(grad.detach())
+            self._unclipped[name] = (grad, count_writes(grad), size)
+
+    def unclipped_norm(self) -> float | None:
+        """Norm of the accumulated gradient before the loop clipped it.
+
+        None where it is not known: the loop did something else to the gradient as well, such as the
+        unscaling of a `GradScaler`, or put another tensor in its place.
+        """
+        # clip_grad_value_ writes twice, by its lower and its upper bound.
+        clipping_writes = 2 if isinstance(self._task.clip, ClipValue) else 1
+        squares = 0.0
+        for name, parameter in self._trained.items():
+            if parameter.grad is None:
+                continue
+            grad, writes, size = self._unclipped.get(name, (None, 0, None))
+            if grad is not parameter.grad or size is None:
+                return None
+            if count_writes(parameter.grad) - writes > clipping_writes:
+                return None
+            squares += float(size) ** 2
+        return math.sqrt(squares)
 
     def buffers_after_last_step(self) -> Tree:
         """Copies of the model's buffers as the last step left them.

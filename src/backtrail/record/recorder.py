@@ -25,10 +25,12 @@ from backtrail.accel.allocator import trim
 from backtrail.errors import (
     BadOptimizer,
     BadSetting,
+    ChangedOptimizerState,
     ChangedOutside,
     ComplexParameter,
     Diverged,
     NotEntered,
+    OtherOptimizer,
     RunExists,
     UnwatchedStep,
 )
@@ -36,6 +38,7 @@ from backtrail.exclusive import exclusive
 from backtrail.record.backward_hooks import BatchTracker
 from backtrail.record.listeners import CaptureMethod
 from backtrail.record.loaders import IdStream, TrackedLoader, check_data, check_loader
+from backtrail.record.outside_changes import OutsideChanges
 from backtrail.record.policy import CheckpointPolicy, Every
 from backtrail.record.randomness import preserved_generators
 from backtrail.record.self_check import GradientCheck, reread_batch
@@ -45,10 +48,11 @@ from backtrail.run.store import Writer
 from backtrail.step.optimizers import find_rule
 from backtrail.step.state import Setting, State, Step, settings_of
 from backtrail.step.step import Transition
-from backtrail.step.update import Update, tensors_of
+from backtrail.step.update import Update
+from backtrail.task.preserved_objects import preserved_objects
 from backtrail.task.task import Batch, Task
 from backtrail.task.torch_compile import parameters
-from backtrail.tree import Tree, count_writes, norm
+from backtrail.tree import Tree, norm
 from backtrail.tree import cast as cast_to
 
 log = logging.getLogger(__name__)
@@ -149,8 +153,10 @@ class Recorder:
         self._last_epoch = -1  # of the last step
         self._pending: Step | None = None  # described by the pre-hook, not made yet
         self._upcoming_state: State | None = None  # before the coming step, if a listener needed it
+        self._changes = OutsideChanges(self._params, self._trained, optimizer)
+        # Writes to the parameters when the last batch was yielded; empty after a step.
+        self._writes_at_batch: dict[str, int] = {}
         self._is_recording = False  # inside the `with` block
-        self._versions: dict[str, int] = {}  # of the parameters after the last step
 
     def __enter__(self) -> "Recorder":
         """Create the folder of the run and install the hooks.
@@ -185,7 +191,11 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove the hooks; store the final state, unless the loop raised an error."""
+        """Remove the hooks; store the final state, unless the loop raised an error.
+
+        Raises:
+            OtherOptimizer: The gradient of the last batches was consumed by another optimizer.
+        """
         self._is_recording = False
         self._tracker.remove_hooks()
         for hook in self._hooks:
@@ -196,18 +206,21 @@ class Recorder:
             # The manifest keeps `finished: false`; the run is complete up to its last step.
             self._writer.close()
             return
-        changed = self._changed_outside()
-        if changed:
+        changed = self._changes.changed_parameters()
+        consumed_elsewhere = bool(changed) and self._tracker.has_gradient()
+        if changed and not consumed_elsewhere:
             # The run itself is complete, so a long training must not fail at its very end.
             log.warning(
                 "parameter %r changed after the last step: "
                 "the run ends with the state that the last step left",
                 changed[0],
             )
-        else:
+        if not changed:
             buffers = self._tracker.buffers_after_last_step()
-            self._keep_state(State(self._live_params(), buffers, self._moments()))
+            self._keep_state(State(self._live_params(), buffers, self._changes.moments()))
         self._writer.finish()
+        if consumed_elsewhere:
+            raise OtherOptimizer(changed[0], self._tracker.step, self._optimizer_name)
 
     def watch(self, loader: Iterable[Batch]) -> "WatchedLoader":
         """Iterate over a loader's batches, unchanged, and record which samples are in each.
@@ -226,14 +239,21 @@ class Recorder:
             self._tracked_loaders[loader] = TrackedLoader(cast("DataLoader[Any]", loader))
         return WatchedLoader(self, self._tracked_loaders[loader])
 
-    def fed(self, batch: Batch) -> None:
+    def fed(self, batch: Batch, *, depends_on_model: bool = True) -> None:
         """Declare that the model is fed `batch` instead of the batch last yielded.
 
         For transformations inside the loop, such as mixup or augmentation on the GPU. Call it right
         before the forward pass. The batch is stored in the run.
 
+        Influence and retrainings hold what is fed constant. That is right for content that does not
+        depend on the model. Where it does (outputs of a teacher that averages the model's weights,
+        a hidden state carried over, targets or mined negatives computed from the model), both lack
+        the way through it, so `trust` cannot see the difference, and says so.
+
         Args:
             batch: What the model is fed: the same samples in the same slots.
+            depends_on_model: Whether its content may depend on the model at this or an earlier
+                step; False says that it does not.
 
         Raises:
             NotEntered: The recorder is used without `with`.
@@ -242,7 +262,7 @@ class Recorder:
         """
         if not self._is_recording:
             raise NotEntered(self._folder)
-        self._tracker.batch_replaced(batch)
+        self._tracker.batch_replaced(batch, may_depend_on_model=depends_on_model)
 
     def yielded(self, samples: tuple[int, ...], batch: Batch, *, opens_epoch: bool) -> None:
         """Record the batch that is about to be handed to the loop; `watch` calls this.
@@ -254,9 +274,11 @@ class Recorder:
 
         Raises:
             NotEntered: The recorder is used without `with`, so nothing would be stored.
+            OtherOptimizer: Another optimizer consumed the gradient of the batch before.
         """
         if not self._is_recording:
             raise NotEntered(self._folder)
+        self._check_consumption()
         if opens_epoch:
             self._epoch += 1
         self._tracker.batch_yielded(samples, batch, epoch=self._epoch, keep=self._keep_batches)
@@ -282,12 +304,13 @@ class Recorder:
             )
         # A GradScaler calls a fused optimizer even where the step is skipped, and says so here.
         if bool(getattr(optimizer, "found_inf", None)):
+            self._check_unchanged()
             return
         self._check_loop()
         step = self._describe_step()
         consumed = self._tracker.consumed
         # The buffers are those before the first forward pass of the step: where a replay starts.
-        state = State(self._live_params(), consumed[0].buffers, self._moments())
+        state = State(self._live_params(), consumed[0].buffers, self._changes.moments())
         if self._is_checkpoint(step):
             self._keep_state(state)
         if any(record.stored for record in step.fed):
@@ -306,13 +329,17 @@ class Recorder:
         """Log the step once the optimizer has made it; a skipped step has no description."""
         del optimizer, args, kwargs
         if self._pending is None:
+            # A fused optimizer that skips a step counts it, and takes that back: two writes.
+            if self._changes.started:
+                self._changes.remember()
             return
         self._writer.log(self._pending)
         self._last_epoch = self._pending.fed[-1].epoch
         self._pending = None
         self._upcoming_state = None
         self._tracker.step_taken()
-        self._versions = {name: count_writes(p) for name, p in self._params.items()}
+        self._changes.remember()
+        self._writes_at_batch = {}
 
     def _check_loop(self) -> None:
         """Raise where the loop does something that a run cannot represent.
@@ -320,26 +347,54 @@ class Recorder:
         Raises:
             UnwatchedStep: No watched batch led to the gradients.
             ChangedOutside: Something else than the optimizer wrote to a parameter.
+            ChangedOptimizerState: Something else than its steps changed the optimizer's state.
             BadOptimizer: The parameter groups are not those of the start.
         """
         step = self._tracker.step
         if not any(live.contributes for live in self._tracker.consumed):
             raise UnwatchedStep(step)
-        changed = self._changed_outside()
-        if changed:
-            raise ChangedOutside(changed[0], step)
+        self._check_unchanged()
         if _group_names(self._params, self._optimizer) != self._groups:
             raise BadOptimizer(
                 f"its parameter groups changed before step {step}; a run has fixed groups"
             )
 
-    def _changed_outside(self) -> list[str]:
-        """Parameters that something has written to since the last step."""
-        return [
-            name
-            for name, version in self._versions.items()
-            if count_writes(self._params[name]) != version
-        ]
+    def _check_unchanged(self) -> None:
+        """Raise where this step does not start from what the step before it left.
+
+        Raises:
+            ChangedOutside: Something else than the optimizer wrote to a parameter.
+            ChangedOptimizerState: Something else than its steps changed the optimizer's state.
+        """
+        step = self._tracker.step
+        changed = self._changes.changed_parameters()
+        # Weights that are set before the first step are those that the run starts from.
+        if changed and step > 0:
+            raise ChangedOutside(changed[0], step)
+        changed_moments = self._changes.changed_moments()
+        if changed_moments:
+            raise ChangedOptimizerState(changed_moments[0], step)
+
+    def _check_consumption(self) -> None:
+        """Raise where the gradient of a watched batch went into another optimizer's step.
+
+        The recorded optimizer's hooks see nothing of such a step, so it is found when the next
+        batch is requested: parameters changed without a recorded step. Weights that a loop swaps in
+        for an evaluation, and out again before it goes on, are no such change.
+
+        Raises:
+            OtherOptimizer: Parameters were changed.
+        """
+        if not self._changes.started:
+            self._changes.remember_parameters()
+        writes = self._changes.parameter_writes()
+        changed_since_batch = bool(self._writes_at_batch) and writes != self._writes_at_batch
+        self._writes_at_batch = writes
+        if not (changed_since_batch or self._tracker.has_gradient()):
+            return
+        changed = self._changes.changed_parameters()
+        if changed:
+            raise OtherOptimizer(changed[0], self._tracker.step, self._optimizer_name)
 
     def _describe_step(self) -> Step:
         """Return the log entry of the coming step.
@@ -400,16 +455,20 @@ class Recorder:
         It happens before the update, while the live parameters are still those of the state.
         """
         task = self._task
+        holders = task.user_objects
         grads = self._consumed_gradient()
         # The loop's own pass left holes in the heap that a second pass would not fit into.
         trim()
         # Reading rows and running the model draws random numbers, which the loop must not notice.
-        holders = (task.model, task.predict, task.loss, task.collate, task.data)
-        with preserved_generators(holders):
+        # Their own memory (a counter in the loss) must not change either.
+        with preserved_objects(*task.user_objects, step=step.index), preserved_generators(holders):
             batches = tuple(reread_batch(task, step.index, live) for live in self._tracker.consumed)
             transition = self._transition(step, batches)
             if check_gradient:
-                self._self_check.check(transition, state, grads)
+                # A fused optimizer unscales inside its own kernel: before, the scale is in it.
+                is_scaled = getattr(self._optimizer, "grad_scale", None) is not None
+                unclipped = None if is_scaled else self._tracker.unclipped_norm()
+                self._self_check.check(transition, state, grads, unclipped_norm=unclipped)
             if check_capture and self._tracker.listener is not None:
                 tolerance = self._self_check.tolerance(step, grads)
                 self._tracker.listener.check(transition, state, tolerance=tolerance)
@@ -424,7 +483,7 @@ class Recorder:
     def _upcoming_update(self) -> tuple[Update, State]:
         """Update as the optimizer would make it now, and the state before it, without buffers."""
         if self._upcoming_state is None:
-            self._upcoming_state = State(self._live_params(), {}, self._moments())
+            self._upcoming_state = State(self._live_params(), {}, self._changes.moments())
         return self._update(self._settings()), self._upcoming_state
 
     def _settings(self) -> tuple[dict[str, Setting], ...]:
@@ -447,17 +506,6 @@ class Recorder:
         if scale is None:
             return grads
         return {name: grad / scale for name, grad in grads.items()}
-
-    def _moments(self) -> dict[str, Tree]:
-        """The tensors of the optimizer's state, of the parameters that have any."""
-        moments: dict[str, Tree] = {}
-        for name, parameter in self._trained.items():
-            # `get`, because indexing would create an entry in the live optimizer's state.
-            state = self._optimizer.state.get(parameter)
-            tensors = tensors_of(state) if state else {}
-            if tensors:
-                moments[name] = tensors
-        return moments
 
     def _manifest(self) -> Manifest:
         return Manifest(

@@ -49,13 +49,21 @@ class GradientCheck:
             return self._tolerance
         return default_gradient_tolerance(step, consumed)
 
-    def check(self, transition: Transition, state: State, consumed: Tree) -> None:
+    def check(
+        self,
+        transition: Transition,
+        state: State,
+        consumed: Tree,
+        *,
+        unclipped_norm: float | None = None,
+    ) -> None:
         """Compute the gradient of a step as a replay will, and compare it with the consumed one.
 
         Args:
             transition: the step.
             state: the state before it.
             consumed: the gradient that the loop gave the optimizer.
+            unclipped_norm: norm of the loop's gradient before it was clipped; None: not known.
 
         Raises:
             UnexplainedGradient: they differ.
@@ -69,6 +77,7 @@ class GradientCheck:
         largest = max(norm(consumed), norm(replayed), 1e-30)  # both may be zero
         off = gap / largest
         allowed = self.tolerance(transition.step, consumed)
+        patched = transition.task.patched_modules
         # Written as `not <=`, so that NaN fails too.
         if not off <= allowed:
             raise UnexplainedGradient(
@@ -77,6 +86,22 @@ class GradientCheck:
                 allowed,
                 ours=norm(replayed),
                 theirs=norm(consumed),
+                patched=patched,
+            )
+        if unclipped_norm is None or change_by_clipping(raw_gradient, replayed) <= allowed:
+            return
+        # Clipped to the same norm, gradients look alike whose sizes are not: another reduction.
+        ours = norm(raw_gradient)
+        off = abs(ours - unclipped_norm) / max(ours, unclipped_norm)
+        if not off <= allowed:
+            raise UnexplainedGradient(
+                transition.step.index,
+                off,
+                allowed,
+                ours=ours,
+                theirs=unclipped_norm,
+                clipped=False,
+                patched=patched,
             )
 
 
@@ -89,6 +114,12 @@ def default_gradient_tolerance(step: Step, consumed: Tree) -> float:
     if all(gradient.dtype == torch.float64 for gradient in consumed.values()):
         return 1e-9
     return AUTOCAST if step.autocast else 1e-3
+
+
+def change_by_clipping(raw: Tree, clipped: Tree) -> float:
+    """By how much clipping changed a gradient (relative)."""
+    gap = norm({name: raw[name] - clipped[name] for name in raw})
+    return gap / max(norm(raw), 1e-30)
 
 
 def reread_batch(task: Task, step: int, live: LiveBatch) -> Batch:
@@ -108,11 +139,15 @@ def reread_batch(task: Task, step: int, live: LiveBatch) -> Batch:
 def _check_losses(transition: Transition, state: State) -> None:
     """Check that the loss gives one value per slot.
 
+    A loss of the whole batch is checked when it is first computed.
+
     Otherwise the first error would be a mismatch of shapes deep inside the replay.
 
     Raises:
         BadLoss: it gives another number of values.
     """
+    if transition.task.total is not None:
+        return
     with transition.replaying():
         losses, _ = transition.task.losses(state.params, state.buffers, transition.batches[0])
     rows = len(transition.step.fed[0].samples)

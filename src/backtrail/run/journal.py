@@ -4,6 +4,7 @@ A line is appended after every update, so a process that is killed loses no comp
 leave an incomplete last line, which is ignored.
 """
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "random": pl.List(pl.Binary),
     "stored": pl.List(pl.Boolean),
     "contributes": pl.List(pl.Boolean),
+    "may_depend_on_model": pl.List(pl.Boolean),
     "settings": pl.String,
     "unused": pl.List(pl.String),
     "evaluating": pl.List(pl.String),
@@ -49,6 +51,7 @@ def _to_row(step: Step) -> dict[str, object]:
         "random": [_encode_random(record.random) for record in step.fed],
         "stored": [record.stored for record in step.fed],
         "contributes": [record.contributes for record in step.fed],
+        "may_depend_on_model": [record.may_depend_on_model for record in step.fed],
         "settings": msgspec.json.encode(step.settings).decode(),
         "unused": list(step.unused),
         "evaluating": list(step.evaluating),
@@ -67,6 +70,8 @@ def from_table(frame: pl.DataFrame) -> list[Step]:
 
 def _from_row(row: dict[str, Any]) -> Step:
     records: list[BatchRecord] = []
+    # Earlier runs have no such column.
+    may_depend = row.get("may_depend_on_model") or [False] * len(row["samples"])
     for place, samples in enumerate(row["samples"]):
         random = row["random"][place]
         record = BatchRecord(
@@ -76,6 +81,7 @@ def _from_row(row: dict[str, Any]) -> Step:
             random=msgspec.msgpack.decode(random) if random else None,
             stored=row["stored"][place],
             contributes=row["contributes"][place],
+            may_depend_on_model=may_depend[place],
         )
         records.append(record)
     return Step(
@@ -91,11 +97,21 @@ def _from_row(row: dict[str, Any]) -> Step:
 
 
 def append(path: Path, step: Step) -> None:
-    """Append one step to a journal."""
+    """Append one step to a journal.
+
+    Raises:
+        OSError: the disk is full.
+    """
     # Unbuffered: the line is handed to the operating system in one write, which survives the
     # process.
+    line = msgspec.json.encode(step) + b"\n"
     with path.open("ab", buffering=0) as file:
-        file.write(msgspec.json.encode(step) + b"\n")
+        before = file.tell()
+        written = file.write(line)
+        if written != len(line):
+            # A full disk takes a part of a write. Later lines would follow a torn one.
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written", path)
 
 
 def read(path: Path) -> list[Step]:

@@ -1,7 +1,8 @@
 """A recorded training, joined with the task that replays it."""
 
+import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,16 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Int64
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from backtrail import arguments
 from backtrail.errors import (
+    BacktrailError,
     BadSetting,
+    DamagedFile,
     EmptyRun,
+    FedOfAnotherForm,
     MissingState,
     NoSuchState,
     ReplayMismatch,
@@ -25,14 +30,14 @@ from backtrail.errors import (
 from backtrail.exclusive import exclusive, exclusive_steps
 from backtrail.run import journal
 from backtrail.run.check import check_data, check_model
-from backtrail.run.manifest import Manifest, read_manifest
+from backtrail.run.manifest import MANIFEST_NAME, Manifest, read_manifest
 from backtrail.run.store import Store
 from backtrail.run.tensors import digest
 from backtrail.step.state import State, Step
 from backtrail.step.step import StepCheck, Transition
 from backtrail.step.update import Update
-from backtrail.task.task import Batch, Task
-from backtrail.tree import Tree, cast, norm
+from backtrail.task.task import Batch, Task, in_eval_mode
+from backtrail.tree import Tree, cast, norm, tree_flatten
 
 Precision = torch.dtype | None
 AUTOCAST = 5e-2  # relative rounding of a gradient in bfloat16
@@ -45,6 +50,9 @@ SMALL_GRADIENT = 1e-3
 TOLERANCE_STEPS = 50  # steps that a tolerance of `verify` is meant for
 FLOATING = ("float", "bfloat")  # how the names of real dtypes begin
 MOST_KEPT = 32  # states whose steps `check_kept_steps` compares
+# The optimizer's tensors are averages of gradients, which differ more than parameters do. What this
+# comparison is for, a reset, changes them wholly.
+MOMENTS = 10
 TINY = 1e-30  # in place of a norm that is zero
 
 
@@ -109,6 +117,14 @@ class Run:
         """The samples that occurred in some batch, ascending."""
         per_step = [np.asarray(step.samples, dtype=np.int64) for step in self.log]
         return np.unique(np.concatenate(per_step))
+
+    @cached_property
+    def fed_may_depend_on_model(self) -> bool:
+        """Whether some batch was given by `recorder.fed` and may depend on the model.
+
+        Influence and retrainings hold what was fed constant.
+        """
+        return any(record.may_depend_on_model for step in self.log for record in step.fed)
 
     @property
     def has_ids(self) -> bool:
@@ -201,6 +217,45 @@ class Run:
                 _check_content(batch, record.digest, place=place, step=index)
             batches.append(batch)
         return tuple(batches)
+
+    def rows(self, samples: Sequence[int]) -> Batch:
+        """Rows of the data set, for a method that evaluates the task's loss on them.
+
+        Raises:
+            FedOfAnotherForm: The model was fed batches of another form, and the task's loss or
+                predict cannot take rows as they are.
+        """
+        if self._row_problem:
+            raise FedOfAnotherForm(self._row_problem)
+        return self.task.batch(samples)
+
+    @cached_property
+    def _row_problem(self) -> str:
+        """What the task's functions raise on rows of the data set; empty if nothing.
+
+        Raises:
+            BacktrailError: they say themselves what is wrong.
+        """
+        if self.has_ids:
+            return ""
+        for step in self.log:
+            if any(record.stored for record in step.fed):
+                break
+        else:
+            return ""
+        fed = self.batches(step.index)[0]
+        rows = self.task.batch(step.fed[0].samples)
+        if _form_of(rows) == _form_of(fed):
+            return ""
+        state = self.state(0)
+        try:
+            with in_eval_mode(self.task):
+                self.task.losses(state.params, state.buffers, cast(rows, None, self.task.device))
+        except BacktrailError:
+            raise
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return ""
 
     def transition(self, index: int, dtype: Precision = None) -> Transition:
         """One step as a function from state to state.
@@ -391,7 +446,8 @@ class Run:
         """Replay the whole run and compare it with what was recorded.
 
         Compared are the content of every batch, the norm of every gradient, and the state at the
-        end of every segment. A segment is a range of steps between two states on disk.
+        end of every segment: parameters, buffers, and the optimizer's tensors. A segment is a range
+        of steps between two states on disk.
 
         Args:
             tolerance: Relative difference allowed in a segment of up to 50 steps (more in
@@ -446,7 +502,22 @@ class Run:
         if not off <= allowed:
             what = f"the state after it (replayed from state {start})"
             raise ReplayMismatch(stop - 1, what, (off, allowed))
+        self.check_moments(stop, state.moments, MOMENTS * allowed)
         return replace(found, difference=max(found.difference, off))
+
+    def check_moments(self, number: int, found: dict[str, Tree], allowed: float) -> None:
+        """Compare the optimizer's replayed tensors with those of a recorded state.
+
+        Raises:
+            ReplayMismatch: they differ; the message names the optimizer's key.
+        """
+        recorded = self.state(number).moments
+        for key, off in moment_differences(found, recorded).items():
+            # Step counts are whole numbers, which every device counts alike.
+            tolerance = 0.0 if key == "step" else allowed
+            if not off <= tolerance:
+                what = f"the optimizer's {key!r} after it (reset or loaded while training?)"
+                raise ReplayMismatch(number - 1, what, (off, tolerance))
 
     def _autocast_gap(self, index: int, state: State) -> float:
         """Relative difference between a step's gradient under autocast and without it.
@@ -499,6 +570,15 @@ def _check_content(batch: Batch, recorded: str, *, place: int, step: int) -> Non
         raise WrongData(f"batch {place} of step {step} reads {found}, and was {recorded}")
 
 
+def _form_of(batch: Batch) -> object:
+    """Nesting of a batch, and type and number of axes of every tensor in it."""
+    leaves, structure = tree_flatten(batch)
+    kinds = [
+        (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
+    ]
+    return structure, kinds
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class RecordedStep(StepCheck):
@@ -542,6 +622,7 @@ class RecordedStep(StepCheck):
         allowed = self._tolerance(after.params)
         if not off <= allowed:
             raise ReplayMismatch(self.index, "the state after it", (off, allowed))
+        self.run.check_moments(self.index + 1, after.moments, MOMENTS * allowed)
 
     def _tolerance(self, tensors: Tree) -> float:
         """Allowed relative difference; it grows with the steps since the last state on disk."""
@@ -640,6 +721,8 @@ def open_run(path: str | Path, task: Task, *, tolerance: float | None = None) ->
     run = Run(store, task, tuple(store.log()), tolerance)
     if not run.log:
         raise EmptyRun(folder)
+    if 0 not in run.kept:
+        raise DamagedFile(folder / MANIFEST_NAME, "it does not name state 0")
     check_data(store.manifest, task, run.log[0])
     task.binding.moving.update(run.moving_buffers)
     return run
@@ -662,3 +745,32 @@ def relative_difference(left: State, right: State) -> float:
     right_tensors = {name: t.double() for name, t in (right.params | right.buffers).items()}
     gaps = {name: tensor.double() - right_tensors[name] for name, tensor in left_tensors.items()}
     return norm(gaps) / max(norm(right_tensors), TINY)
+
+
+def moment_differences(left: dict[str, Tree], right: dict[str, Tree]) -> dict[str, float]:
+    """Relative difference of the optimizer's tensors, by the optimizer's own key.
+
+    Each key is compared by itself: second moments are much smaller than first ones. Infinite where
+    one side has a tensor that the other lacks.
+    """
+    left_by_key = _by_key(left)
+    right_by_key = _by_key(right)
+    differences: dict[str, float] = {}
+    for key in dict.fromkeys([*left_by_key, *right_by_key]):
+        found = left_by_key.get(key, {})
+        wanted = right_by_key.get(key, {})
+        if found.keys() != wanted.keys():
+            differences[key] = math.inf
+            continue
+        gaps = {name: tensor - wanted[name].to(tensor.device) for name, tensor in found.items()}
+        differences[key] = norm(gaps) / max(norm(wanted), TINY) if norm(gaps) else 0.0
+    return differences
+
+
+def _by_key(moments: dict[str, Tree]) -> dict[str, Tree]:
+    """The tensors by the optimizer's key and by parameter, in float64."""
+    found: dict[str, Tree] = {}
+    for name, tensors in moments.items():
+        for key, tensor in tensors.items():
+            found.setdefault(key, {})[name] = tensor.double()
+    return found

@@ -80,6 +80,8 @@ class BatchRecord(msgspec.Struct, frozen=True):
         stored: Whether the content itself is kept on disk; otherwise the rows are read again.
         contributes: Whether the update consumed its gradient. If not, its forward pass only changed
             BatchNorm's statistics (a step that a GradScaler skipped).
+        may_depend_on_model: Whether the loop replaced it by `recorder.fed(batch)` and did not say
+            that its content does not depend on the model. Influence holds that content constant.
     """
 
     samples: tuple[int, ...]
@@ -88,6 +90,7 @@ class BatchRecord(msgspec.Struct, frozen=True):
     random: dict[str, bytes] | None = None
     stored: bool = False
     contributes: bool = True
+    may_depend_on_model: bool = False
 
 
 @final

@@ -10,10 +10,11 @@ the forward passes as training did: in the recorded train/eval modes, with the r
 the random generators, and each micro-batch with the buffers that the one before it left.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, final, runtime_checkable
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -340,14 +341,33 @@ class MicroBatch:
         """The term's value, the buffers that its forward pass leaves, and the losses `[slot]`."""
         task = self.transition.task
         with self.recorded_randomness():
-            losses, buffers_after = task.losses(params, buffers, self.batch)
-        if not self.contributes:
-            # Cut off, not multiplied by zero: they may have been infinite.
-            losses = losses.detach()[:0]
-        total = self.weighted_sum(losses, weights)
+            outputs, buffers_after = task.outputs(params, buffers, self.batch)
+            total, losses = self.value(outputs, weights)
         if self.index == 0 and task.penalty is not None:
             total = total + task.penalty(params)
         return total, (buffers_after, losses)
+
+    def value(self, outputs: Any, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The term without the penalty as a function of the outputs, and the losses `[slot]`.
+
+        With `Task(total=...)` no losses exist, and NaN stands in their place.
+        """
+        task = self.transition.task
+        if task.total is None:
+            losses = task.losses_of(outputs, self.batch)
+            if not self.contributes:
+                # Cut off, not multiplied by zero: they may have been infinite.
+                losses = losses.detach()[:0]
+            return self.weighted_sum(losses, weights), losses
+        if weights is None:
+            size = len(self.transition.step.fed[self.index].samples)
+            weights = torch.ones(size, dtype=task.real_dtype(outputs), device=task.device)
+        if not self.contributes:
+            nothing = weights.new_zeros(0)
+            return nothing.sum(), nothing
+        total = task.total_of(outputs, self.batch, weights)
+        losses = torch.full_like(weights.detach(), math.nan, dtype=total.dtype)
+        return total * self.share[0].to(total), losses
 
     def weighted_sum(self, losses: Tensor, weights: Tensor | None) -> Tensor:
         r"""Sum over the slots, :math:`\sum_b c_b w_b \ell_b`."""

@@ -179,7 +179,7 @@ class _Search:
 
     def _reads_function(self, function: FunctionType, owner: object) -> bool:
         """Look at what a function refers to; whether that is the checkpoint module by its name."""
-        names = _names_in(function.__code__)
+        names = names_in(function.__code__)
         if any(name.startswith(MODULE) for name in names):
             return True  # it is imported in the function itself
         for name in names:
@@ -227,12 +227,12 @@ def _is_library(value: object) -> bool:
     return str(name).partition(".")[0] in LIBRARIES
 
 
-def _names_in(code: CodeType) -> frozenset[str]:
+def names_in(code: CodeType) -> frozenset[str]:
     """Names of globals and attributes in a function's code and in the functions inside it."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names_in(constant)
+            names |= names_in(constant)
     return frozenset(names)
 
 

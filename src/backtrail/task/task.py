@@ -30,6 +30,8 @@ from backtrail.errors import (
     BadLoss,
     BadReduction,
     BadSetting,
+    BadTotal,
+    NoRowLosses,
     NoRows,
     NotCut,
     SharedStorage,
@@ -39,6 +41,7 @@ from backtrail.task import torch_compile
 from backtrail.task.activation_checkpointing import computed_once, uses_checkpointing
 from backtrail.task.batchnorm import STATISTICS, RunningStatistics, batchnorm_layers
 from backtrail.task.clipping import ClipNorm, ClipValue
+from backtrail.task.live_references import detach_from_live
 from backtrail.task.surrogate import note_buffers
 from backtrail.tree import Tree, cast, mapping_to_dict, tree_leaves, tree_map
 
@@ -82,6 +85,16 @@ def _predict_without(column: str, model: nn.Module, batch: Batch) -> Any:
     return default_predict(model, batch)
 
 
+def no_row_losses(outputs: Any, batch: Batch) -> Tensor:
+    """Stand for the loss of a task that has a `total`.
+
+    Raises:
+        NoRowLosses: always.
+    """
+    del outputs, batch
+    raise NoRowLosses
+
+
 @final
 @dataclass(frozen=True, repr=False)
 class Task:
@@ -96,6 +109,12 @@ class Task:
             changed. Of a compiled model the module inside is taken.
         data: The training set, map-style; a *sample* is a row number of it.
         loss: `loss(outputs, batch) -> [slot]`, one unreduced value per row of the batch.
+        total: In place of `loss`, where no value per row exists (dice, VICReg, a balance term over
+            the batch, a weighted mean): `total(outputs, batch, weights) -> scalar`, the loss of one
+            batch as a differentiable function of the weights `[slot]` of its samples. With ones it
+            is the training's loss; a weight of 0 must leave the sample out. The influence of a slot
+            is then that of its weight. No loss of single rows exists, so what needs one (`TracIn`,
+            embeddings, `Loss` queries, renormalized denominators) is refused.
         predict: `predict(model, batch) -> outputs`; default `model(batch[0])` for a tuple,
             `model(**batch)` for a dict.
         collate: Turns a list of rows into a batch; must be the loader's.
@@ -122,7 +141,8 @@ class Task:
 
     model: nn.Module
     data: Any
-    loss: Callable[[Any, Batch], Tensor]
+    loss: Callable[[Any, Batch], Tensor] = no_row_losses
+    total: Callable[[Any, Batch, Tensor], Tensor] | None = field(default=None, kw_only=True)
     predict: Callable[[nn.Module, Batch], Any] = field(default=default_predict, kw_only=True)
     collate: Callable[[list[Any]], Batch] = field(default=default_collate, kw_only=True)
     penalty: Callable[[Tree], Tensor] | None = field(default=None, kw_only=True)
@@ -135,12 +155,13 @@ class Task:
         """Check the arguments; take the model out of `torch.compile`; hide a named column of ids.
 
         Raises:
-            BadSetting: An argument has an invalid value.
+            BadSetting: An argument has an invalid value; or there is both a `loss` and a `total`,
+                or neither, or a `reduce` that `total` cannot have.
         """
         arguments.instance("model", self.model, nn.Module, "a torch.nn.Module")
         for name in ("loss", "predict", "collate"):
             arguments.function(name, getattr(self, name))
-        for name in ("penalty", "draw"):
+        for name in ("penalty", "draw", "total"):
             if getattr(self, name) is not None:
                 arguments.function(name, getattr(self, name), "a function or None")
         if not callable(self.reduce):
@@ -151,6 +172,10 @@ class Task:
         is_place = isinstance(self.ids, str) or arguments.as_whole(self.ids) is not None
         if self.ids is not None and not is_place and not callable(self.ids):
             raise BadSetting("ids", self.ids, "a key, a place in a tuple, a function or None")
+        if (self.loss is no_row_losses) == (self.total is None):
+            raise BadSetting("loss", self.loss, "either Task(loss=...) or Task(total=...)")
+        if self.total is not None and callable(self.reduce):
+            raise BadSetting("reduce", self.reduce, "'mean' or 'sum' with Task(total=...)")
         object.__setattr__(self, "model", torch_compile.uncompiled(self.model))
         if isinstance(self.ids, str) and self.predict is default_predict:
             object.__setattr__(self, "predict", partial(_predict_without, self.ids))
@@ -175,6 +200,26 @@ class Task:
     def uses_checkpointing(self) -> bool:
         """Whether a call of the model may use activation checkpointing."""
         return uses_checkpointing(self.binding.model, self.predict)
+
+    @cached_property
+    def patched_modules(self) -> tuple[str, ...]:
+        """Modules with a `forward` of their instance, which the skeleton may lack."""
+        named = torch_compile.modules(self.model).items()
+        return tuple(name or "the model" for name, module in named if "forward" in vars(module))
+
+    @property
+    def user_objects(self) -> tuple[object, ...]:
+        """What a replay calls of the user's own code."""
+        functions = (
+            self.predict,
+            self.loss,
+            self.total,
+            self.penalty,
+            self.reduce,
+            self.draw,
+            self.collate,
+        )
+        return (*functions, self.ids, self.model, self.data)
 
     @cached_property
     def device(self) -> torch.device:
@@ -265,6 +310,7 @@ class Task:
 
         Raises:
             BadLoss: the loss is not a tensor with one axis.
+            NoRowLosses: the task has a loss of the whole batch.
         """
         losses = self.loss(outputs, batch)
         if not isinstance(losses, Tensor):
@@ -285,6 +331,28 @@ class Task:
         outputs, after = self.outputs(params, buffers, batch)
         return self.losses_of(outputs, batch), after
 
+    def real_dtype(self, outputs: Any) -> torch.dtype:
+        """Precision of the first floating-point tensor of the outputs."""
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                return leaf.dtype
+        return torch.get_default_dtype()
+
+    def total_of(self, outputs: Any, batch: Batch, weights: Float[Tensor, " slot"]) -> Tensor:
+        """Loss of a whole batch, `[]`, as a function of its samples' weights.
+
+        Raises:
+            BadTotal: it is not a scalar.
+        """
+        if self.total is None:
+            raise BadTotal("None")
+        value = self.total(outputs, batch, weights)
+        if not isinstance(value, Tensor):
+            raise BadTotal(type(value).__name__)
+        if value.dim() != 0:
+            raise BadTotal(f"shape {list(value.shape)}")
+        return value
+
     def shares(
         self, batches: Sequence[Batch], sizes: Sequence[int]
     ) -> list[Float[Tensor, " slot"]]:
@@ -298,6 +366,10 @@ class Task:
             BadReduction: the task's own reduction returns another number of shares.
         """
         total = sum(sizes)
+        if self.total is not None:
+            # One factor for the batch as a whole; `total` itself averages over its slots.
+            factor = 1 / len(sizes) if self.reduce == "mean" else 1.0
+            return [torch.full((n,), factor, dtype=torch.float64) for n in sizes]
         match self.reduce:
             case "mean":
                 # The mean over the micro-batches of their means.
@@ -390,6 +462,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     """Copy the model's structure without its values: all tensors are on the meta device."""
     memo = {id(t): _without_values(t) for t in chain(model.parameters(), model.buffers())}
     copied = torch_compile.deepcopy_uncompiled(model, memo)
+    detach_from_live(model, copied, memo)
     for module in copied.modules():
         _keep_activations(module)
         mark_activation(module)

@@ -86,9 +86,12 @@ def trajectory_of(run: Run, checkpoints: int | Sequence[int]) -> Trajectory:
 
     Raises:
         RowsNotReadable: Samples are ids, so that rows cannot be read again.
+        FedOfAnotherForm: The task's loss cannot take rows as they are.
     """
     if run.has_ids:
         raise RowsNotReadable("DiffIn")
+    # Every row is evaluated by itself; the first one tells whether that is possible.
+    run.rows(run.seen[:1].tolist())
     states = chosen_states(run, checkpoints)
     points = {state: point_at(run, state) for state in {*states, run.steps}}
 

@@ -81,7 +81,7 @@ class StateProducts:
         for first in range(0, len(samples), width):
             some = tuple(samples[first : first + width])
             step = msgspec.structs.replace(like, fed=(BatchRecord(some, 0, ""),))
-            batch = cast(self.run.task.batch(some), None, self.run.task.device)
+            batch = cast(self.run.rows(some), None, self.run.task.device)
             # A step with one micro-batch of these rows and share c = 1.
             alone = replace(transition, step=step, batches=(batch,))
             micro_batch = MicroBatch(alone, 0, torch.ones(len(some)))

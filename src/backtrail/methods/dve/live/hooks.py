@@ -19,6 +19,7 @@ from backtrail.persample.check import maybe_gradients
 from backtrail.persample.rules import Loss, Reductions, Request, RowSums, concatenate_rows
 from backtrail.persample.trace import OpTracer
 from backtrail.step.step import MicroBatch
+from backtrail.task.preserved_objects import preserved_objects
 from backtrail.task.task import Batch, size_of
 from backtrail.tree import Tree
 
@@ -135,7 +136,7 @@ class BatchHooks:
         task = self._what.task
         devices = [task.device] if task.device.type == "cuda" else []
         stand_in = cast("nn.Module", _RecordedModel(task.model, iter(self._outputs)))
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), preserved_objects(task.predict):
             try:
                 return task.predict(stand_in, self.batch)
             except _NoMoreOutputs:
@@ -146,7 +147,8 @@ class BatchHooks:
         task = self._what.task
         uses = self._tracer.uses
         self.proving = self._proves(tuple(use.kind for use in uses))
-        with torch.no_grad():
+        # The loop calls its loss as well, whose own memory (a counter, say) must not change.
+        with torch.no_grad(), preserved_objects(task.loss):
             self._losses = task.losses_of(outputs, self.batch)
         by_edge: dict[Any, list[int]] = {}
         for number, use in enumerate(uses):
