@@ -379,9 +379,9 @@ def folder(name: str, value: object) -> Path:
     for place in (given, *given.parents):
         if place.exists():
             if not place.is_dir():
-                raise BadSetting(
-                    name, str(given), f"a folder, which need not exist yet; {place} is a file"
-                )
+                which = "this" if place == given else str(place)
+                expected = f"a folder, which need not exist yet; {which} is a file"
+                raise BadSetting(name, str(given), expected)
             break
     return given
 

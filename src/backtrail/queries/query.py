@@ -145,7 +145,9 @@ def values(query: Query, task: Task, *, params: Tree, buffers: Tree) -> Float[Te
     with _prepared(query, task):
         for part in query.parts(task, like, together=True):
             numbers = task.bind(params, _copied(buffers), part.numbers)
-            gained = part.weights.to(like) @ numbers
+            # One by one where that is the same: a product with zeros would spread a NaN to all.
+            is_identity = torch.equal(part.weights, torch.eye(*part.weights.shape).to(part.weights))
+            gained = numbers if is_identity else part.weights.to(like) @ numbers
             for row, number in zip(part.queries, gained, strict=True):
                 found[row] = found[row] + number
     return torch.stack(found)

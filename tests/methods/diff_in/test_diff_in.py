@@ -13,6 +13,7 @@ from torch.func import vjp
 from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
+from backtrail.errors import NeverTrainedOn
 from backtrail.methods.diff_in.diff_in import REACH
 from backtrail.methods.diff_in.finite_differences import Differences, length
 from backtrail.methods.diff_in.forms import Corrected
@@ -256,13 +257,14 @@ def test_rows_that_cannot_be_stacked_are_taken_one_by_one(
 
 
 def test_a_sample_never_visited_has_nothing(tmp_path: Path) -> None:
-    """A sample that no batch held has no influence, and its removal changes no parameter."""
+    """A sample that no batch held has no influence, and cannot be asked about by number."""
     run = recorded_run("twice in a batch", tmp_path)
     assert (backtrail.DiffIn(2).attribute(run, standard_queries()).total()[..., 5:] == 0).all()
     assert (backtrail.DiffIn(2).self_influence(run)[5:] == 0).all()
-    assert all(
-        (tensor == 0).all() for tensor in backtrail.DiffIn(2).parameter_change(run, [5, 8]).values()
-    )
+    with pytest.raises(NeverTrainedOn, match="Samples 5, 8 were never trained on"):
+        backtrail.DiffIn(2).parameter_change(run, [5, 8])
+    with pytest.raises(NeverTrainedOn, match="Sample 8 was never trained on"):
+        backtrail.DiffIn(2).self_influence(run, [0, 8])
 
 
 def test_a_rate_by_group_and_idle_parameters_count_as_used(tmp_path: Path) -> None:

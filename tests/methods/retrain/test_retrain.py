@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import backtrail
-from backtrail.errors import BadSetting, ImpossibleWindow, UnknownSample
+from backtrail.errors import BadSetting, ImpossibleWindow, NeverTrainedOn, UnknownSample
 from backtrail.methods.memory import bytes_of_activations
 from backtrail.methods.retrain import stacks
 from backtrail.methods.retrain.retrain import retrain
@@ -125,10 +125,57 @@ def test_large_activations_make_small_stacks(
     assert stacks.runs_at_once(run, None) == 8
 
 
-def test_a_sample_never_seen_changes_nothing(tmp_path: Path) -> None:
-    """Leaving out a sample that no batch held changes nothing at all."""
+def test_a_sample_never_seen_is_refused(tmp_path: Path) -> None:
+    """A sample that no batch held cannot be left out, alone or in a group."""
     run = recorded_run("twice in a batch", tmp_path)
-    assert (backtrail.leave_one_out(run, standard_queries(), samples=[8]) == 0).all()
+    with pytest.raises(NeverTrainedOn, match="Sample 8 was never trained on"):
+        backtrail.leave_one_out(run, standard_queries(), samples=[8])
+    with pytest.raises(NeverTrainedOn, match="Samples 5, 8 were never trained on"):
+        backtrail.retrain(run, standard_queries(), [[0, 8], [5]])
+
+
+def test_a_training_that_diverges_is_nan_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A re-run that ends in NaN has a change of NaN; the others keep theirs."""
+    run = recorded_run("sgd", tmp_path)
+    found = backtrail.retrain(run, standard_queries(), [[0], [1]], weight=1e300)
+    assert np.isnan(found.change).all()
+    assert found.diverged == (0, 1)
+    assert "NaN after removal 0, 1" in repr(found)
+    assert "2 of 2 trainings without samples end with a query that is NaN" in caplog.text
+    plain = backtrail.retrain(run, standard_queries(), [[0], [1]])
+    assert plain.diverged == ()
+    np.testing.assert_array_equal(found.base, plain.base)
+
+
+def test_a_query_that_is_nan_has_no_change(tmp_path: Path) -> None:
+    """Where the query itself is NaN, so is its change, and that of the other query is not."""
+    run = recorded_run("sgd", tmp_path)
+
+    def read(model: torch.nn.Module) -> Tensor:
+        first = next(model.parameters()).sum()
+        return torch.stack([first, first * torch.nan])
+
+    found = backtrail.retrain(run, backtrail.Custom(read, labels=["sum", "nan"]), [[0]])
+    assert np.isfinite(found.change[0]).all()
+    assert np.isnan(found.change[1]).all()
+    assert np.isnan(found.base[1]).all()
+
+
+def test_states_before_the_removal_have_a_base_and_no_change(tmp_path: Path) -> None:
+    """At a state before the first changed step the query is as it was recorded."""
+    run = recorded_run("sgd", tmp_path)
+    last = run.steps - 1
+    sample = run.log[last].samples[0]
+    found = backtrail.retrain(
+        run, standard_queries(), [[sample]], steps=(last, run.steps), observed_at=[1, run.steps]
+    )
+    everywhere = backtrail.retrain(
+        run, standard_queries(), [[run.log[0].samples[0]]], observed_at=[1, run.steps]
+    )
+    assert (found.change[:, 0] == 0).all()
+    np.testing.assert_allclose(found.base, everywhere.base, rtol=1e-12)
 
 
 def test_models_that_cannot_be_stacked_are_run_one_by_one(
