@@ -144,7 +144,7 @@ def is_whole(value: Any, least: int | None = None, most: int | None = None) -> b
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         return False
-    return (least is None or value >= least) and (most is None or value <= most)
+    return bool((least is None or value >= least) and (most is None or value <= most))
 
 
 def is_real(value: Any, valid: Valid) -> bool:
@@ -424,7 +424,7 @@ class World:
 
     def recorder(self, **options: Any) -> backtrail.Recorder:
         """A recorder of the live model."""
-        right = {"path": self.fresh(), "task": self.task, "optimizer": self.optimizer}
+        right: dict[str, Any] = {"path": self.fresh(), "task": self.task, "optimizer": self.optimizer}
         return backtrail.Recorder(**(right | options))
 
     def record(self, task: backtrail.Task) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from backtrail import arguments
-from backtrail.apply.signals import are_classes, class_labels, class_scores
+from backtrail.apply.signals import are_classes, class_scores
 from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.influence.tables import places
@@ -23,6 +23,7 @@ from backtrail.queries import Part, Query
 from backtrail.queries.rows import RowQuery
 from backtrail.queries.selection import RowSelection
 from backtrail.run.run import Run
+from backtrail.task.classes import class_labels
 from backtrail.task.task import Batch, Task, in_eval_mode
 from backtrail.tree import cast, mapping_to_dict
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
-from backtrail.apply.signals import class_count, class_labels, class_scores, pieces
+from backtrail.apply.signals import class_count, class_scores, pieces
 from backtrail.errors import BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.run.run import Run
 from backtrail.step.state import State
 from backtrail.sweep.rerun import evaluate_runs, rerun
+from backtrail.task.classes import class_labels
 from backtrail.task.task import Batch, Task, in_eval_mode
 from backtrail.tree import Tree, cast
 
