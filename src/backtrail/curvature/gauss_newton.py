@@ -143,7 +143,7 @@ def split_vjp(
         return gradient_vjp(micro_batch, params, buffers, weights=weights)
     with accelerated(second_order="forward"):
         backbone = Backbone.forward(micro_batch, params, buffers, split=split)
-    with torch.enable_grad(), micro_batch.recorded_randomness():
+    with torch.enable_grad(), micro_batch.recorded_randomness(params):
         head = split.head(micro_batch, backbone.outputs, weights)
     gradient, jvp = backbone.gradient_and_jvp(head.slopes, twice=product == "autograd")
     if product == "difference":
@@ -200,7 +200,7 @@ class Backbone:
         trained, running = differentiable_inputs(micro_batch, params, buffers)
         trained = as_leaves(trained)
         running = as_leaves(running)
-        with torch.enable_grad(), micro_batch.recorded_randomness():
+        with torch.enable_grad(), micro_batch.recorded_randomness(params):
             outputs, after = micro_batch.transition.task.outputs(
                 params | trained, buffers | running, micro_batch.batch
             )
@@ -255,7 +255,7 @@ def _jvp_by_differences(
     trained, _ = differentiable_inputs(micro_batch, params, buffers)
 
     def ends_at(part: Tree) -> Tensors:
-        with torch.no_grad(), micro_batch.recorded_randomness():
+        with torch.no_grad(), micro_batch.recorded_randomness(params):
             outputs, _ = micro_batch.transition.task.outputs(
                 params | part, buffers, micro_batch.batch
             )

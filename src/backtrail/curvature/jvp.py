@@ -182,7 +182,7 @@ def split_jvp(
     ends_tangent, after_tangent = _ends_jvp(
         micro_batch, state, tangent, split=split, product=product
     )
-    with torch.enable_grad(), micro_batch.recorded_randomness():
+    with torch.enable_grad(), micro_batch.recorded_randomness(state.params):
         head = split.head(micro_batch, backbone.outputs, torch.ones_like(weights))
         # With the change of the weights in their place: the change of the slopes.
         changed_head = split.head(micro_batch, backbone.outputs, weights)
@@ -210,7 +210,7 @@ def _ends_jvp(
     trained, running = differentiable_inputs(micro_batch, state.params, state.buffers)
 
     def forward(part: Tree, statistics: Tree) -> tuple[Tensors, Tree]:
-        with micro_batch.recorded_randomness():
+        with micro_batch.recorded_randomness(state.params):
             outputs, after = micro_batch.transition.task.outputs(
                 state.params | part, state.buffers | statistics, micro_batch.batch
             )

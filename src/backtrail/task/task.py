@@ -31,7 +31,7 @@ from backtrail.task.activation_checkpointing import computed_once, uses_checkpoi
 from backtrail.task.batchnorm import STATISTICS, RunningStatistics, batchnorm_layers
 from backtrail.task.clipping import ClipNorm, ClipValue
 from backtrail.task.surrogate import note_buffers
-from backtrail.tree import Tree, cast, mapping_to_dict, tree_leaves, tree_map
+from backtrail.tree import Tree, cast, mapping_to_dict, precision_of, tree_leaves, tree_map
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +149,11 @@ class Task:
     def device(self) -> torch.device:
         """The device of the model when this was first read."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The precision of the model when this was first read: that of the training."""
+        return precision_of(torch_compile.parameters(self.model))
 
     def parameters(self) -> Tree:
         """The live model's parameters under unique names (shared, not copied, detached)."""
