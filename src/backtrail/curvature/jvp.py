@@ -229,7 +229,7 @@ def _ends_jvp(
         statistics = {
             name: tensor + step * tangent.buffers[name] for name, tensor in running.items()
         }
-        with torch.no_grad():
+        with micro_batch.transition.task.without_graph():
             return forward(moved(sign), statistics)
 
     ends_up, after_up = forward_at(1.0)

@@ -35,6 +35,7 @@ from backtrail.errors.methods import BadCheckpoint as BadCheckpoint
 from backtrail.errors.methods import BadSetting as BadSetting
 from backtrail.errors.methods import CannotRenormalize as CannotRenormalize
 from backtrail.errors.methods import CoupledLoss as CoupledLoss
+from backtrail.errors.methods import CoupledRows as CoupledRows
 from backtrail.errors.methods import DamagedBank as DamagedBank
 from backtrail.errors.methods import NoCheckpoints as NoCheckpoints
 from backtrail.errors.methods import NoOutputs as NoOutputs

@@ -103,6 +103,16 @@ class CoupledLoss(BacktrailError, ValueError):
         )
 
 
+class CoupledRows(BacktrailError, ValueError):
+    """Rows are read one by one, or in groups of no meaning, and depend on one another."""
+
+    def __init__(self, what: str, instead: str) -> None:
+        self.args = (
+            f"{what} of a row depends on the other rows of its forward pass (a contrastive loss, "
+            f"or an average over the batch?). {instead}.",
+        )
+
+
 class RowsNotReadable(BacktrailError, ValueError):
     """A method reads rows by number, and the run's samples are ids."""
 

@@ -25,7 +25,7 @@ class Parameter(Query):
 
     Args:
         name: Name of the parameter, as in `model.named_parameters()`.
-        entries: Index of each entry, one number per axis.
+        entries: Index of each entry, one number per axis; of a vector also the number alone.
         unit: Unit of the parameter.
         mode: Without effect, since the model is not called.
 
@@ -34,14 +34,14 @@ class Parameter(Query):
     """
 
     name: str
-    entries: Sequence[tuple[int, ...]]
+    entries: Sequence[tuple[int, ...] | int]
     unit: str = "parameter"
     mode: Mode = "eval"
 
     @property
     def names(self) -> tuple[str, ...]:
         """Like `0.weight[0, 3]`."""
-        return tuple(f"{self.name}[{', '.join(map(str, entry))}]" for entry in self.entries)
+        return tuple(f"{self.name}[{', '.join(map(str, _axes(entry)))}]" for entry in self.entries)
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """All entries at once.
@@ -59,7 +59,7 @@ class Parameter(Query):
             del batch
             owner, _, leaf = self.name.rpartition(".")
             tensor = getattr(model.get_submodule(owner), leaf)
-            return torch.stack([tensor[entry] for entry in self.entries])
+            return torch.stack([tensor[_axes(entry)] for entry in self.entries])
 
         yield Part(tuple(range(count)), torch.eye(count), read)
 
@@ -70,13 +70,19 @@ class Parameter(Query):
         return f"Parameter({self.name!r}, {count} {noun}: {join_items(self.entries, most=6)})"
 
 
+def _axes(entry: tuple[int, ...] | int) -> tuple[int, ...]:
+    """The index of an entry, one number per axis."""
+    return (entry,) if isinstance(entry, int) else tuple(entry)
+
+
 @final
 @dataclass(frozen=True, repr=False)
 class Custom(Query):
     """Any differentiable function of the model that returns a scalar or a tensor `[query]`.
 
     The function receives the model with the tensors of a state in place of its own. It should read
-    nothing that changes between calls.
+    nothing that changes between calls. Random numbers that it draws from torch's default generators
+    are the same at every call.
 
     >>> Custom(lambda model: model.weight.norm(), labels=["size of the weights"]).names
     ('size of the weights',)

@@ -11,6 +11,7 @@ from backtrail.errors import BadQuery, join_items
 from backtrail.queries.query import Mode, Part, Query
 from backtrail.queries.selection import Aggregate, Collate, RowSelection, chosen_rows
 from backtrail.task.task import Batch, Rows, Task, labels_of, logits_of
+from backtrail.tree import Tree
 
 
 @final
@@ -33,7 +34,8 @@ class Loss(Query):
         aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows.
@@ -49,7 +51,7 @@ class Loss(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         self.unit = unit
         self.mode: Mode = mode
@@ -71,6 +73,14 @@ class Loss(Query):
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The losses of blocks of rows."""
         return self.selection.parts(task, like, together=together, score=self.score)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Loss of each row of a batch: `[slot]`."""
@@ -97,7 +107,8 @@ class Logit(Query):
         aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows.
@@ -113,7 +124,7 @@ class Logit(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         self.target = target
         self.unit = "logit"
@@ -136,6 +147,14 @@ class Logit(Query):
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The logits of blocks of rows."""
         return self.selection.parts(task, like, together=together, score=self.score)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Logit of the chosen class of each row of a batch: `[slot]`."""
@@ -169,7 +188,8 @@ class Margin(Query):
         aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows.
@@ -184,7 +204,7 @@ class Margin(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         self.unit = "logit"
         self.mode: Mode = mode
@@ -206,6 +226,14 @@ class Margin(Query):
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The margins of blocks of rows."""
         return self.selection.parts(task, like, together=together, score=self.score)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Margin of each row of a batch: `[slot]`."""
@@ -239,7 +267,8 @@ class Feature(Query):
         aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows; when it is used, that the model does not
@@ -257,7 +286,7 @@ class Feature(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         self.layer = layer
         # `unit` of a query is the unit of its values, so the hidden unit goes by another name here.
@@ -282,6 +311,14 @@ class Feature(Query):
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The activations of blocks of rows."""
         return self.selection.parts(task, like, together=together, score=self.score)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Activation of the unit for each row of a batch: `[slot]`."""
@@ -324,7 +361,8 @@ class Saliency(Query):
             row and entry.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows.
@@ -340,7 +378,7 @@ class Saliency(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         self.inputs = tuple(inputs)
         self.unit = "logit per input"
@@ -364,6 +402,14 @@ class Saliency(Query):
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The saliencies of blocks of rows."""
         return self.selection.parts(task, like, together=together, score=self.score)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Derivatives by the chosen entries for each row of a batch: `[slot, entry]`."""

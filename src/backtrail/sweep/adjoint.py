@@ -134,8 +134,11 @@ def pull_back(
         chunk: how many queries are pulled back at once; more are faster on small models and take
             more memory.
     """
+    # Outside of the block below, whose attention kernel rounds differently: under autocast by so
+    # much that the slope of the update at its gradient would be another one.
+    trained = _gradient_under_autocast(transition, state)
     with transition.replaying(double_backward=rules.curvature.product == "autograd"):
-        primal = _StepGradient.of(transition, state, rules)
+        primal = _StepGradient.of(transition, state, rules, trained)
         clipped, clip_vjp = _clip_with_vjp(transition, primal.consumed)
         _check_step(transition, state, primal, clipped)
         # The update overwrites λ_θ and λ_m with a_θ and a_m in place.
@@ -197,6 +200,16 @@ def _check_step(
     check.check_gradient(clipped)
     if check.state_is_known:
         check.check_state(transition.apply_update(state, clipped, primal.buffers))
+
+
+def _gradient_under_autocast(transition: Transition, state: State) -> Tree | None:
+    """The gradient that the update was made of, by the training's kernels; None without autocast.
+
+    Under autocast it is another gradient than the one that is differentiated.
+    """
+    if not transition.step.autocast:
+        return None
+    return transition.raw_gradient(state).gradient
 
 
 def _clip_with_vjp(transition: Transition, raw: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
@@ -307,10 +320,9 @@ class _StepGradient:
     vjps_from_last: Callable[[], Iterator[GradientVJP]]
 
     @staticmethod
-    def of(transition: Transition, state: State, rules: Rules) -> "_StepGradient":
-        # Under autocast the update was made from another gradient than the one that is
-        # differentiated.
-        trained = transition.raw_gradient(state).gradient if transition.step.autocast else None
+    def of(
+        transition: Transition, state: State, rules: Rules, trained: Tree | None
+    ) -> "_StepGradient":
         micro_batches = transition.micro_batches()
         if len(micro_batches) == 1:
             only = _gradient_vjp(micro_batches[0], state, state.buffers, rules=rules)

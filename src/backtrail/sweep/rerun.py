@@ -119,20 +119,34 @@ def evaluate_runs(
     Raises:
         BacktrailError: The task or a query is wrong, whichever way it is computed.
     """
-    with torch.no_grad():
-        try:
-            at_once: Tensor = vmap(function)(states.params, states.buffers)
+    try:
+        with torch.no_grad():
+            # Whatever a function draws, every run gets the same numbers.
+            at_once: Tensor = vmap(function, randomness="same")(states.params, states.buffers)
             return at_once
-        except BacktrailError:
-            # It says what is wrong, and would be raised one by one as well.
-            raise
-        except (RuntimeError, NotImplementedError, ValueError):
-            values: list[Tensor] = []
-            for run in range(len(next(iter(states.params.values())))):
-                params = select_run(states.params, run)
-                buffers = select_run(states.buffers, run)
-                values.append(function(params, buffers))
-            return torch.stack(values)
+    except BacktrailError:
+        # It says what is wrong, and would be raised one by one as well.
+        raise
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        log.info("states are read one by one: %s", _first_line(error))
+    values: list[Tensor] = []
+    for run in range(len(next(iter(states.params.values())))):
+        params = select_run(states.params, run)
+        buffers = select_run(states.buffers, run)
+        values.append(_evaluate(function, params, buffers))
+    return torch.stack(values)
+
+
+def _evaluate(function: Callable[[Tree, Tree], Tensor], params: Tree, buffers: Tree) -> Tensor:
+    try:
+        with torch.no_grad():
+            return function(params, buffers)
+    except BacktrailError:
+        raise
+    except RuntimeError:
+        # A model that differentiates by its own inputs needs a graph.
+        with torch.enable_grad():
+            return function(params, buffers).detach()
 
 
 def _first_line(error: Exception) -> str:

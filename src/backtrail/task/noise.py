@@ -46,7 +46,7 @@ class SameNumbers(TorchDispatchMode):
         if name.endswith("_") and self._is_computed(args[0]):
             return self._fill(function, args, kwargs)
         if name == "native_dropout" and self._is_computed(args[0]):
-            return self._dropout(function, *args, **kwargs)
+            return self._dropout(function, *args)
         if name == "normal" and any(map(self._is_computed, args)):
             return self._normal(*args, **kwargs)
         if self._returns_computed(name, args, kwargs):
@@ -74,9 +74,9 @@ class SameNumbers(TorchDispatchMode):
         return filled
 
     def _dropout(
-        self, function: Any, input: Tensor, p: float, train: bool | None
+        self, function: Any, input: Tensor, p: float, *train: bool
     ) -> tuple[Tensor, Tensor]:
-        _, mask = function(input.to(self.recorded), p, train)
+        _, mask = function(input.to(self.recorded), p, *train)
         # Not the output of the drawn dropout, whose entries were rounded.
         scale = 1 / (1 - p) if p < 1 else 0.0
         return input * mask * scale, mask

@@ -247,6 +247,9 @@ def _read(
     changes: int,
 ) -> Retrained:
     """Read the queries at the observed states of all stacks."""
+    # At a recorded state: under `vmap` nothing can be decided by numbers.
+    end = run.state(run.kept[-1])
+    queries.prepare(run.task, params=end.params, buffers=end.buffers)
 
     def read(params: Tree, buffers: Tree) -> torch.Tensor:
         return values(queries, run.task, params=params, buffers=buffers)
