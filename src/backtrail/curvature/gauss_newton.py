@@ -221,9 +221,7 @@ class Backbone:
         updated = {name: trained[name] for name in micro_batch.transition.updated}
         return Backbone(updated, trained, running, outputs, ends, after)
 
-    def gradient_and_jvp(
-        self, slopes: Tensors, *, twice: bool
-    ) -> tuple[Tree, JVP]:
+    def gradient_and_jvp(self, slopes: Tensors, *, twice: bool) -> tuple[Tree, JVP]:
         """Gradient for slopes s of the ends, and the JVP from a direction a to the tangent J a.
 
         The gradient J' s is linear in s, so J a is its VJP by s with cotangent a: reverse mode

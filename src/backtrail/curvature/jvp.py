@@ -10,6 +10,7 @@ The loss is linear in the weights, so the last term is the gradient of the loss 
 their place. Every function here is the transpose of one in `vjp.py` or `gauss_newton.py`.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
 from backtrail.task.surrogate import TrueDerivatives, surrogate_gradients
 from backtrail.tree import Tree, each
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +209,12 @@ def split_jvp(
 def _ends_jvp(
     micro_batch: MicroBatch, state: State, tangent: State, *, split: SplitPoint, product: Product
 ) -> tuple[Tensors, Tree]:
-    """Tangents of the ends, and of the running statistics after the forward pass."""
+    """Tangents of the ends, and of the running statistics after the forward pass.
+
+    Raises:
+        BacktrailError: The task is wrong, whichever way it is computed.
+        OutOfMemoryError: Memory ran out; differences take less.
+    """
     trained, running = differentiable_inputs(micro_batch, state.params, state.buffers)
 
     def forward(part: Tree, statistics: Tree) -> tuple[Tensors, Tree]:
@@ -218,9 +226,17 @@ def _ends_jvp(
         return ends, {name: after[name] for name in running}
 
     if product == "autograd":
-        _, tangents = value_and_jvp(forward, (trained, running), (tangent.params, tangent.buffers))
-        ends_tangent, after_tangent = tangents
-        return ends_tangent, after_tangent
+        directions = (tangent.params, tangent.buffers)
+        try:
+            _, (ends_tangent, after_tangent) = value_and_jvp(
+                forward, (trained, running), directions
+            )
+        except (BacktrailError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            note_differences(error)
+        else:
+            return ends_tangent, after_tangent
 
     epsilon, moved = step_along(trained, tangent.params)
 
@@ -237,6 +253,12 @@ def _ends_jvp(
     pairs = zip(ends_up, ends_down, strict=True)
     ends_difference = tuple((up - down) / (2 * epsilon) for up, down in pairs)
     return ends_difference, _central_difference(after_up, after_down, epsilon)
+
+
+def note_differences(error: Exception) -> None:
+    """Log that forward mode cannot follow the model, so that central differences are taken."""
+    first_line = str(error).partition("\n")[0]
+    log.warning("forward mode cannot follow this model; taking differences: %s", first_line)
 
 
 def _central_difference(up: Tree, down: Tree, epsilon: Tensor) -> Tree:

@@ -40,6 +40,7 @@ from backtrail.errors.methods import DamagedBank as DamagedBank
 from backtrail.errors.methods import NoCheckpoints as NoCheckpoints
 from backtrail.errors.methods import NoOutputs as NoOutputs
 from backtrail.errors.methods import RowsNotReadable as RowsNotReadable
+from backtrail.errors.methods import StrayedRerun as StrayedRerun
 from backtrail.errors.methods import TooLittleMemory as TooLittleMemory
 from backtrail.errors.methods import UnusedOption as UnusedOption
 from backtrail.errors.methods import WithoutQueries as WithoutQueries

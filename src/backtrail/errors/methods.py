@@ -140,6 +140,19 @@ class BadCheckpoint(BacktrailError, ValueError):
         self.args = (f"{place} is not a checkpoint of this training: {problem}.",)
 
 
+class StrayedRerun(BacktrailError, RuntimeError):
+    """The unperturbed re-run is another training than the recorded one."""
+
+    def __init__(self, step: int, state: int, *, off: float, tolerance: float, dtype: str) -> None:
+        self.args = (
+            f"Run again in {dtype}, step {step} has another gradient than in the training "
+            f"(relative difference {off:.2g}, tolerance {tolerance:.2g}), and the kept state "
+            f"{state} is another one. Usual causes: random numbers that a model draws in one "
+            "precision whatever its own, or not from torch's default generators. Re-run in the "
+            "training's precision (dtype=None); run.verify() says whether that reproduces it.",
+        )
+
+
 class DamagedBank(BacktrailError, RuntimeError):
     """A file in the folder of stored re-runs cannot be read."""
 

@@ -37,6 +37,7 @@ from torch.func import vjp, vmap
 
 from backtrail.accel.context import accelerated
 from backtrail.curvature.vjp import GradientVJP
+from backtrail.errors import BacktrailError
 from backtrail.optim.jacobian import pull_update
 from backtrail.step.state import State, elementwise_keys
 from backtrail.step.step import Gradient, MicroBatch, Transition, accumulate
@@ -263,6 +264,9 @@ def batched_vjp(
     Returns:
         Cotangents of the parameters, of the running statistics before the forward pass, and the
         scores.
+
+    Raises:
+        BacktrailError: The task is wrong, whichever way it is computed.
     """
     count = len(next(iter(grads.values())))
     if count == 1:
@@ -279,6 +283,14 @@ def batched_vjp(
         log.warning(
             "out of memory; pulling back fewer queries at once, which may change the last digits"
         )
+    except BacktrailError:
+        # It says what is wrong, and would be raised for one query as well.
+        raise
+    except RuntimeError as error:
+        # One after the other gives the same where `vmap` cannot follow the model.
+        first_line = str(error).partition("\n")[0]
+        log.info("pulling back one query at a time: %s", first_line)
+        return _one_after_the_other(gradient_vjp, grads, buffers)
     # Outside of the handler, where the error would keep the tensors of the failed call alive.
     halves = slice(0, count // 2), slice(count // 2, None)
     results = [
@@ -291,6 +303,23 @@ def batched_vjp(
         concatenate(before_of_halves),
         torch.cat(scores_of_halves),
     )
+
+
+def _one_after_the_other(
+    gradient_vjp: GradientVJP, grads: Tree, buffers: Tree
+) -> tuple[Tree, Tree, Tensor]:
+    products: list[Tree] = []
+    before: list[Tree] = []
+    scores: list[Tensor] = []
+    for row in range(len(next(iter(grads.values())))):
+        one = slice(row, row + 1)
+        product, statistics, score = batched_vjp(
+            gradient_vjp, select_queries(grads, one), select_queries(buffers, one)
+        )
+        products.append(product)
+        before.append(statistics)
+        scores.append(score)
+    return concatenate(products), concatenate(before), torch.cat(scores)
 
 
 def select_queries(tree: Tree, rows: slice) -> Tree:

@@ -5,8 +5,9 @@ always the difference of two runs of this same engine, the unperturbed one being
 stack, never against the recorded weights: so rounding that both share cancels.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, final, get_args
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from backtrail.errors import BadSetting, ImpossibleWindow, join_items
+from backtrail.errors import BacktrailError, BadSetting, ImpossibleWindow, join_items
 from backtrail.exclusive import exclusive
 from backtrail.influence.tables import places
 from backtrail.methods.observe import ObservedAt, observed_states
@@ -25,7 +26,10 @@ from backtrail.methods.retrain.weights import Removal, Steps, WeightChange
 from backtrail.queries import Query, values
 from backtrail.run.run import Run
 from backtrail.sweep.rerun import evaluate_runs
+from backtrail.task.outside import tensors_used_by
 from backtrail.tree import Tree
+
+log = logging.getLogger(__name__)
 
 Denominator = Literal["keep", "renormalize"]
 
@@ -48,12 +52,18 @@ class Retrained:
         noise: Largest difference between two unperturbed runs of one stack,
             `[query, observed_at]`; smaller changes mean nothing.
         observed_at: The states at which the queries were read.
+        precision: That of the re-runs, like "float64". It is the training's own where the model or
+            a query cannot be computed in the one that was asked for.
+        remarks: What has to be said about the re-runs, if anything: another precision than asked
+            for, or an unperturbed re-run that does not end where the training did.
     """
 
     change: Float[np.ndarray, "query observed_at removal"]
     base: Float[np.ndarray, "query observed_at"]
     noise: Float[np.ndarray, "query observed_at"]
     observed_at: tuple[int, ...]
+    precision: str = "float64"
+    remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Sizes in one line; never the arrays."""
@@ -93,7 +103,8 @@ def leave_one_out(
         steps: (a, b): The sample is removed only from the batches of the steps [a, b).
         denominator: What a removal does to the divisor of its batch's mean: "keep" leaves it,
             "renormalize" divides by the number of samples that are left.
-        dtype: Precision of the re-runs; None for the recorded one.
+        dtype: Precision of the re-runs; None for the recorded one, which is also taken, with a
+            warning, where the model or a query cannot be computed in this one.
         batch: Trainings run at once; by default 64, and on a processor fewer (from 8) where their
             activations are large.
         weight: Weight that a removed sample's loss keeps; with 2 it is counted twice instead.
@@ -112,6 +123,7 @@ def leave_one_out(
             an average over the training, which it cannot answer.
         OtherRun: The bank holds re-runs of another training.
         DamagedBank: A file of the bank cannot be read.
+        StrayedRerun: The re-run without a removal is another training than the recorded one.
     """
     if window is not None:
         _check_range(run, window)
@@ -173,7 +185,8 @@ def retrain(
             everywhere by default.
         denominator: What a removal does to the divisor of its batch's mean: "keep" leaves it,
             "renormalize" divides by the number of samples that are left.
-        dtype: Precision of the re-runs; None for the recorded one.
+        dtype: Precision of the re-runs; None for the recorded one, which is also taken, with a
+            warning, where the model or a query cannot be computed in this one.
         batch: Trainings run at once; by default 64, and on a processor fewer (from 8) where their
             activations are large.
         weight: Weight that a removed sample's loss keeps; with 2 it is counted twice instead.
@@ -190,6 +203,7 @@ def retrain(
             an average over the training, which it cannot answer.
         OtherRun: The bank holds re-runs of another training.
         DamagedBank: A file of the bank cannot be read.
+        StrayedRerun: The re-run without a removal is another training than the recorded one.
     """
     if denominator not in get_args(Denominator):
         raise BadSetting("denominator", denominator, "'keep' or 'renormalize'")
@@ -209,11 +223,13 @@ def retrain(
     ]
     states = observed_states(run, observed_at)
     reruns = Reruns(run=run, observed_at=states, dtype=dtype, batch=batch, queries=queries)
-    if bank is None:
-        stacks = reruns.stacks(changes)
-    else:
-        stacks = cached_stacks(RerunCache(Path(bank), run, dtype), reruns, changes)
-    return _read(run, queries, stacks, observed_at=states, changes=len(changes))
+
+    def stacks(how: Reruns) -> Iterable[RunStack]:
+        if bank is None:
+            return how.stacks(changes)
+        return cached_stacks(RerunCache(Path(bank), run, how.dtype), how, changes)
+
+    return _in_a_precision_that_works(reruns, stacks, changes=len(changes))
 
 
 @exclusive
@@ -228,8 +244,48 @@ def perturb(
 ) -> Retrained:
     """Run the training again under each of several changes of the samples' weights."""
     reruns = Reruns(run=run, observed_at=observed_at, dtype=dtype, batch=batch, queries=queries)
-    stacks = reruns.stacks(changes)
-    return _read(run, queries, stacks, observed_at=observed_at, changes=len(changes))
+    return _in_a_precision_that_works(reruns, lambda how: how.stacks(changes), changes=len(changes))
+
+
+def _in_a_precision_that_works(
+    reruns: Reruns, stacks: Callable[[Reruns], Iterable[RunStack]], *, changes: int
+) -> Retrained:
+    """Re-run and read, in the training's own precision where the one asked for cannot be.
+
+    Tensors that are not part of the batch (a teacher, an adjacency matrix, the rows of a `Custom`
+    query) stay in the training's precision, and torch multiplies no two precisions.
+
+    Raises:
+        BacktrailError: the task or a query is wrong in any precision.
+        OutOfMemoryError: memory ran out.
+        RuntimeError: the model fails in its own precision as well.
+    """
+    run = reruns.run
+    try:
+        return _read(reruns, stacks(reruns), changes=changes)
+    except (BacktrailError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        if reruns.dtype in {None, run.task.dtype}:
+            raise
+        first_line = str(error).partition("\n")[0]
+    own = replace(reruns, dtype=None, remarks=[])
+    remark = (
+        f"re-runs are in {run.task.dtype}, the training's own precision: in {reruns.dtype} the "
+        f"model or a query fails ({first_line}){_blame(run, reruns.queries)}"
+    )
+    log.warning("%s", remark)
+    found = _read(own, stacks(own), changes=changes)
+    return replace(found, remarks=(remark, *found.remarks))
+
+
+def _blame(run: Run, queries: Query) -> str:
+    """Name the tensors outside of the batch that may be the reason; empty if none are found."""
+    functions = [run.task.loss, run.task.predict, run.task.penalty, getattr(queries, "function", 0)]
+    names = tensors_used_by(functions, run.task.dtype)
+    if not names:
+        return ""
+    return f". Not part of the batch, and so not cast: {join_items(names, most=6)}"
 
 
 def _check_range(run: Run, stretch: Steps) -> None:
@@ -238,15 +294,11 @@ def _check_range(run: Run, stretch: Steps) -> None:
         raise ImpossibleWindow(start, stop, run.steps)
 
 
-def _read(
-    run: Run,
-    queries: Query,
-    stacks: Iterable[RunStack],
-    *,
-    observed_at: tuple[int, ...],
-    changes: int,
-) -> Retrained:
+def _read(reruns: Reruns, stacks: Iterable[RunStack], *, changes: int) -> Retrained:
     """Read the queries at the observed states of all stacks."""
+    run = reruns.run
+    queries = reruns.queries
+    observed_at = reruns.observed_at
     # At a recorded state: under `vmap` nothing can be decided by numbers.
     end = run.state(run.kept[-1])
     queries.prepare(run.task, params=end.params, buffers=end.buffers)
@@ -269,4 +321,7 @@ def _read(
         difference = np.abs(found[:, :, -1] - unperturbed)
         noise = np.maximum(noise, np.nan_to_num(difference))
         base = np.where(np.isnan(unperturbed), base, unperturbed)
-    return Retrained(np.nan_to_num(change), base, noise, observed_at)
+    precision = str(reruns.dtype or run.task.dtype).removeprefix("torch.")
+    return Retrained(
+        np.nan_to_num(change), base, noise, observed_at, precision, tuple(reruns.remarks)
+    )
