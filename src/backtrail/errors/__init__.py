@@ -49,6 +49,7 @@ from backtrail.errors.recording import BadOptimizer as BadOptimizer
 from backtrail.errors.recording import BadPolicy as BadPolicy
 from backtrail.errors.recording import ChangedOutside as ChangedOutside
 from backtrail.errors.recording import Diverged as Diverged
+from backtrail.errors.recording import NoDerivative as NoDerivative
 from backtrail.errors.recording import OtherSlots as OtherSlots
 from backtrail.errors.recording import SparseGradient as SparseGradient
 from backtrail.errors.recording import StaleGradient as StaleGradient

@@ -1,19 +1,33 @@
 """The recorder's self-check: the recorded step reproduces the gradient that the loop computed."""
 
+import logging
+from collections.abc import Callable
 from typing import final
 
 import torch
 
-from backtrail.errors import BadLoss, UnexplainedGradient, UnrepeatableRows
+from backtrail.curvature.vjp import GradientVJP, gradient_vjp, gradient_vjp_by_differences
+from backtrail.errors import (
+    BacktrailError,
+    BadLoss,
+    NoDerivative,
+    NotCut,
+    UnexplainedGradient,
+    UnrepeatableRows,
+)
 from backtrail.record.backward_hooks import LiveBatch
 from backtrail.run.run import AUTOCAST
 from backtrail.run.tensors import digest
 from backtrail.step.state import State, Step, is_check_due
-from backtrail.step.step import Transition
+from backtrail.step.step import MicroBatch, Transition
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree, cast, norm
 
+log = logging.getLogger(__name__)
+
 MAX_NEW_SHAPES = 8  # kinds of step that are checked when they first occur
+ROWS_TRIED = 2  # of a batch, to find out whether its gradient can be differentiated
+DerivativeOfGradient = Callable[..., GradientVJP]
 
 
 @final
@@ -57,6 +71,7 @@ class GradientCheck:
 
         Raises:
             UnexplainedGradient: they differ.
+            NoDerivative: at step 0, that no derivative of the gradient can be taken.
             BadLoss: the task's loss does not return one value per slot.
         """
         if transition.step.index == 0:
@@ -76,6 +91,55 @@ class GradientCheck:
                 ours=norm(replayed),
                 theirs=norm(consumed),
             )
+        if transition.step.index == 0:
+            try_derivatives(transition, state)
+
+
+def try_derivatives(transition: Transition, state: State) -> None:
+    """Differentiate a step's gradient once, as an attribution will, on as few rows as possible.
+
+    A model that cannot be differentiated would otherwise be noticed after the training.
+
+    Raises:
+        NoDerivative: neither derivatives nor differences of its gradient can be taken.
+    """
+    micro_batch = next(part for part in transition.micro_batches() if part.contributes)
+    few: MicroBatch | None = None
+    if len(micro_batch.share) > ROWS_TRIED:
+        try:
+            few = micro_batch.select_slots(torch.arange(ROWS_TRIED))
+        except NotCut:
+            few = None
+    ways = [gradient_vjp, gradient_vjp_by_differences]
+    errors: list[Exception] = []
+    # A loss may need the whole batch (pairs of rows, say), so that is what decides.
+    for part in [few, micro_batch]:
+        for way in ways:
+            if part is None:
+                continue
+            try:
+                _differentiate(way, part, state)
+            except (BacktrailError, torch.OutOfMemoryError):
+                return
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                errors.append(error)
+            else:
+                if way is gradient_vjp_by_differences:
+                    log.warning(
+                        "torch cannot differentiate the gradient of this training once more (%s): "
+                        "attribute with DIT(curvature=backtrail.Hessian(product='difference'))",
+                        str(errors[-1]).partition("\n")[0],
+                    )
+                return
+    raise NoDerivative(errors[-2], errors[-1]) from errors[-1]
+
+
+def _differentiate(way: DerivativeOfGradient, part: MicroBatch, state: State) -> None:
+    like = next(iter(state.params.values()))
+    ones = torch.ones(len(part.share)).to(like)
+    with part.transition.replaying(double_backward=way is gradient_vjp):
+        found = way(part, state.params, state.buffers, weights=ones)
+        found.vjp(found.gradient, {})
 
 
 def default_gradient_tolerance(step: Step, consumed: Tree) -> float:

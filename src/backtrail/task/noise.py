@@ -49,6 +49,10 @@ class SameNumbers(TorchDispatchMode):
             return self._dropout(function, *args)
         if name == "normal" and any(map(self._is_computed, args)):
             return self._normal(*args, **kwargs)
+        if name == "bernoulli" and self._is_computed(args[0]):
+            # Of chances in another precision, other numbers are drawn.
+            drawn = function(args[0].to(self.recorded), *args[1:], **kwargs)
+            return drawn.to(self.computed)
         if self._returns_computed(name, args, kwargs):
             return function(*args, **kwargs | {"dtype": self.recorded}).to(self.computed)
         return function(*args, **kwargs)
