@@ -35,6 +35,7 @@ PRIVATE_NAMES = {
     "_version": ("tree.py", "tells that a tensor was written to, without comparing its entries"),
     "_base": ("persample/trace.py", "an output that is overwritten in place leaves the graph"),
     "_functorch": ("task/dropout.py", "draws a dropout mask outside the transforms it is under"),
+    "_python_dispatch": ("task/noise.py", "replaces random numbers below autograd and vmap"),
     "_forward_hooks": ("task/task.py", "removes a hook whose handle belongs to the live model"),
     "_orig_mod": ("task/torch_compile.py", "the name of a compiled module's inside in state_dict"),
     "_torchdynamo_orig_callable": (

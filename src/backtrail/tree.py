@@ -41,7 +41,7 @@ def add(left: Tree, right: Tree) -> Tree:
     return total
 
 
-def precision_of(tree: Tree) -> torch.dtype:
+def precision_of(tree: Mapping[str, Tensor]) -> torch.dtype:
     """Precision of the first floating-point tensor of a tree; torch's default without one.
 
     >>> precision_of({"count": torch.ones(1, dtype=torch.int64), "w": torch.ones(1).double()})

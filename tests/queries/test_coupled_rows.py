@@ -116,7 +116,7 @@ def test_more_rows_than_a_pass_holds_need_a_size(
 
 
 @pytest.mark.parametrize("method", ["loss", "mean-loss", "tracin", "self-influence"])
-def test_rankings_by_single_rows_are_refused(method: str, tmp_path: Path) -> None:
+def test_rankings_by_single_rows_are_refused(method: Any, tmp_path: Path) -> None:
     """They would read rows in groups of no meaning."""
     run = recorded(contrastive, tmp_path / "run")
     with pytest.raises(CoupledRows, match="DIT"):

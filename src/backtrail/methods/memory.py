@@ -9,7 +9,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from backtrail.accel.onednn import available
 from backtrail.errors import BacktrailError, BadSetting, TooLittleMemory
@@ -18,6 +17,7 @@ from backtrail.optim.flatten import longest_chunk
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.step.state import State, elementwise_keys
+from backtrail.task.noise import DispatchMode
 from backtrail.tree import each, tree_leaves
 
 # Bytes of activations up to which pulling more queries at once is faster on a CPU.
@@ -230,7 +230,7 @@ def bytes_of_activations(run: Run, *, twice: bool) -> int:
 
 
 @final
-class _OutputBytes(TorchDispatchMode):
+class _OutputBytes(DispatchMode):  # type: ignore[misc]
     """Adds up the bytes of all tensors that operations return: no less than a graph keeps."""
 
     def __init__(self) -> None:

@@ -1,6 +1,5 @@
 """The recorder's self-check: the recorded step reproduces the gradient that the loop computed."""
 
-import logging
 from collections.abc import Callable
 from typing import final
 
@@ -22,8 +21,6 @@ from backtrail.step.state import State, Step, is_check_due
 from backtrail.step.step import MicroBatch, Transition
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree, cast, norm
-
-log = logging.getLogger(__name__)
 
 MAX_NEW_SHAPES = 8  # kinds of step that are checked when they first occur
 ROWS_TRIED = 2  # of a batch, to find out whether its gradient can be differentiated
@@ -124,12 +121,6 @@ def try_derivatives(transition: Transition, state: State) -> None:
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
                 errors.append(error)
             else:
-                if way is gradient_vjp_by_differences:
-                    log.warning(
-                        "torch cannot differentiate the gradient of this training once more (%s): "
-                        "attribute with DIT(curvature=backtrail.Hessian(product='difference'))",
-                        str(errors[-1]).partition("\n")[0],
-                    )
                 return
     raise NoDerivative(errors[-2], errors[-1]) from errors[-1]
 

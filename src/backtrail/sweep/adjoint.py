@@ -173,8 +173,9 @@ def pull_gradient(
     Returns:
         Cotangents of the trained parameters and of the running statistics, and the scores.
     """
+    trained = _gradient_under_autocast(transition, state)
     with transition.replaying(double_backward=rules.curvature.product == "autograd"):
-        primal = _StepGradient.of(transition, state, rules)
+        primal = _StepGradient.of(transition, state, rules, trained)
         params = {name: torch.zeros_like(state.params[name])[None] for name in transition.trained}
         running = [name for name in transition.task.running if name in state.buffers]
         buffers = {name: torch.zeros_like(state.buffers[name])[None] for name in running}

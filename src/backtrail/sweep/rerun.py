@@ -94,8 +94,8 @@ def _agrees_with_first(
     first = State(each(_first, states.params), each(_first, states.buffers))
     alone, _ = gradients_one_by_one(step, first, weights[:1])
     gap = norm({name: tensor[0] - alone[name][0] for name, tensor in grads.items()})
-    precision = torch.finfo(precision_of(grads)).eps
-    return gap <= precision**0.5 * norm(alone)
+    allowed: float = torch.finfo(precision_of(grads)).eps ** 0.5
+    return gap <= allowed * norm(alone)
 
 
 def _first(tensor: Tensor) -> Tensor:

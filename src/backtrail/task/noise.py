@@ -16,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backtrail.task.dropout import SameDropout
 
+# A mode sees every operation of torch. The class is not typed, which would show at every use.
+DispatchMode: Any = TorchDispatchMode
 SEED = 0  # of the numbers that a query or a ranking draws, whatever the state of the generators
 
 
 @final
-class SameNumbers(TorchDispatchMode):
+class SameNumbers(DispatchMode):  # type: ignore[misc]
     """While entered, tensors of one precision are filled with the numbers of another.
 
     A draw into a tensor of the precision `computed` is made in the precision `recorded` and cast.
@@ -88,15 +90,15 @@ class SameNumbers(TorchDispatchMode):
     def _normal(self, mean: Any, std: Any = 1.0, *, generator: Any = None) -> Tensor:
         """Numbers of tensors of means and deviations, which are not rounded."""
         tensors = [value for value in (mean, std) if isinstance(value, Tensor)]
-        shape = torch.broadcast_shapes(*[tensor.shape for tensor in tensors])
-        drawn = torch.empty(shape, dtype=self.recorded, device=tensors[0].device)
+        # Of the shape that both have together.
+        drawn = torch.empty_like(sum(tensors[1:], tensors[0]), dtype=self.recorded)
         standard = drawn.normal_(generator=generator).to(self.computed)
         numbers: Tensor = standard * std + mean
         return numbers
 
 
 @final
-class ConstantNumbers(TorchDispatchMode):
+class ConstantNumbers(DispatchMode):  # type: ignore[misc]
     """While entered, every drawn number is a constant, the same for all rows of a batch.
 
     For comparing rows alone with rows in a batch, which draw other numbers.
