@@ -78,7 +78,7 @@ def main() -> None:
             queries = backtrail.Loss(test, aggregate="mean")
             for slope in (backtrail.Tangent(), backtrail.Secant()):
                 influence = backtrail.DIT(slope=slope).attribute(run, queries)
-                check = removal_check(
+                check, _ = removal_check(
                     run, influence, queries, samples=draw_visited(run, SAMPLES, seed=seed)
                 )
                 print(

@@ -424,7 +424,11 @@ class World:
 
     def recorder(self, **options: Any) -> backtrail.Recorder:
         """A recorder of the live model."""
-        right: dict[str, Any] = {"path": self.fresh(), "task": self.task, "optimizer": self.optimizer}
+        right: dict[str, Any] = {
+            "path": self.fresh(),
+            "task": self.task,
+            "optimizer": self.optimizer,
+        }
         return backtrail.Recorder(**(right | options))
 
     def record(self, task: backtrail.Task) -> None:

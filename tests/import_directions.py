@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "persample": STEP | {"persample"},
     "sweep": SWEEP,
     "run": STEP | {"run"},
-    "record": STEP | {"run", "record"},
+    "record": STEP | {"curvature", "run", "record"},
     "influence": RESULT,
     "methods": METHODS,
     "apply": METHODS | {"apply"},

@@ -40,7 +40,8 @@ PRIVATE_NAMES = {
         "record/outside_changes.py",
         "the norm of every tensor in one call; get_total_norm only gives that of all together",
     ),
-    "_functorch": ("step/dropout.py", "draws a dropout mask outside the transforms it is under"),
+    "_functorch": ("task/dropout.py", "draws a dropout mask outside the transforms it is under"),
+    "_python_dispatch": ("task/noise.py", "replaces random numbers below autograd and vmap"),
     "_forward_hooks": ("task/task.py", "removes a hook whose handle belongs to the live model"),
     "_orig_mod": ("task/torch_compile.py", "the name of a compiled module's inside in state_dict"),
     "_torchdynamo_orig_callable": (

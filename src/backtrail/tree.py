@@ -41,6 +41,18 @@ def add(left: Tree, right: Tree) -> Tree:
     return total
 
 
+def precision_of(tree: Mapping[str, Tensor]) -> torch.dtype:
+    """Precision of the first floating-point tensor of a tree; torch's default without one.
+
+    >>> precision_of({"count": torch.ones(1, dtype=torch.int64), "w": torch.ones(1).double()})
+    torch.float64
+    """
+    for tensor in tree.values():
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()
+
+
 def norm(tree: Tree) -> float:
     """Euclidean norm over all entries of all tensors.
 

@@ -99,7 +99,7 @@ def slopes(
     leaves = {
         name: params[name].clone().requires_grad_() for name in micro_batch.transition.updated
     }
-    with micro_batch.recorded_randomness():
+    with micro_batch.recorded_randomness(params):
         outputs, _ = micro_batch.transition.task.outputs(
             params | leaves, buffers, micro_batch.batch
         )
@@ -206,7 +206,7 @@ def test_the_pass_gives_the_gradient_of_the_step_too(layer: Layer) -> None:
     for name, gradient in found.gradient.items():
         wanted = torch.stack([single[name] for single in singles]).mean(0)
         assert (gradient - wanted).abs().max() <= 1e-10 * wanted.abs().max()
-    with micro_batch.recorded_randomness():
+    with micro_batch.recorded_randomness(params):
         losses, after = micro_batch.transition.task.losses(params, buffers, micro_batch.batch)
     torch.testing.assert_close(found.losses, losses, rtol=1e-13, atol=0)
     torch.testing.assert_close(found.buffers, after, rtol=0, atol=0)

@@ -155,9 +155,13 @@ def _sizes_at(run: Run, state: int) -> Float64[np.ndarray, " sample"]:
     gradient_bytes = sum(tensor.nbytes for tensor in point.trained.values())
     rows_at_once = max(1, min(ROWS, CACHE // gradient_bytes))
     sizes = np.zeros(run.samples)
+    first = True
     with in_eval_mode(run.task):
         for places, slots, read in pieces(run, rows=rows_at_once):
             batch = cast(read, like.dtype, like.device)
+            if first:
+                row_gradients.refuse_coupled(batch)
+                first = False
             gradients = row_gradients.each(batch, point.trained)
             squares = {}
             for name, gradient in gradients.items():

@@ -25,7 +25,7 @@ from backtrail.queries.selection import RowSelection
 from backtrail.run.run import Run
 from backtrail.task.classes import class_labels
 from backtrail.task.task import Batch, Task, in_eval_mode
-from backtrail.tree import cast, mapping_to_dict
+from backtrail.tree import Tree, cast, mapping_to_dict
 
 Samples = Sequence[int] | Int[np.ndarray, " kept"] | pl.Series | pl.DataFrame
 # A training again for each: more is a mistake.
@@ -187,6 +187,14 @@ class _WithAccuracy(Query):
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """Both means over blocks of rows."""
         return self.selection.parts(task, like, together=together, score=self.score)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.scored.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Score of each row, and 1 where its class is predicted: `[slot, 2]`."""

@@ -156,17 +156,22 @@ def _evaluated(
 ) -> Iterator[tuple[Int64[np.ndarray, " sample"], Float64[np.ndarray, "again sample column"]]]:
     """Distances from the label in every re-run and class probabilities, a few samples at a time."""
     like = next(iter(stack.params.values()))
-    with in_eval_mode(run.task):
+    with in_eval_mode(run.task) as reset_generators:
         for places, slots, read in pieces(run):
             batch = cast(read, like.dtype, like.device)
-            columns = evaluate_runs(stack, _columns(run.task, batch, classes=classes))
+            read_columns = _columns(run.task, batch, reset_generators, classes=classes)
+            columns = evaluate_runs(stack, read_columns)
             yield places, columns[:, slots].double().cpu().numpy()
 
 
-def _columns(task: Task, batch: Batch, *, classes: int) -> Callable[[Tree, Tree], Tensor]:
+def _columns(
+    task: Task, batch: Batch, reset_generators: Callable[[], None], *, classes: int
+) -> Callable[[Tree, Tree], Tensor]:
     """The function from parameters and buffers to distance and probabilities, `[slot, column]`."""
 
     def read(params: Tree, buffers: Tree) -> Tensor:
+        # Whatever a model draws, all re-runs get the same numbers.
+        reset_generators()
         outputs, _ = task.outputs(params, buffers, batch)
         if not classes:
             return task.losses_of(outputs, batch)[:, None]

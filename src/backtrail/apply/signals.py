@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
-from backtrail.errors import NoClasses
+from backtrail.errors import CoupledRows, NoClasses
 from backtrail.exclusive import exclusive
 from backtrail.run.run import Run
+from backtrail.step.state import State
 from backtrail.task.classes import class_labels, labels_within
 from backtrail.task.classes import class_scores as scores_of_classes
+from backtrail.task.coupling import are_rows_coupled
 from backtrail.task.task import Batch, in_eval_mode
 from backtrail.tree import cast
 
@@ -152,19 +154,43 @@ def _distances(
 def read_rows(run: Run, number: int, function: Callable[[Any, Batch], Tensor]) -> np.ndarray:
     """`function(outputs, batch)` of every sample at a state, `[sample, ...]`."""
     state = run.state(number, replay=True)
+    first = True
     like = next(iter(state.params.values()))
     parts = []
     places_of_parts = []
     with in_eval_mode(run.task):
         for places, slots, read in pieces(run):
             batch = cast(read, like.dtype, like.device)
+            if first:
+                _refuse_coupled(run, state, batch, function)
+                first = False
             model_outputs, _ = run.task.outputs(state.params, state.buffers, batch)
             numbers = function(model_outputs, batch)
-            parts.append(numbers[slots].double().cpu().numpy())
+            parts.append(numbers[slots].detach().double().cpu().numpy())
             places_of_parts.append(places)
     order = np.argsort(np.concatenate(places_of_parts))
     found: np.ndarray = np.concatenate(parts)[order]
     return found
+
+
+def _refuse_coupled(
+    run: Run, state: State, batch: Batch, function: Callable[[Any, Batch], Tensor]
+) -> None:
+    """Refuse numbers of a row that depend on which rows happen to be read with it.
+
+    Raises:
+        CoupledRows: they do.
+    """
+
+    def score(model: nn.Module, some: Batch) -> Tensor:
+        return function(run.task.predict(model, some), some)
+
+    if are_rows_coupled(run.task, batch, score, params=state.params, buffers=state.buffers):
+        raise CoupledRows(
+            "The number",
+            "Rank the samples by an influence instead: "
+            "backtrail.find_mislabeled(run, method=backtrail.DIT().attribute(run, queries))",
+        )
 
 
 def pieces(

@@ -21,7 +21,7 @@ from backtrail.influence.influence import Influence
 from backtrail.influence.tables import places
 from backtrail.methods.observe import check_queries, check_run
 from backtrail.methods.result import precision
-from backtrail.methods.retrain.retrain import Denominator, perturb, retrain
+from backtrail.methods.retrain.retrain import Denominator, Retrained, perturb, retrain
 from backtrail.methods.retrain.weights import Perturbation
 from backtrail.queries import Query
 from backtrail.run.run import AUTOCAST, Run, Verification
@@ -30,6 +30,7 @@ from backtrail.stats import Interval
 # Sizes h of the change of the sample weights. A large h is not yet in the linear range, and a small
 # one is lost in rounding; which are in between depends on the training.
 SIZES = (1e-3, 1e-4, 1e-5, 1e-6)
+COARSE_SIZES = (1e-1, 1e-2, 1e-3, 1e-4)  # where retraining is not in float64
 # Largest relative error of a passed derivative check, by precision of the sweep. Retraining is in
 # float64, so a float32 run is retrained along slightly different states.
 EXACT = {"float32": 5e-3, "float64": 1e-5}
@@ -214,6 +215,7 @@ class Trust:
         method: The method that computed the influence.
         fed_may_depend_on_model: Whether batches were given by `recorder.fed` that may depend on the
             model. The checks hold them constant, as the influence does, and so say nothing of that.
+        remarks: What has to be said about the re-runs, if anything, like another precision.
     """
 
     replay: Verification | str
@@ -222,6 +224,7 @@ class Trust:
     early: float
     method: str = "DIT"
     fed_may_depend_on_model: bool = False
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The checks, a line each, and what they mean together."""
@@ -230,6 +233,8 @@ class Trust:
         if self.derivative is not None:
             lines.append(str(self.derivative))
         lines.append(str(self.removal))
+        for remark in self.remarks:
+            lines.append(f"note        {remark}")
         lines.append(self.advice)
         return "\n".join(lines)
 
@@ -324,6 +329,7 @@ def trust(
     queries: Query | None = None,
     removals: int = 32,
     seed: int = 0,
+    dtype: torch.dtype | None = torch.float64,
 ) -> Trust:
     """Check an influence against its own run.
 
@@ -337,6 +343,8 @@ def trust(
         removals: Number of samples that are removed one at a time, a random choice of those that
             the training visited.
         seed: Of this choice, and of the direction of the derivative check.
+        dtype: Precision of the re-runs; None for the recorded one, which is also taken where the
+            model or a query cannot be computed in this one. The result says so.
 
     Returns:
         The three checks; `print` shows them, and what they mean together.
@@ -363,40 +371,49 @@ def trust(
         not_made = RemovalCheck.not_made(len(influence.queries))
         early = early_share(influence)
         return Trust(str(mismatch), None, not_made, early=early, method=influence.method)
+    samples = draw_visited(run, removals, seed=seed)
+    removal, reruns = removal_check(run, influence, asked, samples=samples, dtype=dtype)
+    if reruns.precision != str(dtype).removeprefix("torch."):
+        dtype = None  # the other precision failed, and would again
     derivative = None
     # An influence that is not meant to be the derivative would fail this check, however good it is.
     is_exact = influence.description.settings.get("exact", True)
     if influence.denominator == "keep" and is_exact:
-        derivative = derivative_check(run, influence, asked, seed=seed)
-    samples = draw_visited(run, removals, seed=seed)
-    removal = removal_check(run, influence, asked, samples=samples)
-    early = early_share(influence)
+        derivative = derivative_check(run, influence, asked, seed=seed, dtype=dtype)
     return Trust(
         replay,
         derivative,
         removal,
-        early=early,
+        early=early_share(influence),
         method=influence.method,
         fed_may_depend_on_model=run.fed_may_depend_on_model,
+        remarks=reruns.remarks,
     )
 
 
 @exclusive
 def derivative_check(
-    run: Run, influence: Influence, queries: Query, *, seed: int = 0
+    run: Run,
+    influence: Influence,
+    queries: Query,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = torch.float64,
 ) -> DerivativeCheck:
-    """Change all sample weights along one random direction, both ways, in float64, and compare."""
+    """Change all sample weights along one random direction, both ways, and compare."""
     generator = np.random.default_rng(seed)
     direction = generator.standard_normal(influence.sample.shape)  # d, [step, slot]
     weights = torch.from_numpy(direction)
     perturbations = []
-    for size in SIZES:
+    # In a coarser precision the effect of a tiny change would be rounding.
+    sizes = SIZES if (dtype or run.task.dtype) == torch.float64 else COARSE_SIZES
+    for size in sizes:
         perturbations.append(Perturbation(direction=weights, size=size))
         perturbations.append(Perturbation(direction=weights, size=-size))
-    found = perturb(run, queries, perturbations, observed_at=influence.observed_at)
+    found = perturb(run, queries, perturbations, observed_at=influence.observed_at, dtype=dtype)
     plus = found.change[:, :, 0::2]
     minus = found.change[:, :, 1::2]
-    slopes = (plus - minus) / (2 * np.array(SIZES))  # [query, observed_at, size]
+    slopes = (plus - minus) / (2 * np.array(sizes))  # [query, observed_at, size]
     actual, uncertainty = steadiest(slopes)
 
     # Influence is the effect of a removal, which lowers a weight: hence the sign.
@@ -442,23 +459,34 @@ def steadiest(slopes: Float[np.ndarray, "query observed_at size"]) -> tuple[np.n
 
 @exclusive
 def removal_check(
-    run: Run, influence: Influence, queries: Query, *, samples: Sequence[int]
-) -> RemovalCheck:
-    """Retrain without each of the samples; compare with the total at the last observed state."""
+    run: Run,
+    influence: Influence,
+    queries: Query,
+    *,
+    samples: Sequence[int],
+    dtype: torch.dtype | None = torch.float64,
+) -> tuple[RemovalCheck, Retrained]:
+    """Retrain without each of the samples; compare with the total at the last observed state.
+
+    Returns:
+        The check, and the re-runs that it is made of.
+    """
     denominator: Denominator = "keep" if influence.denominator == "keep" else "renormalize"
     last = influence.observed_at[-1]
     groups = [[sample] for sample in samples]
-    removed = retrain(run, queries, groups, observed_at=last, denominator=denominator)
+    removed = retrain(run, queries, groups, observed_at=last, denominator=denominator, dtype=dtype)
     actual = removed.change[:, 0]
     reachable = None
+    if removed.precision != str(dtype).removeprefix("torch."):
+        dtype = None  # the other precision failed, and would again
     if denominator == "keep":
-        doubled = retrain(run, queries, groups, observed_at=last, weight=2.0)
+        doubled = retrain(run, queries, groups, observed_at=last, weight=2.0, dtype=dtype)
         # What is linear in a sample's weight changes its sign where the sample is counted twice.
         linear = (actual - doubled.change[:, 0]) / 2
         reachable = stats.mean_over_queries(stats.pearson(linear, actual))
     columns = places(influence.ids, samples)
     predicted = influence.total()[:, -1][:, columns]
-    return RemovalCheck(
+    check = RemovalCheck(
         samples=tuple(samples),
         predicted=predicted,
         actual=actual,
@@ -468,6 +496,7 @@ def removal_check(
         noise=float(removed.noise.max()),
         reachable=reachable,
     )
+    return check, removed
 
 
 def draw_visited(run: Run, count: int, *, seed: int) -> tuple[int, ...]:

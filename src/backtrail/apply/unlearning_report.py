@@ -195,10 +195,12 @@ def _compared(task: Task, models: Sequence[State], test: Rows) -> tuple[Pair, Pa
     are_classes = True
     for batch in _batches(task, test):
         outputs = []
-        with in_eval_mode(task):
+        with in_eval_mode(task, torch.float64) as reset_generators:
             for state in models:
+                # All models with the same random numbers, if they draw any.
+                reset_generators()
                 output, _ = task.outputs(state.params, state.buffers, batch)
-                outputs.append(logits_of(output).double())
+                outputs.append(logits_of(output).detach().double())
         *both, reference = outputs
         are_classes = _are_classes(reference, batch)
         if are_classes:
@@ -259,10 +261,10 @@ def _membership(task: Task, models: Sequence[State], *, removed: Rows, test: Row
 
 def _losses(task: Task, state: State, rows: Rows) -> Float64[np.ndarray, " row"]:
     parts = []
-    with in_eval_mode(task):
+    with in_eval_mode(task, torch.float64):
         for batch in _batches(task, rows):
             losses, _ = task.losses(state.params, state.buffers, batch)
-            parts.append(losses)
+            parts.append(losses.detach())
     return torch.cat(parts).double().cpu().numpy()
 
 

@@ -6,6 +6,7 @@ product with a direction a is :math:`J^\top K J a`.
 """
 
 import abc
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,8 +31,11 @@ from backtrail.errors import NoOutputs
 from backtrail.step.step import MicroBatch
 from backtrail.tree import Tree, add, tree_flatten, tree_leaves, tree_unflatten
 
+log = logging.getLogger(__name__)
+
 # From a tangent J a of the ends to K J a (empty where K is zero), and the scores [slot].
 EndCurvature = Callable[[Tensors], tuple[Tensors, Tensor]]
+JVP = Callable[[Tree], Tensors]  # from a direction a to J a
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +84,20 @@ class AtOutputs(SplitPoint):
     def head(self, micro_batch: MicroBatch, outputs: Any, weights: Tensor) -> LossHead:
         """Slopes by reverse mode; K and scores by one VJP of the slopes by ends and weights."""
         leaves, structure = tree_flatten(outputs)
+        found = self.ends(micro_batch, outputs)
+        ends = tuple(end.detach().requires_grad_() for end in found)
+        w = weights.detach().requires_grad_()
+        remaining = iter(ends)
+        filled = [next(remaining) if _is_floating(leaf) else leaf for leaf in leaves]
+        # Plain autograd, since torch.func refuses some losses that it can follow.
+        total, losses = micro_batch.value(tree_unflatten(filled, structure), w)
+        slopes = graph_vjp((total,), ends, (torch.ones_like(total),), create_graph=True)
 
-        def loss(ends: Tensors, w: Tensor) -> tuple[Tensor, Tensor]:
-            remaining = iter(ends)
-            filled = [next(remaining) if _is_floating(leaf) else leaf for leaf in leaves]
-            return micro_batch.value(tree_unflatten(filled, structure), w)
+        def curvature(tangent: Tensors) -> tuple[Tensors, Tensor]:
+            *curved, scores = graph_vjp(slopes, (*ends, w), tangent)
+            return tuple(curved), scores
 
-        ends = tuple(end.detach() for end in self.ends(micro_batch, outputs))
-        slopes_of = grad(loss, has_aux=True)
-        slopes, curvature, losses = vjp(slopes_of, ends, weights, has_aux=True)  # type: ignore[misc]
-        return LossHead(slopes, curvature, losses)
+        return LossHead(tuple(slope.detach() for slope in slopes), curvature, losses.detach())
 
 
 @final
@@ -141,11 +149,16 @@ def split_vjp(
         return gradient_vjp(micro_batch, params, buffers, weights=weights)
     with accelerated(second_order="forward"):
         backbone = Backbone.forward(micro_batch, params, buffers, split=split)
-    with torch.enable_grad(), micro_batch.recorded_randomness():
+    with torch.enable_grad(), micro_batch.recorded_randomness(params):
         head = split.head(micro_batch, backbone.outputs, weights)
     gradient, jvp = backbone.gradient_and_jvp(head.slopes, twice=product == "autograd")
+    by_differences = _jvp_by_differences(micro_batch, params, buffers, split=split)
     if product == "difference":
-        jvp = _jvp_by_differences(micro_batch, params, buffers, split=split)
+        jvp = by_differences
+    elif isinstance(split, AtLosses):
+        jvp = _or_else(jvp, backbone.loss_jvp)
+    else:
+        jvp = _or_else(jvp, by_differences)
     penalty_gradient, penalty_curvature = penalty_of(micro_batch, params)
 
     def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
@@ -198,7 +211,7 @@ class Backbone:
         trained, running = differentiable_inputs(micro_batch, params, buffers)
         trained = as_leaves(trained)
         running = as_leaves(running)
-        with torch.enable_grad(), micro_batch.recorded_randomness():
+        with torch.enable_grad(), micro_batch.recorded_randomness(params):
             outputs, after = micro_batch.transition.task.outputs(
                 params | trained, buffers | running, micro_batch.batch
             )
@@ -206,9 +219,7 @@ class Backbone:
         updated = {name: trained[name] for name in micro_batch.transition.updated}
         return Backbone(updated, trained, running, outputs, ends, after)
 
-    def gradient_and_jvp(
-        self, slopes: Tensors, *, twice: bool
-    ) -> tuple[Tree, Callable[[Tree], Tensors]]:
+    def gradient_and_jvp(self, slopes: Tensors, *, twice: bool) -> tuple[Tree, JVP]:
         """Gradient for slopes s of the ends, and the JVP from a direction a to the tangent J a.
 
         The gradient J' s is linear in s, so J a is its VJP by s with cotangent a: reverse mode
@@ -228,6 +239,20 @@ class Backbone:
 
         return {name: tensor.detach() for name, tensor in gradient.items()}, jvp
 
+    def loss_jvp(self, a: Tree) -> Tensors:
+        """J a where the ends are the losses, by the gradient of each: one pass per sample.
+
+        No operation is differentiated twice, not even by its cotangent alone.
+        """
+        (losses,) = self.ends
+        names = list(self.updated)
+        products: list[Tensor] = []
+        for loss in losses:
+            found = graph_vjp((loss,), tuple(self.updated.values()), (torch.ones_like(loss),))
+            terms = [(a[name] * part).sum() for name, part in zip(names, found, strict=True)]
+            products.append(torch.stack(terms).sum())
+        return (torch.stack(products),)
+
     def vjp(self, end_cotangents: Tensors, b: Tree) -> tuple[Tree, Tree]:
         """VJP of the pass by parameters and running statistics.
 
@@ -246,14 +271,34 @@ class Backbone:
         return by_params, by_running
 
 
+def _or_else(first: JVP, second: JVP) -> JVP:
+    """Use the second way where the model has an operation that the first cannot follow."""
+    cannot = False
+
+    def jvp(a: Tree) -> Tensors:
+        nonlocal cannot
+        if not cannot:
+            try:
+                return first(a)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                # An operation without a second derivative, like nn.EmbeddingBag's.
+                log.info("a derivative of the gradient is taken otherwise: %s", error)
+                cannot = True
+        return second(a)
+
+    return jvp
+
+
 def _jvp_by_differences(
     micro_batch: MicroBatch, params: Tree, buffers: Tree, *, split: SplitPoint
-) -> Callable[[Tree], Tensors]:
+) -> JVP:
     """J a by central differences of the ends, with two forward passes."""
     trained, _ = differentiable_inputs(micro_batch, params, buffers)
 
     def ends_at(part: Tree) -> Tensors:
-        with torch.no_grad(), micro_batch.recorded_randomness():
+        with micro_batch.transition.task.without_graph(), micro_batch.recorded_randomness(params):
             outputs, _ = micro_batch.transition.task.outputs(
                 params | part, buffers, micro_batch.batch
             )

@@ -10,6 +10,7 @@ The loss is linear in the weights, so the last term is the gradient of the loss 
 their place. Every function here is the transpose of one in `vjp.py` or `gauss_newton.py`.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
 from backtrail.task.surrogate import TrueDerivatives, surrogate_gradients
 from backtrail.tree import Tree, each
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +185,7 @@ def split_jvp(
     ends_tangent, after_tangent = _ends_jvp(
         micro_batch, state, tangent, split=split, product=product
     )
-    with torch.enable_grad(), micro_batch.recorded_randomness():
+    with torch.enable_grad(), micro_batch.recorded_randomness(state.params):
         head = split.head(micro_batch, backbone.outputs, torch.ones_like(weights))
         # With the change of the weights in their place: the change of the slopes.
         changed_head = split.head(micro_batch, backbone.outputs, weights)
@@ -206,11 +209,16 @@ def split_jvp(
 def _ends_jvp(
     micro_batch: MicroBatch, state: State, tangent: State, *, split: SplitPoint, product: Product
 ) -> tuple[Tensors, Tree]:
-    """Tangents of the ends, and of the running statistics after the forward pass."""
+    """Tangents of the ends, and of the running statistics after the forward pass.
+
+    Raises:
+        BacktrailError: The task is wrong, whichever way it is computed.
+        OutOfMemoryError: Memory ran out; differences take less.
+    """
     trained, running = differentiable_inputs(micro_batch, state.params, state.buffers)
 
     def forward(part: Tree, statistics: Tree) -> tuple[Tensors, Tree]:
-        with micro_batch.recorded_randomness():
+        with micro_batch.recorded_randomness(state.params):
             outputs, after = micro_batch.transition.task.outputs(
                 state.params | part, state.buffers | statistics, micro_batch.batch
             )
@@ -218,9 +226,17 @@ def _ends_jvp(
         return ends, {name: after[name] for name in running}
 
     if product == "autograd":
-        _, tangents = value_and_jvp(forward, (trained, running), (tangent.params, tangent.buffers))
-        ends_tangent, after_tangent = tangents
-        return ends_tangent, after_tangent
+        directions = (tangent.params, tangent.buffers)
+        try:
+            _, (ends_tangent, after_tangent) = value_and_jvp(
+                forward, (trained, running), directions
+            )
+        except (BacktrailError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            note_differences(error)
+        else:
+            return ends_tangent, after_tangent
 
     epsilon, moved = step_along(trained, tangent.params)
 
@@ -229,7 +245,7 @@ def _ends_jvp(
         statistics = {
             name: tensor + step * tangent.buffers[name] for name, tensor in running.items()
         }
-        with torch.no_grad():
+        with micro_batch.transition.task.without_graph():
             return forward(moved(sign), statistics)
 
     ends_up, after_up = forward_at(1.0)
@@ -237,6 +253,12 @@ def _ends_jvp(
     pairs = zip(ends_up, ends_down, strict=True)
     ends_difference = tuple((up - down) / (2 * epsilon) for up, down in pairs)
     return ends_difference, _central_difference(after_up, after_down, epsilon)
+
+
+def note_differences(error: Exception) -> None:
+    """Log that forward mode cannot follow the model, so that central differences are taken."""
+    first_line = str(error).partition("\n")[0]
+    log.warning("forward mode cannot follow this model; taking differences: %s", first_line)
 
 
 def _central_difference(up: Tree, down: Tree, epsilon: Tensor) -> Tree:

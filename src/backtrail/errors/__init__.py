@@ -37,10 +37,12 @@ from backtrail.errors.methods import BadCheckpoint as BadCheckpoint
 from backtrail.errors.methods import BadSetting as BadSetting
 from backtrail.errors.methods import CannotRenormalize as CannotRenormalize
 from backtrail.errors.methods import CoupledLoss as CoupledLoss
+from backtrail.errors.methods import CoupledRows as CoupledRows
 from backtrail.errors.methods import DamagedBank as DamagedBank
 from backtrail.errors.methods import NoCheckpoints as NoCheckpoints
 from backtrail.errors.methods import NoOutputs as NoOutputs
 from backtrail.errors.methods import RowsNotReadable as RowsNotReadable
+from backtrail.errors.methods import StrayedRerun as StrayedRerun
 from backtrail.errors.methods import TooLittleMemory as TooLittleMemory
 from backtrail.errors.methods import UnusedOption as UnusedOption
 from backtrail.errors.methods import WithoutQueries as WithoutQueries
@@ -52,6 +54,7 @@ from backtrail.errors.recording import ChangedOptimizerState as ChangedOptimizer
 from backtrail.errors.recording import ChangedOutside as ChangedOutside
 from backtrail.errors.recording import ComplexParameter as ComplexParameter
 from backtrail.errors.recording import Diverged as Diverged
+from backtrail.errors.recording import NoDerivative as NoDerivative
 from backtrail.errors.recording import NotEntered as NotEntered
 from backtrail.errors.recording import OtherOptimizer as OtherOptimizer
 from backtrail.errors.recording import OtherSlots as OtherSlots

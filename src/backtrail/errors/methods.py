@@ -103,6 +103,16 @@ class CoupledLoss(BacktrailError, ValueError):
         )
 
 
+class CoupledRows(BacktrailError, ValueError):
+    """Rows are read one by one, or in groups of no meaning, and depend on one another."""
+
+    def __init__(self, what: str, instead: str) -> None:
+        self.args = (
+            f"{what} of a row depends on the other rows of its forward pass (a contrastive loss, "
+            f"or an average over the batch?). {instead}.",
+        )
+
+
 class RowsNotReadable(BacktrailError, ValueError):
     """A method reads rows by number, and the run's samples are ids."""
 
@@ -128,6 +138,19 @@ class BadCheckpoint(BacktrailError, ValueError):
 
     def __init__(self, place: str, problem: str) -> None:
         self.args = (f"{place} is not a checkpoint of this training: {problem}.",)
+
+
+class StrayedRerun(BacktrailError, RuntimeError):
+    """The unperturbed re-run is another training than the recorded one."""
+
+    def __init__(self, step: int, state: int, *, off: float, tolerance: float, dtype: str) -> None:
+        self.args = (
+            f"Run again in {dtype}, step {step} has another gradient than in the training "
+            f"(relative difference {off:.2g}, tolerance {tolerance:.2g}), and the kept state "
+            f"{state} is another one. Usual causes: random numbers that a model draws in one "
+            "precision whatever its own, or not from torch's default generators. Re-run in the "
+            "training's precision (dtype=None); run.verify() says whether that reproduces it.",
+        )
 
 
 class DamagedBank(BacktrailError, RuntimeError):

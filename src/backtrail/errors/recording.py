@@ -230,3 +230,22 @@ class UnexplainedGradient(BacktrailError, RuntimeError):
             "not how the loop averages; the loop clips and Task(clip=...) is missing; a "
             f"regulariser without Task(penalty=...); {CAUSES}",
         )
+
+
+class NoDerivative(BacktrailError, RuntimeError):
+    """The gradient of a step cannot be differentiated, which every attribution needs."""
+
+    def __init__(self, exact: Exception, differences: Exception) -> None:
+        # Recorded anyway, such a training could be replayed and nothing else.
+        self.args = (
+            "Step 0: the gradient of this training cannot be differentiated, so its influence "
+            f"cannot be computed: by autograd, {_short(exact)}; by differences of gradients, "
+            f"{_short(differences)}. Usual causes: loss.backward(), .numpy() or .item() of a "
+            "result inside predict or loss; an operation without a derivative. Let predict and "
+            "loss return tensors that autograd can follow.",
+        )
+
+
+def _short(error: Exception) -> str:
+    first_line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first_line[:200]}"

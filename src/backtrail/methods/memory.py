@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from backtrail import arguments
 from backtrail.accel.onednn import available
-from backtrail.errors import TooLittleMemory
+from backtrail.errors import BacktrailError, TooLittleMemory
 from backtrail.influence import layout
 from backtrail.optim.flatten import longest_chunk
 from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.step.state import State, elementwise_keys
-from backtrail.tree import each
+from backtrail.task.noise import DispatchMode
+from backtrail.tree import each, tree_leaves
 
 # Bytes of activations up to which pulling more queries at once is faster on a CPU.
 CACHE = 64 * 2**20
@@ -186,7 +187,11 @@ def bytes_of_cotangent(state: State, trained: Sequence[str]) -> int:
 
 
 def bytes_of_activations(run: Run, *, twice: bool) -> int:
-    """Measure the bytes that the forward pass of the run's largest micro-batch keeps."""
+    """Measure the bytes that the forward pass of the run's largest micro-batch keeps.
+
+    Raises:
+        BacktrailError: The task is wrong.
+    """
     sizes = {
         (step.index, place): len(fed.samples)
         for step in run.log
@@ -205,15 +210,43 @@ def bytes_of_activations(run: Run, *, twice: bool) -> int:
         lambda tensor: tensor.clone().requires_grad_(tensor.is_floating_point()), state.params
     )
     owned = {tensor.untyped_storage().data_ptr() for tensor in params.values()}
-    with (
-        transition.replaying(double_backward=twice),
-        torch.random.fork_rng(),
-        saved_tensors_hooks(note, lambda tensor: tensor),
-    ):
-        value = transition.micro_batches()[place].loss(params, state.buffers, None)
-    # The graph lives until here, so no two storages had one address.
-    del value
+    micro_batch = transition.micro_batches()[place]
+    try:
+        with (
+            transition.replaying(double_backward=twice),
+            torch.random.fork_rng(),
+            saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            value = micro_batch.loss(params, state.buffers, None)
+        # The graph lives until here, so no two storages had one address.
+        del value
+    except BacktrailError:
+        raise
+    except RuntimeError:
+        # Transforms of torch.func inside the model cannot live with hooks on saved tensors.
+        outputs = _OutputBytes()
+        with transition.replaying(double_backward=twice), torch.random.fork_rng(), outputs:
+            micro_batch.loss(params, state.buffers, None)
+        return outputs.total
     return sum(size for address, size in kept.items() if address not in owned)
+
+
+@final
+class _OutputBytes(DispatchMode):  # type: ignore[misc]
+    """Adds up the bytes of all tensors that operations return: no less than a graph keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operation, and count what it returns."""
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            # A view shares the memory of an input.
+            if isinstance(tensor, Tensor) and not function.is_view:
+                self.total += tensor.nbytes
+        return found
 
 
 def free_memory(device: torch.device) -> int:

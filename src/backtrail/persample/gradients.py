@@ -102,7 +102,7 @@ def _forward(micro_batch: MicroBatch, params: Tree, buffers: Tree) -> tuple["_Gr
         name: params[name].detach().requires_grad_() for name in micro_batch.transition.updated
     }
     tracer = OpTracer(leaves, len(micro_batch.share), micro_batch.batch)
-    with micro_batch.recorded_randomness():
+    with micro_batch.recorded_randomness(params):
         with tracer:
             outputs, after = task.outputs(params | leaves, buffers, micro_batch.batch)
         losses = task.losses_of(outputs, micro_batch.batch)

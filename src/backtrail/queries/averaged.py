@@ -10,6 +10,7 @@ from backtrail import arguments
 from backtrail.errors import BadSetting
 from backtrail.queries.query import Mode, Part, Query
 from backtrail.task.task import Task
+from backtrail.tree import Tree
 
 
 @final
@@ -90,6 +91,10 @@ class Averaged(Query):
             f"decay={self.decay}, start={self.start}, every={self.every}, "
             f"use_buffers={self.use_buffers}"
         )
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Prepare the queries themselves."""
+        self.queries.prepare(task, params=params, buffers=buffers)
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The queries' own parts; the caller puts the average in place of the weights."""

@@ -134,7 +134,8 @@ class Custom(Query):
     """Any differentiable function of the model that returns a scalar or a tensor `[query]`.
 
     The function receives the model with the tensors of a state in place of its own. It should read
-    nothing that changes between calls.
+    nothing that changes between calls. Random numbers that it draws from torch's default generators
+    are the same at every call.
 
     >>> Custom(lambda model: model.weight.norm(), labels=["size of the weights"]).names
     ('size of the weights',)

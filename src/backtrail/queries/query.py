@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from backtrail.accel.second_order import is_eager
 from backtrail.errors import BacktrailError, join_items
 from backtrail.exclusive import exclusive
-from backtrail.task.surrogate import TrueDerivatives, note_buffers
+from backtrail.task.surrogate import TrueDerivatives
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree, each, tree_flatten, tree_leaves, tree_unflatten
 
@@ -136,14 +137,28 @@ class Query(abc.ABC):
                 where each query is differentiated, and a part should hold one or few of them.
         """
 
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look at the model once before the first reading; nothing by default.
+
+        Args:
+            task: The task of the run.
+            params: Parameters of some state.
+            buffers: Buffers of that state.
+        """
+        del task, params, buffers
+
 
 @exclusive
 def values(query: Query, task: Task, *, params: Tree, buffers: Tree) -> Float[Tensor, " query"]:
     """Values of the queries at one state; traceable, so that `vmap` can read many states."""
     like = next(iter(params.values()))
     found = [like.new_zeros(())] * len(query.names)
-    with _prepared(query, task):
+    if is_eager():
+        # Under `vmap` the caller has prepared the query: nothing can be decided by numbers there.
+        query.prepare(task, params=params, buffers=buffers)
+    with _reading(query, task, like) as reset_generators:
         for part in query.parts(task, like, together=True):
+            reset_generators()
             numbers = task.bind(params, _copied(buffers), part.numbers)
             # One by one where that is the same: a product with zeros would spread a NaN to all.
             is_identity = torch.equal(part.weights, torch.eye(*part.weights.shape).to(part.weights))
@@ -169,8 +184,11 @@ def gradients(
     found = like.new_zeros(len(query.names))
     by_params = _zeros(trained_params, rows=len(found))
     by_running = _zeros(running, rows=len(found))
-    at_state = _PartGradients(task, params, buffers, trained_params, running)
-    with _prepared(query, task):
+    query.prepare(task, params=params, buffers=buffers)
+    with _reading(query, task, like) as reset_generators:
+        at_state = _PartGradients(
+            task, params, buffers, trained_params, running, reset_generators=reset_generators
+        )
         parts = query.parts(task, like, together=False)
         for block in _blocks(parts, most=_parts_at_once(trained_params, running)):
             for queries, value, (of_params, of_running) in at_state.of(block):
@@ -200,13 +218,24 @@ def _parts_at_once(*trees: Tree) -> int:
 @final
 @dataclass(frozen=True, slots=True)
 class _PartGradients:
-    """Values and gradients of parts at one state."""
+    """Values and gradients of parts at one state.
+
+    Attributes:
+        task: The task.
+        params: Parameters of the state.
+        buffers: Buffers of the state.
+        trained: Parameters that gradients are taken by.
+        running: Running statistics that gradients are taken by.
+        reset_generators: To be called before a part is read, so that its random numbers do not
+            depend on the parts before it.
+    """
 
     task: Task
     params: Tree
     buffers: Tree
     trained: Tree
     running: Tree
+    reset_generators: Callable[[], None]
 
     def of(self, block: Sequence[Part]) -> Iterator[RowGradients]:
         """Those of a block of parts that `vmap` may take together, or one part after the other.
@@ -229,12 +258,42 @@ class _PartGradients:
             yield from self._one(part)
 
     def _one(self, part: Part) -> Iterator[RowGradients]:
-        numbers, pull = self._pull(part)
+        """Those of one part, by plain autograd.
+
+        It follows every model that training can follow. torch.func does not: packed sequences,
+        an `autograd.Function` without `setup_context`, hooks on saved tensors, a model that
+        differentiates by its own inputs.
+        """
+        self.reset_generators()
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.trained.items()}
+        statistics = {
+            name: tensor.detach().requires_grad_() for name, tensor in self.running.items()
+        }
+        with torch.enable_grad():
+            # A copy of the statistics, since a module may write to them in place.
+            buffers = _copied(self.buffers) | _copied(statistics)
+            with TrueDerivatives() as mode:
+                mode.note_buffers(buffers.values())
+                numbers = self.task.bind(self.params | leaves, buffers, part.numbers)
+        inputs = (*leaves.values(), *statistics.values())
         for query, weight in zip(part.queries, part.weights.to(numbers), strict=True):
-            trees = [each(lambda tensor: tensor[None], tree) for tree in pull(weight)]
-            yield (query,), (weight @ numbers)[None], trees
+            found = tuple(torch.zeros_like(tensor) for tensor in inputs)
+            if numbers.requires_grad:
+                found = torch.autograd.grad(
+                    numbers,
+                    inputs,
+                    weight,
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            rows = [gradient[None] for gradient in found]
+            of_params = dict(zip(leaves, rows[: len(leaves)], strict=True))
+            of_running = dict(zip(statistics, rows[len(leaves) :], strict=True))
+            yield (query,), (weight @ numbers.detach())[None], (of_params, of_running)
 
     def _at_once(self, block: Sequence[Part]) -> Iterator[RowGradients]:
+        self.reset_generators()
         first = block[0]
         _, shape = tree_flatten(first.batch)
         stacks: list[Any] = []
@@ -252,7 +311,9 @@ class _PartGradients:
             return weights @ numbers, [pull(weight) for weight in weights]
 
         all_weights = torch.stack([part.weights for part in block])
-        found, trees = vmap(one, in_dims=(0, *axes))(all_weights, *stacks)
+        # Every part gets the random numbers that it would get alone.
+        at_once = vmap(one, in_dims=(0, *axes), randomness="same")
+        found, trees = at_once(all_weights, *stacks)
         # `trees` has an entry per query of a part, with an axis of the parts: rows likewise.
         rows = zip(*[part.queries for part in block], strict=True)
         return zip(rows, found.unbind(1), trees, strict=True)
@@ -262,8 +323,8 @@ class _PartGradients:
 
         def numbers(trained: Tree, running: Tree) -> Tensor:
             buffers = _copied(self.buffers) | running
-            note_buffers(buffers.values())
-            with TrueDerivatives():
+            with TrueDerivatives() as mode:
+                mode.note_buffers(buffers.values())
                 return self.task.bind(self.params | trained, buffers, part.numbers)
 
         found, pull = vjp(numbers, self.trained, self.running)  # type: ignore[misc]
@@ -297,8 +358,16 @@ def _copied(buffers: Tree) -> Tree:
 
 
 @contextmanager
-def _prepared(query: Query, task: Task) -> Iterator[None]:
-    """Set the model's mode, and attention kernels that `vmap` and `vjp` can follow."""
+def _reading(query: Query, task: Task, like: Tensor) -> Iterator[Callable[[], None]]:
+    """Set the model's mode, and attention kernels that `vmap` and `vjp` can follow.
+
+    Random numbers that a query draws are the same at every reading and at every state, or the
+    change of a query would be that of its noise.
+
+    Yields:
+        A function that sets the random generators to the state with which every part is read.
+    """
     evaluating = None if query.mode == "eval" else ()
-    with task.binding.in_modes(evaluating), sdpa_kernel(SDPBackend.MATH):
-        yield
+    noise = task.fixed_noise(like.dtype)
+    with task.binding.in_modes(evaluating), sdpa_kernel(SDPBackend.MATH), noise as reset_generators:
+        yield reset_generators

@@ -13,7 +13,7 @@ from backtrail.queries.query import Mode, Part, Query
 from backtrail.queries.selection import Aggregate, Collate, RowSelection, chosen_rows
 from backtrail.task.classes import class_labels, class_scores, labels_within
 from backtrail.task.task import Batch, Rows, Task
-from backtrail.tree import flat_rows
+from backtrail.tree import Tree, flat_rows
 
 
 @final
@@ -36,7 +36,8 @@ class Loss(Query):
         aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows.
@@ -52,7 +53,7 @@ class Loss(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         self.unit = arguments.text("unit", unit)
         self.mode: Mode = mode
@@ -74,6 +75,14 @@ class Loss(Query):
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The losses of blocks of rows."""
         return self.selection.parts(task, like, together=together, score=self.score)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Loss of each row of a batch: `[slot]`.
@@ -112,7 +121,8 @@ class Logit(Query):
         aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows.
@@ -128,7 +138,7 @@ class Logit(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         self.target = None if target is None else arguments.whole("target", target, least=0)
         self.unit = "logit"
@@ -152,6 +162,14 @@ class Logit(Query):
         """The logits of blocks of rows."""
         check = class_labels if self.target is None else None
         return self.selection.parts(task, like, together=together, score=self.score, check=check)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Logit of the chosen class of each row of a batch: `[slot]`.
@@ -192,7 +210,8 @@ class Margin(Query):
         aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows.
@@ -207,7 +226,7 @@ class Margin(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         self.unit = "logit"
         self.mode: Mode = mode
@@ -231,6 +250,14 @@ class Margin(Query):
         return self.selection.parts(
             task, like, together=together, score=self.score, check=class_labels
         )
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Margin of each row of a batch: `[slot]`.
@@ -268,7 +295,8 @@ class Feature(Query):
         aggregate: "mean" or "sum" over the rows gives one query; None gives one query per row.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows; when it is used, that the model does not
@@ -286,7 +314,7 @@ class Feature(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         self.layer = arguments.text("layer", layer, "the name of a module of the model")
         # `unit` of a query is the unit of its values, so the hidden unit goes by another name here.
@@ -311,6 +339,14 @@ class Feature(Query):
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The activations of blocks of rows."""
         return self.selection.parts(task, like, together=together, score=self.score)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Activation of the unit for each row of a batch: `[slot]`.
@@ -367,7 +403,8 @@ class Saliency(Query):
             row and entry.
         mode: Mode of the model while it is read, "eval" or "train".
         collate: Makes a batch of a list of rows; the task's by default.
-        batch: Rows per forward pass.
+        batch: Rows per forward pass; 256 by default. Where the scores of rows depend on one another
+            (a contrastive loss), every group of so many rows, in order, is read by itself.
 
     Raises:
         BadQuery: The data set does not have these rows.
@@ -383,7 +420,7 @@ class Saliency(Query):
         aggregate: Aggregate = None,
         mode: Mode = "eval",
         collate: Collate | None = None,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> None:
         expected = "one or more indices into the flattened input of a row"
         self.inputs = tuple(arguments.whole_numbers("inputs", inputs, expected=expected))
@@ -410,6 +447,14 @@ class Saliency(Query):
         return self.selection.parts(
             task, like, together=together, score=self.score, check=class_labels
         )
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Look whether rows depend on one another.
+
+        Raises:
+            CoupledRows: They do, and it is not known which of them belong together.
+        """
+        self.selection.prepare(task, params, buffers, score=self.score)
 
     def score(self, task: Task, model: nn.Module, batch: Batch) -> Tensor:
         """Derivatives by the chosen entries for each row of a batch: `[slot, entry]`.

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
 
 from backtrail import arguments
-from backtrail.errors import BadQuery, BadSetting, join_items
+from backtrail.errors import BadQuery, BadSetting, CoupledRows, join_items
 from backtrail.queries.query import Mode, Part
+from backtrail.task.coupling import MOST_ROWS, are_rows_coupled
 from backtrail.task.task import Batch, Rows, Task
-from backtrail.tree import cast, mapping_to_dict
+from backtrail.tree import Tree, cast, mapping_to_dict
 
 Aggregate = Literal["mean", "sum"] | None
 Collate = Callable[[list[Any]], Batch]
@@ -19,8 +21,11 @@ Collate = Callable[[list[Any]], Batch]
 Score = Callable[[Task, nn.Module, Batch], Tensor]
 
 
+ROWS = 256  # of one forward pass, where the query does not say
+
+
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class RowSelection:
     """Rows of a data set, and how they are read.
 
@@ -32,7 +37,7 @@ class RowSelection:
         aggregate: "mean" or "sum" over the rows; None keeps a query per row.
         mode: mode of the model while it is read.
         collate: makes a batch of rows; None takes the task's.
-        batch: rows per forward pass.
+        batch: rows per forward pass; None for `ROWS`, which then is no decision of the user's.
     """
 
     label: str
@@ -42,7 +47,7 @@ class RowSelection:
     aggregate: Aggregate
     mode: Mode
     collate: Collate | None
-    batch: int
+    batch: int | None
 
     def __post_init__(self) -> None:
         """Refuse, when the query is made, what would fail or be misread later.
@@ -55,7 +60,7 @@ class RowSelection:
         arguments.choice("mode", self.mode, get_args(Mode))
         if self.collate is not None:
             arguments.function("collate", self.collate, "a function of a list of rows, or None")
-        batch = arguments.whole("batch", self.batch, least=1)
+        batch = arguments.positive_or_none("batch", self.batch)
         # The dataclass is frozen. numpy's and torch's numbers become plain ones.
         object.__setattr__(self, "batch", batch)
         names = self.names
@@ -83,7 +88,8 @@ class RowSelection:
     ) -> Iterator[Part]:
         """Blocks of rows; single rows where each one is a query that is differentiated.
 
-        In train mode the rows of a block share BatchNorm's statistics, so blocks stay whole.
+        Rows that depend on one another are always read in the same blocks: in train mode they
+        share BatchNorm's statistics.
 
         Args:
             task: as for every query.
@@ -93,9 +99,11 @@ class RowSelection:
             check: reads a batch before it is stacked with others under `vmap`, where its values
                 cannot be read any more; raises an error where it is not what `score` needs.
         """
-        alone = not (together or self.aggregate or self.mode == "train")
-        size = 1 if alone else self.batch
-        at_once = self.batch if alone else 1
+        whole = self.mode == "train" or task.binding.coupled.get(self, False)
+        alone = not (together or self.aggregate or whole)
+        rows_at_once = self.batch or ROWS
+        size = 1 if alone else rows_at_once
+        at_once = rows_at_once if alone else 1
         width = len(self.columns)
         collate = self.collate or task.collate
 
@@ -117,6 +125,56 @@ class RowSelection:
                 if self.aggregate == "mean":
                     weights /= len(self.rows)
                 yield Part(tuple(range(width)), weights, numbers, batch)
+
+    def prepare(self, task: Task, params: Tree, buffers: Tree, *, score: Score) -> None:
+        """Find out, once for a task, whether the scores of rows depend on one another.
+
+        Raises:
+            CoupledRows: they do, and it is not known which rows belong together.
+        """
+        if self.mode == "train" or self in task.binding.coupled:
+            return
+        # One row alone is compared with others of the data set.
+        others = [row for row in range(min(len(self.data), MOST_ROWS)) if row not in self.rows]
+        rows = (*self.rows, *others)[:MOST_ROWS]
+        found = False
+        batch = self._batch_of(rows, task)
+        if batch is not None:
+            like = next(iter(params.values()))
+            found = are_rows_coupled(
+                task,
+                cast(batch, like.dtype, like.device),
+                partial(score, task),
+                params=params,
+                buffers=buffers,
+            )
+        if found:
+            self._refuse_groups_of_no_meaning()
+        task.binding.coupled[self] = found
+
+    def _batch_of(self, rows: Sequence[int], task: Task) -> Batch | None:
+        """A batch of rows; None where they cannot share one (sequences of several lengths)."""
+        items = [self.data[row] for row in rows]
+        try:
+            return mapping_to_dict((self.collate or task.collate)(items))
+        except (RuntimeError, ValueError, TypeError):
+            return None
+
+    def _refuse_groups_of_no_meaning(self) -> None:
+        size = self.batch or ROWS
+        count = len(self.rows)
+        if min(size, count) == 1:
+            raise CoupledRows(
+                f"The {self.label}",
+                "A row alone has none. Give samples= all rows that belong together, and batch= "
+                "their number",
+            )
+        if self.batch is None and count > size:
+            raise CoupledRows(
+                f"The {self.label}",
+                f"Give batch=, how many of the {count} rows are read together, for example the "
+                "size of a batch in training",
+            )
 
     def describe(self, kind: str, settings: Mapping[str, str]) -> str:
         """One line for the `repr` of a query of this kind; never shows the data."""

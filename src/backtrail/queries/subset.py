@@ -9,6 +9,7 @@ from torch import Tensor
 from backtrail.queries.averaged import Averaged
 from backtrail.queries.query import Mode, Part, Query
 from backtrail.task.task import Task
+from backtrail.tree import Tree
 
 
 @final
@@ -32,6 +33,10 @@ class QuerySubset(Query):
         """Their names in the whole set."""
         names = self.queries.names
         return tuple(names[row] for row in self.rows)
+
+    def prepare(self, task: Task, *, params: Tree, buffers: Tree) -> None:
+        """Prepare the queries themselves."""
+        self.queries.prepare(task, params=params, buffers=buffers)
 
     def parts(self, task: Task, like: Tensor, *, together: bool) -> Iterator[Part]:
         """The parts of the whole set, reduced to the chosen queries."""

@@ -1,19 +1,30 @@
 """The recorder's self-check: the recorded step reproduces the gradient that the loop computed."""
 
+from collections.abc import Callable
 from typing import final
 
 import torch
 
-from backtrail.errors import BadLoss, UnexplainedGradient, UnrepeatableRows
+from backtrail.curvature.vjp import GradientVJP, gradient_vjp, gradient_vjp_by_differences
+from backtrail.errors import (
+    BacktrailError,
+    BadLoss,
+    NoDerivative,
+    NotCut,
+    UnexplainedGradient,
+    UnrepeatableRows,
+)
 from backtrail.record.backward_hooks import LiveBatch
 from backtrail.run.run import AUTOCAST
 from backtrail.run.tensors import digest
 from backtrail.step.state import State, Step, is_check_due
-from backtrail.step.step import Transition
+from backtrail.step.step import MicroBatch, Transition
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree, cast, norm
 
 MAX_NEW_SHAPES = 8  # kinds of step that are checked when they first occur
+ROWS_TRIED = 2  # of a batch, to find out whether its gradient can be differentiated
+DerivativeOfGradient = Callable[..., GradientVJP]
 
 
 @final
@@ -67,6 +78,7 @@ class GradientCheck:
 
         Raises:
             UnexplainedGradient: they differ.
+            NoDerivative: at step 0, that no derivative of the gradient can be taken.
             BadLoss: the task's loss does not return one value per slot.
         """
         if transition.step.index == 0:
@@ -103,6 +115,49 @@ class GradientCheck:
                 clipped=False,
                 patched=patched,
             )
+        if transition.step.index == 0:
+            try_derivatives(transition, state)
+
+
+def try_derivatives(transition: Transition, state: State) -> None:
+    """Differentiate a step's gradient once, as an attribution will, on as few rows as possible.
+
+    A model that cannot be differentiated would otherwise be noticed after the training.
+
+    Raises:
+        NoDerivative: neither derivatives nor differences of its gradient can be taken.
+    """
+    micro_batch = next(part for part in transition.micro_batches() if part.contributes)
+    few: MicroBatch | None = None
+    if len(micro_batch.share) > ROWS_TRIED:
+        try:
+            few = micro_batch.select_slots(torch.arange(ROWS_TRIED))
+        except NotCut:
+            few = None
+    ways = [gradient_vjp, gradient_vjp_by_differences]
+    errors: list[Exception] = []
+    # A loss may need the whole batch (pairs of rows, say), so that is what decides.
+    for part in [few, micro_batch]:
+        for way in ways:
+            if part is None:
+                continue
+            try:
+                _differentiate(way, part, state)
+            except (BacktrailError, torch.OutOfMemoryError):
+                return
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                errors.append(error)
+            else:
+                return
+    raise NoDerivative(errors[-2], errors[-1]) from errors[-1]
+
+
+def _differentiate(way: DerivativeOfGradient, part: MicroBatch, state: State) -> None:
+    like = next(iter(state.params.values()))
+    ones = torch.ones(len(part.share)).to(like)
+    with part.transition.replaying(double_backward=way is gradient_vjp):
+        found = way(part, state.params, state.buffers, weights=ones)
+        found.vjp(found.gradient, {})
 
 
 def default_gradient_tolerance(step: Step, consumed: Tree) -> float:

@@ -23,11 +23,11 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backtrail.exclusive import exclusive
-from backtrail.step.dropout import SameDropout
 from backtrail.step.state import State, Step
 from backtrail.step.update import Update
+from backtrail.task.noise import drawn_as_recorded
 from backtrail.task.task import Batch, Task, select_rows
-from backtrail.tree import Tree, add, each
+from backtrail.tree import Tree, add, each, precision_of
 
 Weights = Float[Tensor, "*run slot"]
 
@@ -340,7 +340,7 @@ class MicroBatch:
     ) -> tuple[Tensor, tuple[Tree, Tensor]]:
         """The term's value, the buffers that its forward pass leaves, and the losses `[slot]`."""
         task = self.transition.task
-        with self.recorded_randomness():
+        with self.recorded_randomness(params):
             outputs, buffers_after = task.outputs(params, buffers, self.batch)
             total, losses = self.value(outputs, weights)
         if self.index == 0 and task.penalty is not None:
@@ -376,17 +376,28 @@ class MicroBatch:
             factors = factors * weights
         return (losses * factors).sum()
 
-    def recorded_randomness(self) -> AbstractContextManager[None]:
-        """The random generators as they were before the forward pass."""
-        return generators_in(self.transition.step.fed[self.index].random)
+    def recorded_randomness(self, params: Tree) -> AbstractContextManager[None]:
+        """The random generators as they were before the forward pass, with the training's numbers.
+
+        Args:
+            params: of the pass, which may have another precision than the training.
+        """
+        recorded = self.transition.step.fed[self.index].random
+        return generators_in(
+            recorded, trained_in=self.transition.task.dtype, computed_in=precision_of(params)
+        )
 
 
 @contextmanager
-def generators_in(recorded: dict[str, bytes] | None) -> Iterator[None]:
+def generators_in(
+    recorded: dict[str, bytes] | None, *, trained_in: torch.dtype, computed_in: torch.dtype
+) -> Iterator[None]:
     """Set the default random generators, and restore them afterwards.
 
     Args:
         recorded: state of the generator of each device; None leaves all of them alone.
+        trained_in: precision of the training, in which the numbers are drawn.
+        computed_in: precision of the pass, into which they are cast.
     """
     if recorded is None:
         yield
@@ -395,7 +406,7 @@ def generators_in(recorded: dict[str, bytes] | None) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         for device, state in recorded.items():
             _set_generator(device, torch.frombuffer(bytearray(state), dtype=torch.uint8))
-        with SameDropout():
+        with drawn_as_recorded(trained_in, computed_in):
             yield
 
 

@@ -37,6 +37,7 @@ from torch.func import vjp, vmap
 
 from backtrail.accel.context import accelerated
 from backtrail.curvature.vjp import GradientVJP
+from backtrail.errors import BacktrailError
 from backtrail.optim.jacobian import pull_update
 from backtrail.step.state import State, elementwise_keys
 from backtrail.step.step import Gradient, MicroBatch, Transition, accumulate
@@ -134,8 +135,11 @@ def pull_back(
         chunk: how many queries are pulled back at once; more are faster on small models and take
             more memory.
     """
+    # Outside of the block below, whose attention kernel rounds differently: under autocast by so
+    # much that the slope of the update at its gradient would be another one.
+    trained = _gradient_under_autocast(transition, state)
     with transition.replaying(double_backward=rules.curvature.product == "autograd"):
-        primal = _StepGradient.of(transition, state, rules)
+        primal = _StepGradient.of(transition, state, rules, trained)
         clipped, clip_vjp = _clip_with_vjp(transition, primal.consumed)
         _check_step(transition, state, primal, clipped)
         # The update overwrites λ_θ and λ_m with a_θ and a_m in place.
@@ -169,8 +173,9 @@ def pull_gradient(
     Returns:
         Cotangents of the trained parameters and of the running statistics, and the scores.
     """
+    trained = _gradient_under_autocast(transition, state)
     with transition.replaying(double_backward=rules.curvature.product == "autograd"):
-        primal = _StepGradient.of(transition, state, rules)
+        primal = _StepGradient.of(transition, state, rules, trained)
         params = {name: torch.zeros_like(state.params[name])[None] for name in transition.trained}
         running = [name for name in transition.task.running if name in state.buffers]
         buffers = {name: torch.zeros_like(state.buffers[name])[None] for name in running}
@@ -197,6 +202,16 @@ def _check_step(
     check.check_gradient(clipped)
     if check.state_is_known:
         check.check_state(transition.apply_update(state, clipped, primal.buffers))
+
+
+def _gradient_under_autocast(transition: Transition, state: State) -> Tree | None:
+    """The gradient that the update was made of, by the training's kernels; None without autocast.
+
+    Under autocast it is another gradient than the one that is differentiated.
+    """
+    if not transition.step.autocast:
+        return None
+    return transition.raw_gradient(state).gradient
 
 
 def _clip_with_vjp(transition: Transition, raw: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
@@ -250,6 +265,9 @@ def batched_vjp(
     Returns:
         Cotangents of the parameters, of the running statistics before the forward pass, and the
         scores.
+
+    Raises:
+        BacktrailError: The task is wrong, whichever way it is computed.
     """
     count = len(next(iter(grads.values())))
     if count == 1:
@@ -266,6 +284,14 @@ def batched_vjp(
         log.warning(
             "out of memory; pulling back fewer queries at once, which may change the last digits"
         )
+    except BacktrailError:
+        # It says what is wrong, and would be raised for one query as well.
+        raise
+    except RuntimeError as error:
+        # One after the other gives the same where `vmap` cannot follow the model.
+        first_line = str(error).partition("\n")[0]
+        log.info("pulling back one query at a time: %s", first_line)
+        return _one_after_the_other(gradient_vjp, grads, buffers)
     # Outside of the handler, where the error would keep the tensors of the failed call alive.
     halves = slice(0, count // 2), slice(count // 2, None)
     results = [
@@ -278,6 +304,23 @@ def batched_vjp(
         concatenate(before_of_halves),
         torch.cat(scores_of_halves),
     )
+
+
+def _one_after_the_other(
+    gradient_vjp: GradientVJP, grads: Tree, buffers: Tree
+) -> tuple[Tree, Tree, Tensor]:
+    products: list[Tree] = []
+    before: list[Tree] = []
+    scores: list[Tensor] = []
+    for row in range(len(next(iter(grads.values())))):
+        one = slice(row, row + 1)
+        product, statistics, score = batched_vjp(
+            gradient_vjp, select_queries(grads, one), select_queries(buffers, one)
+        )
+        products.append(product)
+        before.append(statistics)
+        scores.append(score)
+    return concatenate(products), concatenate(before), torch.cat(scores)
 
 
 def select_queries(tree: Tree, rows: slice) -> Tree:
@@ -307,10 +350,9 @@ class _StepGradient:
     vjps_from_last: Callable[[], Iterator[GradientVJP]]
 
     @staticmethod
-    def of(transition: Transition, state: State, rules: Rules) -> "_StepGradient":
-        # Under autocast the update was made from another gradient than the one that is
-        # differentiated.
-        trained = transition.raw_gradient(state).gradient if transition.step.autocast else None
+    def of(
+        transition: Transition, state: State, rules: Rules, trained: Tree | None
+    ) -> "_StepGradient":
         micro_batches = transition.micro_batches()
         if len(micro_batches) == 1:
             only = _gradient_vjp(micro_batches[0], state, state.buffers, rules=rules)

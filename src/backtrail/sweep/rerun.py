@@ -18,7 +18,7 @@ from torch.func import vmap
 from backtrail.errors import BacktrailError
 from backtrail.step.state import State
 from backtrail.step.step import Transition, accumulate
-from backtrail.tree import Tree, each, stack
+from backtrail.tree import Tree, each, norm, precision_of, stack
 
 log = logging.getLogger(__name__)
 Weights = Callable[[int], Float[Tensor, "run slot"]]
@@ -70,6 +70,11 @@ def rerun(
                     _first_line(error),
                 )
                 one_by_one = True
+            else:
+                # Under `vmap` a few operations draw other numbers from the same generator.
+                if index == start and not _agrees_with_first(step, states, step_weights, grads):
+                    log.warning("other random numbers are drawn in batches; re-running one by one")
+                    one_by_one = True
         if one_by_one:
             grads, buffers = gradients_one_by_one(step, states, step_weights)
         if trained is not None:
@@ -78,6 +83,23 @@ def rerun(
             buffers = _moved_to_first(buffers, first_buffers)
         states = step.apply_update_to_stack(states, grads, buffers)
         yield index + 1, states
+
+
+def _agrees_with_first(
+    step: Transition, states: State, weights: Float[Tensor, "run slot"], grads: Tree
+) -> bool:
+    """Whether the first run's gradient is the one that it has alone; looked at if it has noise."""
+    if not any(fed.random for fed in step.step.fed):
+        return True
+    first = State(each(_first, states.params), each(_first, states.buffers))
+    alone, _ = gradients_one_by_one(step, first, weights[:1])
+    gap = norm({name: tensor[0] - alone[name][0] for name, tensor in grads.items()})
+    allowed: float = torch.finfo(precision_of(grads)).eps ** 0.5
+    return gap <= allowed * norm(alone)
+
+
+def _first(tensor: Tensor) -> Tensor:
+    return tensor[:1]
 
 
 def _moved_to_first(stacked: Tree, first: Tree) -> Tree:
@@ -119,20 +141,34 @@ def evaluate_runs(
     Raises:
         BacktrailError: The task or a query is wrong, whichever way it is computed.
     """
-    with torch.no_grad():
-        try:
-            at_once: Tensor = vmap(function)(states.params, states.buffers)
+    try:
+        with torch.no_grad():
+            # Whatever a function draws, every run gets the same numbers.
+            at_once: Tensor = vmap(function, randomness="same")(states.params, states.buffers)
             return at_once
-        except BacktrailError:
-            # It says what is wrong, and would be raised one by one as well.
-            raise
-        except (RuntimeError, NotImplementedError, ValueError):
-            values: list[Tensor] = []
-            for run in range(len(next(iter(states.params.values())))):
-                params = select_run(states.params, run)
-                buffers = select_run(states.buffers, run)
-                values.append(function(params, buffers))
-            return torch.stack(values)
+    except BacktrailError:
+        # It says what is wrong, and would be raised one by one as well.
+        raise
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        log.info("states are read one by one: %s", _first_line(error))
+    values: list[Tensor] = []
+    for run in range(len(next(iter(states.params.values())))):
+        params = select_run(states.params, run)
+        buffers = select_run(states.buffers, run)
+        values.append(_evaluate(function, params, buffers))
+    return torch.stack(values)
+
+
+def _evaluate(function: Callable[[Tree, Tree], Tensor], params: Tree, buffers: Tree) -> Tensor:
+    try:
+        with torch.no_grad():
+            return function(params, buffers)
+    except BacktrailError:
+        raise
+    except RuntimeError:
+        # A model that differentiates by its own inputs needs a graph.
+        with torch.enable_grad():
+            return function(params, buffers).detach()
 
 
 def _first_line(error: Exception) -> str:

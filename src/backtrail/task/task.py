@@ -10,11 +10,12 @@ Decisions:
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal, Protocol, TypeVar, final, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -42,8 +43,9 @@ from backtrail.task.activation_checkpointing import computed_once, uses_checkpoi
 from backtrail.task.batchnorm import STATISTICS, RunningStatistics, batchnorm_layers
 from backtrail.task.clipping import ClipNorm, ClipValue
 from backtrail.task.live_references import detach_from_live
+from backtrail.task.noise import fixed_noise
 from backtrail.task.surrogate import note_buffers
-from backtrail.tree import Tree, cast, mapping_to_dict, tree_leaves, tree_map
+from backtrail.tree import Tree, cast, mapping_to_dict, precision_of, tree_leaves, tree_map
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +228,41 @@ class Task:
         """The device of the model when this was first read."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The precision of the model when this was first read: that of the training."""
+        return precision_of(torch_compile.parameters(self.model))
+
+    def fixed_noise(self, computed: torch.dtype) -> AbstractContextManager[Callable[[], None]]:
+        """Draw the same random numbers at every reading of the model, whatever came before.
+
+        Args:
+            computed: precision of the reading.
+        """
+        return fixed_noise(self.device, self.dtype, computed)
+
+    @cached_property
+    @exclusive
+    def needs_graph(self) -> bool:
+        """Whether a forward pass differentiates by itself, and so fails under `torch.no_grad`.
+
+        As in a loss with a derivative by the inputs. Found by a pass on the first row.
+        """
+        if not isinstance(self.data, Rows) or not len(self.data):
+            return False
+        params = self.parameters()
+        batch = cast(self.batch([0]), None, self.device)
+        try:
+            with self.binding.in_modes(None), self.fixed_noise(self.dtype), torch.no_grad():
+                self.losses(params, self.buffers(), batch)
+        except RuntimeError as error:
+            return "does not require grad" in str(error)
+        return False
+
+    def without_graph(self) -> AbstractContextManager[object]:
+        """Compute without a graph of the operations, unless the model needs one itself."""
+        return torch.enable_grad() if self.needs_graph else torch.no_grad()
+
     def parameters(self) -> Tree:
         """The live model's parameters under unique names (shared, not copied, detached)."""
         refuse_shared_storage(self.model)
@@ -399,6 +436,7 @@ class _Binding(nn.Module):
         surrogates: calls of torch and Functions whose backward pass is not the derivative of their
             forward pass.
         no_second_derivative: what torch cannot differentiate twice in it; empty if it can.
+        coupled: whether the rows of a selection depend on one another, for those looked at.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -410,6 +448,7 @@ class _Binding(nn.Module):
         self.moving: set[str] = set()
         self.surrogates: tuple[str, ...] = ()
         self.no_second_derivative = ""
+        self.coupled: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
     def forward(self, function: Callable[[nn.Module], Any]) -> Any:
         """Call the function on the skeleton, while its tensors are swapped."""
@@ -547,7 +586,19 @@ def labels_of(batch: Batch) -> Tensor:
 
 
 @contextmanager
-def in_eval_mode(task: Task) -> Iterator[None]:
-    """All modules in eval mode, without gradients, and the attention kernel that `vmap` allows."""
-    with task.binding.in_modes(None), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        yield
+def in_eval_mode(task: Task, computed: torch.dtype | None = None) -> Iterator[Callable[[], None]]:
+    """All modules in eval mode, without gradients, and the attention kernel that `vmap` allows.
+
+    Random numbers that the model draws are the same in every such block.
+
+    Args:
+        task: The model.
+        computed: Precision of the readings, if it is not the training's.
+
+    Yields:
+        A function that sets the random generators to their state at the beginning of the block.
+    """
+    kernel = sdpa_kernel(SDPBackend.MATH)
+    noise = task.fixed_noise(computed or task.dtype)
+    with task.binding.in_modes(None), task.without_graph(), kernel, noise as reset_generators:
+        yield reset_generators

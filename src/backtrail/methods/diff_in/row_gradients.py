@@ -4,16 +4,19 @@ Modules are in eval mode, so that no row depends on its batch: BatchNorm uses th
 statistics, and dropout is off.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from backtrail.errors import BacktrailError
+from backtrail.accel.second_order import is_eager
+from backtrail.errors import BacktrailError, CoupledRows
 from backtrail.methods.diff_in.trajectory import Point
+from backtrail.task.coupling import are_rows_coupled
 from backtrail.task.task import Batch, Task, size_of
 from backtrail.tree import (
     Tree,
@@ -21,6 +24,7 @@ from backtrail.tree import (
     cast,
     each,
     flat_rows,
+    precision_of,
     stack,
     tree_flatten,
     tree_unflatten,
@@ -79,19 +83,56 @@ class RowGradients:
         """The gradient of the sum of the rows' losses."""
 
         def total(part: Tree) -> Tensor:
-            losses, _ = self.task.losses(self.point.params | part, self.point.buffers, batch)
+            # A row gets the same random numbers at every state, alone and under `vmap`.
+            with self.task.fixed_noise(precision_of(self.point.params)):
+                losses, _ = self.task.losses(self.point.params | part, self.point.buffers, batch)
             return losses.sum()
 
-        gradient: Tree = grad(total)(trained)
-        return gradient
+        return _gradient(total, trained)
 
     def of_penalty(self, trained: Tree) -> Tree:
         """The gradient of the task's penalty; empty where it has none."""
         penalty = self.task.penalty
         if penalty is None:
             return {}
-        gradient: Tree = grad(lambda part: penalty(self.point.params | part))(trained)
+        return _gradient(lambda part: penalty(self.point.params | part), trained)
+
+    def refuse_coupled(self, batch: Batch) -> None:
+        """Refuse a loss of which a row alone has none.
+
+        Args:
+            batch: Any rows, of which the first few are compared.
+
+        Raises:
+            CoupledRows: The loss of a row depends on the other rows of its batch.
+        """
+
+        def score(model: nn.Module, some: Batch) -> Tensor:
+            return self.task.losses_of(self.task.predict(model, some), some)
+
+        point = self.point
+        if are_rows_coupled(self.task, batch, score, params=point.params, buffers=point.buffers):
+            raise CoupledRows(
+                "The loss",
+                "Use backtrail.DIT(), which reads the batches of the training as they were",
+            )
+
+
+def _gradient(function: Callable[[Tree], Tensor], trained: Tree) -> Tree:
+    """The gradient of a function, under a transform of torch.func or by plain autograd."""
+    if not is_eager():
+        gradient: Tree = grad(function)(trained)
         return gradient
+    # Outside of `vmap` torch.func is not needed, and refuses models that autograd can follow.
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in trained.items()}
+    with torch.enable_grad():
+        value = function(leaves)
+    if not value.requires_grad:
+        return each(torch.zeros_like, trained)
+    found = torch.autograd.grad(
+        value, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, found, strict=True))
 
 
 def _has_rows(leaf: object, size: int) -> bool:

@@ -176,6 +176,7 @@ class Terms:
         batches = []
         for first in range(0, len(self.proxy), size):
             batches.append(rows[0].read(self.proxy[first : first + size]))
+        rows[-1].refuse_coupled(batches[0])
         models = []
         for at_point in rows:
             proxy = Proxy(at_point, batches, self.trajectory.scale)

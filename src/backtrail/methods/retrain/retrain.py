@@ -6,8 +6,8 @@ stack, never against the recorded weights: so rounding that both share cancels.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, final, get_args
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 
 from backtrail import arguments
-from backtrail.errors import BadSetting, join_items
+from backtrail.errors import BacktrailError, BadSetting, join_items
 from backtrail.exclusive import exclusive
 from backtrail.methods.observe import (
     ObservedAt,
@@ -32,6 +32,7 @@ from backtrail.methods.retrain.weights import Removal, Steps, WeightChange
 from backtrail.queries import Query, values
 from backtrail.run.run import Run
 from backtrail.sweep.rerun import evaluate_runs
+from backtrail.task.outside import tensors_used_by
 from backtrail.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,18 @@ class Retrained:
         noise: Largest difference between two unperturbed runs of one stack,
             `[query, observed_at]`; smaller changes mean nothing.
         observed_at: The states at which the queries were read.
+        precision: That of the re-runs, like "float64". It is the training's own where the model or
+            a query cannot be computed in the one that was asked for.
+        remarks: What has to be said about the re-runs, if anything: another precision than asked
+            for, or an unperturbed re-run that does not end where the training did.
     """
 
     change: Float[np.ndarray, "query observed_at removal"]
     base: Float[np.ndarray, "query observed_at"]
     noise: Float[np.ndarray, "query observed_at"]
     observed_at: tuple[int, ...]
+    precision: str = "float64"
+    remarks: tuple[str, ...] = ()
 
     @property
     def diverged(self) -> tuple[int, ...]:
@@ -111,7 +118,8 @@ def leave_one_out(
         steps: (a, b): The sample is removed only from the batches of the steps [a, b).
         denominator: What a removal does to the divisor of its batch's mean: "keep" leaves it,
             "renormalize" divides by the number of samples that are left.
-        dtype: Precision of the re-runs; None for the recorded one.
+        dtype: Precision of the re-runs; None for the recorded one, which is also taken, with a
+            warning, where the model or a query cannot be computed in this one.
         batch: Trainings run at once; by default 64, and on a processor fewer (from 8) where their
             activations are large.
         weight: Weight that a removed sample's loss keeps; with 2 it is counted twice instead.
@@ -130,6 +138,7 @@ def leave_one_out(
             an average over the training, which it cannot answer.
         OtherRun: The bank holds re-runs of another training.
         DamagedBank: A file of the bank cannot be read.
+        StrayedRerun: The re-run without a removal is another training than the recorded one.
     """
     check_run(run)
     check_queries(queries)
@@ -193,7 +202,8 @@ def retrain(
             everywhere by default.
         denominator: What a removal does to the divisor of its batch's mean: "keep" leaves it,
             "renormalize" divides by the number of samples that are left.
-        dtype: Precision of the re-runs; None for the recorded one.
+        dtype: Precision of the re-runs; None for the recorded one, which is also taken, with a
+            warning, where the model or a query cannot be computed in this one.
         batch: Trainings run at once; by default 64, and on a processor fewer (from 8) where their
             activations are large.
         weight: Weight that a removed sample's loss keeps; with 2 it is counted twice instead.
@@ -210,6 +220,7 @@ def retrain(
             an average over the training, which it cannot answer.
         OtherRun: The bank holds re-runs of another training.
         DamagedBank: A file of the bank cannot be read.
+        StrayedRerun: The re-run without a removal is another training than the recorded one.
     """
     check_run(run)
     check_queries(queries)
@@ -232,11 +243,13 @@ def retrain(
         for group in groups
     ]
     reruns = Reruns(run=run, observed_at=states, dtype=dtype, batch=batch, queries=queries)
-    if folder is None:
-        stacks = reruns.stacks(changes)
-    else:
-        stacks = cached_stacks(RerunCache(folder, run, dtype), reruns, changes)
-    found = _read(reruns, stacks, changes=len(changes))
+
+    def stacks(how: Reruns) -> Iterable[RunStack]:
+        if folder is None:
+            return how.stacks(changes)
+        return cached_stacks(RerunCache(folder, run, how.dtype), how, changes)
+
+    found = _in_a_precision_that_works(reruns, stacks, changes=len(changes))
     if found.diverged:
         log.warning(
             "%d of %d trainings without samples end with a query that is NaN or infinite; their "
@@ -260,7 +273,48 @@ def perturb(
 ) -> Retrained:
     """Run the training again under each of several changes of the samples' weights."""
     reruns = Reruns(run=run, observed_at=observed_at, dtype=dtype, batch=batch, queries=queries)
-    return _read(reruns, reruns.stacks(changes), changes=len(changes))
+    return _in_a_precision_that_works(reruns, lambda how: how.stacks(changes), changes=len(changes))
+
+
+def _in_a_precision_that_works(
+    reruns: Reruns, stacks: Callable[[Reruns], Iterable[RunStack]], *, changes: int
+) -> Retrained:
+    """Re-run and read, in the training's own precision where the one asked for cannot be.
+
+    Tensors that are not part of the batch (a teacher, an adjacency matrix, the rows of a `Custom`
+    query) stay in the training's precision, and torch multiplies no two precisions.
+
+    Raises:
+        BacktrailError: the task or a query is wrong in any precision.
+        OutOfMemoryError: memory ran out.
+        RuntimeError: the model fails in its own precision as well.
+    """
+    run = reruns.run
+    try:
+        return _read(reruns, stacks(reruns), changes=changes)
+    except (BacktrailError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        if reruns.dtype in {None, run.task.dtype}:
+            raise
+        first_line = str(error).partition("\n")[0]
+    own = replace(reruns, dtype=None, remarks=[])
+    remark = (
+        f"re-runs are in {run.task.dtype}, the training's own precision: in {reruns.dtype} the "
+        f"model or a query fails ({first_line}){_blame(run, reruns.queries)}"
+    )
+    log.warning("%s", remark)
+    found = _read(own, stacks(own), changes=changes)
+    return replace(found, remarks=(remark, *found.remarks))
+
+
+def _blame(run: Run, queries: Query) -> str:
+    """Name the tensors outside of the batch that may be the reason; empty if none are found."""
+    functions = [run.task.loss, run.task.predict, run.task.penalty, getattr(queries, "function", 0)]
+    names = tensors_used_by(functions, run.task.dtype)
+    if not names:
+        return ""
+    return f". Not part of the batch, and so not cast: {join_items(names, most=6)}"
 
 
 def _groups(run: Run, removals: object) -> list[list[int]]:
@@ -287,6 +341,9 @@ def _read(reruns: Reruns, stacks: Iterable[RunStack], *, changes: int) -> Retrai
     run = reruns.run
     queries = reruns.queries
     observed_at = reruns.observed_at
+    # At a recorded state: under `vmap` nothing can be decided by numbers.
+    end = run.state(run.kept[-1])
+    queries.prepare(run.task, params=end.params, buffers=end.buffers)
 
     def read(params: Tree, buffers: Tree) -> torch.Tensor:
         return values(queries, run.task, params=params, buffers=buffers)
@@ -317,4 +374,5 @@ def _read(reruns: Reruns, stacks: Iterable[RunStack], *, changes: int) -> Retrai
             with torch.no_grad():
                 values_there = read(state.params, state.buffers)
             base[:, place] = values_there.double().cpu().numpy()
-    return Retrained(change, base, noise, observed_at)
+    precision = str(reruns.dtype or run.task.dtype).removeprefix("torch.")
+    return Retrained(change, base, noise, observed_at, precision, tuple(reruns.remarks))

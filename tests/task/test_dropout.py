@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, dropout
 from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
-from backtrail.step.dropout import SameDropout
+from backtrail.task.dropout import SameDropout
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": lambda x: x,
