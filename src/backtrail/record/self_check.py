@@ -1,8 +1,10 @@
 """The recorder's self-check: the recorded step reproduces the gradient that the loop computed."""
 
+import inspect
 from typing import final
 
 import torch
+from torch.amp import grad_scaler
 
 from backtrail.errors import BadLoss, UnexplainedGradient, UnrepeatableRows
 from backtrail.record.backward_hooks import LiveBatch
@@ -120,6 +122,19 @@ def change_by_clipping(raw: Tree, clipped: Tree) -> float:
     """By how much clipping changed a gradient (relative)."""
     gap = norm({name: raw[name] - clipped[name] for name in raw})
     return gap / max(norm(raw), 1e-30)
+
+
+def called_by_scaler() -> bool:
+    """Whether the optimizer's step that is running was called by a `GradScaler`.
+
+    Neither the optimizer nor its gradients tell: unscaling is not counted as a write.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == grad_scaler.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def reread_batch(task: Task, step: int, live: LiveBatch) -> Batch:
