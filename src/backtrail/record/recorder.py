@@ -41,7 +41,7 @@ from backtrail.record.loaders import IdStream, TrackedLoader, check_data, check_
 from backtrail.record.outside_changes import OutsideChanges
 from backtrail.record.policy import CheckpointPolicy, Every
 from backtrail.record.randomness import preserved_generators
-from backtrail.record.self_check import GradientCheck, reread_batch
+from backtrail.record.self_check import GradientCheck, called_by_scaler, reread_batch
 from backtrail.run.check import layouts
 from backtrail.run.manifest import MANIFEST_NAME, Manifest
 from backtrail.run.store import Writer
@@ -465,9 +465,8 @@ class Recorder:
             batches = tuple(reread_batch(task, step.index, live) for live in self._tracker.consumed)
             transition = self._transition(step, batches)
             if check_gradient:
-                # A fused optimizer unscales inside its own kernel: before, the scale is in it.
-                is_scaled = getattr(self._optimizer, "grad_scale", None) is not None
-                unclipped = None if is_scaled else self._tracker.unclipped_norm()
+                # The backward pass left the gradient multiplied by a GradScaler's scale.
+                unclipped = None if called_by_scaler() else self._tracker.unclipped_norm()
                 self._self_check.check(transition, state, grads, unclipped_norm=unclipped)
             if check_capture and self._tracker.listener is not None:
                 tolerance = self._self_check.tolerance(step, grads)

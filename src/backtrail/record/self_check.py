@@ -1,9 +1,11 @@
 """The recorder's self-check: the recorded step reproduces the gradient that the loop computed."""
 
+import inspect
 from collections.abc import Callable
 from typing import final
 
 import torch
+from torch.amp import grad_scaler
 
 from backtrail.curvature.vjp import GradientVJP, gradient_vjp, gradient_vjp_by_differences
 from backtrail.errors import (
@@ -175,6 +177,19 @@ def change_by_clipping(raw: Tree, clipped: Tree) -> float:
     """By how much clipping changed a gradient (relative)."""
     gap = norm({name: raw[name] - clipped[name] for name in raw})
     return gap / max(norm(raw), 1e-30)
+
+
+def called_by_scaler() -> bool:
+    """Whether the optimizer's step that is running was called by a `GradScaler`.
+
+    Neither the optimizer nor its gradients tell: unscaling is not counted as a write.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == grad_scaler.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def reread_batch(task: Task, step: int, live: LiveBatch) -> Batch:
