@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from backtrail.apply import signals as scores
 from backtrail.errors import NoClasses
 from backtrail.run.run import Run
+from backtrail.task.classes import class_labels
 from tests.cases import CASES_BY_NAME, CLASSES, rows
 from tests.recorded_runs import recorded_regression, recorded_run
 from tests.streams import SAMPLE_IDS, STREAM_ROWS, KeywordModel, recorded_stream
@@ -102,7 +103,7 @@ def test_a_single_score_is_that_of_class_one(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(
         scores.probabilities(found.numpy())[:, 1], outputs.flatten().sigmoid(), rtol=1e-6
     )
-    assert scores.class_labels([torch.zeros(2), labels]).tolist() == [1, 0]
+    assert class_labels([torch.zeros(2), labels]).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
