@@ -199,8 +199,8 @@ def test_entries_of_parameters(tmp_path: Path) -> None:
     for name, entries in wrong:
         with pytest.raises(BadQuery, match=f"parameter '{name}', but its shape is"):
             found(name, entries)
-    unclear: list[list[tuple[int, ...] | int]] = [[], [0, 0], [0, (0,)]]
-    for entries in unclear:
+    alike: list[list[tuple[int, ...] | int]] = [[], [0, 0], [0, (0,)]]
+    for entries in alike:
         with pytest.raises(BadSetting, match="Invalid entries="):
             backtrail.Parameter("head.bias", entries)
 
