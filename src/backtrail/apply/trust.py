@@ -26,6 +26,7 @@ from backtrail.methods.retrain.weights import Perturbation
 from backtrail.queries import Query
 from backtrail.run.run import AUTOCAST, Run, Verification
 from backtrail.stats import Interval
+from backtrail.step.optimizers import rule_named
 
 # Sizes h of the change of the sample weights. A large h is not yet in the linear range, and a small
 # one is lost in rounding; which are in between depends on the training.
@@ -41,6 +42,27 @@ GOOD = 0.9  # lowest Pearson correlation of a passed removal check
 ENOUGH = 10  # removals; a correlation over fewer is mostly chance
 CLOSE = 0.05  # a Pearson correlation less than this below the best one to expect is as good as it
 RIGHT_SIZE = 1.5  # the advice mentions the slope of an approximation beyond this factor from 1
+# Names of torch's layers whose derivative jumps.
+KINKED = frozenset(
+    {
+        "AdaptiveMaxPool1d",
+        "AdaptiveMaxPool2d",
+        "Hardshrink",
+        "Hardsigmoid",
+        "Hardswish",
+        "Hardtanh",
+        "LeakyReLU",
+        "MaxPool1d",
+        "MaxPool2d",
+        "MaxPool3d",
+        "PReLU",
+        "RReLU",
+        "ReLU",
+        "ReLU6",
+        "Softshrink",
+        "Threshold",
+    }
+)
 EARLY = 0.5  # share of the influence above which the advice names step 0 as the cause
 
 
@@ -143,6 +165,11 @@ class RemovalCheck:
         return tuple(np.array(self.samples, dtype=np.int64)[is_nan].tolist())
 
     @property
+    def undecided(self) -> bool:
+        """Whether the interval of the Pearson correlation has 0.9 inside."""
+        return self.pearson.low < GOOD <= self.pearson.high
+
+    @property
     def too_few(self) -> bool:
         """Whether fewer than 10 samples were left out, so that the correlations say little."""
         return len(self.samples) < ENOUGH
@@ -159,6 +186,8 @@ class RemovalCheck:
         if not self.samples:
             return "removal     not made: re-runs would be of another training"
         verdict = "passed" if self.passed else "FAILED"
+        if self.undecided:
+            verdict = "undecided"
         figures = (
             f"removal     {verdict}: {len(self.samples)} samples left out one at a time: "
             f"Pearson {self.pearson}, Spearman {self.spearman}, slope {self.slope:.2f}, "
@@ -216,6 +245,8 @@ class Trust:
         fed_may_depend_on_model: Whether batches were given by `recorder.fed` that may depend on the
             model. The checks hold them constant, as the influence does, and so say nothing of that.
         remarks: What has to be said about the re-runs, if anything, like another precision.
+        causes: What may make removals differ from a derivative in this training: layers with kinks,
+            a nonlinear optimizer.
     """
 
     replay: Verification | str
@@ -225,6 +256,7 @@ class Trust:
     method: str = "DIT"
     fed_may_depend_on_model: bool = False
     remarks: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The checks, a line each, and what they mean together."""
@@ -271,6 +303,12 @@ class Trust:
                 f"influence predicts removals on this run. Leave out at least {ENOUGH}, for "
                 "example with removals=32."
             )
+        if self.removal.undecided:
+            return (
+                f"Undecided: with {len(self.removal.samples)} removals the interval of the Pearson "
+                f"correlation has {GOOD} inside. Leave out more, for example with "
+                f"removals={4 * len(self.removal.samples)}."
+            )
         if self.method != "DIT":
             return self._advice_on_an_approximation()
         if self.removal.passed:
@@ -289,10 +327,8 @@ class Trust:
             what = "The influence is a poor predictor of removals"
         else:
             what = "The derivative is correct, but a poor predictor of removals"
-        why = (
-            "at the scale of one sample this training is not smooth (common causes: ReLU with "
-            "Adam, a large learning rate)"
-        )
+        causes = join_items([*self.causes, "a large learning rate"])
+        why = f"at the scale of one sample this training is not smooth (possible causes: {causes})"
         if self.removal.exhausted:
             return (
                 f"{what}: {why}. No additive score does much better: counting a sample twice does "
@@ -388,7 +424,20 @@ def trust(
         method=influence.method,
         fed_may_depend_on_model=run.fed_may_depend_on_model,
         remarks=reruns.remarks,
+        causes=_causes(run),
     )
+
+
+def _causes(run: Run) -> tuple[str, ...]:
+    """What may make removals in this training differ from a derivative."""
+    causes: list[str] = []
+    kinds = {type(module).__name__ for module in run.task.model.modules()}
+    kinked = sorted(kinds & KINKED)
+    if kinked:
+        causes.append(f"the kinks of {join_items(kinked)}")
+    if not rule_named(run.manifest.optimizer).linear:
+        causes.append(f"the nonlinear update of {run.manifest.optimizer}")
+    return tuple(causes)
 
 
 @exclusive
