@@ -150,22 +150,26 @@ class Cell:
                 pass
         return backtrail.open_run(folder, task)
 
-    def error(self, folder: Path) -> float:
+    def error(self, folder: Path, *, accelerated: tuple[bool, ...] = (True,)) -> float:
         """Return how far influence is from brute force.
 
         That is the largest difference of an entry relative to the largest entry of its query and
-        observed state.
+        observed state, with acceleration on, off, or each of both.
         """
         run = self.recorded(folder)
         run.verify()
         truth = nudge(self.trained, self.row.counts, SIZES)
         labels = [f"query {number}" for number in range(len(truth))]
         queries = backtrail.Custom(self.row.read, labels=labels)
-        found = backtrail.DIT().attribute(run, queries, observed_at=self.row.observed_at).values()
         scale = np.abs(truth).max(axis=(2, 3))
         assert (scale > 1e-9).all(), "no slot has influence on a query: nothing is tested"
-        difference = np.abs(found - truth).max(axis=(2, 3))
-        return float((difference / scale).max())
+        errors: list[float] = []
+        for enabled in accelerated:
+            with backtrail.acceleration(enabled):
+                found = backtrail.DIT().attribute(run, queries, observed_at=self.row.observed_at)
+            difference = np.abs(found.values() - truth).max(axis=(2, 3))
+            errors.append(float((difference / scale).max()))
+        return max(errors)
 
 
 def cells(rows: list[Row]) -> list[Cell]:

@@ -1,6 +1,7 @@
 """Models of `transformers` and `peft` pass the exactness test, and usual loops with them work."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,57 @@ def test_gradient_checkpointing_changes_nothing(
         totals.append(backtrail.DIT().attribute(run, backtrail.Loss(data, samples=[0])).total())
     assert (totals[0] != 0).all()
     assert totals[1] == pytest.approx(totals[0], rel=1e-4)
+
+
+def test_a_warm_up_from_zero(tmp_path: Path) -> None:
+    """GPT-2 under AdamW with a linear warm-up from 0 and decay to 0: exact, also at a rate of 0."""
+    rows: Any = texts(prompt=1)
+    order = [[0, 1], [2, 4], [3, 1], [2, 0]]
+
+    def train(
+        recorder: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None,
+        nudged: tuple[int, float] = (-1, 0.0),
+    ) -> nn.Module:
+        torch.manual_seed(3)
+        model = gpt2().double().train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [0.0, 0.5, 1.0, 0.0].__getitem__)
+        loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(rows, batch_sampler=order)
+        with nullcontext() if recorder is None else recorder(model, optimizer) as entered:
+            batches = loader if entered is None else entered.watch(loader)
+            for step, batch in enumerate(batches):
+                weights = torch.ones(2, dtype=torch.float64)
+                if step == nudged[0]:
+                    weights[0] += nudged[1]
+                losses = task_of(model).losses_of(model(**batch), batch)
+                backward((losses * weights).mean())
+                optimizer.step()
+                if step < len(order) - 1:
+                    schedule.step()
+                optimizer.zero_grad()
+        return model
+
+    def task_of(model: nn.Module) -> backtrail.Task:
+        return backtrail.language_model(model, rows)
+
+    def query(model: nn.Module) -> torch.Tensor:
+        batch = task_of(model).batch([2, 3])
+        return task_of(model).losses_of(model(**batch), batch).mean()
+
+    def record(model: nn.Module, optimizer: torch.optim.Optimizer) -> backtrail.Recorder:
+        return backtrail.Recorder(tmp_path, task_of(model), optimizer)
+
+    model = train(recorder=record)
+    run = backtrail.open_run(tmp_path, task_of(model))
+    found = backtrail.DIT().attribute(run, backtrail.Custom(query)).values()[0, 0, :, 0]
+    truth = []
+    for step in range(len(order)):
+        ends = [float(query(train(nudged=(step, size)).eval()).detach()) for size in (1e-5, -1e-5)]
+        truth.append(-(ends[0] - ends[1]) / 2e-5)
+    # Step 0 moves nothing itself, but its gradient stays in the moments; step 3 is the last one.
+    assert abs(truth[0]) > 1e-6
+    assert truth[3] == 0
+    assert found == pytest.approx(truth, rel=1e-6, abs=1e-9)
