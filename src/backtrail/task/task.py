@@ -257,6 +257,8 @@ class Task:
                 self.losses(params, self.buffers(), batch)
         except RuntimeError as error:
             return "does not require grad" in str(error)
+        except Exception:  # noqa: BLE001 - whatever it is, it is raised where a row is needed
+            return False
         return False
 
     def without_graph(self) -> AbstractContextManager[object]:
