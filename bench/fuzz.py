@@ -1098,12 +1098,16 @@ def targets(world: World) -> list[Target]:
         wrong=numbers(0, ROWS - 1),
         ax=none,
     )
+
+    def effects(value: Any) -> bool:
+        return isinstance(value, tuple) and value == (1, 2, 3)
+
     add(
         "plot.scatter",
         plot.scatter,
         {"predicted": np.arange(3.0), "actual": np.arange(3.0)},
-        predicted=nothing,
-        actual=nothing,
+        predicted=effects,
+        actual=effects,
         ax=none,
     )
     add("plot.regimes", plot.regimes, {"found": None}, found=nothing, ax=none)

@@ -231,7 +231,8 @@ class Embeddings:
             UnknownId: There is no such id.
             NeverTrainedOn: The sample was in no batch.
         """
-        k = arguments.whole("k", k, least=1)
+        # No more than there are: polars takes no number beyond 64 bits.
+        k = min(arguments.whole("k", k, least=1), len(self.run.ids))
         sample = arguments.whole("sample", sample)
         trained_samples(self.run, [sample], "sample")
         _, own = next(self._summed(np.array([sample])))
