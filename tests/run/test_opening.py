@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 import backtrail
 from backtrail.errors import (
     BadQuery,
+    BadSetting,
     DamagedFile,
     EmptyRun,
     MissingState,
@@ -213,7 +214,7 @@ def test_queries_of_rows_that_are_not_there(run: Run) -> None:
             BadQuery, f"samples={[s for s in samples if s != 3]}", f"the data set has {ROWS} rows"
         ):
             backtrail.Loss(run.task.data, samples=samples)
-    with refused(BadQuery, "no samples"):
+    with refused(BadSetting, "Invalid samples=[]", "one or more row numbers"):
         backtrail.Loss(run.task.data, samples=[])
 
 
