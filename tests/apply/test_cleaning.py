@@ -243,12 +243,12 @@ def test_impossible_settings_are_refused_before_any_work(blobs: Run, tmp_path: P
         )
 
 
-def test_a_method_that_is_none_is_told() -> None:
-    """An unknown method is refused, with the known ones, in a process without shape checks."""
+def test_a_run_that_is_none_is_refused() -> None:
+    """A run that is none is refused in a process without shape checks."""
     code = (
         "import backtrail\n"
-        "try: backtrail.find_mislabeled(None, method='guess')\n"
+        "try: backtrail.find_mislabeled(None)\n"
         "except backtrail.BacktrailError as e: print(e)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Invalid method='guess': expected 'mean-loss', 'held-out'")
+    assert done.stdout.startswith("Invalid run=None: expected a run")

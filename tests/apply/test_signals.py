@@ -89,7 +89,7 @@ def test_a_task_without_classes_has_losses_only(tmp_path: Path) -> None:
     assert scores.losses(run, run.steps).shape == (6,)
     for ask in (lambda: scores.outputs(run, run.steps), lambda: scores.labels(run)):
         with pytest.raises(
-            NoClasses, match=r"labels are torch.float32 of shape \[6, 1\], not class numbers"
+            NoClasses, match=r"labels are torch.float32 of shape \[\d, 1\], not class numbers"
         ):
             ask()
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import backtrail
-from backtrail.apply.trust import draw_visited, steadiest
+from backtrail.apply.trust import RemovalCheck, draw_visited, steadiest
 from backtrail.errors import OtherRun, WithoutQueries
 from backtrail.influence.writer import from_arrays
 from backtrail.stats import Interval
@@ -19,6 +19,12 @@ from tests.recorded_runs import recorded_run
 from tests.standard_queries import standard_queries
 
 MANY = tuple(range(32))  # samples left out, where a test sets the figures of a check itself
+
+
+def of_many(removal: RemovalCheck, **figures: Any) -> RemovalCheck:
+    """The check of as many removals as correlations need, with some figures changed."""
+    effects = np.zeros((len(removal.actual), len(MANY)))
+    return replace(removal, samples=MANY, actual=effects, predicted=effects, **figures)
 
 
 def test_an_exact_influence_passes_all_three_checks(tmp_path: Path) -> None:
@@ -75,7 +81,7 @@ def test_a_derivative_that_hangs_on_step_0_is_named(tmp_path: Path) -> None:
     """The advice differs where most influence comes from step 0."""
     run = recorded_run("momentum", tmp_path)
     trust = backtrail.trust(run, backtrail.DIT().attribute(run, standard_queries()), removals=8)
-    failed = replace(trust.removal, samples=MANY, pearson=Interval(0.2, 0.0, 0.5))
+    failed = of_many(trust.removal, pearson=Interval(0.2, 0.0, 0.5))
     assert "step 0" in replace(trust, removal=failed, early=0.8).advice
     assert "not smooth" in replace(trust, removal=failed, early=0.1).advice
 
@@ -92,7 +98,7 @@ def test_what_an_additive_score_can_reach_is_measured(tmp_path: Path) -> None:
     odd = (removal.actual - np.stack(alone, axis=1)) / 2
     expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(odd, removal.actual, strict=True)])
     assert removal.reachable == pytest.approx(expected)
-    poor = replace(removal, samples=MANY, pearson=Interval(0.5, 0.3, 0.7), reachable=0.9)
+    poor = of_many(removal, pearson=Interval(0.5, 0.3, 0.7), reachable=0.9)
     assert str(poor).endswith("; best Pearson any additive score can reach: 0.90")
     assert 'DIT(curvature="auto")' in replace(trust, removal=poor, early=0.0).advice
     spent = replace(poor, reachable=0.53)
@@ -120,7 +126,7 @@ def test_a_ceiling_below_the_measured_correlation_is_called_noisy(tmp_path: Path
     run = recorded_run("momentum", tmp_path)
     trust = backtrail.trust(run, backtrail.DIT().attribute(run, standard_queries()), removals=2)
     measured = Interval(0.874, 0.8, 0.9)
-    removal = replace(trust.removal, samples=MANY, pearson=measured, reachable=0.81)
+    removal = of_many(trust.removal, pearson=measured, reachable=0.81)
     assert str(removal).endswith("0.81 (lower than the measured one: both are noisy estimates)")
     assert str(replace(removal, reachable=0.871)).endswith("can reach: 0.87")
     assert "additive score" not in str(replace(removal, reachable=float("nan")))
@@ -153,7 +159,7 @@ def test_an_approximation_is_judged_by_removals_and_told_as_one(tmp_path: Path) 
         trust = backtrail.trust(run, made.attribute(run, standard_queries()), removals=8)
         assert trust.derivative is None
         assert "derivative" not in str(trust)
-        many = replace(trust.removal, samples=MANY)
+        many = of_many(trust.removal)
         sure = replace(many, pearson=Interval(0.95, 0.9, 0.99), slope=1.0)
         name = type(made).__name__
         assert replace(trust, removal=sure).advice == f"{name} predicts removals on this run."
