@@ -330,5 +330,10 @@ def test_removals_and_rankings_follow_the_model(name: str, tmp_path: Path) -> No
         run, backtrail.Loss(training.data, aggregate="mean"), samples=[5]
     )
     np.testing.assert_allclose(found[0, 0], truth[2], rtol=1e-9)
+    # A removal after the last visit changes nothing, so no run is made.
+    query = backtrail.Loss(training.data, aggregate="mean")
+    nothing = backtrail.retrain(run, query, [[8]], steps=(3, 5), observed_at=2)
+    assert nothing.change[0, 0, 0] == 0
+    assert np.isfinite(nothing.base[0, 0])
     for method in ("loss", "mean-loss", "tracin", "self-influence"):
         assert backtrail.find_mislabeled(run, method=method).height == 12

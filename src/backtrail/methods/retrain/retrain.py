@@ -371,8 +371,8 @@ def _read(reruns: Reruns, stacks: Iterable[RunStack], *, changes: int) -> Retrai
     for place, number in enumerate(observed_at):
         if place not in visited:
             state = reruns.unchanged(number)
-            with torch.no_grad():
-                values_there = read(state.params, state.buffers)
+            # As a stack of one: that also reads models that differentiate by their own inputs.
+            values_there = evaluate_runs(state.repeat(1), read)[0]
             base[:, place] = values_there.double().cpu().numpy()
     precision = str(reruns.dtype or run.task.dtype).removeprefix("torch.")
     return Retrained(change, base, noise, observed_at, precision, tuple(reruns.remarks))
