@@ -45,6 +45,18 @@ class Apply(nn.Module):
         return self.function(x, *self.parts)
 
 
+class Drawing(nn.Module):
+    """A function that draws random numbers, in training alone."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call the function, or a smooth one in eval mode."""
+        return self.function(x) if self.training else torch.tanh(x)
+
+
 class Centred(nn.Module):
     """Subtracts a running mean that it keeps itself, without a gradient."""
 
@@ -177,6 +189,13 @@ def to_width(x: Tensor) -> Tensor:
 def surrounded(function: Callable[..., Tensor]) -> Layer:
     """A function between two linear layers, so that it is a part of a curved loss."""
     return lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Apply(function), nn.Linear(WIDTH, WIDTH))
+
+
+def drawing(function: Callable[[Tensor], Tensor]) -> Layer:
+    """The same of a function that draws random numbers."""
+    return lambda: nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), Drawing(function), nn.Linear(WIDTH, WIDTH)
+    )
 
 
 def packed(x: Tensor, network: nn.Module) -> Tensor:
@@ -348,7 +367,7 @@ MODULES: dict[str, Layer] = {
     "channel dropout": channels(nn.Dropout1d(0.3)),
     "embedding": lambda: Apply(lambda x, part: x + part(tokens(x)).flatten(1), nn.Embedding(5, 3)),
     "embedding, padded": lambda: Apply(
-        lambda x, part: (x + part(tokens(x)).flatten(1)) @ tied(part),
+        lambda x, part: torch.tanh(x + part(tokens(x)).flatten(1)) @ tied(part),
         nn.Embedding(5, 3, padding_idx=1),
     ),
     "embedding, by frequency": lambda: Apply(
@@ -365,17 +384,17 @@ MODULES: dict[str, Layer] = {
     "running scale": Scaled,
     "queue": Queue,
 }
-LAYERS: dict[str, Layer] = (
-    {name: surrounded(function) for name, function in PLAIN.items()}
-    | {name: surrounded(function) for name, function in SURROGATES.items()}
-    | MODULES
-)
+DRAWING = {"rrelu", "gumbel", "hard gumbel", "noise with a mean", "sample of a distribution"}
+LAYERS: dict[str, Layer] = {
+    name: drawing(function) if name in DRAWING else surrounded(function)
+    for name, function in (PLAIN | SURROGATES).items()
+} | MODULES
 
 
 def tied(embedding: nn.Module) -> Tensor:
     """A square matrix that is made of an embedding's weight."""
     weight: Tensor = embedding.weight  # type: ignore[assignment]
-    return torch.cat([weight.T @ weight] * 2, 1).repeat(2, 1)
+    return 0.1 * torch.cat([weight.T @ weight] * 2, 1).repeat(2, 1)
 
 
 def one_hot(labels: Tensor) -> Tensor:

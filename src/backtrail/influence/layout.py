@@ -145,8 +145,9 @@ def describe_settings(settings: Mapping[str, object]) -> str:
     """
     parts: list[str] = []
     for name, value in settings.items():
-        # How many queries were computed at once changes no number; `exact` follows from the others.
-        if name in {"chunk", "exact", VALUES}:
+        # How many queries were computed at once changes no number, nor does the check of the
+        # derivatives; `exact` follows from the others.
+        if name in {"chunk", "exact", "derivatives", VALUES}:
             continue
         # The text of a policy names its kind: Zero(), Secant(...).
         is_policy = name in {"curvature", "slope"}

@@ -161,7 +161,8 @@ def values(query: Query, task: Task, *, params: Tree, buffers: Tree) -> Float[Te
             reset_generators()
             numbers = task.bind(params, _copied(buffers), part.numbers)
             # One by one where that is the same: a product with zeros would spread a NaN to all.
-            is_identity = torch.equal(part.weights, torch.eye(*part.weights.shape).to(part.weights))
+            identity = torch.eye(len(part.weights)).to(part.weights)
+            is_identity = torch.equal(part.weights, identity)
             gained = numbers if is_identity else part.weights.to(like) @ numbers
             for row, number in zip(part.queries, gained, strict=True):
                 found[row] = found[row] + number

@@ -19,6 +19,8 @@ from tests.random_trainings import (
     trainings,
 )
 
+# torch says so of losses that have no batching rule.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 SLOTS = [0, 4, 11, 17]  # of steps 0, 1, 3 and 5
 DRAWS = 50
 MANY = 500
