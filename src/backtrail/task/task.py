@@ -422,7 +422,8 @@ class Task:
                 c = torch.as_tensor(function(batches)).detach()
         if c.shape != (total,):
             raise BadReduction(tuple(c.shape), total)
-        return list(torch.split(c, list(sizes)))
+        # Copies: a graph that keeps one micro-batch's shares must not keep those of all.
+        return [part.clone() for part in torch.split(c, list(sizes))]
 
 
 @final
