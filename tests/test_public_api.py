@@ -246,7 +246,7 @@ def test_methods_have_one_protocol(method: backtrail.Method) -> None:
 MISTAKES = {
     "Loss(data, aggregate='maen')": "Did you mean 'mean'?",
     "Loss(data, mode='evaluation')": "Invalid mode='evaluation': expected 'eval' or 'train'.",
-    "Loss(data, batch=0)": "Invalid batch=0: expected a positive integer.",
+    "Loss(data, batch=0)": "Invalid batch=0: expected a positive integer or None.",
     "DIT(denominator='kep')": "Did you mean 'keep'?",
     "DIT(chunk=0)": "Invalid chunk=0: expected a positive integer or None.",
     "TracIn(states='evry')": "Did you mean 'every'?",
