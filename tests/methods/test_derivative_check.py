@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
@@ -13,7 +14,7 @@ from backtrail.errors import BadSetting, WrongDerivative
 from backtrail.methods.derivative_check import check_derivatives
 from backtrail.run.run import Run
 from backtrail.task import surrogate
-from tests.random_trainings import Training
+from tests.random_trainings import LAYERS, Training
 
 SMOOTH = [
     Training(("tanh",), "cross-entropy"),
@@ -71,6 +72,37 @@ def test_a_wrong_second_derivative_is_an_error(
     queries = backtrail.Parameter("0.bias", [0])
     with pytest.raises(WrongDerivative, match="The derivative of step 3 is wrong"):
         backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(run, queries)
+
+
+class Outside(nn.Module):
+    """A scale, and a buffer, that leave torch on their way."""
+
+    mean: Tensor
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale by a Python number, or subtract a mean that NumPy computes."""
+        if self.where == "item":
+            return x * x.square().mean().item()
+        if self.training:
+            found = 0.9 * self.mean.detach().numpy() + 0.1 * x.detach().numpy().mean(0)
+            self.mean.copy_(torch.from_numpy(found))
+        return x - self.mean
+
+
+@pytest.mark.parametrize("where", ["item", "NumPy"])
+def test_what_leaves_torch_is_an_error(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No derivative passes through Python numbers and NumPy, so differences disagree."""
+    monkeypatch.setitem(LAYERS, where, lambda: Outside(where))
+    run = recorded(Training((where,), "cross-entropy"), tmp_path / "run")
+    with pytest.raises(WrongDerivative):
+        backtrail.DIT().attribute(run, backtrail.Parameter("0.bias", [0]))
 
 
 def test_differences_need_a_symmetric_second_derivative(tmp_path: Path) -> None:

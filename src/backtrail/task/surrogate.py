@@ -201,6 +201,8 @@ class TrueDerivatives(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in LEAVE_TORCH:
             self._left_torch = True
+            # The user's code has detached it, and here it has a graph all the same.
+            return function(args[0].detach(), *args[1:], **kwargs)
         if function in STOPS:
             return self._stop(function, args, kwargs)
         if torch.is_grad_enabled():
@@ -711,7 +713,9 @@ def _getter(kind: type, name: str) -> Any:
 
 STOPS = frozenset({Tensor.detach, torch.detach, _getter(Tensor, "data")})
 # What a function does with what these return is not seen.
-LEAVE_TORCH = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item})
+LEAVE_TORCH = frozenset(
+    {Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.tolist, Tensor.item}
+)
 # Under no_grad these return no value that a loss could depend on smoothly, or set what must be set.
 UNRECORDED = frozenset({_getter(Tensor, "requires_grad"), _getter(Tensor, "grad"), Tensor.size})
 # Functions of torch whose backward pass, or second derivative, is not the true one. A replacement
