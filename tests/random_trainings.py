@@ -224,6 +224,14 @@ def read_data(x: Tensor) -> Tensor:
     return torch.tanh(x) * x.flip(1).data
 
 
+def segments(x: Tensor) -> Tensor:
+    """Means of pairs of features."""
+    values = torch.tanh(x).reshape(-1)
+    pairs = torch.full((len(values) // 2,), 2)
+    means = torch.segment_reduce(values, "mean", lengths=pairs)
+    return to_width(means.reshape(len(x), -1))
+
+
 def half(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Apply to the first three features, and keep the rest."""
     return lambda x: torch.cat([function(x[:, :3]), x[:, 3:]], 1)
@@ -296,6 +304,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
         )
     ),
     "gumbel": lambda x: functional.gumbel_softmax(x, hard=False),
+    "segments": segments,
 }
 SURROGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "detach": lambda x: torch.tanh(x) * x.detach(),

@@ -34,8 +34,8 @@ PRIVATE_NAMES = {
     ),
     "_version": ("tree.py", "tells that a tensor was written to, without comparing its entries"),
     "_base": ("tree.py", "a view that is written to changes the tensor it shows"),
-    "_weight_norm": ("task/surrogate.py", "its second derivative is wrong in torch 2.13"),
-    "_weight_norm_interface": ("task/surrogate.py", "the same, as parametrisations call it"),
+    "_weight_norm": ("task/replaced.py", "its second derivative is wrong in torch 2.13"),
+    "_weight_norm_interface": ("task/replaced.py", "the same, as parametrisations call it"),
     "_foreach_norm": (
         "record/outside_changes.py",
         "the norm of every tensor in one call; get_total_norm only gives that of all together",

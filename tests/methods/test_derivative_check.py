@@ -13,7 +13,7 @@ import backtrail
 from backtrail.errors import BadSetting, WrongDerivative
 from backtrail.methods.derivative_check import check_derivatives
 from backtrail.run.run import Run
-from backtrail.task import surrogate
+from backtrail.task import true_derivatives
 from tests.random_trainings import LAYERS, Training
 
 SMOOTH = [
@@ -67,7 +67,7 @@ def test_a_wrong_second_derivative_is_an_error(
         del mode
         return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(surrogate.TrueDerivatives, "__torch_function__", plain)
+    monkeypatch.setattr(true_derivatives.TrueDerivatives, "__torch_function__", plain)
     run = recorded(Training((layer,), "cross-entropy"), tmp_path / "run")
     queries = backtrail.Parameter("0.bias", [0])
     with pytest.raises(WrongDerivative, match="The derivative of step 3 is wrong"):
@@ -138,8 +138,19 @@ def test_what_is_detached_for_a_log_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_result_says_what_the_check_found(tmp_path: Path) -> None:
-    """CTC has no second derivative in torch: products by differences, and the result says so."""
-    run = recorded(Training(("tanh",), "ctc"), tmp_path / "run")
+    """Segments have no second derivative in torch: products by differences, and it says so."""
+    training = Training(("segments",), "cross-entropy")
+    run = recorded(training, tmp_path / "run")
     result = backtrail.DIT().attribute(run, backtrail.Parameter("0.bias", [0]))
-    assert "_ctc_loss_backward" in str(result.settings["differences"])
-    assert str(result.settings["derivatives"]).startswith("not checked: torch has no second")
+    assert "_segment_reduce_backward" in str(result.settings["differences"])
+    found = str(result.settings["derivatives"])
+    assert found.startswith("passed, by differences of gradients: torch has no second derivative")
+
+
+def test_differences_in_the_place_of_a_missing_second_derivative_are_checked(
+    tmp_path: Path,
+) -> None:
+    """Differences of gradients are wrong where the training stops gradients, too."""
+    run = recorded(Training(("segments", "no_grad"), "cross-entropy"), tmp_path / "run")
+    with pytest.raises(WrongDerivative, match=r"_segment_reduce_backward.*stops gradients"):
+        backtrail.DIT().attribute(run, backtrail.Parameter("0.bias", [0]))

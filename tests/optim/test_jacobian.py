@@ -12,6 +12,7 @@ from backtrail.optim.flatten import CHUNK_ENTRIES, flat_chunks
 from backtrail.optim.jacobian import (
     GRADIENT,
     PARAMETER,
+    AtZero,
     Diagonals,
     FlatUpdate,
     jacobian,
@@ -26,10 +27,12 @@ from tests.step.updates import started
 SHAPES = {"a": (3, 2), "b": (3,), "c": (), "d": (2, 2)}
 
 
-def diagonals_of(update: Update, state: State, grad: Tensor) -> Diagonals:
+def diagonals_of(
+    update: Update, state: State, grad: Tensor, at_zero: AtZero = "constant"
+) -> Diagonals:
     """The Jacobian at all entries of the parameter."""
     (chunk,) = flat_chunks(update, state, {"w": grad})
-    return jacobian(update, state, {"w": grad}, chunk=chunk)
+    return jacobian(update, state, {"w": grad}, chunk=chunk, at_zero=at_zero)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
@@ -123,6 +126,35 @@ def test_entries_that_never_moved_have_a_finite_derivative(kind: str) -> None:
         diagonals = diagonals_of(update, state, dead)
         assert all(torch.isfinite(entry).all() for entry in diagonals.values()), (kind, diagonals)
         state = update(state, {"w": dead})
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad"])
+def test_entries_whose_gradients_cancel_have_the_derivative_of_the_limit(
+    kind: str, steps: int
+) -> None:
+    """Gradients of several samples may add up to zero, and change it all the same."""
+    update, state, grad = started(kind, 0)
+    update = replace(update, settings=(update.settings[0] | {"eps": 1e-3},))
+    zero = grad.clone()
+    zero[2] = 0.0
+    for _ in range(steps - 1):
+        state = update(state, {"w": zero})
+    diagonals = diagonals_of(update, state, zero, "limit")
+    size = 1e-9
+    up = zero.clone()
+    up[2] = size
+    down = zero.clone()
+    down[2] = -size
+    above = update(state, {"w": up})
+    below = update(state, {"w": down})
+    truth = (above.params["w"] - below.params["w"])[2] / (2 * size)
+    assert diagonals[PARAMETER, GRADIENT][2] == pytest.approx(float(truth), rel=1e-5)
+    for key in ("exp_avg", "momentum_buffer"):
+        if key in above.moments["w"]:
+            change = above.moments["w"][key] - below.moments["w"][key]
+            truth = change[2] / (2 * size)
+            assert diagonals[key, GRADIENT][2] == pytest.approx(float(truth), rel=1e-5)
 
 
 def test_how_parameters_are_cut_into_chunks_changes_no_cotangent(

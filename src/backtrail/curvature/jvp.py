@@ -32,7 +32,8 @@ from backtrail.curvature.vjp import (
 from backtrail.errors import BacktrailError
 from backtrail.step.state import State
 from backtrail.step.step import MicroBatch
-from backtrail.task.surrogate import TrueDerivatives, surrogate_gradients
+from backtrail.task.surrogate import surrogate_gradients
+from backtrail.task.true_derivatives import TrueDerivatives
 from backtrail.tree import Tree, each
 
 log = logging.getLogger(__name__)

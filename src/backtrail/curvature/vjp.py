@@ -25,7 +25,8 @@ from torch.func import vjp, vmap
 from backtrail.accel.allocator import trim
 from backtrail.accel.context import accelerated
 from backtrail.step.step import MicroBatch
-from backtrail.task.surrogate import TrueDerivatives, surrogate_gradients
+from backtrail.task.surrogate import surrogate_gradients
+from backtrail.task.true_derivatives import TrueDerivatives
 from backtrail.tree import Tree, add, each
 
 Tensors = tuple[Tensor, ...]

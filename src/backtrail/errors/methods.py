@@ -34,15 +34,27 @@ class UnusedOption(BacktrailError, TypeError):
 class WrongDerivative(BacktrailError, RuntimeError):
     """The derivative of a training step is wrong, by its own check."""
 
-    def __init__(self, step: int, what: str, off: float, layers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, step: int, what: str, off: float, layers: Sequence[str] = (), *, instead: str = ""
+    ) -> None:
         where = f", in the derivative by {join_items(layers, most=6)}" if layers else ""
+        if instead:
+            causes = (
+                f"torch has no second derivative of an operation ({instead}), and differences of "
+                "gradients in its place need a gradient that is the derivative of its loss: this "
+                "model also stops gradients (detach, no_grad), or has a backward pass of its own"
+            )
+        else:
+            causes = (
+                "a value that leaves torch on its way (.item(), NumPy); a custom "
+                "autograd.Function; state of the model that is not in its buffers; an operation of "
+                "torch whose second derivative is wrong"
+            )
         self.args = (
             f"The derivative of step {step} is wrong: {what} changes by something else (relative "
             f"difference {off:.2g}) when parameters and sample weights are moved a little{where}. "
-            "Usual causes: a value that leaves torch on its way (.item(), NumPy); a custom "
-            "autograd.Function; state of the model that is not in its buffers; an operation of "
-            "torch whose second derivative is wrong. DIT would be wrong by as much; "
-            "backtrail.TracIn and backtrail.leave_one_out need no second derivative.",
+            f"Usual causes: {causes}. DIT would be wrong by as much; backtrail.TracIn and "
+            "backtrail.leave_one_out need no second derivative.",
         )
 
 

@@ -203,10 +203,24 @@ class _Check:
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, BacktrailError) or not _lacks_second_derivative(error):
                 raise
-            self.run.task.binding.no_second_derivative = _line(error)
-            return f"not checked: torch has no second derivative ({_line(error)})"
+            missing = _line(error)
+        # From now on, policies take differences of gradients. Those are products with the transpose
+        # of the derivative only where a gradient is the derivative of its loss.
+        self.run.task.binding.no_second_derivative = missing
+        found = self._compared(transitions, state, instead=missing)
+        return f"{found}, by differences of gradients: torch has no second derivative ({missing})"
 
-    def _compared(self, transitions: list[Transition], state: State) -> str:
+    def _compared(self, transitions: list[Transition], state: State, *, instead: str = "") -> str:
+        """Compare the sweep with differences.
+
+        Args:
+            transitions: the steps.
+            state: before the first one.
+            instead: why the sweep itself takes differences of gradients, if it does.
+
+        Raises:
+            WrongDerivative: the derivative of a step is wrong.
+        """
         generator = torch.Generator().manual_seed(SEED)
         direction = _direction(transitions[0], state, generator)
         a = _random_tree({n: state.params[n] for n in transitions[0].updated}, generator)
@@ -229,9 +243,11 @@ class _Check:
         steps = _Compared(by_steps - still, *(found - still for found in states))
         if gradient.is_wrong:
             layers = self._layers(transitions[0], state, direction, a)
-            raise WrongDerivative(self.first, "its gradient", gradient.gap, layers)
+            raise WrongDerivative(self.first, "its gradient", gradient.gap, layers, instead=instead)
         if gradient.is_close and steps.is_wrong:
-            raise WrongDerivative(self.first, "the state two steps later", steps.gap)
+            raise WrongDerivative(
+                self.first, "the state two steps later", steps.gap, instead=instead
+            )
         if gradient.is_close and steps.is_close:
             return PASSED
         return "not checked: kinks (or too little precision) at the scale of the differences"

@@ -23,7 +23,7 @@ update never changes:
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,11 @@ Diagonals = dict[tuple[str, str], Tensor]
 # Names of the parameter and the gradient beside the optimizer's own keys, which are never these.
 PARAMETER = "parameter"
 GRADIENT = "gradient"
+
+# The derivative of an update where gradient and second moment are zero, as for an entry that never
+# received a gradient: as if the gradient were a constant, or the limit for small gradients, 1 / eps
+# for Adam.
+AtZero = Literal["constant", "limit"]
 
 # Bytes of cotangents that are held twice at a time, before and after the update.
 BLOCK_BYTES = 8 * 2**20
@@ -202,6 +207,7 @@ def jacobian(
     *,
     chunk: FlatChunk,
     held: frozenset[str] = frozenset(),
+    at_zero: AtZero = "constant",
 ) -> Diagonals:
     """Differentiate every output of the update by every input, at a chunk's entries.
 
@@ -214,6 +220,7 @@ def jacobian(
         grads: The gradient that the optimizer consumes.
         chunk: The entries.
         held: Moments that are treated as constants, with the values that the update gives them.
+        at_zero: The derivative of entries whose second moment and gradient are zero.
     """
     flat = FlatUpdate.of(update, state, grads, chunk=chunk)
     at_rest = flat.rule.divides_by_lr and flat.settings["lr"] == 0
@@ -228,7 +235,7 @@ def jacobian(
         for key, tensor in flat.inputs.items():
             if key not in held:
                 leaves[key] = tensor.requires_grad_()
-        inputs = _with_safe_entries(flat.rule, flat.inputs, dead)
+        inputs = _with_safe_entries(flat, dead, at_zero)
         with _HeldConstant() if held else nullcontext():
             outputs = flat.traced(inputs)
         outputs = _with_dead_entries(flat.rule, outputs, dead)
@@ -251,12 +258,20 @@ class _HeldConstant(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
 
 
+def dead_entries(update: Update, state: State, grads: Tree, *, chunk: FlatChunk) -> Tensor | None:
+    """Mark a chunk's entries whose second moment is zero and stays zero; None without any."""
+    return _dead_entries(FlatUpdate.of(update, state, grads, chunk=chunk))
+
+
 def _dead_entries(flat: FlatUpdate) -> Tensor | None:
     """Mark entries whose second moment is zero and stays zero; None if there are none.
 
-    Adam divides by sqrt(v); at v = 0 autograd returns NaN. Such an entry never received a gradient
-    (dead unit, unused embedding row), and its derivative is defined as the one at v = 1, g = 0:
-    `_with_safe_entries` puts these values in before the step, `_with_dead_entries` restores v = 0
+    Adam divides by sqrt(v); at v = 0 autograd returns NaN. Nearly always such an entry has never
+    received a gradient (dead unit, unused embedding row), and then its derivative does not matter:
+    it is multiplied by the derivative of a gradient that is zero. But gradients of several samples
+    may also cancel each other exactly, as those of an absolute error do.
+
+    `_with_safe_entries` puts other values in before the step, `_with_dead_entries` restores v = 0
     after it.
     """
     moments = flat.moments(flat.inputs)
@@ -274,14 +289,22 @@ def _dead_entries(flat: FlatUpdate) -> Tensor | None:
     return dead if bool(dead.any()) else None
 
 
-def _with_safe_entries(rule: OptimizerRule, inputs: Tree, dead: Tensor | None) -> Tree:
-    """Replace v by 1 and g by 0 at dead entries, so that nothing is divided by zero."""
+def _with_safe_entries(flat: FlatUpdate, dead: Tensor | None, at_zero: AtZero) -> Tree:
+    """Replace v and g at dead entries, so that nothing is divided by zero."""
     if dead is None:
-        return inputs
-    safe = dict(inputs)
-    for key in rule.second_moments & inputs.keys():
-        safe[key] = torch.where(dead, 1.0, inputs[key])
-    safe[GRADIENT] = torch.where(dead, 0.0, inputs[GRADIENT])
+        return flat.inputs
+    safe = dict(flat.inputs)
+    if at_zero == "limit" and flat.settings.get("eps", 0.0):
+        if not flat.moments(safe):
+            safe |= flat.start(safe)
+        # So small that its root is nothing beside eps.
+        small = torch.finfo(safe[GRADIENT].dtype).tiny * 1e3
+        for key in flat.rule.second_moments & safe.keys():
+            safe[key] = torch.where(dead, small, safe[key])
+        return safe
+    for key in flat.rule.second_moments & safe.keys():
+        safe[key] = torch.where(dead, 1.0, safe[key])
+    safe[GRADIENT] = torch.where(dead, 0.0, safe[GRADIENT])
     return safe
 
 

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from backtrail.accel.second_order import is_eager
 from backtrail.errors import BacktrailError, join_items
 from backtrail.exclusive import exclusive
-from backtrail.task.surrogate import TrueDerivatives
 from backtrail.task.task import Batch, Task
+from backtrail.task.true_derivatives import TrueDerivatives
 from backtrail.tree import Tree, each, tree_flatten, tree_leaves, tree_unflatten
 
 Mode = Literal["eval", "train"]

@@ -12,7 +12,7 @@ updates are collected as tensors. With momentum a and the batch's mean and varia
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeGuard, final
+from typing import Any, TypeGuard, final
 
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
@@ -63,8 +63,12 @@ class RunningStatistics:
             return _normalise(inputs, layer, mean=mean, variance=variance)
         if self._updates is not None:
             batches = self._current(prefix, layer, "num_batches_tracked")
-            # momentum=None means the plain average over all batches.
-            momentum = 1.0 / (batches + 1) if layer.momentum is None else layer.momentum
+            if layer.momentum is None:
+                # The plain average over all batches. A count divided as it is would be in the
+                # default dtype.
+                momentum: Any = 1.0 / (batches + 1).to(mean.dtype)
+            else:
+                momentum = layer.momentum
             axes = [axis for axis in range(inputs.dim()) if axis != 1]
             # Under autocast inputs are coarser than the statistics that torch makes of them.
             read = inputs.to(mean.dtype)

@@ -44,7 +44,7 @@ from backtrail.task.batchnorm import STATISTICS, RunningStatistics, batchnorm_la
 from backtrail.task.clipping import ClipNorm, ClipValue
 from backtrail.task.live_references import detach_from_live
 from backtrail.task.noise import fixed_noise
-from backtrail.task.surrogate import note_buffers
+from backtrail.task.true_derivatives import note_buffers
 from backtrail.tree import Tree, cast, mapping_to_dict, precision_of, tree_leaves, tree_map
 
 log = logging.getLogger(__name__)
