@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 import backtrail
-from backtrail.errors import BadSetting, WrongDerivative
+from backtrail.errors import BadSetting, NoSecondDerivative, WrongDerivative
 from backtrail.methods.derivative_check import check_derivatives
 from backtrail.run.run import Run
 from backtrail.task import true_derivatives
@@ -154,3 +154,16 @@ def test_differences_in_the_place_of_a_missing_second_derivative_are_checked(
     run = recorded(Training(("segments", "no_grad"), "cross-entropy"), tmp_path / "run")
     with pytest.raises(WrongDerivative, match=r"_segment_reduce_backward.*stops gradients"):
         backtrail.DIT().attribute(run, backtrail.Parameter("0.bias", [0]))
+
+
+@pytest.mark.parametrize("layer", ["instance norm, running", "running mean", "queue"])
+def test_differences_do_not_follow_buffers(layer: str, tmp_path: Path) -> None:
+    """They are refused, whether they were asked for or are needed."""
+    run = recorded(Training((layer,), "cross-entropy"), tmp_path / "run")
+    queries = backtrail.Parameter("0.bias", [0])
+    method = backtrail.DIT(curvature=backtrail.Hessian(product="difference"))
+    with pytest.raises(BadSetting, match=r"product='difference'.*change 1\."):
+        method.attribute(run, queries)
+    run = recorded(Training((layer, "segments"), "cross-entropy"), tmp_path / "second")
+    with pytest.raises(NoSecondDerivative, match=r"_segment_reduce_backward.*changes 1\."):
+        backtrail.DIT().attribute(run, queries)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
 from backtrail.errors import UnexplainedGradient
@@ -30,6 +30,11 @@ Watch = Callable[[Any], Any]
 def halves(batches: Sequence[Sequence[Tensor]]) -> Tensor:
     """Return the factors of a loop that always divides by two accumulated batches."""
     return torch.cat([torch.full((len(labels),), 1 / (2 * len(labels))) for _, labels in batches])
+
+
+def squares_of_labelled(outputs: Tensor, batch: Any) -> Tensor:
+    """Losses of rows, zero where the label is."""
+    return outputs.square().sum(1) * (batch[1] > 0)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -56,6 +61,28 @@ def test_accumulated_batches_form_one_step(
     one, two, three, four, five = sequential_batches(19, 4)
     assert sample_numbers(run) == [[one, two], [three, four], [five]] * 3
     assert run.epochs == (3, 6, 9)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_micro_batch_without_a_loss_counts_in_the_mean(
+    tmp_path: Path, *, set_to_none: bool
+) -> None:
+    """Its gradient is zero, and nobody has cleared it."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0])
+    data: Any = TensorDataset(torch.randn(16, 5), labels)
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    task = backtrail.Task(model, data, loss=squares_of_labelled)
+    with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        for number, batch in enumerate(recorder.watch(DataLoader(data, batch_size=4))):
+            backward(squares_of_labelled(model(batch[0]), batch).mean() / 2)
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=set_to_none)
+    run = backtrail.open_run(tmp_path / "run", task)
+    one, two, three, four = sequential_batches(16, 4)
+    assert sample_numbers(run) == [[one, two], [three, four]]
+    run.verify()
 
 
 def test_epochs_that_end_within_a_step_keep_their_states(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from backtrail.errors.methods import CoupledRows as CoupledRows
 from backtrail.errors.methods import DamagedBank as DamagedBank
 from backtrail.errors.methods import NoCheckpoints as NoCheckpoints
 from backtrail.errors.methods import NoOutputs as NoOutputs
+from backtrail.errors.methods import NoSecondDerivative as NoSecondDerivative
 from backtrail.errors.methods import RowsNotReadable as RowsNotReadable
 from backtrail.errors.methods import StrayedRerun as StrayedRerun
 from backtrail.errors.methods import TooLittleMemory as TooLittleMemory

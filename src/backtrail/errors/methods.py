@@ -58,6 +58,19 @@ class WrongDerivative(BacktrailError, RuntimeError):
         )
 
 
+class NoSecondDerivative(BacktrailError, RuntimeError):
+    """Neither torch nor differences give the second derivative of a training."""
+
+    def __init__(self, missing: str, buffers: Sequence[str]) -> None:
+        self.args = (
+            f"torch has no second derivative of an operation of this training ({missing}), and "
+            "differences of gradients cannot take its place, since the forward pass changes "
+            f"{join_items(buffers, most=6)}. Write the operation with others that torch "
+            "differentiates twice, or use backtrail.TracIn or backtrail.leave_one_out, which need "
+            "no second derivative.",
+        )
+
+
 class CannotRenormalize(BacktrailError, ValueError):
     """The denominator of a batch's mean cannot be renormalised in a run."""
 

@@ -28,7 +28,12 @@ import torch
 from torch import Tensor
 
 from backtrail.curvature.policies import Hessian
-from backtrail.errors import BacktrailError, BadSetting, WrongDerivative
+from backtrail.errors import (
+    BacktrailError,
+    BadSetting,
+    NoSecondDerivative,
+    WrongDerivative,
+)
 from backtrail.optim.slopes import Tangent
 from backtrail.run.run import Run
 from backtrail.step.state import State, elementwise_keys
@@ -141,13 +146,23 @@ def check_derivatives(run: Run, curvature: object) -> str:
 
     Raises:
         WrongDerivative: The derivative of a step is wrong.
-        BadSetting: Products by differences, of a model that stops gradients.
+        BadSetting: Products by differences, of a model that stops gradients or changes buffers.
+        NoSecondDerivative: Products by differences are needed, and not possible.
     """
     if run.derivatives is None:
+        run.find_cancelled()
         run.note_derivatives(_Check.of(run).made())
     found = run.derivatives
     assert found is not None
-    if run.asymmetric and getattr(curvature, "product", None) == "difference":
+    by_differences = getattr(curvature, "product", None) == "difference"
+    if run.moving_buffers and by_differences:
+        raise BadSetting(
+            "product",
+            "difference",
+            "product='autograd', since the forward passes of this training change "
+            f"{', '.join(run.moving_buffers)}, which differences of gradients do not follow",
+        )
+    if run.asymmetric and by_differences:
         raise BadSetting(
             "product",
             "difference",
@@ -187,6 +202,7 @@ class _Check:
 
         Raises:
             WrongDerivative: the derivative of a step is wrong.
+            NoSecondDerivative: there is no way to take it.
             BacktrailError: the task is wrong.
             RuntimeError: the model fails.
         """
@@ -204,6 +220,8 @@ class _Check:
             if isinstance(error, BacktrailError) or not _lacks_second_derivative(error):
                 raise
             missing = _line(error)
+        if self.run.moving_buffers:
+            raise NoSecondDerivative(missing, self.run.moving_buffers)
         # From now on, policies take differences of gradients. Those are products with the transpose
         # of the derivative only where a gradient is the derivative of its loss.
         self.run.task.binding.no_second_derivative = missing

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from backtrail.step.optimizers import COUNTS
@@ -50,7 +50,7 @@ class FlatChunk:
     group: int
     slices: tuple[Slice, ...]
 
-    def gather(self, tree: Tree) -> Float[Tensor, " entry"]:
+    def gather(self, tree: Tree) -> Shaped[Tensor, " entry"]:
         """Copy the chunk's entries of a tree into one vector."""
         vectors = []
         for part in self.slices:

@@ -23,7 +23,7 @@ update never changes:
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -43,11 +43,6 @@ Diagonals = dict[tuple[str, str], Tensor]
 # Names of the parameter and the gradient beside the optimizer's own keys, which are never these.
 PARAMETER = "parameter"
 GRADIENT = "gradient"
-
-# The derivative of an update where gradient and second moment are zero, as for an entry that never
-# received a gradient: as if the gradient were a constant, or the limit for small gradients, 1 / eps
-# for Adam.
-AtZero = Literal["constant", "limit"]
 
 # Bytes of cotangents that are held twice at a time, before and after the update.
 BLOCK_BYTES = 8 * 2**20
@@ -126,11 +121,13 @@ class FlatUpdate:
         update: With `PARAMETER` as the only parameter.
         inputs: `PARAMETER`, `GRADIENT` and the elementwise moments before the step, `[entry]`.
         counts: The step counts before the step, in float64.
+        cancelled: `Update.cancelled` of the entries; None where it is empty.
     """
 
     update: Update
     inputs: Tree
     counts: Tree
+    cancelled: Tensor | None = None
 
     @staticmethod
     def of(update: Update, state: State, grads: Tree, *, chunk: FlatChunk) -> "FlatUpdate":
@@ -146,8 +143,14 @@ class FlatUpdate:
         rule = rule_named(update.optimizer)
         # In float32, Adam's 1 - 0.999 ** t is off by 1e-5.
         counts = {key: moments[key].double() for key in moments if key in rule.counts}
-        alone = replace(update, groups=((PARAMETER,),), settings=(update.settings[chunk.group],))
-        return FlatUpdate(alone, inputs, counts)
+        alone = Update(update.optimizer, ((PARAMETER,),), (update.settings[chunk.group],))
+        cancelled = None
+        if update.cancelled:
+            nowhere: Tree = {}
+            for part in chunk.slices:
+                nowhere[part.name] = torch.zeros_like(state.params[part.name], dtype=torch.bool)
+            cancelled = chunk.gather(nowhere | update.cancelled)
+        return FlatUpdate(alone, inputs, counts, cancelled)
 
     @property
     def rule(self) -> OptimizerRule:
@@ -207,7 +210,6 @@ def jacobian(
     *,
     chunk: FlatChunk,
     held: frozenset[str] = frozenset(),
-    at_zero: AtZero = "constant",
 ) -> Diagonals:
     """Differentiate every output of the update by every input, at a chunk's entries.
 
@@ -220,7 +222,6 @@ def jacobian(
         grads: The gradient that the optimizer consumes.
         chunk: The entries.
         held: Moments that are treated as constants, with the values that the update gives them.
-        at_zero: The derivative of entries whose second moment and gradient are zero.
     """
     flat = FlatUpdate.of(update, state, grads, chunk=chunk)
     at_rest = flat.rule.divides_by_lr and flat.settings["lr"] == 0
@@ -235,7 +236,7 @@ def jacobian(
         for key, tensor in flat.inputs.items():
             if key not in held:
                 leaves[key] = tensor.requires_grad_()
-        inputs = _with_safe_entries(flat, dead, at_zero)
+        inputs = _with_safe_entries(flat, dead)
         with _HeldConstant() if held else nullcontext():
             outputs = flat.traced(inputs)
         outputs = _with_dead_entries(flat.rule, outputs, dead)
@@ -258,21 +259,11 @@ class _HeldConstant(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
 
 
-def dead_entries(update: Update, state: State, grads: Tree, *, chunk: FlatChunk) -> Tensor | None:
-    """Mark a chunk's entries whose second moment is zero and stays zero; None without any."""
-    return _dead_entries(FlatUpdate.of(update, state, grads, chunk=chunk))
-
-
 def _dead_entries(flat: FlatUpdate) -> Tensor | None:
     """Mark entries whose second moment is zero and stays zero; None if there are none.
 
-    Adam divides by sqrt(v); at v = 0 autograd returns NaN. Nearly always such an entry has never
-    received a gradient (dead unit, unused embedding row), and then its derivative does not matter:
-    it is multiplied by the derivative of a gradient that is zero. But gradients of several samples
-    may also cancel each other exactly, as those of an absolute error do.
-
-    `_with_safe_entries` puts other values in before the step, `_with_dead_entries` restores v = 0
-    after it.
+    Adam divides by sqrt(v); at v = 0 autograd returns NaN. `_with_safe_entries` puts other values
+    in before the step, `_with_dead_entries` restores v = 0 after it.
     """
     moments = flat.moments(flat.inputs)
     if not moments:
@@ -289,22 +280,31 @@ def _dead_entries(flat: FlatUpdate) -> Tensor | None:
     return dead if bool(dead.any()) else None
 
 
-def _with_safe_entries(flat: FlatUpdate, dead: Tensor | None, at_zero: AtZero) -> Tree:
-    """Replace v and g at dead entries, so that nothing is divided by zero."""
+def _with_safe_entries(flat: FlatUpdate, dead: Tensor | None) -> Tree:
+    r"""Replace v and g at dead entries, so that nothing is divided by zero.
+
+    Nearly always such an entry has never received a gradient (dead unit, unused embedding row).
+    Its derivative does not matter, because the derivative of its gradient is zero, and the gradient
+    is made a constant. But where gradients of several samples cancel each other exactly, as those
+    of an absolute error may, or a factor is zero, the derivative is the limit for small gradients,
+    :math:`1/\epsilon` for Adam.
+    """
     if dead is None:
         return flat.inputs
     safe = dict(flat.inputs)
-    if at_zero == "limit" and flat.settings.get("eps", 0.0):
-        if not flat.moments(safe):
-            safe |= flat.start(safe)
+    if not flat.moments(safe) and flat.cancelled is not None:
+        safe |= flat.start(safe)
+    value = torch.ones_like(safe[GRADIENT])
+    constant = dead
+    # Without eps there is no limit.
+    if flat.cancelled is not None and flat.settings.get("eps", 0.0):
         # So small that its root is nothing beside eps.
-        small = torch.finfo(safe[GRADIENT].dtype).tiny * 1e3
-        for key in flat.rule.second_moments & safe.keys():
-            safe[key] = torch.where(dead, small, safe[key])
-        return safe
+        small = torch.finfo(value.dtype).tiny * 1e3
+        value = torch.where(flat.cancelled, small, value)
+        constant = dead & ~flat.cancelled
     for key in flat.rule.second_moments & safe.keys():
-        safe[key] = torch.where(dead, 1.0, safe[key])
-    safe[GRADIENT] = torch.where(dead, 0.0, safe[GRADIENT])
+        safe[key] = torch.where(dead, value, safe[key])
+    safe[GRADIENT] = torch.where(constant, 0.0, safe[GRADIENT])
     return safe
 
 

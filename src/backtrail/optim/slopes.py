@@ -67,7 +67,7 @@ class Tangent(UpdateDerivative):
     ) -> Diagonals:
         """Take the exact derivative, by `torch.optim` in its differentiable mode."""
         del slots
-        return jacobian(update, state, grads, chunk=chunk, at_zero="limit")
+        return jacobian(update, state, grads, chunk=chunk)
 
 
 @final

@@ -92,8 +92,9 @@ class BatchTracker:
         self._hooks: dict[str, RemovableHandle] = {}
         # For every large buffer: the tensor, the version that was copied, and the copy.
         self._buffer_copies: dict[str, tuple[Tensor, int, Tensor]] = {}
-        # For every parameter: its gradient as a backward pass left it, writes to it, and its norm.
-        self._unclipped: dict[str, tuple[Tensor, int, Tensor]] = {}
+        # For every parameter: its gradient as a backward pass of the coming step left it, writes to
+        # it, and its norm if the task clips.
+        self._accumulated: dict[str, tuple[Tensor, int, Tensor | None]] = {}
         self._current: LiveBatch | None = None
         self.listener: BatchListener | None = None
         self.step = 0
@@ -112,10 +113,9 @@ class BatchTracker:
             if parameter.requires_grad and name not in self._hooks:
                 hook = LocalHook(partial(self._on_gradient, name))
                 self._hooks[name] = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
-                if self._task.clip is not None:
-                    note = partial(self._note_unclipped, name)
-                    note_hook = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-                    self._hooks[f"unclipped:{name}"] = note_hook
+                note = partial(self._note_accumulated, name)
+                note_hook = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+                self._hooks[f"accumulated:{name}"] = note_hook
 
     def _hook_forward_calls(self) -> None:
         device_type = self._task.device.type
@@ -212,7 +212,7 @@ class BatchTracker:
         """
         last = self.consumed[-1]
         self.consumed = []
-        self._unclipped = {}
+        self._accumulated = {}
         self.step += 1
         captured = None if last.captured is None else self._capture(last.captured.batch)
         self._current = replace(
@@ -233,11 +233,14 @@ class BatchTracker:
         """Whether a batch since the last step had a backward pass."""
         return any(batch.contributes for batch in self.consumed)
 
-    def _note_unclipped(self, name: str, parameter: Tensor) -> None:
+    def _note_accumulated(self, name: str, parameter: Tensor) -> None:
         grad = parameter.grad
-        if grad is not None:
+        if grad is None:
+            return
+        size = None
+        if self._task.clip is not None:
             size = torch.linalg.vector_norm(grad.detach())
-            self._unclipped[name] = (grad, count_writes(grad), size)
+        self._accumulated[name] = (grad, count_writes(grad), size)
 
     def unclipped_norm(self) -> float | None:
         """Norm of the accumulated gradient before the loop clipped it.
@@ -251,7 +254,7 @@ class BatchTracker:
         for name, parameter in self._trained.items():
             if parameter.grad is None:
                 continue
-            grad, writes, size = self._unclipped.get(name, (None, 0, None))
+            grad, writes, size = self._accumulated.get(name, (None, 0, None))
             if grad is not parameter.grad or size is None:
                 return None
             if count_writes(parameter.grad) - writes > clipping_writes:
@@ -322,9 +325,17 @@ class BatchTracker:
         self.consumed = [*self.consumed, current]
 
     def _gradients_are_clear(self) -> bool:
-        """Whether every gradient is None or zero: `zero_grad(set_to_none=False)` leaves zeros."""
-        for parameter in self._trained.values():
-            if parameter.grad is not None and bool(parameter.grad.any()):
+        """Whether every gradient is None or zero: `zero_grad(set_to_none=False)` leaves zeros.
+
+        A gradient that a batch of the coming step left at zero is not clear, nobody has cleared it:
+        the batch counts in the mean over micro-batches.
+        """
+        for name, parameter in self._trained.items():
+            if parameter.grad is None:
+                continue
+            grad, writes, _ = self._accumulated.get(name, (None, 0, None))
+            untouched = grad is parameter.grad and writes == count_writes(parameter.grad)
+            if untouched or bool(parameter.grad.any()):
                 return False
         return True
 

@@ -33,6 +33,7 @@ from backtrail.run.check import check_data, check_model
 from backtrail.run.manifest import MANIFEST_NAME, Manifest, read_manifest
 from backtrail.run.store import Store
 from backtrail.run.tensors import digest
+from backtrail.step.optimizers import rule_named
 from backtrail.step.state import State, Step
 from backtrail.step.step import StepCheck, Transition
 from backtrail.step.update import Update
@@ -47,6 +48,7 @@ OTHER_KERNELS = 10.0
 # Gradients below this share of the run's largest one are compared relative to that share: of a
 # gradient that nearly vanishes, rounding is a large part.
 SMALL_GRADIENT = 1e-3
+MOVE = 0.01  # of parameters, relative to their mean size
 TOLERANCE_STEPS = 50  # steps that a tolerance of `verify` is meant for
 FLOATING = ("float", "bfloat")  # how the names of real dtypes begin
 MOST_KEPT = 32  # states whose steps `check_kept_steps` compares
@@ -269,7 +271,8 @@ class Run:
         """
         dtype = arguments.precision("dtype", dtype)
         step = self.step(index)
-        update = Update(self.manifest.optimizer, self.manifest.groups, step.settings)
+        manifest = self.manifest
+        update = Update(manifest.optimizer, manifest.groups, step.settings, self._cancelled)
         batches = cast(self.batches(index), dtype, self.task.device)
         # In another precision the steps drift away from the recorded ones.
         check = RecordedStep(self, index) if dtype is None else None
@@ -388,6 +391,51 @@ class Run:
                 transition = self.transition(number)
                 raw = transition.raw_gradient(self.state(number))
                 RecordedStep(self, number).check_gradient(transition.clip(raw.gradient))
+
+    def find_cancelled(self) -> None:
+        """Find entries whose gradient is zero at the first step, and would not be after a change.
+
+        Gradients of samples may cancel each other, or a factor may be zero. Derivatives of later
+        transitions need to know it: the second moment of such an entry is zero, and at a later step
+        it is zero only where it was at the first one. Takes two gradients, once for a run that was
+        opened.
+        """
+        if "searched" in self._derivatives:
+            return
+        self._derivatives["searched"] = "yes"
+        if not rule_named(self.manifest.optimizer).second_moments:
+            return
+        first = self.transition(0)
+        state = self.state(0)
+        gradient = first.raw_gradient(state).gradient
+        if all(bool(tensor.all()) for tensor in gradient.values()):
+            return
+        # With other weights and parameters, what only happens to be zero is zero no more.
+        generator = torch.Generator().manual_seed(0)
+        weights = 0.5 + torch.rand(sum(first.slot_counts), generator=generator)
+        like = next(iter(state.params.values()))
+        moved = dict(state.params)
+        for name in first.updated:
+            tensor = moved[name]
+            size = MOVE * max(float(tensor.abs().mean()), MOVE)
+            change = torch.randn(tensor.shape, generator=generator).to(tensor)
+            moved[name] = tensor + size * change
+        elsewhere = State(moved, state.buffers, state.moments)
+        other = first.raw_gradient(elsewhere, weights=weights.to(like)).gradient
+        # What differs from zero by rounding alone, like the bias before a BatchNorm, is zero.
+        precision = like.dtype
+        if first.step.autocast:
+            precision = getattr(torch, first.step.autocast)
+        largest = max(float(tensor.abs().max()) for tensor in other.values() if tensor.numel())
+        rounding = largest * torch.finfo(precision).eps ** 0.5
+        for name, tensor in gradient.items():
+            mask = (tensor == 0) & (other[name].abs() > rounding)
+            if bool(mask.any()):
+                self._cancelled[name] = mask
+
+    @cached_property
+    def _cancelled(self) -> Tree:
+        return {}
 
     @property
     def derivatives(self) -> str | None:

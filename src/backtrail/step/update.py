@@ -5,7 +5,7 @@ that entry, its moments and its gradient alone. So a stack of states is updated 
 parameters may be cut and joined at will; the derivative (`optim/jacobian.py`) makes use of both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -25,11 +25,14 @@ class Update:
         optimizer: Name of the optimizer's class, a key of `backtrail.step.optimizers.RULES`.
         groups: Names of the parameters of every parameter group.
         settings: Hyperparameters of every parameter group.
+        cancelled: Masks of entries whose gradient at the first step is zero, but is not after a
+            change of sample weights or parameters; by parameter. Only derivatives read them.
     """
 
     optimizer: str
     groups: tuple[tuple[str, ...], ...]
     settings: tuple[dict[str, Setting], ...]
+    cancelled: Tree = field(default_factory=dict)
 
     def __call__(self, state: State, grads: Tree) -> State:
         """Compute the state after the update; buffers are passed on unchanged.

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from backtrail.accel.context import accelerated
 from backtrail.curvature.policies import Curvature, Hessian
 from backtrail.curvature.vjp import GradientVJP
 from backtrail.optim.flatten import FlatChunk, flat_chunks
-from backtrail.optim.jacobian import GRADIENT, Diagonals, dead_entries
+from backtrail.optim.jacobian import Diagonals
 from backtrail.optim.slopes import Tangent, UpdateDerivative
 from backtrail.step.state import State
 from backtrail.step.step import MicroBatch, Transition
@@ -31,15 +30,6 @@ class Rules:
 
     curvature: Curvature
     slope: UpdateDerivative
-
-    def _by_differences(self, transition: Transition) -> bool:
-        """Whether products are differences of gradients, along the cotangent of a gradient.
-
-        That must not be huge at entries which never receive a gradient: it would leave no precision
-        for the others.
-        """
-        missing = transition.task.binding.no_second_derivative
-        return self.curvature.product == "difference" or bool(missing)
 
     @property
     def exact(self) -> bool:
@@ -72,18 +62,4 @@ class Rules:
         slots = sum(transition.slot_counts)
         for chunk in flat_chunks(update, state, clipped):
             diagonals = self.slope.diagonals(update, state, clipped, chunk=chunk, slots=slots)
-            if self._by_differences(transition):
-                dead = dead_entries(update, state, clipped, chunk=chunk)
-                diagonals = _without(diagonals, dead)
             yield chunk, diagonals
-
-
-def _without(diagonals: Diagonals, dead: Tensor | None) -> Diagonals:
-    """Set the derivatives by the gradient to zero at dead entries."""
-    if dead is None:
-        return diagonals
-    found: Diagonals = {}
-    for (output, source), diagonal in diagonals.items():
-        is_gradient = source == GRADIENT
-        found[output, source] = torch.where(dead, 0.0, diagonal) if is_gradient else diagonal
-    return found

@@ -65,6 +65,7 @@ class RemovedGroup:
 
     def sweep(self, stop: int, rules: Rules) -> Iterator[tuple[int, DualState]]:
         """The states from the group's first visit to `stop`, each with its first-order change."""
+        self.run.find_cancelled()
         first = min(self.first, stop)
         state = self.run.state(first, replay=True, dtype=self.dtype)
         transition = self.run.transition(min(first, self.run.steps - 1), self.dtype)
