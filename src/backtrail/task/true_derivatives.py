@@ -303,7 +303,8 @@ def _same_values(left: Any, right: Any) -> bool:
     return True
 
 
-_own_apply = Function.apply.__func__  # type: ignore[attr-defined]
+# A method in Python up to torch 2.13, and one in C since 2.14.
+_OWN_APPLY = vars(Function)["apply"]
 _lock = threading.Lock()
 _entered = 0  # modes, in all threads
 
@@ -322,7 +323,12 @@ def _restore_apply() -> None:
     with _lock:
         _entered -= 1
         if _entered == 0:
-            Function.apply = classmethod(_own_apply)  # type: ignore[method-assign, assignment]
+            Function.apply = _OWN_APPLY  # type: ignore[method-assign]
+
+
+def _own_apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the apply of torch for a class derived from Function."""
+    return _OWN_APPLY.__get__(None, function)(*args, **kwargs)
 
 
 def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
