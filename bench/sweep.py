@@ -17,16 +17,15 @@ from torch.utils.data import DataLoader
 
 import backtrail
 from backtrail.curvature.policies import Curvature
+from backtrail.methods.derivative_check import check_derivatives
 from backtrail.record.policy import CheckpointPolicy
 from backtrail.sweep import adjoint as reverse
 from bench.beats import Beats, after_each
 from bench.models import GPT, sentences
 
 SLOTS, QUERIES, BEATS = 32, (1, 16), 4
-STEPS, RECORDED = (
-    12,
-    150,
-)  # of the run that is swept, and of the one that is recorded with the default policy
+# Of the run that is swept, and of the one that is recorded with the default policy.
+STEPS, RECORDED = 12, 150
 POLICIES = {
     "Hessian": backtrail.Hessian(),
     "Gauss-Newton": backtrail.GaussNewton(),
@@ -100,6 +99,14 @@ def swept(run: backtrail.Run, policy: Curvature, count: int) -> float:
     return beats.ratio(run.steps)
 
 
+def checked(run: backtrail.Run) -> float:
+    """The check of the derivatives, which every run gets once, in plain steps."""
+    step = stepping()
+    step()
+    one_step = min(seconds(step) for _ in range(BEATS * 5))
+    return seconds(lambda: check_derivatives(run, backtrail.Hessian())) / one_step
+
+
 def recorded(folder: Path) -> float:
     """A recorded loop with the default policy."""
     task, optimizer, loader = prepared(RECORDED)
@@ -115,6 +122,8 @@ def main() -> None:
     """Print the table."""
     folder = Path(tempfile.mkdtemp())
     run, (few, most) = swept_run(folder / "short"), QUERIES
+    # First, so that it is no part of a sweep of a few steps.
+    print(f"check / plain step, once a run   {checked(run):.1f}", flush=True)
     print("sweep / plain            1 query   16 queries   each further")
     for name, policy in POLICIES.items():
         one, many = (swept(run, policy, count) for count in QUERIES)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
-from backtrail.errors import ComplexParameter, NotEntered, SeveralLabels
+from backtrail.errors import ComplexParameter, NotEntered, RenormalizedEmbedding, SeveralLabels
 
 
 def rows() -> TensorDataset:
@@ -72,6 +72,20 @@ def test_complex_parameters_are_refused(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ComplexParameter, match=r"'weight' is torch\.complex64.*view_as_real"):
         backtrail.Recorder(tmp_path / "run", backtrail.classification(model, rows()), optimizer)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_that_write_to_their_weight_are_refused(
+    kind: type[nn.Embedding | nn.EmbeddingBag], tmp_path: Path
+) -> None:
+    """With `max_norm` the forward pass changes what the optimizer trains."""
+    model = nn.Sequential(kind(5, 3, max_norm=1.0), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    task = backtrail.classification(model, rows())
+    with pytest.raises(RenormalizedEmbedding, match=r"'0' has max_norm=1\.0.*max_norm=None"):
+        backtrail.Recorder(tmp_path / "run", task, optimizer)
+    others = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    backtrail.Recorder(tmp_path / "run", task, others)
 
 
 def test_labels_of_pixels_are_refused(tmp_path: Path) -> None:

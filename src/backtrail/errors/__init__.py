@@ -59,6 +59,7 @@ from backtrail.errors.recording import NoDerivative as NoDerivative
 from backtrail.errors.recording import NotEntered as NotEntered
 from backtrail.errors.recording import OtherOptimizer as OtherOptimizer
 from backtrail.errors.recording import OtherSlots as OtherSlots
+from backtrail.errors.recording import RenormalizedEmbedding as RenormalizedEmbedding
 from backtrail.errors.recording import SparseGradient as SparseGradient
 from backtrail.errors.recording import StaleGradient as StaleGradient
 from backtrail.errors.recording import UnexplainedGradient as UnexplainedGradient

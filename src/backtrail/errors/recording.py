@@ -118,6 +118,18 @@ class ComplexParameter(BacktrailError, TypeError):
         )
 
 
+class RenormalizedEmbedding(BacktrailError, ValueError):
+    """A trained embedding changes its own weight in the forward pass."""
+
+    def __init__(self, name: str, max_norm: float) -> None:
+        self.args = (
+            f"Embedding {name!r} has max_norm={max_norm}: its forward pass writes to the weight "
+            "that the optimizer trains, and no derivative passes through that. Use max_norm=None, "
+            "and scale the vectors after the lookup: x * (max_norm / x.norm(dim=-1, "
+            "keepdim=True).clamp(min=1e-7)).clamp(max=1).",
+        )
+
+
 class SparseGradient(BacktrailError, RuntimeError):
     """A parameter receives a sparse gradient."""
 

@@ -8,7 +8,7 @@ random numbers or writes to a tensor of the training.
 import logging
 import math
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ from backtrail.errors import (
     Diverged,
     NotEntered,
     OtherOptimizer,
+    RenormalizedEmbedding,
     RunExists,
     UnwatchedStep,
 )
@@ -101,6 +102,7 @@ class Recorder:
         UnsupportedOptimizer: The optimizer's update has no derivative.
         BadOptimizer: There are several optimizers, or one that holds tensors outside of the model.
         ComplexParameter: The optimizer trains complex numbers.
+        RenormalizedEmbedding: A trained embedding has `max_norm`.
         BadSetting: An argument has an invalid value.
         UnreadableData: The task's data set cannot be read by row number.
     """
@@ -143,6 +145,7 @@ class Recorder:
         for name, parameter in self._trained.items():
             if parameter.is_complex():
                 raise ComplexParameter(name, parameter.dtype)
+        _check_embeddings(task.model, self._trained)
         self._self_check = GradientCheck(tolerance)
         self._capture = capture
         self._tracker = BatchTracker(task, self._trained)
@@ -579,3 +582,16 @@ def _group_names(
             "task"
         )
     return tuple(groups)
+
+
+def _check_embeddings(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+    """Check that no embedding writes to its own weight.
+
+    Raises:
+        RenormalizedEmbedding: one has `max_norm`, and is trained.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
+            continue
+        if any(module.weight is parameter for parameter in trained.values()):
+            raise RenormalizedEmbedding(name, module.max_norm)
