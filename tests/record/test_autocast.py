@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import backtrail
-from backtrail.errors import ReplayMismatch, UnexplainedGradient
+from backtrail.errors import CoarseNoise, ReplayMismatch, UnexplainedGradient
 from backtrail.methods.retrain.retrain import retrain
 from backtrail.queries import values
 from backtrail.run import journal
@@ -144,3 +144,28 @@ def test_logs_from_before_autocast_was_noted_are_read(tmp_path: Path) -> None:
     """A log without the column for autocast can be read."""
     run: Run = recorded_loop(Loop.of(mlp()), tmp_path / "run")
     assert journal.from_table(run.table().drop("autocast")) == list(run.log)
+
+
+class Noisy(nn.Module):
+    """A network that adds noise to its activations, in their precision or in another."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add noise to the outputs, which autocast makes bfloat16."""
+        outputs = self.body(x)
+        noise = torch.randn_like(outputs, dtype=self.dtype)
+        return torch.as_tensor(outputs + 0.1 * noise)
+
+
+def test_noise_in_the_precision_of_autocast_is_refused(tmp_path: Path) -> None:
+    """Derivatives are taken without autocast, and would draw other numbers."""
+    loop = Loop.of(Noisy(None))
+    with pytest.raises(CoarseNoise, match=r"randn_like in bfloat16.*dtype=torch\.float32"):
+        recorded_loop(loop, tmp_path / "run", autocast_training(loop))
+    loop = Loop.of(Noisy(torch.float32))
+    run = recorded_loop(loop, tmp_path / "second", autocast_training(loop))
+    run.verify()

@@ -53,6 +53,7 @@ from backtrail.errors.recording import BadPolicy as BadPolicy
 from backtrail.errors.recording import ChangedByCheck as ChangedByCheck
 from backtrail.errors.recording import ChangedOptimizerState as ChangedOptimizerState
 from backtrail.errors.recording import ChangedOutside as ChangedOutside
+from backtrail.errors.recording import CoarseNoise as CoarseNoise
 from backtrail.errors.recording import ComplexParameter as ComplexParameter
 from backtrail.errors.recording import Diverged as Diverged
 from backtrail.errors.recording import NoDerivative as NoDerivative

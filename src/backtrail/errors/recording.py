@@ -130,6 +130,17 @@ class RenormalizedEmbedding(BacktrailError, ValueError):
         )
 
 
+class CoarseNoise(BacktrailError, TypeError):
+    """A model draws random numbers in the precision of autocast."""
+
+    def __init__(self, step: int, draws: Sequence[str]) -> None:
+        self.args = (
+            f"Step {step} draws random numbers under autocast: {join_items(draws)}. Derivatives "
+            "are taken without autocast, where others would be drawn. Draw them in float32, for "
+            "example torch.randn_like(x, dtype=torch.float32), and convert them.",
+        )
+
+
 class SparseGradient(BacktrailError, RuntimeError):
     """A parameter receives a sparse gradient."""
 

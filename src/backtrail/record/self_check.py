@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import final
 
 import torch
@@ -11,6 +12,7 @@ from backtrail.curvature.vjp import GradientVJP, gradient_vjp, gradient_vjp_by_d
 from backtrail.errors import (
     BacktrailError,
     BadLoss,
+    CoarseNoise,
     NoDerivative,
     NotCut,
     UnexplainedGradient,
@@ -21,6 +23,7 @@ from backtrail.run.run import AUTOCAST
 from backtrail.run.tensors import digest
 from backtrail.step.state import State, Step, is_check_due
 from backtrail.step.step import MicroBatch, Transition
+from backtrail.task.noise import CoarseDraws
 from backtrail.task.task import Batch, Task
 from backtrail.tree import Tree, cast, norm
 
@@ -80,12 +83,17 @@ class GradientCheck:
 
         Raises:
             UnexplainedGradient: they differ.
+            CoarseNoise: the model draws random numbers in the precision of autocast.
             NoDerivative: at step 0, that no derivative of the gradient can be taken.
             BadLoss: the task's loss does not return one value per slot.
         """
         if transition.step.index == 0:
             _check_losses(transition, state)
-        raw_gradient, _, _ = transition.raw_gradient(state)
+        draws = CoarseDraws()
+        with draws if transition.step.autocast else nullcontext():
+            raw_gradient, _, _ = transition.raw_gradient(state)
+        if draws.found:
+            raise CoarseNoise(transition.step.index, list(draws.found))
         replayed = transition.clip(raw_gradient)
         gap = norm({name: replayed[name] - consumed[name] for name in replayed})
         largest = max(norm(consumed), norm(replayed), 1e-30)  # both may be zero

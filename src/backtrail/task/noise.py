@@ -18,6 +18,7 @@ from backtrail.task.dropout import SameDropout
 
 # A mode sees every operation of torch. The class is not typed, which would show at every use.
 DispatchMode: Any = TorchDispatchMode
+HALF = (torch.bfloat16, torch.float16)
 SEED = 0  # of the numbers that a query or a ranking draws, whatever the state of the generators
 
 
@@ -115,6 +116,29 @@ class ConstantNumbers(DispatchMode):  # type: ignore[misc]
             # The lowest: `randint.low(low, high, size)` has it first, `randint(high, size)` none.
             low = args[0] if "low" in function.__name__ and not isinstance(args[0], Tensor) else 0
             return found.fill_(low)
+        return found
+
+
+@final
+class CoarseDraws(DispatchMode):  # type: ignore[misc]
+    """While entered, notes draws of numbers in half precision, except for dropout's masks.
+
+    Attributes:
+        found: names of the operations with their precision, such as "randn_like in bfloat16".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, None] = {}
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call every operation as it is."""
+        found = function(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            name = _name(function)
+            is_mask = name in {"bernoulli", "bernoulli_", "native_dropout"}
+            if isinstance(found, Tensor) and found.dtype in HALF and not is_mask:
+                self.found[f"{name} in {str(found.dtype).removeprefix('torch.')}"] = None
         return found
 
 
