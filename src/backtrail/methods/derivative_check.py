@@ -208,14 +208,15 @@ class _Check:
         """
         try:
             transitions = self.transitions
-            state = self.run.state(self.first, dtype=torch.float64)
-            transitions[0].raw_gradient(state)
+            states = [self.run.state(self.first, dtype=torch.float64)]
+            for transition in transitions:
+                states.append(transition.advance(states[-1]))
         except BacktrailError:
             raise
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             return f"not checked: the training cannot be computed in float64 ({_line(error)})"
         try:
-            return self._compared(transitions, state)
+            return self._compared(transitions, states)
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, BacktrailError) or not _lacks_second_derivative(error):
                 raise
@@ -225,26 +226,28 @@ class _Check:
         # From now on, policies take differences of gradients. Those are products with the transpose
         # of the derivative only where a gradient is the derivative of its loss.
         self.run.task.binding.no_second_derivative = missing
-        found = self._compared(transitions, state, instead=missing)
+        found = self._compared(transitions, states, instead=missing)
         return f"{found}, by differences of gradients: torch has no second derivative ({missing})"
 
-    def _compared(self, transitions: list[Transition], state: State, *, instead: str = "") -> str:
+    def _compared(
+        self, transitions: list[Transition], states: list[State], *, instead: str = ""
+    ) -> str:
         """Compare the sweep with differences.
+
+        Where they agree, this takes four gradients and three products with second derivatives.
 
         Args:
             transitions: the steps.
-            state: before the first one.
+            states: before the first step, and after every step.
             instead: why the sweep itself takes differences of gradients, if it does.
 
         Raises:
             WrongDerivative: the derivative of a step is wrong.
         """
+        state = states[0]
         generator = torch.Generator().manual_seed(SEED)
         direction = _direction(transitions[0], state, generator)
         a = _random_tree({n: state.params[n] for n in transitions[0].updated}, generator)
-        states = [state]
-        for transition in transitions:
-            states.append(transition.advance(states[-1]))
         cotangent = _cotangent(transitions[-1], states[-1], generator)
 
         by_gradient, by_steps = self._swept(transitions, states, direction, a, cotangent)
