@@ -52,6 +52,10 @@ PRIVATE_NAMES = {
         "task/activation_checkpointing.py",
         "there is no switch to compute a checkpointed part once",
     ),
+    "_checkpoint_without_reentrant_generator_impl": (
+        "task/activation_checkpointing.py",
+        "its name since torch 2.14",
+    ),
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 # Where things were fetched from is no business of a reader.

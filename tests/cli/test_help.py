@@ -70,7 +70,8 @@ def test_every_command_explains_itself(verb: Verb, capsys: Captured) -> None:
     assert (verb.__doc__ or "").splitlines()[0] in " ".join(told.split())
     for word in FLAGS[verb.__name__]:
         assert word in told
-        assert f"\n        {word.strip('-').lower().replace('-', '_')}: " in (verb.__doc__ or "")
+        name = word.strip("-").lower().replace("-", "_")
+        assert f"\n    {name}: " in inspect.cleandoc(verb.__doc__ or "")
 
 
 def test_descriptions_are_wrapped_once(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

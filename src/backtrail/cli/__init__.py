@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from inspect import signature
+from inspect import cleandoc, signature
 
 from tyro.extras import SubcommandApp
 
@@ -108,7 +108,8 @@ def _with_joined_lines(verb: Callable[..., object]) -> Callable[..., object]:
     def command(*args: object, **kwargs: object) -> object:
         return verb(*args, **kwargs)
 
-    command.__doc__ = re.sub(r"\n {12}(?=\S)", " ", verb.__doc__ or "")
+    # Without the indentation, which Python 3.13 has taken away already.
+    command.__doc__ = re.sub(r"\n {8}(?=\S)", " ", cleandoc(verb.__doc__ or ""))
     # tyro would follow `__wrapped__` to the original and its docstring.
     del command.__wrapped__
     command.__signature__ = signature(verb)  # type: ignore[attr-defined]

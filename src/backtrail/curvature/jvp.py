@@ -277,7 +277,8 @@ def value_and_jvp(
     """
     with warnings.catch_warnings():
         # The first call in a process loads torch's forward-mode rules, in a way that torch itself
-        # deprecates.
+        # deprecates (as a FutureWarning since 2.14).
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
         value, tangent, *_ = jvp(function, primals, tangents)
     return value, tangent

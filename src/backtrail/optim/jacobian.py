@@ -121,7 +121,7 @@ class FlatUpdate:
         update: With `PARAMETER` as the only parameter.
         inputs: `PARAMETER`, `GRADIENT` and the elementwise moments before the step, `[entry]`.
         counts: The step counts before the step, in float64.
-        cancelled: `Update.cancelled` of the entries; None where it is empty.
+        cancelled: Where `Update.cancelled` or `Update.zero_factor` is true; None where nowhere.
     """
 
     update: Update
@@ -145,11 +145,12 @@ class FlatUpdate:
         counts = {key: moments[key].double() for key in moments if key in rule.counts}
         alone = Update(update.optimizer, ((PARAMETER,),), (update.settings[chunk.group],))
         cancelled = None
-        if update.cancelled:
+        if update.cancelled or update.zero_factor:
             nowhere: Tree = {}
             for part in chunk.slices:
                 nowhere[part.name] = torch.zeros_like(state.params[part.name], dtype=torch.bool)
             cancelled = chunk.gather(nowhere | update.cancelled)
+            cancelled |= chunk.gather(nowhere | update.zero_factor)
         return FlatUpdate(alone, inputs, counts, cancelled)
 
     @property

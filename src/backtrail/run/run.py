@@ -49,6 +49,7 @@ OTHER_KERNELS = 10.0
 # gradient that nearly vanishes, rounding is a large part.
 SMALL_GRADIENT = 1e-3
 MOVE = 0.01  # of parameters, relative to their mean size
+ROUNDING = 1e-10  # of a gradient in float64, relative to its largest entry
 TOLERANCE_STEPS = 50  # steps that a tolerance of `verify` is meant for
 FLOATING = ("float", "bfloat")  # how the names of real dtypes begin
 MOST_KEPT = 32  # states whose steps `check_kept_steps` compares
@@ -272,7 +273,8 @@ class Run:
         dtype = arguments.precision("dtype", dtype)
         step = self.step(index)
         manifest = self.manifest
-        update = Update(manifest.optimizer, manifest.groups, step.settings, self._cancelled)
+        masks = (self._cancelled, self._zero_factor)
+        update = Update(manifest.optimizer, manifest.groups, step.settings, *masks)
         batches = cast(self.batches(index), dtype, self.task.device)
         # In another precision the steps drift away from the recorded ones.
         check = RecordedStep(self, index) if dtype is None else None
@@ -397,44 +399,60 @@ class Run:
 
         Gradients of samples may cancel each other, or a factor may be zero. Derivatives of later
         transitions need to know it: the second moment of such an entry is zero, and at a later step
-        it is zero only where it was at the first one. Takes two gradients, once for a run that was
-        opened.
+        it is zero only where it was at the first one. Takes three gradients, once for a run that
+        was opened.
+
+        Raises:
+            BacktrailError: the task is wrong.
+            RuntimeError: the model fails.
         """
         if "searched" in self._derivatives:
             return
         self._derivatives["searched"] = "yes"
         if not rule_named(self.manifest.optimizer).second_moments:
             return
-        first = self.transition(0)
-        state = self.state(0)
-        gradient = first.raw_gradient(state).gradient
-        if all(bool(tensor.all()) for tensor in gradient.values()):
+        recorded = self.transition(0).raw_gradient(self.state(0)).gradient
+        if all(bool(tensor.all()) for tensor in recorded.values()):
             return
-        # With other weights and parameters, what only happens to be zero is zero no more.
+        # With other weights or parameters, what only happens to be zero is zero no more. In float64,
+        # so that what is zero but for rounding, like the bias before a BatchNorm, stays so.
+        try:
+            weighted, moved = self._gradients_elsewhere()
+        except BacktrailError:
+            raise
+        except (RuntimeError, TypeError, ValueError):
+            return  # float64 cannot compute it
+        for other, masks in ((weighted, self._cancelled), (moved, self._zero_factor)):
+            sizes = [float(tensor.abs().max()) for tensor in other.values() if tensor.numel()]
+            for name, tensor in recorded.items():
+                mask = (tensor == 0) & (other[name].abs() > ROUNDING * max(sizes))
+                if bool(mask.any()):
+                    masks[name] = mask
+
+    def _gradients_elsewhere(self) -> tuple[Tree, Tree]:
+        """Gradients of the first step with other weights of its slots, and at other parameters."""
+        first = self.transition(0, torch.float64)
+        state = self.state(0, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
-        weights = 0.5 + torch.rand(sum(first.slot_counts), generator=generator)
         like = next(iter(state.params.values()))
-        moved = dict(state.params)
+        weights = 0.5 + torch.rand(sum(first.slot_counts), generator=generator)
+        weighted = first.raw_gradient(state, weights=weights.to(like), autocast=False).gradient
+        means = {name: float(state.params[name].abs().mean()) for name in first.updated}
+        params = dict(state.params)
         for name in first.updated:
-            tensor = moved[name]
-            size = MOVE * max(float(tensor.abs().mean()), MOVE)
-            change = torch.randn(tensor.shape, generator=generator).to(tensor)
-            moved[name] = tensor + size * change
-        elsewhere = State(moved, state.buffers, state.moments)
-        other = first.raw_gradient(elsewhere, weights=weights.to(like)).gradient
-        # What differs from zero by rounding alone, like the bias before a BatchNorm, is zero.
-        precision = like.dtype
-        if first.step.autocast:
-            precision = getattr(torch, first.step.autocast)
-        largest = max(float(tensor.abs().max()) for tensor in other.values() if tensor.numel())
-        rounding = largest * torch.finfo(precision).eps ** 0.5
-        for name, tensor in gradient.items():
-            mask = (tensor == 0) & (other[name].abs() > rounding)
-            if bool(mask.any()):
-                self._cancelled[name] = mask
+            # A parameter that is zero takes the size of the others.
+            size = MOVE * means[name] or MOVE * max(means.values())
+            change = torch.randn(params[name].shape, generator=generator).to(like)
+            params[name] = params[name] + size * change
+        elsewhere = State(params, state.buffers, state.moments)
+        return weighted, first.raw_gradient(elsewhere, autocast=False).gradient
 
     @cached_property
     def _cancelled(self) -> Tree:
+        return {}
+
+    @cached_property
+    def _zero_factor(self) -> Tree:
         return {}
 
     @property

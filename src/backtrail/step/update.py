@@ -25,14 +25,16 @@ class Update:
         optimizer: Name of the optimizer's class, a key of `backtrail.step.optimizers.RULES`.
         groups: Names of the parameters of every parameter group.
         settings: Hyperparameters of every parameter group.
-        cancelled: Masks of entries whose gradient at the first step is zero, but is not after a
-            change of sample weights or parameters; by parameter. Only derivatives read them.
+        cancelled: Masks of entries whose gradient at the first step is zero, but is not with other
+            weights of the samples; by parameter. Only derivatives read them.
+        zero_factor: The same for entries whose gradient is not zero with other parameters.
     """
 
     optimizer: str
     groups: tuple[tuple[str, ...], ...]
     settings: tuple[dict[str, Setting], ...]
     cancelled: Tree = field(default_factory=dict)
+    zero_factor: Tree = field(default_factory=dict)
 
     def __call__(self, state: State, grads: Tree) -> State:
         """Compute the state after the update; buffers are passed on unchanged.

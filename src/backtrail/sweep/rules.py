@@ -1,7 +1,7 @@
 """How a sweep takes derivatives: of the loss twice, and of the optimizer's update once."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from jaxtyping import Float
@@ -59,6 +59,11 @@ class Rules:
             clipped: the gradient that the optimizer consumes.
         """
         update = transition.update
+        missing = transition.task.binding.no_second_derivative
+        if missing or self.curvature.product == "difference":
+            # Huge cotangents at entries that no sample's gradient reaches would leave no precision
+            # for the others.
+            update = replace(update, zero_factor={})
         slots = sum(transition.slot_counts)
         for chunk in flat_chunks(update, state, clipped):
             diagonals = self.slope.diagonals(update, state, clipped, chunk=chunk, slots=slots)

@@ -25,6 +25,8 @@ from torch.utils import checkpoint
 
 # torch's implementations: with use_reentrant=False, and with True.
 GENERATOR = "_checkpoint_without_reentrant_generator"
+if hasattr(checkpoint, "_checkpoint_without_reentrant_generator_impl"):  # torch 2.14
+    GENERATOR = "_checkpoint_without_reentrant_generator_impl"
 FUNCTION = "CheckpointFunction"
 MODULE = checkpoint.__name__
 # Code of these leads nowhere else: they take no functions of the model's from global names.
