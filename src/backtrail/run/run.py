@@ -414,8 +414,8 @@ class Run:
         recorded = self.transition(0).raw_gradient(self.state(0)).gradient
         if all(bool(tensor.all()) for tensor in recorded.values()):
             return
-        # With other weights or parameters, what only happens to be zero is zero no more. In float64,
-        # so that what is zero but for rounding, like the bias before a BatchNorm, stays so.
+        # With other weights or parameters, what only happens to be zero is zero no more. In
+        # float64, so that what is zero but for rounding (a bias before BatchNorm) stays zero.
         try:
             weighted, moved = self._gradients_elsewhere()
         except BacktrailError:
