@@ -2,11 +2,14 @@
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
+import backtrail
 import backtrail.optim.jacobian
 from backtrail.optim.flatten import CHUNK_ENTRIES, flat_chunks
 from backtrail.optim.jacobian import (
@@ -206,3 +209,30 @@ def test_nothing_is_left_behind() -> None:
 
     tensors_after_another()
     assert tensors_after_another() == tensors_after_another()
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_cancelled_gradients_are_found_at_a_parameters_first_step(
+    frozen: int, tmp_path: Path
+) -> None:
+    """Of two absolute errors of opposite sign, also where the bias is trained from later on."""
+    data = TensorDataset(torch.tensor([[1.0], [2.0]]), torch.tensor([5.0, -5.0]))
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (outputs[:, 0] - batch[1]).abs()
+
+    task = backtrail.Task(model, data, loss=loss)
+    with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        for step in range(4):
+            model.bias.requires_grad_(step >= frozen)
+            for batch in recorder.watch(DataLoader(data, batch_size=2)):
+                loss(model(batch[0]), batch).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    run = backtrail.open_run(tmp_path / "run", task)
+    run.find_cancelled()
+    assert [name for name, mask in run.transition(0).update.cancelled.items() if mask.all()] == [
+        "bias"
+    ]

@@ -395,57 +395,72 @@ class Run:
                 RecordedStep(self, number).check_gradient(transition.clip(raw.gradient))
 
     def find_cancelled(self) -> None:
-        """Find entries whose gradient is zero at the first step, and would not be after a change.
+        """Find entries whose first gradient is zero, and would not be after a change.
 
         Gradients of samples may cancel each other, or a factor may be zero. Derivatives of later
         transitions need to know it: the second moment of such an entry is zero, and at a later step
-        it is zero only where it was at the first one. Takes three gradients, once for a run that
-        was opened.
+        it is zero only where it was at the first one that updates the parameter. Takes three
+        gradients at each such step, once for a run that was opened; nearly always that is step 0.
 
         Raises:
             BacktrailError: the task is wrong.
             RuntimeError: the model fails.
         """
-        if "searched" in self._derivatives:
-            return
-        self._derivatives["searched"] = "yes"
-        if not rule_named(self.manifest.optimizer).second_moments:
-            return
-        recorded = self.transition(0).raw_gradient(self.state(0)).gradient
-        if all(bool(tensor.all()) for tensor in recorded.values()):
+        has_second_moments = rule_named(self.manifest.optimizer).second_moments
+        if "zero gradients" not in self._derivatives and has_second_moments:
+            seen: set[str] = set()
+            trained = {name for group in self.manifest.groups for name in group}
+            for step in self.log:
+                new = trained.difference(seen, step.unused)
+                if new:
+                    self._note_zero_gradients(step.index, new)
+                seen |= new
+        # Last, so that what was interrupted is done again.
+        self._derivatives["zero gradients"] = "told apart"
+
+    def _note_zero_gradients(self, index: int, names: set[str]) -> None:
+        """Note the entries of some parameters whose gradient at a step is zero by chance.
+
+        Raises:
+            BacktrailError: the task is wrong.
+        """
+        state = self.state(index, replay=True)
+        recorded = self.transition(index).raw_gradient(state).gradient
+        if all(bool(recorded[name].all()) for name in names):
             return
         # With other weights or parameters, what only happens to be zero is zero no more. In
         # float64, so that what is zero but for rounding (a bias before BatchNorm) stays zero.
         try:
-            weighted, moved = self._gradients_elsewhere()
+            weighted, moved = self._gradients_elsewhere(index, state)
         except BacktrailError:
             raise
         except (RuntimeError, TypeError, ValueError):
-            return  # float64 cannot compute it
+            return  # float64 cannot compute it, and the check of the derivatives says so
         for other, masks in ((weighted, self._cancelled), (moved, self._zero_factor)):
             sizes = [float(tensor.abs().max()) for tensor in other.values() if tensor.numel()]
-            for name, tensor in recorded.items():
-                mask = (tensor == 0) & (other[name].abs() > ROUNDING * max(sizes))
+            for name in names:
+                mask = (recorded[name] == 0) & (other[name].abs() > ROUNDING * max(sizes))
                 if bool(mask.any()):
                     masks[name] = mask
 
-    def _gradients_elsewhere(self) -> tuple[Tree, Tree]:
-        """Gradients of the first step with other weights of its slots, and at other parameters."""
-        first = self.transition(0, torch.float64)
-        state = self.state(0, dtype=torch.float64)
+    def _gradients_elsewhere(self, index: int, state: State) -> tuple[Tree, Tree]:
+        """Gradients of a step with other weights of its slots, and at other parameters."""
+        transition = self.transition(index, torch.float64)
+        state = state.cast(torch.float64, self.task.device)
         generator = torch.Generator().manual_seed(0)
         like = next(iter(state.params.values()))
-        weights = 0.5 + torch.rand(sum(first.slot_counts), generator=generator)
-        weighted = first.raw_gradient(state, weights=weights.to(like), autocast=False).gradient
-        means = {name: float(state.params[name].abs().mean()) for name in first.updated}
+        weights = 0.5 + torch.rand(sum(transition.slot_counts), generator=generator)
+        weighted = transition.raw_gradient(state, weights=weights.to(like), autocast=False)
+        means = {name: float(state.params[name].abs().mean()) for name in transition.updated}
         params = dict(state.params)
-        for name in first.updated:
+        for name in transition.updated:
             # A parameter that is zero takes the size of the others.
             size = MOVE * means[name] or MOVE * max(means.values())
             change = torch.randn(params[name].shape, generator=generator).to(like)
             params[name] = params[name] + size * change
         elsewhere = State(params, state.buffers, state.moments)
-        return weighted, first.raw_gradient(elsewhere, autocast=False).gradient
+        moved = transition.raw_gradient(elsewhere, autocast=False)
+        return weighted.gradient, moved.gradient
 
     @cached_property
     def _cancelled(self) -> Tree:

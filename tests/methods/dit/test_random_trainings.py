@@ -87,12 +87,12 @@ def test_influence_is_that_of_the_loop_in_many_draws(training: Training) -> None
 
 @pytest.mark.parametrize("training", FOUND, ids=str)
 def test_trainings_that_were_wrong(training: Training, tmp_path: Path) -> None:
-    """They are right now, or the differences themselves are not known."""
-    truth = training.truth(SLOTS)
+    """They are right now."""
+    # Adam's update bends at zero, which differences feel in proportion to their size.
+    truth = 2 * training.truth(SLOTS, nudge=NUDGE / 8) - training.truth(SLOTS, nudge=NUDGE / 4)
     found = training.influence(SLOTS, tmp_path / "run")
     error = np.abs(found - truth).max(axis=1) / np.abs(truth).max(axis=1)
-    # Adam's update bends at zero, which differences feel in proportion to their size.
-    assert error.max() <= 1e-3
+    assert error.max() <= BAR
 
 
 @pytest.mark.parametrize("layer", SPECIAL)
