@@ -12,7 +12,6 @@ that a call may run. It errs on the safe side: a model that only could use check
 """
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +21,8 @@ from typing import Any, final
 
 from torch import nn
 from torch.utils import checkpoint
+
+from backtrail.task.replacement import Replacement
 
 # torch's implementations: with use_reentrant=False, and with True.
 GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -36,9 +37,6 @@ RUN_BY_MAKING = ("__new__", "__init__")
 MAX_STEPS = 50_000  # of the search, after which checkpointing counts as used
 MAX_ENTRIES = 50  # of a container; a longer one holds data
 
-_lock = threading.Lock()
-_blocks = 0  # `computed_once` blocks that are running, in all threads
-_originals: dict[str, Any] = {}  # while there are any
 _in_block: ContextVar[bool] = ContextVar("in_block", default=False)  # of this thread
 
 
@@ -48,33 +46,13 @@ def computed_once() -> Iterator[None]:
 
     Other threads, such as one that trains, keep torch's own implementations.
     """
-    _replace()
+    _REPLACEMENT.begin()
     before = _in_block.set(True)
     try:
         yield
     finally:
         _in_block.reset(before)
-        _restore()
-
-
-def _replace() -> None:
-    global _blocks  # noqa: PLW0603 - torch.utils.checkpoint is the process's
-    with _lock:
-        if _blocks == 0:
-            for name in (GENERATOR, FUNCTION):
-                _originals[name] = getattr(checkpoint, name)
-            setattr(checkpoint, GENERATOR, _compute_once)
-            setattr(checkpoint, FUNCTION, _ComputeOnce)
-        _blocks += 1
-
-
-def _restore() -> None:
-    global _blocks  # noqa: PLW0603 - torch.utils.checkpoint is the process's
-    with _lock:
-        _blocks -= 1
-        if _blocks == 0:
-            for name, original in _originals.items():
-                setattr(checkpoint, name, original)
+        _REPLACEMENT.end()
 
 
 def _compute_once(*args: object, **kwargs: object) -> Iterator[None]:
@@ -82,7 +60,7 @@ def _compute_once(*args: object, **kwargs: object) -> Iterator[None]:
     if _in_block.get():
         yield
     else:
-        yield from _originals[GENERATOR](*args, **kwargs)
+        yield from _REPLACEMENT.originals[GENERATOR](*args, **kwargs)
 
 
 @final
@@ -94,7 +72,10 @@ class _ComputeOnce:
         """Call the function."""
         if _in_block.get():
             return function(*args)
-        return _originals[FUNCTION].apply(function, preserve, *args)
+        return _REPLACEMENT.originals[FUNCTION].apply(function, preserve, *args)
+
+
+_REPLACEMENT = Replacement(checkpoint, {GENERATOR: _compute_once, FUNCTION: _ComputeOnce})
 
 
 def uses_checkpointing(model: nn.Module, *functions: object) -> bool:

@@ -5,7 +5,6 @@ While `TrueDerivatives` is entered, it sees every call of torch. Stop-gradients,
 derivative beside the one that the training uses (`backtrail.task.surrogate`).
 """
 
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from backtrail.accel.second_order import is_eager
 from backtrail.task.replaced import REPLACED
+from backtrail.task.replacement import Replacement
 from backtrail.task.surrogate import is_differentiable, stopped, with_surrogate
 from backtrail.tree import base_of, tree_leaves, tree_map
 
@@ -67,7 +67,7 @@ class TrueDerivatives(TorchFunctionMode):
 
     def __enter__(self) -> "TrueDerivatives":
         """Enter the mode."""
-        _replace_apply()
+        _APPLY.begin()
         self._token = _active.set(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -76,7 +76,7 @@ class TrueDerivatives(TorchFunctionMode):
         """Leave the mode."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         _active.reset(self._token)
-        _restore_apply()
+        _APPLY.end()
 
     def note_buffers(self, tensors: Iterable[Tensor]) -> None:
         """Note the model's buffers, which a forward pass may write to in place.
@@ -303,32 +303,9 @@ def _same_values(left: Any, right: Any) -> bool:
     return True
 
 
-# A method in Python up to torch 2.13, and one in C since 2.14.
-_OWN_APPLY = vars(Function)["apply"]
-_lock = threading.Lock()
-_entered = 0  # modes, in all threads
-
-
-def _replace_apply() -> None:
-    """Let Functions of the user's be seen; torch calls no mode for them."""
-    global _entered  # noqa: PLW0603 - torch.autograd.Function is the process's
-    with _lock:
-        if _entered == 0:
-            Function.apply = classmethod(_apply)  # type: ignore[method-assign, assignment]
-        _entered += 1
-
-
-def _restore_apply() -> None:
-    global _entered  # noqa: PLW0603 - torch.autograd.Function is the process's
-    with _lock:
-        _entered -= 1
-        if _entered == 0:
-            Function.apply = _OWN_APPLY  # type: ignore[method-assign]
-
-
 def _own_apply(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the apply of torch for a class derived from Function."""
-    return _OWN_APPLY.__get__(None, function)(*args, **kwargs)
+    return _APPLY.originals["apply"].__get__(None, function)(*args, **kwargs)
 
 
 def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -341,6 +318,11 @@ def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
         with mode.paused():
             return _own_apply(function, *args, **kwargs)
     return mode.apply(function, args)
+
+
+# So that Functions of the user's are seen, for which torch calls no mode. The original is a method
+# in Python up to torch 2.13, and one in C since 2.14.
+_APPLY = Replacement(Function, {"apply": classmethod(_apply)})
 
 
 def _written_tensor(function: Any, args: Any) -> Any:
