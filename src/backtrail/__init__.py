@@ -75,6 +75,7 @@ _HOME = {
     "RemovalCheck": "backtrail.apply.trust",
     "Interval": "backtrail.stats",
     "evaluate": "backtrail.apply.evaluation",
+    "explain": "backtrail.apply.explain",
     "regimes": "backtrail.apply.select_by_regime",
     "Regimes": "backtrail.influence.analysis.regimes",
     "worth_selecting": "backtrail.apply.select_by_regime",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from backtrail.apply.coreset import select_coreset as select_coreset
     from backtrail.apply.coreset_report import compare_coresets as compare_coresets
     from backtrail.apply.evaluation import evaluate as evaluate
+    from backtrail.apply.explain import explain as explain
     from backtrail.apply.select_by_regime import regimes as regimes
     from backtrail.apply.select_by_regime import worth_selecting as worth_selecting
     from backtrail.apply.trust import DerivativeCheck as DerivativeCheck
