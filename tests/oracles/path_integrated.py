@@ -1,8 +1,8 @@
 """Path-integrated influence by brute force: trainings of a plain loop with weighted losses.
 
-With weights w of the samples in each of several trainings, the influence of a slot is the mean, over
-the trainings in which its sample's weight was drawn, of ln(1/floor) times minus the derivative of
-the query by a factor of that slot's weighted loss, at 1.
+With weights w of the samples in each of several trainings, the influence of a slot is the mean,
+over the trainings in which its sample's weight was drawn, of ln(1/floor) times minus the derivative
+of the query by a factor of that slot's weighted loss, at 1.
 """
 
 import math

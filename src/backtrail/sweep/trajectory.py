@@ -1,13 +1,14 @@
 """What an adjoint sweep goes back along: the states and steps of one training."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from backtrail.step.state import State
 from backtrail.step.step import Transition
 from backtrail.task.task import Task
 
 
+@runtime_checkable
 class Trajectory(Protocol):
     """A recorded training (`backtrail.Run`), or that training run again with other weights."""
 

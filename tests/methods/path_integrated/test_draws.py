@@ -19,7 +19,7 @@ def draws(runs: int, share: float, seed: int = 0, samples: int = 500) -> Draws:
 
 @each_design
 def test_every_sample_is_drawn_about_as_often(runs: int, share: float) -> None:
-    """Every sample is drawn in runs * share of the re-runs, rounded down or up; the mean is that."""
+    """Every sample is drawn in runs * share of the re-runs, rounded; the mean is that number."""
     counts = draws(runs, share).counts
     assert set(counts.tolist()) <= {int(runs * share + 1e-9), int(np.ceil(runs * share - 1e-9))}
     assert counts.min() >= 1

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -392,8 +393,6 @@ def memorising(path: Path) -> tuple[Run, TensorDataset, int]:
     Returns:
         The run, the queries with the wrong labels, and the number of clean rows before the copies.
     """
-    from sklearn.datasets import load_digits
-
     clean, asked, copies = 240, 8, 2
     images, targets = load_digits(return_X_y=True)
     inputs = torch.tensor(images).float()

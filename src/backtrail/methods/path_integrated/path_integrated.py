@@ -84,8 +84,8 @@ class PathIntegrated:
     value. It is not the removal from the full training: under SGD it describes a training with a
     seventh of the gradient, and near-copies of a row get larger values than from single removal,
     since each is measured without most of the others. With a smaller `share` the others keep the
-    weight 1 more often. The result tends to the removal from the full training, and each re-run tells of
-    fewer samples. The memorisation scores of Feldman & Zhang
+    weight 1 more often. The result tends to the removal from the full training, and each re-run
+    tells of fewer samples. The memorisation scores of Feldman & Zhang
     (`arXiv 2008.03703 <https://arxiv.org/abs/2008.03703>`_) compare trainings on random subsets
     with and without a sample in the same way; the derivative replaces the many trainings. (Koh &
     Liang's influence function, `arXiv 1703.04730 <https://arxiv.org/abs/1703.04730>`_, is the
