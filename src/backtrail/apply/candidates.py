@@ -106,6 +106,13 @@ class Proposals:
         ordered = self.samples[name][query].tolist()
         return {sample: rank for rank, sample in enumerate(ordered, start=1)}
 
+    def first_picks(self, query: int, count: int) -> set[int]:
+        """The first picks of all scorers for a query."""
+        picks: set[int] = set()
+        for samples in self.samples.values():
+            picks.update(samples[query, :count].tolist())
+        return picks
+
     def dealt(
         self, names: Sequence[str], *, first: int, stop: int | None = None
     ) -> Iterator[tuple[str, int, int]]:

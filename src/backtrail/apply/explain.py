@@ -11,7 +11,7 @@ from typing import final, get_args
 import numpy as np
 import polars as pl
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
 from backtrail import arguments
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 # that scorers propose. The rest are near-copies and groups of them.
 SINGLE = 0.6
 FEWEST = 4  # removals for each query
+FEWEST_OTHERS = 5  # removals that no scorer connects with a query, to tell its noise
+PROPOSED = 5  # first picks of every scorer that count as proposed for a query, at least
 GOOD = 0.5  # scorers that are asked on, relative to the best one
 Group = frozenset[int]
 
@@ -90,9 +92,10 @@ def explain(
     Returns:
         A table with k rows for each query (fewer, if fewer samples were removed): query, rank,
         sample, effect, group_effect (null without near-copies), group (the near-copies that were
-        removed with it), share (:math:`s_j`), noise (the largest difference between two unperturbed
-        re-runs; smaller effects mean nothing), the rank by every scorer, and summary, a sentence on
-        what removing the top k together does.
+        removed with it), share (:math:`s_j`), noise (the median absolute effect of removed samples
+        that no scorer proposed for the query, or the largest difference between two unperturbed
+        re-runs if that is larger; smaller effects mean nothing), the rank by every scorer, and
+        summary, a sentence on what removing the top k together does.
 
     Raises:
         BadSetting: An argument has a value that it cannot take.
@@ -112,10 +115,12 @@ def explain(
     scores_folder = None if path is None else path / "scores"
     proposals = Proposals.of(run, queries, chosen, order=order, folder=scores_folder)
     with _bank(path, queries) as folder:
-        tried = _Removals(run, queries, order, folder)
+        picks = max(k, PROPOSED)
+        proposed = [proposals.first_picks(query, picks) for query in range(len(queries.names))]
+        tried = _Removals(run, queries, order, proposed, folder)
         left = removals - len(queries.names)
-        _remove_proposed(tried, proposals, budget=round(SINGLE * left))
-        _remove_copies(tried, budget=left - tried.count)
+        best = _remove_proposed(tried, proposals, budget=round(SINGLE * left))
+        _remove_copies(tried, proposals.samples[best][:, 0], budget=left - tried.count)
         top = tried.top(k)
         tried.remove([frozenset(samples) for samples in top])
         answers = _answers(tried, top)
@@ -151,6 +156,7 @@ class _Removals:
         run: the recorded training.
         queries: what is explained.
         order: which samples come first.
+        proposed: for every query, the samples that a scorer proposes for it.
         bank: folder of the re-runs, if there is one.
         effects: of every group, `[query]`.
         base: the queries without a removal.
@@ -160,6 +166,7 @@ class _Removals:
     run: Run
     queries: Query
     order: Order
+    proposed: list[set[int]]
     bank: Path | None
     effects: dict[Group, Float64[np.ndarray, " query"]] = field(default_factory=dict)
     base: Float64[np.ndarray, " query"] = field(default_factory=lambda: np.zeros(0))
@@ -217,21 +224,40 @@ class _Removals:
         return found if np.isfinite(found) else -np.inf
 
     def ranked(self, query: int) -> list[int]:
-        """All samples that were removed alone, by their share."""
+        """All samples that were removed alone, by their share; first those proposed for the query.
+
+        In a training that reacts to every small change, any sample may have a large effect on any
+        query. That of a sample which no scorer connects with the query says nothing of it.
+        """
         samples = self.singles
         shares = np.array([self.share(sample, query) for sample in samples])
         strengths = strength(shares, self.order)
         # A training that diverged says nothing about a sample.
         strengths = np.where(np.isnan(strengths), -np.inf, strengths)
-        return [samples[place] for place in np.argsort(-strengths, kind="stable")]
+        is_other = np.array([sample not in self.proposed[query] for sample in samples])
+        return [samples[place] for place in np.lexsort((-strengths, is_other))]
+
+    def background(self, query: int) -> float:
+        """How much removals change a query that no scorer connects with it: noise."""
+        others = [
+            abs(self.effect(sample, query))
+            for sample in self.singles
+            if sample not in self.proposed[query]
+        ]
+        typical = float(np.nanmedian(others)) if len(others) >= FEWEST_OTHERS else 0.0
+        return max(float(self.noise[query]), typical)
 
     def top(self, k: int) -> list[list[int]]:
         """The first k samples of every query."""
         return [self.ranked(query)[:k] for query in range(len(self.queries.names))]
 
 
-def _remove_proposed(tried: _Removals, proposals: Proposals, *, budget: int) -> None:
-    """Remove what the scorers propose: their first picks, then more of those that were right."""
+def _remove_proposed(tried: _Removals, proposals: Proposals, *, budget: int) -> str:
+    """Remove what the scorers propose: their first picks, then more of those that were right.
+
+    Returns:
+        The scorer whose first picks were the strongest.
+    """
     names = list(proposals.samples)
     first = proposals.dealt(names, first=0, stop=1)
     _remove_dealt(tried, first, budget=budget)
@@ -240,6 +266,7 @@ def _remove_proposed(tried: _Removals, proposals: Proposals, *, budget: int) -> 
     ordered = sorted(names, key=lambda name: -success[name])
     good = [name for name in ordered if success[name] >= GOOD * best]
     _remove_dealt(tried, proposals.dealt(good, first=1), budget=budget)
+    return ordered[0]
 
 
 def _remove_dealt(tried: _Removals, dealt: Iterator[tuple[str, int, int]], *, budget: int) -> None:
@@ -266,28 +293,35 @@ def _success(tried: _Removals, proposals: Proposals, name: str) -> float:
     return float(np.mean(found)) if found else 0.0
 
 
-def _remove_copies(tried: _Removals, *, budget: int) -> None:
-    """Remove near-copies of the strongest samples of every query, alone and together.
+def _remove_copies(tried: _Removals, picks: Int64[np.ndarray, " query"], *, budget: int) -> None:
+    """Remove near-copies of what is likely to be the reason, alone and together with it.
+
+    First those of the best scorer's first pick for every query, then those of the samples whose own
+    removal was the strongest.
 
     Args:
         tried: what was removed so far.
+        picks: the first pick for every query.
         budget: number of further trainings.
     """
     by_query = [tried.ranked(query) for query in range(len(tried.queries.names))]
-    copies = near_copies(tried.run, tried.singles)
+    copies = near_copies(tried.run, sorted({*tried.singles, *picks.tolist()}))
     groups: dict[Group, None] = {}
     alone: dict[Group, None] = {}
-    for samples in zip(*by_query, strict=True):
-        for sample in samples:
+    for samples in [picks.tolist(), *zip(*by_query, strict=True)]:
+        for query, sample in enumerate(samples):
             group = frozenset([sample, *copies.get(sample, [])])
+            if len(group) == 1:
+                continue
+            if sample in tried.proposed[query]:
+                tried.proposed[query].update(group)
+            if group in groups:
+                continue
             members = [frozenset([member]) for member in sorted(group)]
             new = {one: None for one in members if one not in tried.effects and one not in alone}
-            if len(group) == 1 or group in groups:
-                continue
-            if len(groups) + len(alone) + len(new) + 1 > budget:
-                continue
-            groups[group] = None
-            alone |= new
+            if len(groups) + len(alone) + len(new) + 1 <= budget:
+                groups[group] = None
+                alone |= new
     tried.remove([*alone, *groups])
 
 
@@ -397,7 +431,7 @@ def _table(
                     None if group is None else float(tried.effects[group][query]),
                     [] if group is None else sorted(group - {sample}),
                     tried.share(sample, query),
-                    float(tried.noise[query]),
+                    tried.background(query),
                     *(of_scorer[sample] for of_scorer in ranks),
                     sentence,
                 )
@@ -413,7 +447,7 @@ def _sentence(
     before = float(tried.base[query])
     if not np.isfinite(effect):
         return "Training without these samples together diverges."
-    noise = float(tried.noise[query])
+    noise = tried.background(query)
     verb = "raises" if effect > 0 else "lowers"
     which = "Removing the sample" if len(samples) == 1 else f"Removing the {len(samples)} together"
     found = (
@@ -421,7 +455,7 @@ def _sentence(
         f"{before + effect:.3g}"
     )
     if abs(effect) <= noise:
-        found += f", which is not more than the noise between equal trainings ({noise:.1g})"
+        found += f", which is not more than other samples change it by ({noise:.1g})"
     if answer is not None and answer[0] != answer[1]:
         found += f"; the model then predicts {answer[1]} instead of {answer[0]}"
     elif answer is not None:
