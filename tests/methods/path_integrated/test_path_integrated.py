@@ -22,6 +22,7 @@ from backtrail.methods.path_integrated.draws import Draws, draw_weights
 from backtrail.run.run import Run
 from tests.cases import (
     ADAMW,
+    BATCHES,
     CASES_BY_NAME,
     ROWS,
     SGD,
@@ -35,6 +36,7 @@ from tests.cases import (
 from tests.interruption import Interrupted
 from tests.oracles.nudge import assert_exact, observe
 from tests.oracles.path_integrated import path_integrated
+from tests.oracles.weighted_adamw import queries_after
 from tests.recorded_runs import recorded_case, recorded_run
 from tests.standard_queries import standard_losses, standard_queries
 
@@ -46,7 +48,7 @@ CASES = [
     CASES_BY_NAME["penalty"],
     CASES_BY_NAME["twice in a batch"],
     CASES_BY_NAME["short batches"],
-    CASES_BY_NAME["batchnorm, adamw"],
+    CASES_BY_NAME["batchnorm, sgd"],
     CASES_BY_NAME["accumulation, batchnorm"],
     CASES_BY_NAME["batchnorm, skipped"],
     Case("dropout, sgd", one_group(SGD, lr=0.3, momentum=0.9), model=with_dropout),
@@ -88,6 +90,31 @@ def test_it_equals_nudging_weighted_losses(case: Case, share: float, tmp_path: P
     assert_exact(found.values(), truth)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_batchnorm_with_adamw_equals_autograd_through_the_training(
+    share: float, tmp_path: Path
+) -> None:
+    """It equals autograd through weighted trainings that are written out, to 1e-10."""
+    made = method(share=share)
+    run = recorded_run("batchnorm, adamw", tmp_path)
+    found = made.attribute(run, standard_queries(), observed_at=[4, 5]).values()
+    draws = draws_of(run, made)
+    truth = np.zeros_like(found)
+    for weights, drawn in zip(draws.weights, draws.drawn, strict=True):
+        for column, state in enumerate((4, 5)):
+            factors = [torch.ones(len(batch)).double().requires_grad_() for batch in BATCHES]
+            of_slots = [torch.tensor(weights[batch]) for batch in BATCHES]
+            both = [factor * weight for factor, weight in zip(factors, of_slots, strict=True)]
+            for query, value in enumerate(queries_after(state, both)):
+                used = factors[:state]
+                slopes = torch.autograd.grad(value, used, retain_graph=True)
+                for step, slope in enumerate(slopes):
+                    share_of_draw = (drawn / draws.counts)[BATCHES[step]]
+                    truth[query, column, step] -= share_of_draw * slope.numpy()
+    truth *= np.log(1 / FLOOR)
+    np.testing.assert_allclose(found, truth, rtol=0, atol=1e-10 * np.abs(truth).max())
+
+
 def with_average(states: Sequence[int]) -> Callable[[Case, Weights], np.ndarray]:
     """Return the same, with the queries evaluated at an exponential average of the weights."""
 
@@ -121,7 +148,6 @@ def test_averaged_queries_read_the_averages_of_the_re_runs(tmp_path: Path) -> No
     "base",
     [
         backtrail.DIT(curvature=backtrail.GaussNewton()),
-        backtrail.DIT(curvature=backtrail.EmpiricalFisher()),
         backtrail.DIT(curvature=backtrail.Zero()),
         backtrail.DIT(curvature=backtrail.Hessian("difference")),
         backtrail.DIT(slope=backtrail.Secant()),
@@ -164,6 +190,13 @@ def recorded_with_weights(case: Case, weights: np.ndarray, path: Path) -> Run:
     return backtrail.open_run(path, task)
 
 
+def size(model: nn.Module) -> Tensor:
+    """Return the squared norm of a linear layer's weight, as the only query."""
+    weight = model.weight
+    assert isinstance(weight, Tensor)
+    return weight.square().sum()[None]
+
+
 def test_a_loss_of_the_whole_batch_gets_the_weights(tmp_path: Path) -> None:
     """With `Task(total=...)`, the weights of the re-run go into the function of the batch."""
     draw = torch.Generator().manual_seed(2)
@@ -179,7 +212,7 @@ def test_a_loss_of_the_whole_batch_gets_the_weights(tmp_path: Path) -> None:
 
     def trained(weights: Tensor) -> Tensor:
         model = network()
-        parameters = dict(model.named_parameters())
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
         for first in (0, 4, 0, 4):
             inputs = data.tensors[0][first : first + 4]
             outputs = torch.func.functional_call(model, parameters, (inputs,))
@@ -199,7 +232,7 @@ def test_a_loss_of_the_whole_batch_gets_the_weights(tmp_path: Path) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
     run = backtrail.open_run(tmp_path / "run", task)
-    query = backtrail.Custom(lambda read: read.weight.square().sum()[None], labels=["size"])
+    query = backtrail.Custom(size, labels=["size"])
     found = method().attribute(run, query).total()[0, 0]
     mean = np.zeros(8)
     for drawn in draws_of(run, method()).weights:
@@ -233,8 +266,8 @@ def test_standard_errors_equal_their_slow_formula(tmp_path: Path) -> None:
     for number, weights in enumerate(draws.weights):
         recorded = recorded_with_weights(case, weights, tmp_path / str(number))
         total = backtrail.DIT().attribute(recorded, standard_queries(), observed_at=[3, 5]).total()
-        for row in np.flatnonzero(draws.drawn[number]):
-            estimates[int(row)].append(np.log(1 / FLOOR) * total[:, :, row])
+        for drawn_row in np.flatnonzero(draws.drawn[number]).tolist():
+            estimates[drawn_row].append(np.log(1 / FLOOR) * total[:, :, drawn_row])
     for row, own in estimates.items():
         slow = np.std(own, axis=0, ddof=1) / len(own) ** 0.5
         np.testing.assert_allclose(found.standard_error()[..., row], slow, rtol=1e-6, atol=1e-15)
@@ -282,8 +315,8 @@ INTERRUPTED: list[tuple[type, str]] = [
 @pytest.mark.parametrize(
     "stops",
     [
-        range(7, 120, 16),
-        pytest.param(range(120), marks=pytest.mark.slow),
+        range(5, 60, 15),
+        pytest.param(range(75), marks=pytest.mark.slow),
     ],
     ids=["some", "all"],
 )
@@ -310,7 +343,7 @@ def test_it_resumes_to_the_same_bits_wherever_it_is_killed(
         np.testing.assert_array_equal(resumed.values(), whole.values())
         np.testing.assert_array_equal(resumed.standard_error(), whole.standard_error())
         assert not (out / "reruns").exists()
-    assert interrupted >= 5
+    assert interrupted >= 4
 
 
 def test_a_finished_result_is_read_and_not_computed_again(
@@ -345,7 +378,6 @@ def test_a_task_that_does_not_reproduce_the_training_is_refused(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"base": backtrail.TracIn()}, r"Invalid base=.*backtrail\.DIT\(\)"),
         ({"base": backtrail.DIT(curvature="auto")}, "base.curvature='auto': expected a fixed"),
         (
             {"base": backtrail.DIT(denominator="renormalize")},
@@ -354,7 +386,7 @@ def test_a_task_that_does_not_reproduce_the_training_is_refused(tmp_path: Path) 
         ({"runs": 0}, "runs=0: expected a positive integer"),
         ({"floor": 0.0}, "floor=0.0: expected a number above 0 and below 1"),
         ({"floor": 1.0}, "floor=1.0: expected a number above 0 and below 1"),
-        ({"share": 0}, "share=0: expected a number above 0 and at most 1"),
+        ({"share": 0.0}, "share=0.0: expected a number above 0 and at most 1"),
         ({"share": 1.5}, "share=1.5: expected a number above 0 and at most 1"),
         ({"seed": -1}, "seed=-1"),
         ({"share": 0.1}, "runs=2: expected at least 10 with share=0.1"),
@@ -388,34 +420,38 @@ def test_trust_and_evaluate_compare_totals_alone(tmp_path: Path) -> None:
 
 
 def memorising(path: Path) -> tuple[Run, TensorDataset, int]:
-    """Record digits with two noisy copies of each of eight queries, wrongly labelled.
+    """Record digits with two noisy copies of each of six queries, wrongly labelled.
 
     Returns:
         The run, the queries with the wrong labels, and the number of clean rows before the copies.
     """
-    clean, asked, copies = 240, 8, 2
+    clean = 200
     images, targets = load_digits(return_X_y=True)
     inputs = torch.tensor(images).float()
     inputs = (inputs - inputs.mean()) / inputs.std()
     labels = torch.tensor(targets)
-    wrong = (labels[-asked:] + 3) % 10
-    noise = 0.3 * torch.randn(copies * asked, 64, generator=torch.Generator().manual_seed(0))
-    copied = inputs[-asked:].repeat_interleave(copies, 0) + noise
+    # Of different digits: copies of one query would otherwise help another one as well.
+    asked = torch.stack([(labels == digit).nonzero()[-1, 0] for digit in range(6)])
+    wrong = (labels[asked] + 3) % 10
+    noise = 0.5 * torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
+    copies = inputs[asked].repeat_interleave(2, 0) + noise
     data = TensorDataset(
-        torch.cat([inputs[:clean], copied]),
-        torch.cat([labels[:clean], wrong.repeat_interleave(copies)]),
+        torch.cat([inputs[:clean], copies]),
+        torch.cat([labels[:clean], wrong.repeat_interleave(2)]),
     )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
     task = backtrail.classification(model, data)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     with backtrail.Recorder(path, task, optimizer) as recorder:
-        for _ in range(20):
-            for images, labels in recorder.watch(DataLoader(data, 64)):
-                cross_entropy(model(images), labels).backward()
+        for _ in range(40):
+            order = torch.Generator().manual_seed(0)
+            loader = DataLoader(data, 106, shuffle=True, generator=order)
+            for batch_inputs, batch_labels in recorder.watch(loader):
+                cross_entropy(model(batch_inputs), batch_labels).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return backtrail.open_run(path, task), TensorDataset(inputs[-asked:], wrong), clean
+    return backtrail.open_run(path, task), TensorDataset(inputs[asked], wrong), clean
 
 
 def recall(found: backtrail.Influence, clean: int) -> float:
@@ -427,6 +463,7 @@ def recall(found: backtrail.Influence, clean: int) -> float:
     return float(np.mean(shares))
 
 
+@pytest.mark.slow
 def test_it_finds_the_rows_that_a_memorised_answer_comes_from(tmp_path: Path) -> None:
     """The planted copies have the largest influence, and by `DIT` they do not."""
     run, asked, clean = memorising(tmp_path / "run")
