@@ -51,6 +51,12 @@ from backtrail.sweep.adjoint import Cotangent, Sweep, SweptStep
 from backtrail.sweep.rules import Rules
 from backtrail.sweep.schedule import plan
 
+# In the settings of an influence with another curvature than the Hessian.
+SURROGATES = (
+    "the curvature matrix is that of the gradient which the training used, with what it stops "
+    "({}); backtrail.Hessian() takes the derivative of what was stopped, too"
+)
+
 Policy = Curvature | Literal["auto"]
 
 
@@ -137,7 +143,7 @@ class DIT:
         limits = Limits(memory=self.memory, chunk=self.chunk or unfinished_chunk(path))
         twice = rules.curvature.product == "autograd"
         cut = budget(run, queries, len(states), twice=twice, limits=limits)
-        settings = self._settings(queries, rules, cut, choice) | {"derivatives": checked}
+        settings = self._settings(run, queries, rules, cut, choice) | {"derivatives": checked}
         if run.task.binding.no_second_derivative:
             settings["differences"] = run.task.binding.no_second_derivative
         description = describe(
@@ -182,7 +188,7 @@ class DIT:
         return choice.rules, {"chosen": choice.reason}
 
     def _settings(
-        self, queries: Query, rules: Rules, cut: Budget, choice: dict[str, object]
+        self, run: Run, queries: Query, rules: Rules, cut: Budget, choice: dict[str, object]
     ) -> dict[str, object]:
         """What is stored with the result: all that its numbers depend on."""
         settings: dict[str, object] = {
@@ -192,6 +198,9 @@ class DIT:
             "chunk": cut.chunk,
             "exact": rules.exact,
         } | choice
+        surrogates = run.task.binding.surrogates
+        if surrogates and not isinstance(rules.curvature, Hessian):
+            settings["surrogates"] = SURROGATES.format(", ".join(surrogates))
         if isinstance(queries, Averaged):
             settings["average"] = queries.about
         return settings
