@@ -22,6 +22,7 @@ METHOD_MAY_IMPORT = {
     "retrain": {"retrain"},
     "gradient_dot": {"gradient_dot"},
     "dit": {"dit", "retrain"},
+    "path_integrated": {"path_integrated", "dit"},
     "dve": {"dve"},
     "diff_in": {"diff_in"},
 }

@@ -46,6 +46,7 @@ _HOME = {
     "open_run": "backtrail.run.run",
     "Method": "backtrail.methods.method",
     "DIT": "backtrail.methods.dit.dit",
+    "PathIntegrated": "backtrail.methods.path_integrated.path_integrated",
     "TracIn": "backtrail.methods.gradient_dot.tracin",
     "GradientDot": "backtrail.methods.gradient_dot.tracin",
     "DataValueEmbedding": "backtrail.methods.dve.dve",
@@ -121,6 +122,7 @@ if TYPE_CHECKING:
     from backtrail.methods.gradient_dot.tracin import GradientDot as GradientDot
     from backtrail.methods.gradient_dot.tracin import TracIn as TracIn
     from backtrail.methods.method import Method as Method
+    from backtrail.methods.path_integrated.path_integrated import PathIntegrated as PathIntegrated
     from backtrail.methods.retrain.retrain import Retrained as Retrained
     from backtrail.methods.retrain.retrain import leave_one_out as leave_one_out
     from backtrail.methods.retrain.retrain import retrain as retrain

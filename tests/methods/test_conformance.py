@@ -17,6 +17,7 @@ from tests.standard_queries import standard_queries
 
 Method = (
     backtrail.DIT
+    | backtrail.PathIntegrated
     | backtrail.TracIn
     | backtrail.GradientDot
     | backtrail.DataValueEmbedding
@@ -24,6 +25,7 @@ Method = (
 )
 METHODS: dict[str, Method] = {
     "DIT": backtrail.DIT(),
+    "PathIntegrated": backtrail.PathIntegrated(runs=2),
     "TracIn": backtrail.TracIn(),
     "TracIn, kept": backtrail.TracIn(states="kept"),
     "GradientDot": backtrail.GradientDot(),
@@ -114,7 +116,12 @@ def test_the_same_question_gives_the_same_bits(name: str, method: Method, tmp_pa
     np.testing.assert_array_equal(backtrail.open_influence(tmp_path / "out").values(), first)
 
 
-@each_method
+# `PathIntegrated` writes its shards after all of its sweeps, which have shards of their own:
+# tests/methods/path_integrated interrupts all of them.
+SWEPT_ONCE = {name: made for name, made in METHODS.items() if name != "PathIntegrated"}
+
+
+@pytest.mark.parametrize("method", SWEPT_ONCE.values(), ids=SWEPT_ONCE)
 @pytest.mark.parametrize("name", RUNS[:3])
 @pytest.mark.parametrize("anywhere", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_attribution_that_was_killed_resumes_to_the_same_bits(

@@ -342,6 +342,14 @@ class Trust:
         )
 
     def _advice_on_an_approximation(self) -> str:
+        if not self.removal.passed and self.method == "PathIntegrated":
+            return (
+                "PathIntegrated is a poor predictor of single removals on this run. Compare its "
+                "influence.standard_error() with the scores: where it is as large, more re-runs "
+                "help (runs=). Otherwise the difference is that the other samples have random "
+                "weights as well: a smaller share= leaves more of them as they were. Single "
+                "visits are shares of a removal, and are not checked here."
+            )
         if not self.removal.passed:
             return (
                 f"{self.method} is a poor predictor of removals on this run. It neglects a part of "

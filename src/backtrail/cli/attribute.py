@@ -19,7 +19,7 @@ def attribute(
     queries: Reference,
     out: Path,
     observed_at: States = "end",
-    method: Literal["dit", "dve", "tracin", "gradient-dot"] = "dit",
+    method: Literal["dit", "path-integrated", "dve", "tracin", "gradient-dot"] = "dit",
 ) -> None:
     """Compute the influence of every training sample on the queries, at every step.
 
@@ -37,17 +37,20 @@ def attribute(
         out: Folder for the influence.
         observed_at: States that the queries read: the last state, the end of every epoch, or state
             numbers. Windows begin and end at them.
-        method: How to compute it: dit (exact; one backward sweep through the run), dve (data value
-            embeddings; one vector per visit), or a cheap baseline, the product of two gradients:
-            tracin (at every step) or gradient-dot (at the observed state).
+        method: How to compute it: dit (exact; one backward sweep through the run), path-integrated
+            (for memorised samples; four re-runs with random weights, and a sweep along each), dve
+            (data value embeddings; one vector per visit), or a cheap baseline, the product of two
+            gradients: tracin (at every step) or gradient-dot (at the observed state).
     """
     from backtrail.methods.dit.dit import DIT
     from backtrail.methods.dve.dve import DataValueEmbedding
     from backtrail.methods.gradient_dot.tracin import GradientDot, TracIn
+    from backtrail.methods.path_integrated.path_integrated import PathIntegrated
     from backtrail.run.run import open_run
 
-    methods: dict[str, DIT | DataValueEmbedding | TracIn | GradientDot] = {
+    methods: dict[str, DIT | PathIntegrated | DataValueEmbedding | TracIn | GradientDot] = {
         "dit": DIT(),
+        "path-integrated": PathIntegrated(),
         "dve": DataValueEmbedding(),
         "tracin": TracIn(),
         "gradient-dot": GradientDot(),

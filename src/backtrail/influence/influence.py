@@ -246,6 +246,32 @@ class Influence:
         self._reader.add_up(totals, queries=queries)
         return totals
 
+    def standard_error(
+        self, *, query: int | str | None = None
+    ) -> Float64[np.ndarray, "query observed_at sample"]:
+        r"""Standard error of each total, for a method that estimates it from several trainings.
+
+        .. math:: s_j / \sqrt{n_j}
+
+        with :math:`s_j` the standard deviation (with :math:`n_j - 1` in its divisor) of the
+        :math:`n_j` estimates whose mean the total is. It is that of independent estimates. Those of
+        `PathIntegrated` are stratified, so its standard errors are usually too large rather than
+        too small. With two estimates a standard error is itself uncertain by a factor of two or
+        more. NaN with one estimate, and for methods that do not sample.
+
+        >>> from backtrail.influence.writer import example
+        >>> example().standard_error(query=0).shape
+        (1, 2, 4)
+
+        Args:
+            query: Index or name of one query; the axis then has length one. None reads all.
+
+        Raises:
+            UnknownQuery: There is no such query.
+        """
+        queries = slice(None) if query is None else self._query_slice(query)
+        return self._reader.standard_errors(queries)
+
     def window(self, a: int, b: int) -> Float64[np.ndarray, "query sample"]:
         r"""Influence of each sample on the change of each query between two states.
 

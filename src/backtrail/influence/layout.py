@@ -6,6 +6,7 @@
     loss         [step, slot]                       training loss of each slot, NaN where unknown
     cotangent    [query, observed_at, step]         norm of the query's derivative by the state
                                                     before the step, NaN where unknown
+    standard_error [query, observed_at, id]         of the totals, from methods that sample
     query, observed_at, step                        coordinates, so that xarray shows names
     done/000000.json                                sizes of the files of a finished shard
 
@@ -43,6 +44,7 @@ SIGN = (
     "for a loss, positive = helpful, negative = harmful"
 )
 AXES = ("query", "observed_at", "step", "slot")
+STANDARD_ERROR = "standard_error"
 # Reading one query or one state should not unpack the others; a chunk costs about a millisecond.
 CHUNK_BYTES = 2**20
 
@@ -146,8 +148,8 @@ def describe_settings(settings: Mapping[str, object]) -> str:
     parts: list[str] = []
     for name, value in settings.items():
         # How many queries were computed at once changes no number, nor does the check of the
-        # derivatives; `exact` follows from the others.
-        if name in {"chunk", "exact", "derivatives", VALUES}:
+        # derivatives; `exact` and `slices` follow from the others.
+        if name in {"chunk", "exact", "derivatives", "slices", VALUES}:
             continue
         # The text of a policy names its kind: Zero(), Secant(...).
         is_policy = name in {"curvature", "slope"}
@@ -205,6 +207,7 @@ def create(
     sample: Int[np.ndarray, "step slot"],
     dtype: str,
     ids: Int[np.ndarray, " sample"] | None = None,
+    sampled: bool = False,
 ) -> zarr.Group:
     """Create an influence of zeros, with the samples of every slot.
 
@@ -214,6 +217,7 @@ def create(
         sample: The sample in every slot; -1 is padding.
         dtype: Precision of the influence.
         ids: All samples, ascending, where batches carry ids.
+        sampled: Whether totals have standard errors; NaN until they are written.
     """
     queries, states, steps, slots = about.shape
     shard_steps = min(about.shard, steps)
@@ -256,6 +260,17 @@ def create(
         fill_value=math.nan,
     )
     write(group, "sample", sample)
+    if sampled:
+        totals = (queries, states, about.samples)
+        _create_array(
+            group,
+            STANDARD_ERROR,
+            (*AXES[:2], "id"),
+            shape=totals,
+            dtype="float64",
+            chunks=chunk_shape(totals, 8),
+            fill_value=math.nan,
+        )
     if ids is not None:
         _create_array(group, "id", ("id",), shape=ids.shape, dtype="int64")
         write(group, "id", ids)

@@ -136,6 +136,14 @@ class InfluenceReader:
         divisor = np.where(at_state > 0, at_state, 1.0)
         return np.where(np.isnan(at_state), np.nan, largest / divisor)
 
+    def standard_errors(self, queries: slice) -> Float64[np.ndarray, "query observed_at sample"]:
+        """Standard errors of the totals; NaN where the method stored none."""
+        if layout.STANDARD_ERROR in self.group:
+            return layout.read(self.group, layout.STANDARD_ERROR, queries)
+        about = self.description
+        count = len(about.queries[queries])
+        return np.full((count, len(about.observed_at), about.samples), np.nan)
+
     def _long_table(self, first: int, last: int) -> pl.DataFrame:
         steps = slice(first, last)
         return tables.long_table(

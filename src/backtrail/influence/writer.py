@@ -6,7 +6,7 @@ from typing import Any, cast, final
 
 import numpy as np
 import zarr
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from zarr.storage import MemoryStore
 
 from backtrail.errors import (
@@ -67,6 +67,7 @@ class InfluenceWriter:
         sample: Int[np.ndarray, "step slot"],
         dtype: str,
         ids: Int[np.ndarray, " sample"] | None = None,
+        sampled: bool = False,
     ) -> "InfluenceWriter":
         """Create an influence of zeros.
 
@@ -76,22 +77,23 @@ class InfluenceWriter:
             sample: Row of the training set in every slot; -1 pads a short batch.
             dtype: "float32" or "float64".
             ids: All samples, ascending, where batches carry ids.
+            sampled: Whether the method samples, and its totals have standard errors.
 
         Raises:
             FolderTaken: The folder is not empty, or is a file.
             IllFormedInfluence: Description and samples do not fit together.
         """
         layout.validate(description, sample, ids)
+        arrays: dict[str, Any] = {"sample": sample, "dtype": dtype, "ids": ids, "sampled": sampled}
         if path is None:
-            group = layout.create(MemoryStore(), description, sample=sample, dtype=dtype, ids=ids)
-            return cls(group, description)
+            return cls(layout.create(MemoryStore(), description, **arrays), description)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FolderTaken(path)
         # Created in a scratch folder and then renamed: a kill leaves no incomplete influence.
         scratch = path.with_name(f".{path.name}.new")
         shutil.rmtree(scratch, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        layout.create(scratch, description, sample=sample, dtype=dtype, ids=ids)
+        layout.create(scratch, description, **arrays)
         scratch.replace(path)
         group, _ = layout.load(path, "r+")
         return cls(group, description)
@@ -122,6 +124,7 @@ class InfluenceWriter:
         sample: Int[np.ndarray, "step slot"],
         dtype: str,
         ids: Int[np.ndarray, " sample"] | None = None,
+        sampled: bool = False,
     ) -> "InfluenceWriter":
         """Resume the influence in a folder, or create it where there is none.
 
@@ -129,7 +132,7 @@ class InfluenceWriter:
         """
         if path is not None and (path / "zarr.json").is_file():
             return cls.resume(path, description)
-        return cls.create(path, description, sample=sample, dtype=dtype, ids=ids)
+        return cls.create(path, description, sample=sample, dtype=dtype, ids=ids, sampled=sampled)
 
     @property
     def shards(self) -> list[tuple[int, int]]:
@@ -183,6 +186,19 @@ class InfluenceWriter:
         layout.write(self._group, "loss", loss, steps)
         if cotangent is not None:
             layout.write(self._group, "cotangent", cotangent, slice(None), slice(None), steps)
+
+    def write_standard_errors(
+        self, values: Float64[np.ndarray, "query observed_at sample"]
+    ) -> None:
+        """Write the standard errors of the totals, of an influence that was created with them.
+
+        Args:
+            values: The standard errors, NaN where unknown.
+        """
+        if self.path is not None:
+            # What an earlier attempt may have left incomplete would fail its checksum.
+            shutil.rmtree(self.path / layout.STANDARD_ERROR / "c", ignore_errors=True)
+        layout.write(self._group, layout.STANDARD_ERROR, values)
 
     def _check_finite(self, start: int, block: Float[np.ndarray, "query state step slot"]) -> None:
         """Refuse what is no number: it would be summed and ranked like one.

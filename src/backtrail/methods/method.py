@@ -13,8 +13,8 @@ from backtrail.run.run import Run
 class Method(Protocol):
     r"""A method of attribution: settings in its constructor, and one function `attribute`.
 
-    `DIT`, `TracIn`, `GradientDot`, `DataValueEmbedding` and `DiffIn` are methods, and so is any
-    object of yours with this function. All of them fill the same array
+    `DIT`, `PathIntegrated`, `TracIn`, `GradientDot`, `DataValueEmbedding` and `DiffIn` are methods,
+    and so is any object of yours with this function. All of them fill the same array
 
     .. math:: I[q, \tau, t, b] \approx -\,\partial q(\theta_\tau) / \partial w_{t,b}
 

@@ -11,6 +11,7 @@ from backtrail.influence.tables import places
 from backtrail.queries import Query, gradients
 from backtrail.run.run import Run
 from backtrail.step.state import State
+from backtrail.sweep.trajectory import Trajectory
 from backtrail.tree import Tree
 
 ObservedAt = Literal["end", "epochs"] | int | Sequence[int]
@@ -87,7 +88,7 @@ def trained_samples(run: Run, samples: object, name: str = "samples") -> list[in
     return numbers
 
 
-def query_gradients(run: Run, queries: Query, state: State) -> tuple[Tree, Tree]:
+def query_gradients(run: Trajectory, queries: Query, state: State) -> tuple[Tree, Tree]:
     """Gradients `[query, ...]` by the trained parameters and by the running statistics."""
     _, params, buffers = gradients(
         queries, run.task, params=state.params, buffers=state.buffers, trained=run.trained

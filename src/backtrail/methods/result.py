@@ -27,7 +27,12 @@ HELD = "held constant: what the forward pass computes from values that it takes 
 
 
 def begin_or_resume(
-    run: Run, description: Description, path: Path | None, *, queries: Query
+    run: Run,
+    description: Description,
+    path: Path | None,
+    *,
+    queries: Query,
+    sampled: bool = False,
 ) -> InfluenceWriter:
     """Begin the result of an attribution of all visits, or resume the one in the folder.
 
@@ -37,6 +42,7 @@ def begin_or_resume(
         path: The folder; None keeps the result in memory.
         queries: What is attributed. Their values are stored in the folder, since two sets of
             queries may have the same names.
+        sampled: Whether the method samples, and its totals have standard errors.
 
     Raises:
         DifferentInfluence: The folder holds another influence.
@@ -46,7 +52,12 @@ def begin_or_resume(
         description = with_values(description, queries, run.task, state.params, state.buffers)
     ids = run.ids if run.has_ids else None
     return InfluenceWriter.begin(
-        path, description, sample=sample_table(run), dtype=precision(run), ids=ids
+        path,
+        description,
+        sample=sample_table(run),
+        dtype=precision(run),
+        ids=ids,
+        sampled=sampled,
     )
 
 

@@ -86,6 +86,9 @@ class Transition:
             precision.
         check: compares the step with the recording whenever its gradient is computed; None where
             it is computed on purpose in another way (in another precision, with other weights).
+        slot_weights: factors of the slots' losses, `[slot]`, for a training that is run with other
+            weights than the recorded one; None: ones. The weights w that the functions take are
+            relative to them: the loss is that of the weights `slot_weights * w`.
     """
 
     task: Task
@@ -93,6 +96,7 @@ class Transition:
     step: Step
     batches: tuple[Batch, ...]
     check: StepCheck | None = None
+    slot_weights: Float[Tensor, " slot"] | None = None
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -117,6 +121,10 @@ class Transition:
             [self.batches[index] for index in contributing],
             [self.slot_counts[index] for index in contributing],
         )
+        if self.slot_weights is not None and self.task.total is None:
+            factors = torch.split(self.slot_weights, [len(share) for share in shares])
+            weighted = zip(shares, factors, strict=True)
+            shares = [share * factor.to(share) for share, factor in weighted]
         by_index = dict(zip(contributing, shares, strict=True))
         none = torch.zeros(0)
         return [
@@ -279,7 +287,8 @@ class MicroBatch:
     Attributes:
         transition: the step.
         index: which of the step's micro-batches.
-        share: c of every slot; empty where the gradient was thrown away.
+        share: c of every slot, times the transition's `slot_weights` (but for `Task(total=...)`);
+            empty where the gradient was thrown away.
     """
 
     transition: Transition
@@ -365,6 +374,11 @@ class MicroBatch:
         if not self.contributes:
             nothing = weights.new_zeros(0)
             return nothing.sum(), nothing
+        if self.transition.slot_weights is not None:
+            # The function takes weights, not shares.
+            counts = list(self.transition.slot_counts)
+            factor = torch.split(self.transition.slot_weights, counts)[self.index]
+            weights = weights * factor.to(weights)
         total = task.total_of(outputs, self.batch, weights)
         losses = torch.full_like(weights.detach(), math.nan, dtype=total.dtype)
         return total * self.share[0].to(total), losses

@@ -147,7 +147,8 @@ def test_a_finished_attribution_is_read_and_not_computed_again(
     run = recorded_run("adamw", tmp_path)
     first = backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit").values()
     monkeypatch.setattr(
-        "backtrail.methods.dit.dit._Attribution.fill", lambda *_: pytest.fail("computed again")
+        "backtrail.methods.dit.attribution.Attribution.fill",
+        lambda *_: pytest.fail("computed again"),
     )
     again = backtrail.DIT().attribute(run, standard_queries(), out=tmp_path / "dit")
     np.testing.assert_array_equal(again.values(), first)

@@ -8,9 +8,9 @@ from typing import final
 from backtrail.methods.averaging import read_states
 from backtrail.methods.observe import query_gradients
 from backtrail.queries import Averaged, Query
-from backtrail.run.run import Run
 from backtrail.step.state import State
 from backtrail.sweep.adjoint import Cotangent, start_cotangent
+from backtrail.sweep.trajectory import Trajectory
 from backtrail.tree import Tree, each
 
 
@@ -32,7 +32,9 @@ class CotangentSource(abc.ABC):
         """
 
 
-def cotangent_source(run: Run, queries: Query, observed_at: tuple[int, ...]) -> CotangentSource:
+def cotangent_source(
+    run: Trajectory, queries: Query, observed_at: tuple[int, ...]
+) -> CotangentSource:
     """Make the source for queries that are observed at some states of a run."""
     if isinstance(queries, Averaged):
         return AverageSource(run, queries, observed_at)
@@ -44,7 +46,7 @@ def cotangent_source(run: Run, queries: Query, observed_at: tuple[int, ...]) -> 
 class StateSource(CotangentSource):
     r"""Queries of the observed state alone: :math:`\lambda_\tau = \nabla q(\theta_\tau)`."""
 
-    run: Run
+    run: Trajectory
     queries: Query
     observed_at: tuple[int, ...]
 
@@ -68,7 +70,7 @@ class AverageSource(CotangentSource):
     The gradients come from one replay forwards, and one vector per query waits beside the sweep.
     """
 
-    run: Run
+    run: Trajectory
     queries: Averaged
     observed_at: tuple[int, ...]
 

@@ -1,0 +1,1 @@
+"""Planted rows that a training memorises a wrong answer from, and how methods find them."""

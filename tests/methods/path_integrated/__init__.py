@@ -1,0 +1,1 @@
+"""Tests of `backtrail.methods.path_integrated`."""
