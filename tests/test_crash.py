@@ -14,7 +14,8 @@ from backtrail.step.state import State
 from tests.loops import Loop, bytes_of, rows, stochastic_mlp
 from tests.processes import in_fresh_process, start_process
 
-KILLS = 20
+# A few moments in every run of the tests, and many in the slow ones.
+FEW_OR_MANY = pytest.mark.parametrize("kills", [8, pytest.param(24, marks=pytest.mark.slow)])
 EPOCHS = 15
 
 
@@ -62,10 +63,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return path, min(record_first, seconds(record, path))
 
 
-def instants(span: float) -> list[float]:
-    """Draw moments from almost nothing to a little more than the whole span."""
+def instants(span: float, kills: int) -> list[float]:
+    """Draw moments from almost nothing to a little more than the whole span, one in each part."""
     draw = random.Random(6)
-    return [0.0, 0.01, *(draw.uniform(0, 1.05 * span) for _ in range(KILLS - 2))]
+    part = 1.05 * span / (kills - 2)
+    return [0.0, 0.01, *((number + draw.random()) * part for number in range(kills - 2))]
 
 
 def check_prefix(run: Run, whole: Run) -> None:
@@ -86,14 +88,15 @@ def replayed(whole: Run, run: Run) -> State:
     return state
 
 
+@FEW_OR_MANY
 def test_a_killed_recording_opens_at_its_last_whole_step(
-    undisturbed: tuple[Path, float], tmp_path: Path
+    undisturbed: tuple[Path, float], tmp_path: Path, kills: int
 ) -> None:
     """Log and states of a killed recording are the beginning of those of the whole one."""
     reference, span = undisturbed
     whole = backtrail.open_run(reference, loop().task())
     ends = []
-    for number, delay in enumerate(instants(span)):
+    for number, delay in enumerate(instants(span, kills)):
         path = tmp_path / str(number)
         killed(record, path, after=delay)
         try:
@@ -104,27 +107,28 @@ def test_a_killed_recording_opens_at_its_last_whole_step(
         check_prefix(run, whole)
         ends.append(run.steps)
     assert ends[0] == 0
-    assert len(set(ends)) > KILLS // 3, f"the kills fell on too few steps: {ends}"
+    assert len(set(ends)) > kills // 3, f"the kills fell on too few steps: {ends}"
 
 
+@FEW_OR_MANY
 def test_a_killed_attribution_resumes_to_the_same_bits(
-    undisturbed: tuple[Path, float], tmp_path: Path
+    undisturbed: tuple[Path, float], tmp_path: Path, kills: int
 ) -> None:
-    """Killed five times and resumed, an attribution is equal to one sweep bit for bit."""
+    """Killed several times and resumed, an attribution is equal to one sweep bit for bit."""
     reference, _ = undisturbed
     span = seconds(attribute, reference, tmp_path / "whole")
     whole = in_fresh_process(influence, tmp_path / "whole")
-    # Five kills an attribution, which is resumed between them.
-    delays = instants(span / 2)
+    # Four kills an attribution, which is resumed between them.
+    delays = instants(span / 2, kills)
     done: set[int] = set()
-    for number in range(4):
+    for number in range(kills // 4):
         out = tmp_path / str(number)
-        for delay in delays[number::4]:
+        for delay in delays[number :: kills // 4]:
             killed(attribute, reference, out, after=delay)
             done.add(len(list((out / "done").glob("*"))))
         seconds(attribute, reference, out)
         assert np.array_equal(in_fresh_process(influence, out), whole)
-    assert len(done) > KILLS // 4, f"the kills fell on too few shards: {done}"
+    assert len(done) > kills // 4, f"the kills fell on too few shards: {done}"
 
 
 def influence(path: Path) -> np.ndarray:

@@ -52,6 +52,7 @@ BUILT_IN = {
     "NeverTrainedOn": ValueError,
     "NoCheckpoints": ValueError,
     "NoClasses": ValueError,
+    "LateSecondDerivative": RuntimeError,
     "NoDerivative": RuntimeError,
     "NoDraw": ValueError,
     "NoLabels": KeyError,

@@ -37,10 +37,6 @@ PRIVATE_NAMES = {
     "_base": ("tree.py", "a view that is written to changes the tensor it shows"),
     "_weight_norm": ("task/replaced.py", "its second derivative is wrong in torch 2.13"),
     "_weight_norm_interface": ("task/replaced.py", "the same, as parametrisations call it"),
-    "_foreach_norm": (
-        "record/outside_changes.py",
-        "the norm of every tensor in one call; get_total_norm only gives that of all together",
-    ),
     "_functorch": ("task/dropout.py", "draws a dropout mask outside the transforms it is under"),
     "_python_dispatch": ("task/noise.py", "replaces random numbers below autograd and vmap"),
     "_forward_hooks": ("task/task.py", "removes a hook whose handle belongs to the live model"),

@@ -189,10 +189,11 @@ def test_the_steadiest_pair_of_nudges_is_believed() -> None:
 @pytest.mark.parametrize(
     "optimizer",
     [
-        lambda params: torch.optim.SGD(params, lr=0.03),
-        lambda params: torch.optim.AdamW(params, lr=5e-4, eps=1e-6),
+        pytest.param(
+            lambda params: torch.optim.SGD(params, lr=0.03), id="sgd", marks=pytest.mark.slow
+        ),
+        pytest.param(lambda params: torch.optim.AdamW(params, lr=5e-4, eps=1e-6), id="adamw"),
     ],
-    ids=["sgd", "adamw"],
 )
 def test_influence_predicts_leave_one_out_on_digits(optimizer: Any, tmp_path: Path) -> None:
     """On handwritten digits the Pearson correlation with removals is at least 0.99."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
 from backtrail.apply import unlearning as forgetting
@@ -295,3 +296,38 @@ def test_outputs_that_are_no_classes_are_compared_by_squares(tmp_path: Path) -> 
     assert judged.divergence == pytest.approx(expected)
     assert judged.agreement is None
     assert "same class" not in str(judged)
+
+
+def test_a_teacher_in_float32_is_judged_in_float32(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where float64 fails, the comparison is in the training's precision, and that is logged."""
+    torch.manual_seed(0)
+    teacher = nn.Linear(6, 2).requires_grad_(requires_grad=False)
+    data = TensorDataset(torch.randn(24, 6), torch.randint(0, 2, (24,)))
+
+    def loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        distance = (outputs - teacher(batch[0])).square().sum(1)
+        return cross_entropy(outputs, batch[1], reduction="none") + distance
+
+    model = nn.Linear(6, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    task = backtrail.Task(model, data, loss=loss)
+    with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        for batch in recorder.watch(DataLoader(data, batch_size=8)):
+            loss(model(batch[0]), batch).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run = backtrail.open_run(tmp_path / "run", task)
+    state = backtrail.forget(run, [2], replay=run.steps)
+    judged = backtrail.judge_forgetting(run, [2], state, test=TensorDataset(*data[:4]))
+    assert judged.parameters < 1e-3
+    assert "is in torch.float32" in caplog.text
+
+
+def test_rows_that_make_no_batch_are_named(tmp_path: Path) -> None:
+    """What collate says is passed on."""
+    run = recorded_run("adamw", tmp_path)
+    state = backtrail.forget(run, [2])
+    with pytest.raises(BadSetting, match=r"Invalid test=.*collate.*Overflow"):
+        backtrail.judge_forgetting(run, [2], state, test=[10**30])

@@ -6,11 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import backtrail
-from backtrail.errors import BadSetting, NoSecondDerivative, WrongDerivative
+from backtrail.errors import (
+    BadSetting,
+    LateSecondDerivative,
+    NoSecondDerivative,
+    WrongDerivative,
+)
 from backtrail.methods.derivative_check import check_derivatives
 from backtrail.run.run import Run
 from backtrail.task import true_derivatives
@@ -167,3 +173,86 @@ def test_differences_do_not_follow_buffers(layer: str, tmp_path: Path) -> None:
     run = recorded(Training((layer, "segments"), "cross-entropy"), tmp_path / "second")
     with pytest.raises(NoSecondDerivative, match=r"_segment_reduce_backward.*changes 1\."):
         backtrail.DIT().attribute(run, queries)
+
+
+class FromStep(nn.Module):
+    """Tanh in train mode, and another function from the step on at which it is in eval mode."""
+
+    def __init__(self, later: str) -> None:
+        super().__init__()
+        self.later = LAYERS[later]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the function of the mode."""
+        return torch.tanh(x) if self.training else self.later(x)
+
+
+def recorded_with_a_late(layer: str, folder: Path) -> Run:
+    """Record a training of 16 steps, the last two of which use a layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), FromStep(layer), nn.Linear(6, 3)).double()
+    inputs = torch.randn(32, 4, dtype=torch.float64)
+    data = TensorDataset(inputs, torch.randint(0, 3, (32,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    task = backtrail.classification(model, data)
+    with backtrail.Recorder(folder, task, optimizer, checkpoints=backtrail.Every(1)) as recorder:
+        for epoch in range(4):
+            for number, batch in enumerate(recorder.watch(DataLoader(data, batch_size=8))):
+                if epoch == 3 and number == 2:
+                    model[1].eval()
+                cross_entropy(model(batch[0]), batch[1]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return backtrail.open_run(folder, task)
+
+
+def test_differences_need_a_symmetric_second_derivative_in_late_steps_too(tmp_path: Path) -> None:
+    """A training that stops gradients in its last two steps only is found out."""
+    run = recorded_with_a_late("detach", tmp_path / "run")
+    queries = backtrail.Parameter("0.bias", [0])
+    method = backtrail.DIT(curvature=backtrail.Hessian(product="difference"))
+    with pytest.raises(BadSetting, match=r"product='difference'.*detach"):
+        method.attribute(run, queries)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_second_derivative_that_only_late_steps_lack(tmp_path: Path) -> None:
+    """The step is named, and so is what works: differences, which equal retraining."""
+    run = recorded_with_a_late("segments", tmp_path / "run")
+    queries = backtrail.Parameter("0.bias", [0])
+    with pytest.raises(LateSecondDerivative, match=r"Step 15.*_segment_reduce_backward"):
+        backtrail.DIT().attribute(run, queries)
+    method = backtrail.DIT(curvature=backtrail.Hessian(product="difference"))
+    found = method.attribute(run, queries)
+    check = backtrail.trust(run, found, removals=4).derivative
+    assert check is not None
+    assert check.passed
+
+
+def test_the_result_says_what_left_torch(tmp_path: Path) -> None:
+    """A number that is only logged is no error; that it is held constant is said."""
+    training = Training(("tanh",), "cross-entropy")
+    logged: list[float] = []
+
+    def loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logged.append(outputs.mean().item())
+        return training.row_losses(outputs, batch)
+
+    model, optimizer = training.start()
+    task = backtrail.Task(model, training.data, loss=loss)
+    with backtrail.Recorder(tmp_path / "run", task, optimizer) as recorder:
+        loader = DataLoader(training.data, batch_sampler=training.batches())
+        training.run(model, optimizer, recorder.watch(loader))
+    run = backtrail.open_run(tmp_path / "run", task)
+    result = backtrail.DIT().attribute(run, backtrail.Parameter("0.bias", [0]))
+    assert "takes out of torch (item)" in str(result.settings["held"])
+    assert result.settings["derivatives"] == "passed"
+
+
+def test_the_result_says_that_another_curvature_stops_gradients(tmp_path: Path) -> None:
+    """The Gauss-Newton matrix is that of the training's gradient."""
+    run = recorded(Training(("detach",), "cross-entropy"), tmp_path / "run")
+    queries = backtrail.Parameter("0.bias", [0])
+    result = backtrail.DIT(curvature=backtrail.GaussNewton()).attribute(run, queries)
+    assert "what it stops (detach)" in str(result.settings["surrogates"])
+    assert "surrogates" not in backtrail.DIT().attribute(run, queries).settings

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 import backtrail
@@ -19,6 +21,7 @@ from backtrail.errors import (
     BadSetting,
     ChangedOutside,
     Diverged,
+    NoDerivative,
     OtherSlots,
     RunExists,
     SharedStorage,
@@ -347,3 +350,56 @@ def test_policies_that_keep_nothing(make: Callable[[], object]) -> None:
     """Checkpoint policies with a period or window of zero are refused when they are made."""
     with refused(BadPolicy, "is not a valid checkpoint policy", "must be >= 1"):
         make()
+
+
+class Bounded(nn.Linear):
+    """Fails for weights that training does not reach, and has no second derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to weights that are multiples of 1/8."""
+        if not torch.equal(self.weight * 8, (self.weight * 8).round()):
+            raise ValueError("the weights are not on the grid")
+        return Once.apply(super().forward(x))
+
+
+class Once(Function):
+    """The identity, whose backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return a copy that NumPy makes, so nothing follows it."""
+        del ctx
+        return torch.from_numpy(x.detach().numpy().copy())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        """Return the cotangent."""
+        del ctx
+        return cotangent * 1
+
+
+def test_a_gradient_without_a_derivative(tmp_path: Path) -> None:
+    """Neither autograd nor differences can differentiate it: said at step 0, not at the end."""
+    layer = Bounded(3, CLASSES, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_((layer.weight * 8).round() / 8)
+    loop = Loop.of(layer)
+    with pytest.raises(NoDerivative, match="not on the grid"):
+        record(loop, tmp_path)
+
+
+def test_values_that_leave_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The recording warns of a number that the forward pass takes out of torch, once."""
+    layer = nn.Linear(3, CLASSES)
+    scales: list[float] = []
+
+    def predict(model: nn.Module, batch: Any) -> Tensor:
+        outputs: Tensor = model(batch[0])
+        scales.append(outputs.mean().item())
+        return outputs
+
+    record(Loop.of(layer, options={"predict": predict}), tmp_path)
+    warnings = [entry.message for entry in caplog.records if "out of torch" in entry.message]
+    assert len(warnings) == 1
+    assert "(item)" in warnings[0]

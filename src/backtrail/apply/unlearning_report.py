@@ -1,5 +1,6 @@
 """Evaluate unlearning: how close the model is to one trained without the samples."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final, get_args
@@ -10,7 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from backtrail import arguments
-from backtrail.errors import BadSetting
+from backtrail.errors import BacktrailError, BadSetting
 from backtrail.exclusive import exclusive
 from backtrail.methods.diff_in.checkpoints import matched, tensors_of
 from backtrail.methods.observe import check_run
@@ -21,6 +22,8 @@ from backtrail.stats import auc
 from backtrail.step.state import State
 from backtrail.task.task import Batch, Rows, Task, in_eval_mode, labels_of, logits_of
 from backtrail.tree import Tree, cast, mapping_to_dict, norm
+
+log = logging.getLogger(__name__)
 
 ROWS = 256  # that go through the model at once
 Pair = tuple[float, float]
@@ -95,9 +98,10 @@ def judge_forgetting(
 ) -> Forgotten:
     r"""Compare a model that was to forget samples with the training without them.
 
-    That training is run for the comparison, over the recorded batches in float64, with weight 0 for
-    the samples. With the trained parameters :math:`\theta`, those to judge :math:`\hat\theta`, and
-    the retrained ones :math:`\theta'`:
+    That training is run for the comparison, over the recorded batches, with weight 0 for the
+    samples; in float64, or in the training's own precision where float64 fails. With the trained
+    parameters :math:`\theta`, those to judge :math:`\hat\theta`, and the retrained ones
+    :math:`\theta'`:
 
     .. math:: \frac{\|\hat\theta - \theta'\|}{\|\theta - \theta'\|}
         \qquad
@@ -117,6 +121,9 @@ def judge_forgetting(
         NeverTrainedOn: A sample that was in no batch.
         BadCheckpoint: The state is not of this model; the message names the tensor.
         BadSetting: There are no test rows, or the denominator is unknown.
+        BacktrailError: The task is wrong, in any precision.
+        OutOfMemoryError: Memory ran out.
+        RuntimeError: The model fails in its own precision as well.
     """
     check_run(run)
     expected = "one or more rows that were not trained on"
@@ -124,27 +131,48 @@ def judge_forgetting(
         raise BadSetting("test", test, expected)
     arguments.choice("denominator", denominator, get_args(Denominator))
     arguments.instance("state", state, Mapping, "a state_dict")  # type: ignore[type-abstract]
-    return Judge.of(run, samples, denominator=denominator)(state, test)
+    try:
+        return Judge.of(run, samples, denominator=denominator)(state, test)
+    except (BacktrailError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        if run.task.dtype == torch.float64:
+            raise
+        first_line = str(error).partition("\n")[0]
+    # Tensors that are not part of the batch (a teacher, an adjacency matrix) are not cast.
+    log.warning(
+        "retraining for the comparison is in %s, the training's own precision: in float64 the "
+        "model fails (%s)",
+        run.task.dtype,
+        first_line,
+    )
+    judge = Judge.of(run, samples, denominator=denominator, dtype=run.task.dtype)
+    return judge(state, test)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Retraining in float64 with and without some samples: the reference for unlearned models."""
+    """Retraining with and without some samples: the reference for unlearned models."""
 
     group: RemovedGroup
     trained: State
     retrained: State
+    dtype: torch.dtype
 
     @staticmethod
-    def of(run: Run, samples: Sequence[int], *, denominator: Denominator = "keep") -> "Judge":
-        """Train again without the samples."""
-        group = RemovedGroup.of(
-            run, samples, renormalize=denominator == "renormalize", dtype=torch.float64
-        )
-        start = run.state(0, dtype=torch.float64)
-        end = run.state(run.steps, dtype=torch.float64)
-        return Judge(group, trained=end, retrained=group.replayed(0, start))
+    def of(
+        run: Run,
+        samples: Sequence[int],
+        *,
+        denominator: Denominator = "keep",
+        dtype: torch.dtype = torch.float64,
+    ) -> "Judge":
+        """Train again without the samples, in some precision."""
+        group = RemovedGroup.of(run, samples, renormalize=denominator == "renormalize", dtype=dtype)
+        start = run.state(0, dtype=dtype)
+        end = run.state(run.steps, dtype=dtype)
+        return Judge(group, trained=end, retrained=group.replayed(0, start), dtype=dtype)
 
     def __call__(self, state: Mapping[str, Tensor], test: Rows) -> Forgotten:
         """Judge a state_dict by some rows that were not trained on."""
@@ -154,12 +182,14 @@ class Judge:
         models = [self.trained, judged, self.retrained]
         distance_before = _distance(self.trained.params, self.retrained.params)
         distance_after = _distance(judged.params, self.retrained.params)
-        divergence, agreement = _compared(run.task, models, test)
+        divergence, agreement = _compared(run.task, models, test, dtype=self.dtype)
         divergence_before, divergence_after = divergence
         membership = None
         if removed and not run.has_ids:  # else their rows cannot be read by number
             removed_rows = [run.task.data[row] for row in removed]
-            membership = _membership(run.task, models, removed=removed_rows, test=test)
+            membership = _membership(
+                run.task, models, removed=removed_rows, test=test, dtype=self.dtype
+            )
         return Forgotten(
             samples=len(removed),
             parameters=_ratio(distance_after, distance_before),
@@ -187,15 +217,17 @@ def _ratio(after: float, before: float) -> float:
     return float("inf") if after > 0 else 0.0
 
 
-def _compared(task: Task, models: Sequence[State], test: Rows) -> tuple[Pair, Pair | None]:
+def _compared(
+    task: Task, models: Sequence[State], test: Rows, *, dtype: torch.dtype
+) -> tuple[Pair, Pair | None]:
     """Divergence of the first two models' predictions from the last one's, and agreement."""
     divergence = np.zeros(2)
     same_class = np.zeros(2)
     divisor = 0
     are_classes = True
-    for batch in _batches(task, test):
+    for batch in _batches(task, test, dtype):
         outputs = []
-        with in_eval_mode(task, torch.float64) as reset_generators:
+        with in_eval_mode(task, dtype) as reset_generators:
             for state in models:
                 # All models with the same random numbers, if they draw any.
                 reset_generators()
@@ -248,30 +280,42 @@ def _square(reference: Tensor, other: Tensor) -> Tensor:
     return (reference - other).square().sum()
 
 
-def _membership(task: Task, models: Sequence[State], *, removed: Rows, test: Rows) -> Triple:
+def _membership(
+    task: Task, models: Sequence[State], *, removed: Rows, test: Rows, dtype: torch.dtype
+) -> Triple:
     """How well a lower loss tells the removed rows from test rows, by model."""
     is_removed = np.arange(len(removed) + len(test)) < len(removed)
     found = []
     for state in models:
-        losses = np.concatenate([_losses(task, state, removed), _losses(task, state, test)])
-        found.append(auc(-losses, is_removed))
+        losses = [_losses(task, state, rows, dtype) for rows in (removed, test)]
+        found.append(auc(-np.concatenate(losses), is_removed))
     trained, judged, retrained = found
     return trained, judged, retrained
 
 
-def _losses(task: Task, state: State, rows: Rows) -> Float64[np.ndarray, " row"]:
+def _losses(
+    task: Task, state: State, rows: Rows, dtype: torch.dtype
+) -> Float64[np.ndarray, " row"]:
     parts = []
-    with in_eval_mode(task, torch.float64):
-        for batch in _batches(task, rows):
+    with in_eval_mode(task, dtype):
+        for batch in _batches(task, rows, dtype):
             losses, _ = task.losses(state.params, state.buffers, batch)
             parts.append(losses.detach())
     return torch.cat(parts).double().cpu().numpy()
 
 
-def _batches(task: Task, rows: Rows) -> Iterator[Batch]:
-    """Rows in float64 on the task's device."""
+def _batches(task: Task, rows: Rows, dtype: torch.dtype) -> Iterator[Batch]:
+    """Rows in some precision on the task's device.
+
+    Raises:
+        BadSetting: they make no batch.
+    """
     for first in range(0, len(rows), ROWS):
         stop = min(first + ROWS, len(rows))
         some = [rows[row] for row in range(first, stop)]
-        read = mapping_to_dict(task.collate(some))
-        yield cast(read, torch.float64, task.device)
+        try:
+            read = mapping_to_dict(task.collate(some))
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            expected = f"rows that the task's collate makes a batch of (it raised: {error})"
+            raise BadSetting("test", some[:1], expected) from error
+        yield cast(read, dtype, task.device)

@@ -20,7 +20,7 @@ from typing import Literal, final
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from backtrail.accel.allocator import trim
 from backtrail.accel.context import accelerated
@@ -114,7 +114,12 @@ class GradientGraph:
             moves = micro_batch.transition.task.binding.moving
             with TrueDerivatives() as mode, mode.saving() if moves else nullcontext():
                 total, (after, losses) = micro_batch.loss(params | trained, buffers | running, w)
-            micro_batch.transition.task.binding.surrogates = tuple(mode.cuts)
+            micro_batch.transition.task.binding.note_calls(mode.cuts, mode.left)
+            if mode.once:
+                raise NotImplementedError(
+                    f"the derivative of the backward pass of {', '.join(mode.once)} is not "
+                    "implemented (once_differentiable)"
+                )
             # The gradient is the training's; its derivative is the true one.
             with surrogate_gradients():
                 gradient = graph_vjp(
@@ -154,14 +159,9 @@ def gradient_vjp_by_differences(
     def loss(part: Tree, statistics: Tree) -> tuple[Tensor, tuple[Tree, Tensor]]:
         return micro_batch.loss(params | part, buffers | statistics, weights)
 
-    def through_statistics(b: Tree) -> tuple[Tree, Tree]:
-        if not running:
-            return {}, {}
-        return _statistics_vjp(micro_batch, params, buffers, b)
-
     def pull(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
         epsilon, moved = step_along(trained, a)
-        exact = through_statistics(b)
+        exact = _statistics_pull(micro_batch, params, buffers)(b) if running else ({}, {})
         return _central_differences(loss, epsilon, moved, running, share=share, exact=exact)
 
     def batched(a: Tree, b: Tree) -> tuple[Tree, Tree, Tensor]:
@@ -172,7 +172,8 @@ def gradient_vjp_by_differences(
             return found
 
         statistics = each(lambda tensor: tensor.expand(len(epsilons), *tensor.shape), running)
-        exact = vmap(through_statistics)(b) if running else ({}, {})
+        # Recorded before `vmap`, which not every model can be called under.
+        exact = vmap(_statistics_pull(micro_batch, params, buffers))(b) if running else ({}, {})
         losses = vmap(loss, randomness="same")
         return _central_differences(losses, epsilons, moved, statistics, share=share, exact=exact)
 
@@ -239,18 +240,25 @@ def _gradients(loss: Loss, part: Tree, running: Tree) -> tuple[Tree, Tree, tuple
     return by_params, by_running, (after, losses)
 
 
-def _statistics_vjp(
-    micro_batch: MicroBatch, params: Tree, buffers: Tree, b: Tree
-) -> tuple[Tree, Tree]:
-    """VJP of the forward pass from the running statistics that it leaves, with cotangents b."""
+def _statistics_pull(
+    micro_batch: MicroBatch, params: Tree, buffers: Tree
+) -> Callable[[Tree], tuple[Tree, Tree]]:
+    """VJP of the forward pass from the running statistics that it leaves."""
+    trained, running = differentiable_inputs(micro_batch, params, buffers)
+    trained = as_leaves(trained)
+    running = as_leaves(running)
+    with torch.enable_grad():
+        _, (after, _) = micro_batch.loss(params | trained, buffers | running, None)
 
-    def statistics(part: Tree, running: Tree) -> Tree:
-        _, (after, _) = micro_batch.loss(params | part, buffers | running, None)
-        return {name: after[name] for name in b}
+    def pull(b: Tree) -> tuple[Tree, Tree]:
+        outputs = tuple(after[name] for name in b)
+        inputs = (*trained.values(), *running.values())
+        found = graph_vjp(outputs, inputs, tuple(b.values()))
+        by_params = dict(zip(trained, found[: len(trained)], strict=True))
+        by_running = dict(zip(running, found[len(trained) :], strict=True))
+        return by_params, by_running
 
-    pull = vjp(statistics, *differentiable_inputs(micro_batch, params, buffers))[1]
-    found: tuple[Tree, Tree] = pull(b)
-    return found
+    return pull
 
 
 def differentiable_inputs(

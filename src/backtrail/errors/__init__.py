@@ -39,6 +39,7 @@ from backtrail.errors.methods import CannotRenormalize as CannotRenormalize
 from backtrail.errors.methods import CoupledLoss as CoupledLoss
 from backtrail.errors.methods import CoupledRows as CoupledRows
 from backtrail.errors.methods import DamagedBank as DamagedBank
+from backtrail.errors.methods import LateSecondDerivative as LateSecondDerivative
 from backtrail.errors.methods import NoCheckpoints as NoCheckpoints
 from backtrail.errors.methods import NoOutputs as NoOutputs
 from backtrail.errors.methods import NoSecondDerivative as NoSecondDerivative

@@ -47,8 +47,10 @@ class WrongDerivative(BacktrailError, RuntimeError):
         else:
             causes = (
                 "a value that leaves torch on its way (.item(), NumPy); a custom "
-                "autograd.Function; state of the model that is not in its buffers; an operation of "
-                "torch whose second derivative is wrong"
+                "autograd.Function, in particular one that is called by a name given to its apply "
+                "(f = F.apply), which hides it: call F.apply(x) where it is used; state of the "
+                "model that is not in its buffers; an operation of torch whose second derivative "
+                "is wrong"
             )
         self.args = (
             f"The derivative of step {step} is wrong: {what} changes by something else (relative "
@@ -68,6 +70,18 @@ class NoSecondDerivative(BacktrailError, RuntimeError):
             f"{join_items(buffers, most=6)}. Write the operation with others that torch "
             "differentiates twice, or use backtrail.TracIn or backtrail.leave_one_out, which need "
             "no second derivative.",
+        )
+
+
+class LateSecondDerivative(BacktrailError, RuntimeError):
+    """torch lacks the second derivative of an operation that the checked steps do not reach."""
+
+    def __init__(self, step: int, missing: str) -> None:
+        self.args = (
+            f"Step {step}: torch has no second derivative of an operation ({missing}), which the "
+            "steps that were checked do not use. Take products by differences of gradients in all "
+            "steps: backtrail.DIT(curvature=backtrail.Hessian(product='difference')); or use "
+            "backtrail.TracIn, which needs no second derivative. With out=, give another folder.",
         )
 
 

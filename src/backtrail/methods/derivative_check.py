@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,12 @@ from backtrail.optim.slopes import Tangent
 from backtrail.run.run import Run
 from backtrail.step.state import State, elementwise_keys
 from backtrail.step.step import Transition, Weights
-from backtrail.sweep.adjoint import Cotangent, pull_back, pull_gradient
+from backtrail.sweep.adjoint import (
+    Cotangent,
+    lacks_second_derivative,
+    pull_back,
+    pull_gradient,
+)
 from backtrail.sweep.rules import Rules
 from backtrail.task.surrogate import surrogate_gradients
 from backtrail.tree import Tree, norm
@@ -50,6 +56,7 @@ CLOSE = 1e-4  # relative difference that rounding explains
 # The two sizes agree where their difference is below this share of the difference from the sweep.
 AGREEING = 0.1
 STEPS = 2
+MOST_STATES = 4  # at which products by differences are checked
 MOST_LAYERS = 64  # that a wrong derivative is looked for in
 SMALLEST = 1e-3  # norm of a tensor, relative to the largest of its kind, that counts as its own
 SEED = 0
@@ -158,6 +165,8 @@ def check_derivatives(run: Run, curvature: object) -> str:
     found = run.derivatives
     assert found is not None
     by_differences = getattr(curvature, "product", None) == "difference"
+    if by_differences or run.task.binding.no_second_derivative:
+        _check_more_states(run)
     if run.moving_buffers and by_differences:
         raise BadSetting(
             "product",
@@ -173,6 +182,21 @@ def check_derivatives(run: Run, curvature: object) -> str:
             f"loss ({run.asymmetric}), and differences of gradients need one that is",
         )
     return found
+
+
+def _check_more_states(run: Run) -> None:
+    """Check steps from the beginning to the end, once.
+
+    Differences of gradients are wrong in steps that stop gradients or change buffers, which the
+    steps in the middle of the training need not do.
+    """
+    if run.are_differences_checked:
+        return
+    starts = [number for number in run.kept if number < run.steps]
+    spread = np.linspace(0, len(starts) - 1, num=min(len(starts), MOST_STATES))
+    for place in spread.round().astype(int):
+        _Check(run, starts[place]).made()
+    run.note_differences_checked()
 
 
 @final
@@ -218,12 +242,14 @@ class _Check:
             raise
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             return f"not checked: the training cannot be computed in float64 ({_line(error)})"
-        try:
-            return self._compared(transitions, states)
-        except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, BacktrailError) or not _lacks_second_derivative(error):
-                raise
-            missing = _line(error)
+        missing = self.run.task.binding.no_second_derivative
+        if not missing:
+            try:
+                return self._compared(transitions, states)
+            except (RuntimeError, NotImplementedError) as error:
+                if isinstance(error, BacktrailError) or not lacks_second_derivative(error):
+                    raise
+                missing = _line(error)
         if self.run.moving_buffers:
             raise NoSecondDerivative(missing, self.run.moving_buffers)
         # From now on, policies take differences of gradients. Those are products with the transpose
@@ -452,11 +478,6 @@ def _copied(cotangent: Cotangent) -> Cotangent:
 
     moments = {name: copy(tree) for name, tree in cotangent.moments.items()}
     return Cotangent(copy(cotangent.params), copy(cotangent.buffers), moments)
-
-
-def _lacks_second_derivative(error: Exception) -> bool:
-    sentences = ("is not implemented", "differentiate twice", "once_differentiable")
-    return any(sentence in str(error) for sentence in sentences)
 
 
 def _line(error: Exception) -> str:

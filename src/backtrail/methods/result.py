@@ -22,6 +22,8 @@ SHARDS = 20
 SHORTEST = 8
 # In the settings of an influence where batches were given by `recorder.fed`.
 FED = "held constant; if what was fed depends on the model, influence through it is not included"
+# In those of a model whose forward pass computes with numbers that torch does not follow.
+HELD = "held constant: what the forward pass computes from values that it takes out of torch ({})"
 
 
 def begin_or_resume(
@@ -92,6 +94,9 @@ def describe(
     """Describe an influence of queries at the observed states of a run."""
     if run.fed_may_depend_on_model:
         settings = {**settings, "fed": FED}
+    left_torch = run.task.binding.left_torch
+    if left_torch:
+        settings = {**settings, "held": HELD.format(", ".join(left_torch))}
     return Description(
         method=method,
         unit=queries.unit,

@@ -4,11 +4,12 @@ A run explains a training only if every step starts from what the step before it
 parameters and the same optimizer state.
 
 Torch counts writes in place, which costs nothing to read, but writes through `.data` are not
-counted. So the norm of evenly spaced entries of every tensor is compared as well: of all entries,
-it would cost as much as a part of the training's step.
+counted. So evenly spaced entries of every tensor are compared as well: all entries would cost as
+much as a part of the training's step.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -18,9 +19,38 @@ from torch.optim import Optimizer
 from backtrail.step.update import tensors_of
 from backtrail.tree import Tree, count_writes
 
-# Entries of a tensor that are compared. So few are summed up by one thread, always in one order, so
-# the norms of equal entries are equal to the bit.
-MOST_COMPARED = 4096
+# Entries of a tensor that are compared, or up to twice as many. What writes through `.data` mostly
+# writes to whole tensors.
+COMPARED = 64
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """Some entries of every tensor of one kind.
+
+    Attributes:
+        sizes: how many entries each tensor has here, by name.
+        values: of all of them, one after the other.
+    """
+
+    sizes: dict[str, int]
+    values: Tensor
+
+    def different(self, other: "_Entries") -> list[str]:
+        """Names of the tensors whose entries differ."""
+        if self.sizes != other.sizes:
+            return sorted({name for name, _ in self.sizes.items() ^ other.sizes.items()})
+        # One wait for the device, and no more where all is well.
+        if torch.equal(self.values, other.values):
+            return []
+        same = self.values == other.values
+        same |= self.values.isnan() & other.values.isnan()
+        parts = torch.split(same, list(self.sizes.values()))
+        return [name for name, part in zip(self.sizes, parts, strict=True) if not part.all()]
+
+
+Kind = tuple[torch.device, torch.dtype]
 
 
 @final
@@ -43,11 +73,11 @@ class OutsideChanges:
         self._trained = trained
         self._optimizer = optimizer
         self._writes: dict[str, int] | None = None  # of the parameters; None before the first batch
-        self._norms: Tree = {}
+        self._entries: dict[Kind, _Entries] = {}
         # The tensors themselves, so that an equal copy in their place is known as equal.
         self._moments: dict[str, Tree] = {}
         self._moment_writes: dict[str, dict[str, int]] = {}
-        self._moment_norms: Tree = {}
+        self._moment_entries: dict[Kind, _Entries] = {}
 
     @property
     def started(self) -> bool:
@@ -57,7 +87,7 @@ class OutsideChanges:
     def remember_parameters(self) -> None:
         """Note the parameters as they are now."""
         self._writes = self.parameter_writes()
-        self._norms = _norms(self._live_params())
+        self._entries = _entries(self._live_params())
 
     def remember(self) -> None:
         """Note the parameters and the optimizer state as they are now."""
@@ -66,7 +96,7 @@ class OutsideChanges:
         self._moment_writes = {}
         for name, tensors in self._moments.items():
             self._moment_writes[name] = {key: count_writes(t) for key, t in tensors.items()}
-        self._moment_norms = _norms(_flattened(self._moments))
+        self._moment_entries = _entries(_flattened(self._moments))
 
     def parameter_writes(self) -> dict[str, int]:
         """How often each parameter has been written to."""
@@ -80,7 +110,7 @@ class OutsideChanges:
         changed = [name for name, count in writes.items() if count != self._writes[name]]
         if changed:
             return changed
-        return _different(self._norms, _norms(self._live_params()))
+        return _different(self._entries, _entries(self._live_params()))
 
     def changed_moments(self) -> list[str]:
         """Descriptions of the optimizer's tensors that were changed since they were noted."""
@@ -100,7 +130,7 @@ class OutsideChanges:
                     changed.append(f"{key!r} of parameter {name!r} has other values")
         if changed:
             return changed
-        different = _different(self._moment_norms, _norms(_flattened(present)))
+        different = _different(self._moment_entries, _entries(_flattened(present)))
         return [f"{label} has other values" for label in different]
 
     def _is_same(self, name: str, key: str, tensor: Tensor) -> bool:
@@ -138,41 +168,35 @@ def _flattened(moments: dict[str, Tree]) -> Tree:
     return flat
 
 
-def _norms(tensors: Tree) -> Tree:
-    """Norm of some entries of every tensor, without waiting for its device."""
-    names: dict[torch.device, list[str]] = {}
+def _entries(tensors: Tree) -> dict[Kind, _Entries]:
+    """Some entries of every tensor, without waiting for its device."""
+    views: dict[Kind, Tree] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
-            names.setdefault(tensor.device, []).append(name)
-    found: Tree = {}
-    for members in names.values():
+            views.setdefault((tensor.device, tensor.dtype), {})[name] = _some(tensor)
+    found: dict[Kind, _Entries] = {}
+    for kind, members in views.items():
+        sizes = {name: view.numel() for name, view in members.items()}
         # One call for all tensors: hundreds of small kernels would take longer than a step.
-        norms = torch._foreach_norm([_compared(tensors[name]) for name in members])
-        found.update(zip(members, norms, strict=True))
+        found[kind] = _Entries(sizes, torch.cat(list(members.values())))
     return found
 
 
-def _compared(tensor: Tensor) -> Tensor:
-    """Evenly spaced entries, in float32 at least."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    flat = tensor.flatten()
-    if len(flat) > MOST_COMPARED:
-        flat = flat[:: -(-len(flat) // MOST_COMPARED)]
-    return flat if flat.dtype in {torch.float32, torch.float64} else flat.float()
+def _some(tensor: Tensor) -> Tensor:
+    """A view of evenly spaced entries."""
+    flat = tensor.detach()
+    if not flat.is_contiguous():
+        flat = flat.flatten()
+    spacing = max(1, flat.numel() // COMPARED)
+    return flat.as_strided((-(-flat.numel() // spacing),), (spacing,))
 
 
-def _different(before: Tree, after: Tree) -> list[str]:
-    """Names whose norms differ; one wait for every device."""
-    if before.keys() != after.keys():
-        return sorted(before.keys() ^ after.keys())
-    members: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, value in before.items():
-        members.setdefault((value.device, value.dtype), []).append(name)
+def _different(before: dict[Kind, _Entries], after: dict[Kind, _Entries]) -> list[str]:
+    """Names whose entries differ."""
     different: list[str] = []
-    for names in members.values():
-        noted = torch.stack([before[name] for name in names])
-        found = torch.stack([after[name].to(before[name].device) for name in names])
-        same = (noted == found) | (noted.isnan() & found.isnan())
-        different += [name for name, equal in zip(names, same.tolist(), strict=True) if not equal]
+    for kind in before.keys() | after.keys():
+        if kind in before and kind in after:
+            different += before[kind].different(after[kind])
+        else:
+            different += (before.get(kind) or after[kind]).sizes
     return different

@@ -464,15 +464,17 @@ class Recorder:
         trim()
         # Reading rows and running the model draws random numbers, which the loop must not notice.
         # Their own memory (a counter in the loss) must not change either.
-        with preserved_objects(*task.user_objects, step=step.index), preserved_generators(holders):
+        with preserved_objects(*holders, step=step.index), preserved_generators(holders):
             batches = tuple(reread_batch(task, step.index, live) for live in self._tracker.consumed)
             transition = self._transition(step, batches)
             if check_gradient:
                 # The backward pass left the gradient multiplied by a GradScaler's scale.
                 unclipped = None if called_by_scaler() else self._tracker.unclipped_norm()
                 self._self_check.check(transition, state, grads, unclipped_norm=unclipped)
-            if check_capture and self._tracker.listener is not None:
-                tolerance = self._self_check.tolerance(step, grads)
+        if check_capture and self._tracker.listener is not None:
+            tolerance = self._self_check.tolerance(step, grads)
+            # From the same memory as the first check.
+            with preserved_objects(*holders, step=step.index), preserved_generators(holders):
                 self._tracker.listener.check(transition, state, tolerance=tolerance)
         trim()
 

@@ -1,6 +1,7 @@
 """The recorder's self-check: the recorded step reproduces the gradient that the loop computed."""
 
 import inspect
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import final
@@ -29,6 +30,7 @@ from backtrail.tree import Tree, cast, norm
 
 MAX_NEW_SHAPES = 8  # kinds of step that are checked when they first occur
 ROWS_TRIED = 2  # of a batch, to find out whether its gradient can be differentiated
+log = logging.getLogger(__name__)
 DerivativeOfGradient = Callable[..., GradientVJP]
 
 
@@ -110,23 +112,31 @@ class GradientCheck:
                 theirs=norm(consumed),
                 patched=patched,
             )
-        if unclipped_norm is None or change_by_clipping(raw_gradient, replayed) <= allowed:
-            return
-        # Clipped to the same norm, gradients look alike whose sizes are not: another reduction.
-        ours = norm(raw_gradient)
-        off = abs(ours - unclipped_norm) / max(ours, unclipped_norm)
-        if not off <= allowed:
-            raise UnexplainedGradient(
-                transition.step.index,
-                off,
-                allowed,
-                ours=ours,
-                theirs=unclipped_norm,
-                clipped=False,
-                patched=patched,
-            )
+        if unclipped_norm is not None and change_by_clipping(raw_gradient, replayed) > allowed:
+            # Clipped to the same norm, gradients look alike whose sizes are not: another reduction.
+            _check_unclipped(transition, norm(raw_gradient), unclipped_norm, allowed=allowed)
         if transition.step.index == 0:
             try_derivatives(transition, state)
+            _warn_of_values_outside_torch(transition.task)
+
+
+def _check_unclipped(transition: Transition, ours: float, theirs: float, *, allowed: float) -> None:
+    """Compare the norms of a gradient before clipping.
+
+    Raises:
+        UnexplainedGradient: they differ.
+    """
+    off = abs(ours - theirs) / max(ours, theirs)
+    if not off <= allowed:
+        raise UnexplainedGradient(
+            transition.step.index,
+            off,
+            allowed,
+            ours=ours,
+            theirs=theirs,
+            clipped=False,
+            patched=transition.task.patched_modules,
+        )
 
 
 def try_derivatives(transition: Transition, state: State) -> None:
@@ -212,6 +222,19 @@ def reread_batch(task: Task, step: int, live: LiveBatch) -> Batch:
     if digest(batch) != live.digest:
         raise UnrepeatableRows(step, live.samples)
     return cast(batch, None, task.device)
+
+
+def _warn_of_values_outside_torch(task: Task) -> None:
+    """Warn of a forward pass that takes values out of torch, whose derivative nobody knows."""
+    calls = ", ".join(task.binding.left_torch)
+    if calls:
+        log.warning(
+            "The forward pass takes values that depend on the parameters out of torch (%s). "
+            "Influence holds what is computed from them constant. That is right for logging and "
+            "for choices; values that are written to a buffer or multiplied with should stay "
+            "tensors.",
+            calls,
+        )
 
 
 def _check_losses(transition: Transition, state: State) -> None:

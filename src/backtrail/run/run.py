@@ -488,6 +488,15 @@ class Run:
         """Note why the gradient is not the derivative of the loss."""
         self._derivatives["asymmetric"] = why
 
+    @property
+    def are_differences_checked(self) -> bool:
+        """Whether products by differences were checked at more than one state."""
+        return "differences" in self._derivatives
+
+    def note_differences_checked(self) -> None:
+        """Note that products by differences were checked at more than one state."""
+        self._derivatives["differences"] = "checked"
+
     @cached_property
     def _derivatives(self) -> dict[str, str]:
         return {}

@@ -37,7 +37,7 @@ from torch.func import vjp, vmap
 
 from backtrail.accel.context import accelerated
 from backtrail.curvature.vjp import GradientVJP
-from backtrail.errors import BacktrailError
+from backtrail.errors import BacktrailError, LateSecondDerivative
 from backtrail.optim.jacobian import pull_update
 from backtrail.step.state import State, elementwise_keys
 from backtrail.step.step import Gradient, MicroBatch, Transition, accumulate
@@ -306,6 +306,12 @@ def batched_vjp(
     )
 
 
+def lacks_second_derivative(error: Exception) -> bool:
+    """Whether torch says that it cannot differentiate a backward pass."""
+    sentences = ("is not implemented", "differentiate twice", "once_differentiable")
+    return any(sentence in str(error) for sentence in sentences)
+
+
 def _one_after_the_other(
     gradient_vjp: GradientVJP, grads: Tree, buffers: Tree
 ) -> tuple[Tree, Tree, Tensor]:
@@ -469,7 +475,12 @@ class Sweep:
                 norms=torch.zeros(0),
                 cotangent=self.add_queries(step, state, None),
             )
-        pulled = pull_back(transition, state, cotangent, rules=self.rules, chunk=self.chunk)
+        try:
+            pulled = pull_back(transition, state, cotangent, rules=self.rules, chunk=self.chunk)
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, BacktrailError) or not lacks_second_derivative(error):
+                raise
+            raise LateSecondDerivative(step, str(error).partition("\n")[0]) from error
         # Before the queries of this state join, of which the step has no influence.
         norms = pulled.cotangent.norms()
         before = self.add_queries(step, state, pulled.cotangent)

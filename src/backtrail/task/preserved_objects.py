@@ -157,7 +157,8 @@ class _Notes:
             return
         if tensor.numel() <= MAX_COPIED:
             copy = tensor.detach().clone()
-            self.restorers.append(partial(_restore_tensor, tensor, copy))
+            had_graph = tensor.requires_grad
+            self.restorers.append(partial(_restore_tensor, tensor, copy, had_graph=had_graph))
             return
         writes = count_writes(tensor)
         what = f"wrote to a tensor of shape {list(tensor.shape)}"
@@ -269,7 +270,10 @@ def _restore_bytes(container: bytearray, content: bytes) -> None:
         container[:] = content
 
 
-def _restore_tensor(tensor: Tensor, copy: Tensor) -> None:
+def _restore_tensor(tensor: Tensor, copy: Tensor, *, had_graph: bool) -> None:
+    if tensor.requires_grad and not had_graph:
+        # A check wrote to it what depends on the parameters.
+        tensor.detach_()
     # Only where it changed: a write would be noticed by the graph of the training.
     now = tensor.detach()
     if now.shape != copy.shape or not _same_bits(now, copy):

@@ -9,7 +9,7 @@ Decisions:
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
@@ -438,6 +438,7 @@ class _Binding(nn.Module):
         moving: names of the buffers, other than BatchNorm's, that forward passes change.
         surrogates: calls of torch and Functions whose backward pass is not the derivative of their
             forward pass.
+        left_torch: calls by which values that depend on the parameters left torch.
         no_second_derivative: what torch cannot differentiate twice in it; empty if it can.
         coupled: whether the rows of a selection depend on one another, for those looked at.
     """
@@ -450,12 +451,18 @@ class _Binding(nn.Module):
         self.one_by_one = False
         self.moving: set[str] = set()
         self.surrogates: tuple[str, ...] = ()
+        self.left_torch: tuple[str, ...] = ()
         self.no_second_derivative = ""
         self.coupled: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
     def forward(self, function: Callable[[nn.Module], Any]) -> Any:
         """Call the function on the skeleton, while its tensors are swapped."""
         return function(self.model)
+
+    def note_calls(self, surrogates: Iterable[str], left_torch: Iterable[str]) -> None:
+        """Note calls of a forward pass whose derivative is another one, or none."""
+        self.surrogates = tuple(dict.fromkeys((*self.surrogates, *surrogates)))
+        self.left_torch = tuple(dict.fromkeys((*self.left_torch, *left_torch)))
 
     def note_one_by_one(self, error: Exception) -> None:
         """Note that rows cannot be differentiated at once; the first time, log why."""

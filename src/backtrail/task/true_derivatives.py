@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
@@ -52,6 +53,8 @@ class TrueDerivatives(TorchFunctionMode):
 
     Attributes:
         cuts: names of the calls that have a surrogate, in order of their first occurrence.
+        left: names of the calls by which values with a derivative left torch.
+        once: names of the Functions whose backward passes cannot be differentiated.
     """
 
     def __init__(self) -> None:
@@ -64,6 +67,8 @@ class TrueDerivatives(TorchFunctionMode):
         self._left_torch = False
         self._paused = False
         self.cuts: dict[str, None] = {}
+        self.left: dict[str, None] = {}
+        self.once: dict[str, None] = {}
 
     def __enter__(self) -> "TrueDerivatives":
         """Enter the mode."""
@@ -112,6 +117,8 @@ class TrueDerivatives(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in LEAVE_TORCH:
             self._left_torch = True
+            if is_differentiable(args[0]):
+                self.left[_name(function)] = None
             # The user's code has detached it, and here it has a graph all the same.
             return function(args[0].detach(), *args[1:], **kwargs)
         if function in STOPS:
@@ -127,7 +134,7 @@ class TrueDerivatives(TorchFunctionMode):
             found = replacement(*args, **kwargs)
             if found is not NotImplemented:
                 if any(is_differentiable(leaf) for leaf in tree_leaves((args, kwargs))):
-                    self.cuts[getattr(function, "__name__", str(function))] = None
+                    self.cuts[_name(function)] = None
                 return found
         return function(*args, **kwargs)
 
@@ -210,6 +217,8 @@ class TrueDerivatives(TorchFunctionMode):
         with self.paused():
             agrees = true is not NotImplemented and _same_values(true, surrogate)
         if not agrees:
+            if _is_once_differentiable(function):
+                self.once[function.__name__] = None
             return surrogate
         self.cuts[function.__name__] = None
 
@@ -225,6 +234,7 @@ class TrueDerivatives(TorchFunctionMode):
         context = _Context(args)
         has_setup = function.setup_context is not Function.setup_context
         before = self._left_torch
+        left_before = dict(self.left)
         self._left_torch = False
         try:
             with torch.enable_grad():
@@ -234,6 +244,8 @@ class TrueDerivatives(TorchFunctionMode):
         finally:
             left_torch = self._left_torch
             self._left_torch = before
+            # Of a Function, its backward says what the derivative is.
+            self.left = left_before
         return NotImplemented if left_torch or context.writes_inputs else found
 
     def _is_kept_tensor(self, leaf: Any) -> bool:
@@ -315,6 +327,8 @@ def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
     if mode is None:
         return _own_apply(function, *args, **kwargs)
     if is_own or kwargs:
+        if _is_once_differentiable(function) and torch.is_grad_enabled():
+            mode.once[function.__name__] = None
         with mode.paused():
             return _own_apply(function, *args, **kwargs)
     return mode.apply(function, args)
@@ -323,6 +337,28 @@ def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
 # So that Functions of the user's are seen, for which torch calls no mode. The original is a method
 # in Python up to torch 2.13, and one in C since 2.14.
 _APPLY = Replacement(Function, {"apply": classmethod(_apply)})
+
+
+def _is_once_differentiable(function: Any) -> bool:
+    """Whether torch takes a second derivative of a Function's backward pass to be zero.
+
+    `once_differentiable` promises an error. It is raised only where a second backward pass goes to
+    all leaves, not by `torch.autograd.grad` with the inputs that are asked for.
+    """
+    backward = getattr(function.backward, "__code__", None)
+    return backward is _ONCE_DIFFERENTIABLE
+
+
+@once_differentiable
+def _example(ctx: Any) -> None:
+    """Have the code that `once_differentiable` gives every backward pass."""
+
+
+_ONCE_DIFFERENTIABLE = _example.__code__
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", str(function))
 
 
 def _written_tensor(function: Any, args: Any) -> Any:

@@ -44,6 +44,12 @@ from backtrail.queries import Averaged, Query
 from backtrail.run.run import Run
 from backtrail.sweep.rules import Rules
 
+# In the settings of an influence with another curvature than the Hessian.
+SURROGATES = (
+    "the curvature matrix is that of the gradient which the training used, with what it stops "
+    "({}); backtrail.Hessian() takes the derivative of what was stopped, too"
+)
+
 Policy = Curvature | Literal["auto"]
 
 
@@ -182,6 +188,9 @@ def sweep_settings(run: Run, queries: Query, rules: Rules, cut: Budget) -> dict[
         "chunk": cut.chunk,
         "exact": rules.exact,
     }
+    surrogates = run.task.binding.surrogates
+    if surrogates and not isinstance(rules.curvature, Hessian):
+        settings["surrogates"] = SURROGATES.format(", ".join(surrogates))
     if isinstance(queries, Averaged):
         settings["average"] = queries.about
     if run.task.binding.no_second_derivative:
