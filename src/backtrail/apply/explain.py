@@ -219,8 +219,8 @@ class _Removals:
         return self.effect(sample, query) + surplus / len(group)
 
     def _strength_in(self, sample: int, group: Group, query: int) -> float:
-        share = np.array(self._share_in(sample, group, query))
-        found = float(strength(share, self.order))
+        share = np.array([self._share_in(sample, group, query)])
+        found = float(strength(share, self.order)[0])
         return found if np.isfinite(found) else -np.inf
 
     def ranked(self, query: int) -> list[int]:
@@ -288,7 +288,7 @@ def _success(tried: _Removals, proposals: Proposals, name: str) -> float:
         strongest = np.nanmax(strength(all_effects, tried.order), initial=0.0)
         pick = frozenset([int(picks[0])])
         if strongest > 0 and pick in tried.effects:
-            own = float(strength(tried.effects[pick][query], tried.order))
+            own = float(strength(tried.effects[pick][[query]], tried.order)[0])
             found.append(np.nan_to_num(max(own, 0.0)) / strongest)
     return float(np.mean(found)) if found else 0.0
 
@@ -414,7 +414,7 @@ def _table(
         "noise": pl.Float64,
     }
     for name in proposals.samples:
-        schema[f"{name}_rank"] = pl.Int64
+        schema[f"{name} rank"] = pl.Int64
     schema["summary"] = pl.String
     rows: list[tuple[object, ...]] = []
     for query, name in enumerate(tried.queries.names):
