@@ -21,7 +21,7 @@ from backtrail.tree import Tree, count_writes
 
 # Entries of a tensor that are compared, or up to twice as many. What writes through `.data` mostly
 # writes to whole tensors.
-COMPARED = 64
+COMPARED = 4096
 
 
 @final
